@@ -1,0 +1,1 @@
+"""Adaptive temporal feature resolutions for video networks."""

@@ -1,0 +1,64 @@
+"""X3D (Feichtenhofer, CVPR 2020) from pytorchvideo, with SGS after any of its stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pytorchvideo.layers.swish import Swish
+from pytorchvideo.models.x3d import create_x3d
+from torch import nn
+
+from atfr.models.network import VideoNet
+from atfr.models.sgs_layer import SGSOptions
+
+STAGES = {"stem": "blocks.0", "res2": "blocks.1", "res3": "blocks.2", "res4": "blocks.3", "res5": "blocks.4"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Expansion factors of one X3D (the paper's table 3) and the clip it was made for."""
+
+    frames: int
+    crop_size: int
+    width_factor: float
+    depth_factor: float
+
+
+SIZES = {
+    "tiny": Variant(16, 48, 1.0, 1.0),  # ours: no expansion at all, for the built-in data
+    "XS": Variant(4, 160, 2.0, 2.2),
+    "S": Variant(13, 160, 2.0, 2.2),
+    "M": Variant(16, 224, 2.0, 2.2),
+    "L": Variant(16, 312, 2.0, 5.0),
+    "XL": Variant(16, 312, 2.9, 5.0),
+}
+
+
+def x3d(*, size: str, num_classes: int, dropout: float = 0.5, sgs: SGSOptions | None = None) -> VideoNet:
+    """An X3D that takes clips [N, 3, T, H, W] of any length and size.
+
+    It is pytorchvideo's network with three changes that leave the parameters' names and, on the
+    variant's own clip size, the logits as they are: no softmax at the end, the head pools over all
+    features that are there, and its Swish, a custom autograd function, is torch's SiLU.
+
+    Raises:
+        ValueError: an unknown size, or options of `sgs` that do not fit (see `VideoNet`).
+    """
+    if size not in SIZES:
+        raise ValueError(f"model.size={size!r} is not an X3D; choose one of {', '.join(SIZES)}")
+    variant = SIZES[size]
+    network = create_x3d(
+        input_clip_length=variant.frames,
+        input_crop_size=variant.crop_size,
+        model_num_class=num_classes,
+        dropout_rate=dropout,
+        width_factor=variant.width_factor,
+        depth_factor=variant.depth_factor,
+        head_activation=None,
+    )
+    network.blocks[-1].pool.pool = nn.AdaptiveAvgPool3d(1)
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, Swish):
+                setattr(module, name, nn.SiLU())
+    return VideoNet(network, stages=STAGES, sgs=sgs)
