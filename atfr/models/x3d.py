@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
-from pytorchvideo.layers.swish import Swish
-from pytorchvideo.models.x3d import create_x3d
 from torch import nn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # its use of torch.jit.script is not ours to mend
+    from pytorchvideo.layers.swish import Swish
+    from pytorchvideo.models.x3d import create_x3d
 
 from atfr.models.network import VideoNet
 from atfr.models.sgs_layer import SGSOptions
@@ -16,21 +20,19 @@ STAGES = {"stem": "blocks.0", "res2": "blocks.1", "res3": "blocks.2", "res4": "b
 
 @dataclass(frozen=True)
 class Variant:
-    """Expansion factors of one X3D (the paper's table 3) and the clip it was made for."""
+    """Expansion factors of one X3D (the paper's table 3); its clip is in `configs/model/x3d.yaml`."""
 
-    frames: int
-    crop_size: int
     width_factor: float
     depth_factor: float
 
 
 SIZES = {
-    "tiny": Variant(16, 48, 1.0, 1.0),  # ours: no expansion at all, for the built-in data
-    "XS": Variant(4, 160, 2.0, 2.2),
-    "S": Variant(13, 160, 2.0, 2.2),
-    "M": Variant(16, 224, 2.0, 2.2),
-    "L": Variant(16, 312, 2.0, 5.0),
-    "XL": Variant(16, 312, 2.9, 5.0),
+    "tiny": Variant(1.0, 1.0),  # ours: no expansion at all, for the built-in data
+    "XS": Variant(2.0, 2.2),
+    "S": Variant(2.0, 2.2),
+    "M": Variant(2.0, 2.2),
+    "L": Variant(2.0, 5.0),
+    "XL": Variant(2.9, 5.0),
 }
 
 
@@ -48,14 +50,13 @@ def x3d(*, size: str, num_classes: int, dropout: float = 0.5, sgs: SGSOptions | 
         raise ValueError(f"model.size={size!r} is not an X3D; choose one of {', '.join(SIZES)}")
     variant = SIZES[size]
     network = create_x3d(
-        input_clip_length=variant.frames,
-        input_crop_size=variant.crop_size,
         model_num_class=num_classes,
         dropout_rate=dropout,
         width_factor=variant.width_factor,
         depth_factor=variant.depth_factor,
         head_activation=None,
     )
+    # pytorchvideo's pool is of one clip size (the defaults here); this one has no size.
     network.blocks[-1].pool.pool = nn.AdaptiveAvgPool3d(1)
     for module in list(network.modules()):
         for name, child in module.named_children():

@@ -1,0 +1,135 @@
+"""From a composed Hydra config to objects: checked key by key, built by `_target_`.
+
+Only the programs in tools/ use this; models, data and engine take plain values.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import os
+import re
+import sys
+import types
+import typing
+from collections import abc
+from pathlib import Path
+from typing import Any, Callable, Union
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+# Keys of a group that other groups read through interpolation, and that its own target does not take.
+SHARED_KEYS = ("clip", "clips", "model_size")
+
+
+def build(node: DictConfig, key: str, **extra: Any) -> Any:
+    """Call the `_target_` of the config node at `key` with the node's values and `extra`.
+
+    Raises:
+        ValueError: in one line, for a key that the target does not take, one that it lacks or one
+            of a wrong type (all with their full name), and whatever the target itself refuses.
+    """
+    values = OmegaConf.to_container(node, resolve=False)
+    for name in [name for name, value in values.items() if value == "???"]:
+        raise ValueError(f"{key}.{name} is not set; add {key}.{name}=... to the command")
+    kept = OmegaConf.masked_copy(node, [name for name in values if name not in SHARED_KEYS or values[name] is None])
+    kept._set_parent(node._get_parent())
+    _check(OmegaConf.to_container(kept, resolve=True), key, given=extra)
+    try:
+        return instantiate(kept, **extra, _convert_="object")
+    except InstantiationException as error:
+        if error.__cause__ is None:
+            raise
+        raise error.__cause__ from None
+
+
+def _check(values: dict[str, Any], key: str, given: typing.Collection[str] = ()) -> None:
+    """Compare a node's values with the signature of its target, and those of nested targets."""
+    target = _target(values["_target_"], key)
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    parameters = inspect.signature(target).parameters
+    for name, value in values.items():
+        if name.startswith("_"):
+            continue
+        if name not in parameters:
+            raise ValueError(f"{key}.{name} is not an option of {values['_target_']}; it takes {', '.join(parameters)}")
+        if isinstance(value, dict) and "_target_" in value:
+            _check(value, f"{key}.{name}")
+        elif not _fits(value, hints.get(name, Any)):
+            raise ValueError(f"{key}.{name}={value!r} is not of type {_readable(hints[name])}")
+    lacking = [n for n, p in parameters.items() if p.default is p.empty and n not in values and n not in given]
+    if lacking and not values.get("_partial_"):
+        raise ValueError(f"{key}.{lacking[0]} is not set; add {key}.{lacking[0]}=... to the command")
+
+
+def _target(path: str, key: str) -> Callable[..., Any]:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{key}._target_={path!r} cannot be imported: {error}") from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin in (list, abc.Sequence):
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if isinstance(hint, type):
+        return isinstance(value, hint)
+    return True
+
+
+def _readable(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("NoneType", "null").replace("None", "null")
+
+
+def run_folder(output_dir: str | None) -> Path:
+    """`trainer.output_dir`, or a folder under runs/ named after the command's overrides.
+
+    The name is the same for the same command, so that running it again resumes; it has no date.
+    """
+    if output_dir is not None:
+        return Path(output_dir)
+    hydra = HydraConfig.get()
+    name = re.sub(r"[^\w=.,+-]+", "-", hydra.job.override_dirname) or "default"
+    sweep = "sweep/" if hydra.mode == RunMode.MULTIRUN else ""
+    return Path("runs") / f"{sweep}{name[:150]}"
+
+
+def choices() -> dict[str, str]:
+    """Which file was chosen of each config group, for the checkpoint to remember."""
+    return {group: choice for group, choice in HydraConfig.get().runtime.choices.items() if not group.startswith("hydra") and choice}
+
+
+def one_line_errors(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """End a program with one line and exit code 1 on what its user can mend.
+
+    ATFR_TRACEBACK=1 in the environment shows the traceback instead.
+    """
+
+    @functools.wraps(main)
+    def guarded(config: DictConfig) -> None:
+        try:
+            main(config)
+        except (ValueError, OSError, FloatingPointError, OmegaConfBaseException) as error:
+            if os.environ.get("ATFR_TRACEBACK") == "1":
+                raise
+            line = " ".join(str(error).split())
+            print(f"error: {line}", file=sys.stderr, flush=True)
+            sys.exit(1)
+
+    return guarded

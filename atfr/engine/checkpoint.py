@@ -1,0 +1,75 @@
+"""Checkpoints: written whole or not at all, read without running code from the file."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Write `state` so that a kill or a full disk at any moment leaves an existing file as it was.
+
+    Raises:
+        OSError: the file could not be written; the one line says what is still there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        partial.unlink(missing_ok=True)
+        kept = "the one before it is intact" if path.exists() else "there was none before it"
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise OSError(f"checkpoint {path} could not be written ({reason}); {kept}: make room and run the same command again") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # makes the rename itself durable
+    finally:
+        os.close(descriptor)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of ours onto the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a checkpoint of ours, or is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist; a run folder keeps its own under checkpoints/last.pt and checkpoints/best.pt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise ValueError(f"checkpoint {path} cannot be read: it is damaged or not a checkpoint ({str(error).splitlines()[0]})") from error
+    if not isinstance(state, dict) or not {"model", "config", "class_names"} <= state.keys():
+        raise ValueError(f"{path} is not a checkpoint of this project: it lacks the keys model, config and class_names")
+    return state
+
+
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Copy weights into a model that has exactly the same parameters and buffers.
+
+    Raises:
+        ValueError: they belong to another model; names the first that does not fit.
+    """
+    own = model.state_dict()
+    missing = [name for name in own if name not in weights]
+    unexpected = [name for name in weights if name not in own]
+    reshaped = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    if missing or unexpected or reshaped:
+        parts = [f"{len(names)} {what} (first: {names[0]})" for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)) if names]
+        raise ValueError(f"checkpoint {path} is of another model: {', '.join(parts)}; use the model it was trained with")
+    model.load_state_dict(weights)

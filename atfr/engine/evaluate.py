@@ -1,0 +1,97 @@
+"""Testing: every view of every video exactly once, on any number of processes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Iterable
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from atfr.engine import distributed
+from atfr.engine.distributed import Ranks
+from atfr.models.network import VideoNet
+
+
+@dataclass(frozen=True)
+class View:
+    """One clip's outcome: softmax scores [classes] and B' of the features it could keep."""
+
+    video: int  # index into the split
+    view: int
+    path: str
+    label: int
+    scores: tuple[float, ...]
+    bins: int
+
+
+@dataclass
+class Evaluation:
+    """All views of a split, sorted by video and view, and the videos that could not be read."""
+
+    views: list[View] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)  # path -> reason
+    frames: int = 0  # T at the place of sampling
+    lengths: list[tuple[int, ...]] = field(default_factory=list)  # B' of each executed batch
+    network_seconds: float = 0.0  # spent in the network alone, summed over processes
+
+    @property
+    def clips_per_second(self) -> float:
+        """Clips a second of network time and process: decoding is not in it."""
+        return len(self.views) / self.network_seconds if self.network_seconds else 0.0
+
+
+@torch.inference_mode()
+def evaluate(
+    model: VideoNet,
+    loader: Iterable[Any],
+    *,
+    normalise: nn.Module,
+    ranks: Ranks,
+    precision: torch.dtype = torch.float32,
+    title: str = "test",
+) -> Evaluation:
+    """Run `model` over this process's share of a split and gather the views of all processes.
+
+    A video that cannot be read is never replaced: it is listed under `failed` with its reason.
+    """
+    model.eval()
+    own = Evaluation()
+    for batch in tqdm(loader, desc=title, unit="batch", leave=False, disable=not ranks.is_main):
+        own.failed.update(batch.failed)
+        if batch.clips is None:
+            continue
+        clips = normalise(batch.clips.to(ranks.device, non_blocking=True))
+        _wait(ranks.device)
+        began = time.perf_counter()
+        with torch.autocast(ranks.device.type, dtype=precision, enabled=precision != torch.float32):
+            prediction = model(clips)
+        scores = prediction.logits.float().softmax(dim=1)
+        _wait(ranks.device)
+        own.network_seconds += time.perf_counter() - began
+        own.frames = prediction.frames
+        own.lengths.append(prediction.bins)
+        rows = zip(batch.videos, batch.views, batch.paths, batch.labels, scores.tolist(), prediction.bins)
+        own.views += [View(int(video), int(view), path, int(label), tuple(s), b) for video, view, path, label, s, b in rows]
+    return _merged(distributed.gathered([own]))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _merged(parts: list[Evaluation]) -> Evaluation:
+    whole = Evaluation(frames=max(part.frames for part in parts))
+    for part in parts:
+        whole.views += part.views
+        whole.failed.update(part.failed)
+        whole.lengths += part.lengths
+        whole.network_seconds += part.network_seconds
+    whole.views.sort(key=lambda view: (view.video, view.view))
+    # A video of which one view failed is not half-counted: it failed.
+    whole.views = [view for view in whole.views if view.path not in whole.failed]
+    whole.failed = dict(sorted(whole.failed.items()))
+    return whole

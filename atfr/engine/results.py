@@ -1,0 +1,148 @@
+"""From evaluated views to `results.json`, `predictions.csv` and the table that is printed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Any, Sequence
+
+import torch
+
+from atfr.engine.accounting import CONVENTION, GflopsTable
+from atfr.engine.evaluate import Evaluation, View
+
+
+def accuracy(views: Sequence[View]) -> dict[str, float]:
+    """top1, top5 and mean_class_accuracy in percent, each video's scores averaged over its views.
+
+    mean_class_accuracy is the mean of the per-class top-1 over the classes that have videos. With
+    fewer than five classes top5 takes all of them.
+    """
+    by_video: dict[int, list[View]] = {}
+    for view in views:
+        by_video.setdefault(view.video, []).append(view)
+    scores = torch.tensor([[v.scores for v in group] for group in _padded(by_video)]).nanmean(dim=1)  # [videos, classes]
+    labels = torch.tensor([group[0].label for group in by_video.values()])
+    ranked = scores.argsort(dim=1, descending=True, stable=True)
+    hits = ranked == labels[:, None]
+    per_class = [hits[labels == label, 0].float().mean() for label in labels.unique()]
+    return {
+        "top1": 100 * hits[:, 0].float().mean().item(),
+        "top5": 100 * hits[:, :5].any(dim=1).float().mean().item(),
+        "mean_class_accuracy": 100 * torch.stack(per_class).mean().item(),
+    }
+
+
+def _padded(by_video: dict[int, list[View]]) -> list[list[View]]:
+    """Every video's views, filled up with NaN scores to the largest number of views."""
+    most = max(len(group) for group in by_video.values())
+    padded = []
+    for group in by_video.values():
+        first = group[0]
+        blank = View(first.video, -1, first.path, first.label, (float("nan"),) * len(first.scores), 0)
+        padded.append(group + [blank] * (most - len(group)))
+    return padded
+
+
+def summarise(evaluation: Evaluation, table: GflopsTable, *, protocol: dict[str, Any]) -> dict[str, Any]:
+    """The contents of `results.json`.
+
+    `gflops.mean`, `min` and `max` are notional: what each clip would cost alone. `executed` is
+    what the packed batches ran, per clip. `clips_per_second` is measured, network time only.
+
+    Raises:
+        ValueError: not one video of the split could be read.
+    """
+    views = evaluation.views
+    if not views:
+        path, reason = next(iter(evaluation.failed.items()), ("none listed", "the split is empty"))
+        raise ValueError(f"none of the {len(evaluation.failed)} videos could be read, so there is no accuracy (first: {path}: {reason})")
+    bins = [view.bins for view in views]
+    costs = [table.at(b) for b in bins]
+    executed = sum(table.executed(lengths) for lengths in evaluation.lengths)
+    return {
+        **accuracy(views),
+        "num_videos": len({view.video for view in views}),
+        "num_views": len(views),
+        "failed": list(evaluation.failed),
+        "gflops": {
+            "dense": table.dense,
+            "mean": sum(costs) / len(costs),
+            "min": min(costs),
+            "max": max(costs),
+            "executed": executed / sum(len(lengths) for lengths in evaluation.lengths),
+            "convention": CONVENTION,
+        },
+        "bins": {
+            "mean": sum(bins) / len(bins),
+            "min": min(bins),
+            "max": max(bins),
+            "frames": evaluation.frames,
+            "histogram": {str(b): n for b, n in sorted(Counter(bins).items())},
+        },
+        "clips_per_second": evaluation.clips_per_second,
+        "protocol": {**protocol, "commit": _commit()},
+    }
+
+
+def write_results(results: dict[str, Any], folder: Path) -> Path:
+    """Write `results.json`, whole or not at all."""
+    path = folder / "results.json"
+    _replace(path, json.dumps(results, indent=2) + "\n")
+    return path
+
+
+def write_predictions(evaluation: Evaluation, table: GflopsTable, folder: Path, *, class_names: Sequence[str]) -> Path:
+    """Write `predictions.csv`: one row a clip (view), sorted by video and view."""
+    path = folder / "predictions.csv"
+    partial = path.with_suffix(".partial")
+    with open(partial, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["video", "view", "label", "prediction", "score", "bins", "gflops"])
+        for view in evaluation.views:
+            best = max(range(len(view.scores)), key=view.scores.__getitem__)
+            names = class_names[view.label], class_names[best]
+            writer.writerow([view.path, view.view, *names, f"{view.scores[best]:.4f}", view.bins, f"{table.at(view.bins):.6g}"])
+    os.replace(partial, path)
+    return path
+
+
+def as_table(results: dict[str, Any], *, folder: Path) -> str:
+    """The results for people: two columns, and where everything lies."""
+    gflops, bins = results["gflops"], results["bins"]
+    failed = f" ({len(results['failed'])} more could not be read)" if results["failed"] else ""
+    share = gflops["mean"] / gflops["dense"]
+    rows = [
+        ("top-1", f"{results['top1']:.2f} %"),
+        ("top-5", f"{results['top5']:.2f} %"),
+        ("mean class accuracy", f"{results['mean_class_accuracy']:.2f} %"),
+        ("videos / views", f"{results['num_videos']}{failed} / {results['num_views']}"),
+        ("dense GFLOPs per clip", f"{gflops['dense']:.4g}"),
+        ("adaptive GFLOPs per clip", f"mean {gflops['mean']:.4g} ({share:.0%} of dense), min {gflops['min']:.4g}, max {gflops['max']:.4g}"),
+        ("B' per clip", f"mean {bins['mean']:.2f}, min {bins['min']}, max {bins['max']} of {bins['frames']}"),
+        ("clips/s (network alone)", f"{results['clips_per_second']:.1f}"),
+        ("run folder", str(folder)),
+        ("TensorBoard", f"tensorboard --logdir {folder / 'tensorboard'}"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _commit() -> str | None:
+    """The commit of this code, with a + when it has changes; None where it is not in git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

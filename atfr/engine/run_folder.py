@@ -1,0 +1,49 @@
+"""A run folder belongs to one experiment: its config is written first and compared ever after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Mapping
+
+import yaml
+
+# What may change between the runs of one experiment without making it another one.
+FREE = ("output_dir", "max_steps", "accelerator", "devices", "workers", "timeout_s", "save_every", "log_every", "resume", "test")
+
+
+def claim_folder(folder: Path, config: Mapping[str, Any], *, resume: bool) -> None:
+    """Write `config.yaml` into the run folder, or check that what is there is the same experiment.
+
+    Raises:
+        ValueError: the folder holds checkpoints of another experiment; names the first key that
+            differs. With `resume` off, if it holds any checkpoint at all.
+    """
+    path = folder / "config.yaml"
+    trained = (folder / "checkpoints" / "last.pt").exists()
+    if trained and not resume:
+        raise ValueError(f"run folder {folder} already holds a trained run, and trainer.resume=false; choose another trainer.output_dir or delete it")
+    if trained and path.exists():
+        before = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+        now = _flat(config)
+        different = [key for key in sorted(before | now) if before.get(key) != now.get(key) and not _is_free(key)]
+        if different:
+            key = different[0]
+            more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+            raise ValueError(
+                f"run folder {folder} holds another experiment: {key} is {before.get(key)!r} there and {now.get(key)!r} here{more};"
+                " choose another trainer.output_dir"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
+
+
+def _is_free(key: str) -> bool:
+    return key in {f"trainer.{name}" for name in FREE}
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        flat.update(_flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
+    return flat

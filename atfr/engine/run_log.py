@@ -1,0 +1,58 @@
+"""What a run writes down as it goes: `metrics.jsonl` and TensorBoard scalars, in step."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Mapping
+
+from torch.utils.tensorboard import SummaryWriter
+
+
+class RunLog:
+    """Appends one JSON object a line to `metrics.jsonl` and the same values to TensorBoard.
+
+    Opened at the step a run resumes from, it drops what an interrupted run had logged after it,
+    so that no step appears twice.
+    """
+
+    def __init__(self, folder: Path, *, resume_step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.metrics = folder / "metrics.jsonl"
+        self._keep_until(resume_step)
+        self._file = open(self.metrics, "a", encoding="utf-8")
+        self.tensorboard = folder / "tensorboard"
+        self._writer = SummaryWriter(str(self.tensorboard), purge_step=resume_step + 1 if resume_step else None)
+
+    def write(self, *, step: int, epoch: int, split: str, values: Mapping[str, float]) -> None:
+        """Log values measured after `step` optimizer steps, in (0-based) `epoch`."""
+        self._file.write(json.dumps({"step": step, "epoch": epoch, "split": split, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._writer.add_scalar(f"{split}/{name}", value, step)
+
+    def histogram(self, name: str, values: list[int], step: int) -> None:
+        """Log the distribution of whole numbers (TensorBoard only), one bucket a number."""
+        import numpy as np
+
+        bins = np.arange(min(values), max(values) + 2) - 0.5
+        self._writer.add_histogram(name, np.asarray(values), step, bins=bins)
+
+    def close(self) -> None:
+        self._file.close()
+        self._writer.close()
+
+    def _keep_until(self, step: int) -> None:
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError):
+                continue  # the last line of a killed run
+        partial = self.metrics.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, self.metrics)

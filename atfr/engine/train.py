@@ -1,0 +1,268 @@
+"""Training: the loop, and what it takes to stop and go on."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from atfr.engine import checkpoint, distributed
+from atfr.engine.distributed import Ranks
+from atfr.engine.run_log import RunLog
+from atfr.engine.statistics import calibrate_width, precise_batch_norm, steer_width
+from atfr.models.network import VideoNet
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings:
+    """How a run goes, whatever it trains (`configs/trainer/`)."""
+
+    output_dir: str | None  # the run folder; None: runs/ and a name made of the overrides
+    batch_size: int  # clips in a global batch, over all processes
+    epochs: int
+    max_steps: int | None  # stop after so many optimizer steps, if that comes first
+    seed: int
+    accelerator: str  # auto | cpu | cuda
+    devices: int | None  # processes; None: as many as the launcher started
+    precision: str  # auto (bf16 on a GPU that has it) | fp32 | bf16 | fp16
+    workers: int  # loader processes of each training process
+    timeout_s: int  # seconds to wait for a batch before a worker counts as stuck
+    label_smoothing: float
+    clip_norm: float | None  # largest gradient norm; None: not clipped
+    statistics_clips: int  # training clips for precise batch norm and the SGS width; 0: neither
+    eval_every: int  # epochs between validations; the last epoch always has one
+    save_every: int  # steps between checkpoints inside an epoch; 0: at the end of each epoch only
+    log_every: int  # steps between log lines
+    resume: bool  # go on from checkpoints/last.pt if the run folder has one
+    test: bool  # test the best checkpoint when training is done
+
+
+def precision_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The autocast dtype of a `trainer.precision`; float32 means no autocast."""
+    choices = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if precision not in choices:
+        raise ValueError(f"trainer.precision={precision!r} does not exist; choose one of auto, {', '.join(choices)}")
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("trainer.precision=fp16 needs a GPU; on the CPU choose fp32 or bf16")
+    return choices[precision]
+
+
+class Training:
+    """One run's moving parts. `run` goes from wherever the run folder left off to the last step.
+
+    Args:
+        model: the network, on the ranks' device already.
+        batches: gives the training batches of an epoch from its n-th on: `batches(epoch, n)`.
+        steps_per_epoch: how many there are in a whole epoch.
+        validate: measures the model on the validation split and returns its values; `top1` decides
+            which checkpoint is the best.
+        learning_rate_factor: (step, total steps) -> what to multiply the base rate with.
+        identity: plain data kept in every checkpoint (config, class names).
+    """
+
+    def __init__(
+        self,
+        *,
+        model: VideoNet,
+        optimizer: torch.optim.Optimizer,
+        learning_rate_factor: Callable[[int, int], float],
+        batches: Callable[[int, int], Iterable[Any]],
+        steps_per_epoch: int,
+        validate: Callable[[], dict[str, float]],
+        normalise: nn.Module,
+        settings: TrainerSettings,
+        ranks: Ranks,
+        folder: Path,
+        identity: Mapping[str, Any],
+    ) -> None:
+        self.model, self.optimizer, self.factor = model, optimizer, learning_rate_factor
+        self.batches, self.steps_per_epoch, self.validate = batches, steps_per_epoch, validate
+        self.normalise, self.settings, self.ranks = normalise, settings, ranks
+        self.folder, self.identity = folder, identity
+        self.last, self.best = folder / "checkpoints" / "last.pt", folder / "checkpoints" / "best.pt"
+        self.total_steps = settings.epochs * steps_per_epoch
+        if settings.max_steps is not None:
+            self.total_steps = min(self.total_steps, settings.max_steps)
+        self.dtype = precision_dtype(settings.precision, ranks.device)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
+        self.loss = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
+        self.step, self.best_top1 = 0, -1.0
+        self.pending = _Pending()
+
+    def run(self) -> None:
+        """Train to the last step. Whatever was saved before stays, however this ends.
+
+        Raises:
+            FloatingPointError: the loss became NaN or infinite; nothing of it is saved.
+        """
+        self.resume()
+        self.log = RunLog(self.folder, resume_step=self.step) if self.ranks.is_main else None
+        self.network = distributed.replicate(self.model, self.ranks)
+        self.bar = tqdm(initial=self.step, total=self.total_steps, unit="step", desc="train", disable=not self.ranks.is_main)
+        try:
+            if self.step == 0:
+                calibrate_width(self.model, self._statistics_clips(epoch=0))
+            while self.step < self.total_steps:
+                self.train_epoch(self.step // self.steps_per_epoch)
+        finally:
+            self.bar.close()
+            if self.log:
+                self.log.close()
+
+    def train_epoch(self, epoch: int) -> None:
+        """The rest of an epoch, and what comes at its end: statistics, validation, checkpoints."""
+        self.model.train()
+        waiting = time.perf_counter()
+        for batch in self.batches(epoch, self.step % self.steps_per_epoch):
+            data_s = time.perf_counter() - waiting
+            try:
+                self.train_step(batch, epoch=epoch, data_s=data_s)
+            except ValueError:
+                self.check_losses(epoch)  # a network that diverged in an earlier step says so itself
+                raise
+            if self.step == self.total_steps or self.step % self.steps_per_epoch == 0:
+                break
+            if self.settings.save_every and self.step % self.settings.save_every == 0:
+                self.check_losses(epoch)
+                self.save(self.last)
+            waiting = time.perf_counter()
+        self.check_losses(epoch)
+        if self.step == self.total_steps or (epoch + 1) % self.settings.eval_every == 0:
+            self.evaluate(epoch)
+        self.save(self.last)
+
+    def train_step(self, batch: Any, *, epoch: int, data_s: float) -> None:
+        """One optimizer step on one global batch."""
+        began = time.perf_counter()
+        # Dropout draws from a generator that depends on the step alone: nothing to save for a resume.
+        torch.manual_seed(hash((self.settings.seed, self.step, self.ranks.rank)) % 2**63)
+        rate = self._set_learning_rate()
+        clips = self.normalise(batch.clips.to(self.ranks.device, non_blocking=True))
+        with torch.autocast(self.ranks.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            prediction = self.network(clips)
+        loss = self.loss(prediction.logits.float(), batch.labels.to(self.ranks.device))
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        limit = self.settings.clip_norm if self.settings.clip_norm is not None else float("inf")
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        steer_width(self.model, prediction.bins, prediction.frames)
+        self.step += 1
+        for message in batch.bad:
+            log.warning("replaced in training: %s", message)
+        ratio = sum(prediction.bins) / (len(prediction.bins) * prediction.frames)
+        self.pending.add(loss.detach(), norm, batch.paths, bins=ratio * prediction.frames, bad=len(batch.bad), data_s=data_s, step_s=time.perf_counter() - began)
+        self.bar.update()
+        if self.step % self.settings.log_every == 0:
+            self.check_losses(epoch, rate)
+
+    def check_losses(self, epoch: int, rate: float | None = None) -> None:
+        """Fetch the losses since the last check (the one wait for the device) and log their mean."""
+        if not self.pending.losses:
+            return
+        values = self.pending.means(self.step)
+        self.pending = _Pending()
+        values["lr"] = self._set_learning_rate() if rate is None else rate
+        if self.model.sgs is not None and self.model.sgs.tracks_width:
+            values["sgs_width"] = self.model.sgs.width.item()
+        self.bar.set_postfix_str(
+            f"loss {values['loss']:.3f} lr {values['lr']:.2g} B' {values['bins']:.1f} data {values['data_s'] * 1e3:.0f}/{values['step_s'] * 1e3:.0f} ms"
+        )
+        if self.log:
+            self.log.write(step=self.step, epoch=epoch, split="train", values=values)
+
+    def evaluate(self, epoch: int) -> None:
+        """Refresh the statistics, validate, and keep the checkpoint if it is the best so far."""
+        if self.settings.statistics_clips:
+            precise_batch_norm(self.model, self._statistics_clips(epoch))
+            calibrate_width(self.model, self._statistics_clips(epoch))
+        values = self.validate()
+        self.model.train()
+        self.bar.write(f"epoch {epoch + 1}/{self.settings.epochs} step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        if self.log:
+            self.log.write(step=self.step, epoch=epoch, split="val", values=values)
+        if values["top1"] > self.best_top1:
+            self.best_top1 = values["top1"]
+            self.save(self.best)
+
+    def save(self, path: Path) -> None:
+        """Write everything that a resume needs, from the main process."""
+        if self.ranks.is_main:
+            state = {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "step": self.step,
+                "best_top1": self.best_top1,
+                **self.identity,
+            }
+            checkpoint.save(state, path)
+        distributed.barrier()
+
+    def resume(self) -> None:
+        """Go on from `last.pt`, if there is one and it was not told otherwise."""
+        if not (self.settings.resume and self.last.exists()):
+            return
+        state = checkpoint.load(self.last)
+        checkpoint.load_weights(self.model, state["model"], self.last)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.best_top1 = state["step"], state["best_top1"]
+        log.info("resuming %s at step %d of %d", self.last, self.step, self.total_steps)
+
+    def _set_learning_rate(self) -> float:
+        factor = self.factor(self.step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
+        return self.optimizer.param_groups[0]["lr"]
+
+    def _statistics_clips(self, epoch: int) -> Iterator[Tensor]:
+        """This process's share of the first `statistics_clips` training clips of an epoch."""
+        wanted = max(1, -(-self.settings.statistics_clips // self.settings.batch_size))
+        for number, batch in enumerate(self.batches(epoch, 0)):
+            if number == wanted:
+                break
+            yield self.normalise(batch.clips.to(self.ranks.device))
+
+
+class _Pending:
+    """Measurements of the steps since the last log line, left on the device until they are needed."""
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+        self.norms: list[Tensor] = []
+        self.paths: list[list[str]] = []
+        self.sums = {"bins": 0.0, "bad": 0.0, "data_s": 0.0, "step_s": 0.0}
+
+    def add(self, loss: Tensor, norm: Tensor, paths: list[str], **values: float) -> None:
+        self.losses.append(loss)
+        self.norms.append(norm)
+        self.paths.append(paths)
+        for name, value in values.items():
+            self.sums[name] += value
+
+    def means(self, step: int) -> dict[str, float]:
+        """Means over the steps, which end at `step`; raises FloatingPointError if a loss is not finite."""
+        losses = torch.stack(self.losses)
+        finite = losses.isfinite().tolist()
+        if not all(finite):
+            first = finite.index(False)
+            raise FloatingPointError(
+                f"the loss is {losses[first].item()} at step {step - len(finite) + first + 1}; lower optimizer.lr or set trainer.clip_norm, then run"
+                f" again from the last checkpoint (clips: {', '.join(self.paths[first][:4])}{', ...' if len(self.paths[first]) > 4 else ''})"
+            )
+        count = len(finite)
+        means = {name: total / count for name, total in self.sums.items() if name != "bad"}
+        return {"loss": losses.mean().item(), "grad_norm": torch.stack(self.norms).mean().item(), "replaced": self.sums["bad"], **means}

@@ -1,0 +1,93 @@
+"""What tools/train.py and tools/test.py have in common: data, network and testing from a config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Sequence
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from atfr.configuration import build
+from atfr.data.dataset import ClipSettings, TestClips
+from atfr.data.loader import test_loader
+from atfr.data.records import Video, VideoSource
+from atfr.data.transforms import Normalizer
+from atfr.engine import distributed, results
+from atfr.engine.accounting import GflopsTable
+from atfr.engine.distributed import Ranks
+from atfr.engine.evaluate import Evaluation, evaluate
+from atfr.engine.train import TrainerSettings, precision_dtype
+from atfr.models.network import VideoNet
+
+
+def load_source(config: DictConfig, ranks: Ranks) -> VideoSource:
+    """The dataset's videos. The main process comes first, since it may have to generate them."""
+    if not ranks.is_main:
+        distributed.barrier()
+    source = build(config.dataset, "dataset")
+    if ranks.is_main:
+        distributed.barrier()
+    return source
+
+
+def clip_settings(config: DictConfig) -> ClipSettings:
+    """`dataset.clip`, checked."""
+    node = OmegaConf.create({"_target_": "atfr.data.dataset.ClipSettings", **OmegaConf.to_container(config.dataset.clip, resolve=True)})
+    return build(node, "dataset.clip")
+
+
+def build_model(config: DictConfig, *, num_classes: int, ranks: Ranks, seed: int = 0) -> VideoNet:
+    """The network of `model`, initialised from the seed, on this process's device."""
+    torch.manual_seed(seed)
+    return build(config.model, "model", num_classes=num_classes).to(ranks.device)
+
+
+def gflops_table(model: VideoNet, clip: ClipSettings) -> GflopsTable:
+    return GflopsTable(model, (3, clip.frames, clip.crop_size, clip.crop_size))
+
+
+def run_views(
+    model: VideoNet, videos: Sequence[Video], clip: ClipSettings, *, views: int, crops: int, settings: TrainerSettings, ranks: Ranks, title: str
+) -> Evaluation:
+    """Evaluate `views` x `crops` clips of each video, over all processes."""
+    loader = test_loader(
+        TestClips(videos, clip, views=views, crops=crops),
+        batch_size=ranks.share(settings.batch_size),
+        rank=ranks.rank,
+        world=ranks.world,
+        workers=settings.workers,
+        timeout_s=settings.timeout_s,
+        pin_memory=ranks.device.type == "cuda",
+    )
+    normalise = Normalizer(clip.mean, clip.std).to(ranks.device)
+    precision = precision_dtype(settings.precision, ranks.device)
+    return evaluate(model, loader, normalise=normalise, ranks=ranks, precision=precision, title=title)
+
+
+def test_and_report(
+    model: VideoNet, source: VideoSource, clip: ClipSettings, *, settings: TrainerSettings, ranks: Ranks, folder: Path, checkpoint: Path
+) -> None:
+    """Test with all views; write `results.json` and `predictions.csv`, and print the table."""
+    evaluation = run_views(model, source.test, clip, views=clip.views, crops=clip.crops, settings=settings, ranks=ranks, title="test")
+    if not ranks.is_main:
+        return
+    table = gflops_table(model, clip)
+    protocol: dict[str, Any] = {
+        "frames": clip.frames,
+        "stride": clip.stride,
+        "views": clip.views,
+        "crops": clip.crops,
+        "crop_size": clip.crop_size,
+        "short_side": clip.test_short_side,
+        "dataset": source.name,
+        "split": "test",
+        "checkpoint": str(checkpoint),
+        **source.notes,
+    }
+    summary = results.summarise(evaluation, table, protocol=protocol)
+    results.write_results(summary, folder)
+    results.write_predictions(evaluation, table, folder, class_names=source.class_names)
+    for path, reason in evaluation.failed.items():
+        print(f"failed: {path}: {reason}")
+    print(results.as_table(summary, folder=folder))

@@ -1,0 +1,41 @@
+"""Print a network's parameters, dense GFLOPs and GFLOPs by B' for one clip.
+
+    python tools/flops.py model=x3d_sgs model.size=M
+    python tools/flops.py model=x3d_sgs dataset=synthetic json=true
+"""
+
+from __future__ import annotations
+
+import json
+
+import hydra
+import torch
+from omegaconf import DictConfig
+
+from atfr import jobs
+from atfr.configuration import one_line_errors
+from atfr.engine.accounting import CONVENTION
+from atfr.engine.distributed import Ranks
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="flops")
+@one_line_errors
+def main(config: DictConfig) -> None:
+    clip = jobs.clip_settings(config)
+    model = jobs.build_model(config, num_classes=config.num_classes, ranks=Ranks(0, 1, torch.device("cpu")))
+    table = jobs.gflops_table(model, clip)
+    params = sum(parameter.numel() for parameter in model.parameters())
+    by_bins = {bins: table.at(bins) for bins in range(1, (table.frames or 0) + 1)}
+    if config.json:
+        print(json.dumps({"params": params, "dense_gflops": table.dense, "gflops_by_bins": by_bins}))
+        return
+    print(f"clip          {clip.frames} frames, {clip.crop_size} x {clip.crop_size}")
+    print(f"parameters    {params:,}")
+    print(f"dense GFLOPs  {table.dense:.4f}")
+    for bins, cost in by_bins.items():
+        print(f"B' = {bins:<3}      {cost:.4f}  ({cost / table.dense:.0%} of dense)")
+    print(CONVENTION)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Test a checkpoint with several views of each video.
+
+    python tools/test.py checkpoint=runs/default/checkpoints/best.pt
+    python tools/test.py checkpoint=... dataset.clip.views=10 model.sgs.num_bins=8
+
+Writes results.json and predictions.csv into the checkpoint's run folder, or into
+trainer.output_dir. The config is the one that the checkpoint was trained with; overrides change it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from atfr import jobs
+from atfr.configuration import build, one_line_errors
+from atfr.engine import checkpoint, distributed
+from atfr.engine.train import TrainerSettings
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="test")
+@one_line_errors
+def main(config: DictConfig) -> None:
+    path = Path(config.checkpoint)
+    state = checkpoint.load(path)
+    config = with_overrides(state, config)
+    settings: TrainerSettings = build(config.trainer, "trainer")
+    ranks = distributed.start(accelerator=settings.accelerator, devices=settings.devices)
+    try:
+        clip = jobs.clip_settings(config)
+        source = jobs.load_source(config, ranks)
+        if list(source.class_names) != state["class_names"]:
+            raise ValueError(
+                f"checkpoint {path} was trained for {len(state['class_names'])} classes ({', '.join(state['class_names'][:3])}, ...),"
+                f" dataset {source.name} has {len(source.class_names)} ({', '.join(source.class_names[:3])}, ...)"
+            )
+        model = jobs.build_model(config, num_classes=len(source.class_names), ranks=ranks)
+        checkpoint.load_weights(model, state["model"], path)
+        jobs.test_and_report(model, source, clip, settings=settings, ranks=ranks, folder=Path(settings.output_dir), checkpoint=path)
+    finally:
+        distributed.stop()
+
+
+def with_overrides(state: dict[str, Any], composed: DictConfig) -> DictConfig:
+    """The checkpoint's own config with what this command overrides taken from the composed one."""
+    config = OmegaConf.create(state["config"])
+    config.trainer.output_dir = str(Path(composed.checkpoint).parent.parent)
+    config.trainer.devices, config.trainer.accelerator = None, "auto"
+    for override in sorted(given_overrides(HydraConfig.get().overrides.task), key=lambda override: "." in override):
+        key = override.split("@")[0].replace("/", ".")
+        if key != "checkpoint":
+            OmegaConf.update(config, key, OmegaConf.select(composed, key), merge=False, force_add=True)
+    return config
+
+
+def given_overrides(arguments: list[str]) -> list[str]:
+    """The keys that a command line overrides, groups among them."""
+    overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
+    return [override.key_or_group for override in OverridesParser.create().parse_overrides(overrides)]
+
+
+def compose_like_the_checkpoint(arguments: list[str]) -> list[str]:
+    """Let hydra compose from the config groups that the checkpoint was trained with."""
+    paths = [argument.partition("=")[2] for argument in arguments if argument.startswith("checkpoint=")]
+    if not paths or not Path(paths[0]).is_file():
+        return []
+    try:
+        chosen = checkpoint.load(Path(paths[0]))["choices"]
+    except ValueError:
+        return []  # main says what is wrong with it
+    given = given_overrides(arguments)
+    return [f"{group}={choice}" for group, choice in chosen.items() if group not in given]
+
+
+if __name__ == "__main__":
+    sys.argv[1:1] = compose_like_the_checkpoint(sys.argv[1:])
+    main()

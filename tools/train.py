@@ -1,0 +1,90 @@
+"""Train a video network and test its best checkpoint.
+
+    python tools/train.py                                  # built-in data, a tiny X3D with SGS
+    python tools/train.py dataset=kinetics400 model=x3d_sgs dataset.root=/data/k400
+    torchrun --nproc_per_node=2 tools/train.py ...         # several processes, the same result
+
+The same command run again goes on from where it stopped. Options: configs/train.yaml.
+"""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from atfr import jobs
+from atfr.configuration import build, choices, one_line_errors, run_folder
+from atfr.data.dataset import TrainClips
+from atfr.data.loader import TrainSampler, train_loader
+from atfr.data.transforms import Normalizer
+from atfr.engine import checkpoint, distributed
+from atfr.engine.results import accuracy
+from atfr.engine.run_folder import claim_folder
+from atfr.engine.train import TrainerSettings, Training
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="train")
+@one_line_errors
+def main(config: DictConfig) -> None:
+    settings: TrainerSettings = build(config.trainer, "trainer")
+    ranks = distributed.start(accelerator=settings.accelerator, devices=settings.devices)
+    try:
+        train_and_test(config, settings, ranks)
+    finally:
+        distributed.stop()
+
+
+def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distributed.Ranks) -> None:
+    folder = run_folder(settings.output_dir)
+    clip = jobs.clip_settings(config)
+    source = jobs.load_source(config, ranks)
+    model = jobs.build_model(config, num_classes=len(source.class_names), ranks=ranks, seed=settings.seed)
+    plain = OmegaConf.to_container(config, resolve=True)
+    if ranks.is_main:
+        claim_folder(folder, plain, resume=settings.resume)
+    distributed.barrier()
+
+    sampler = TrainSampler(
+        len(source.train), seed=settings.seed, global_batch=settings.batch_size, rank=ranks.rank, world=ranks.world
+    )
+    loader = train_loader(
+        TrainClips(source.train, clip, seed=settings.seed),
+        sampler=sampler,
+        workers=settings.workers,
+        timeout_s=settings.timeout_s,
+        pin_memory=ranks.device.type == "cuda",
+    )
+
+    def batches(epoch: int, start: int):
+        sampler.set_epoch(epoch, start)
+        return loader
+
+    def validate() -> dict[str, float]:
+        evaluation = jobs.run_views(
+            model, source.val, clip, views=1, crops=1, settings=settings, ranks=ranks, title="validate"
+        )
+        bins = [view.bins for view in evaluation.views]
+        return {**accuracy(evaluation.views), "bins": sum(bins) / len(bins), "failed": len(evaluation.failed)}
+
+    training = Training(
+        model=model,
+        optimizer=build(config.optimizer, "optimizer", model=model),
+        learning_rate_factor=build(config.schedule, "schedule"),
+        batches=batches,
+        steps_per_epoch=len(sampler),
+        validate=validate,
+        normalise=Normalizer(clip.mean, clip.std).to(ranks.device),
+        settings=settings,
+        ranks=ranks,
+        folder=folder,
+        identity={"config": plain, "choices": choices(), "class_names": list(source.class_names)},
+    )
+    training.run()
+    if settings.test:
+        best = training.best
+        checkpoint.load_weights(model, checkpoint.load(best)["model"], best)
+        jobs.test_and_report(model, source, clip, settings=settings, ranks=ranks, folder=folder, checkpoint=best)
+
+
+if __name__ == "__main__":
+    main()
