@@ -108,9 +108,9 @@ class SGS(nn.Module):
         return self.options.scale == "absolute" and self.options.width is None
 
     def embed(self, x: Tensor) -> Tensor:
-        """z [N, T, D] of features [N, C, T, H, W], in float32 even under autocast."""
+        """z [N, T, D] of features [N, C, T, H, W], in float32 even under autocast (float64 stays)."""
         with torch.autocast(x.device.type, enabled=False):
-            return self.embedding(x.float())
+            return self.embedding(x.to(torch.promote_types(x.dtype, torch.float32)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Weights [N, B, T] in float32 and the lengths B' of the clips as plain integers."""
@@ -127,21 +127,21 @@ class SGS(nn.Module):
             order=o.order,
             width=self.width if o.scale == "absolute" else None,
         )
-        finite = z.isfinite().all(dim=2).all(dim=1)
+        # A NaN is looked for in x, too: batch norm spreads it to the z of every clip.
+        finite = x.sum(dim=(1, 2, 3, 4), dtype=torch.float32).isfinite()
         # The one synchronisation of a batch: everything the host must know crosses together.
-        *kept, unset = torch.cat([lengths.where(finite, 0), self._width_unset(lengths)]).tolist()
+        unset = self.width.isnan() if o.scale == "absolute" else torch.zeros_like(finite[0])
+        flags = torch.stack([unset, ~z.isfinite().all()])
+        *kept, unset, spoilt = torch.cat([lengths.where(finite, 0), flags]).tolist()
         if unset:
             raise ValueError(
                 f"SGS after {o.after!r} has no bin width yet: calibrate it, load a trained checkpoint, or set model.sgs.width"
             )
         if 0 in kept:
             raise ValueError(f"SGS after {o.after!r}: the features of clip {kept.index(0)} of the batch hold a NaN or an infinity")
+        if spoilt:
+            raise ValueError(f"SGS after {o.after!r}: the similarity embedding holds a NaN or an infinity")
         return weights, tuple(kept)
-
-    def _width_unset(self, like: Tensor) -> Tensor:
-        if self.options.scale != "absolute":
-            return like.new_zeros(1)
-        return self.width.isnan().to(like.dtype).reshape(1)
 
     @torch.no_grad()
     def steer(self, mean_ratio: Tensor, *, gain: float = 0.1) -> None:
@@ -162,10 +162,12 @@ def aggregate(x: Tensor, weights: Tensor, lengths: tuple[int, ...]) -> Tensor:
 
     x [N, C, T, H, W], weights [N, B, T] (kept bins first) -> [1, C, M = sum B', H, W].
     """
-    n, c, _, h, w = x.shape
+    n, c, t, h, w = x.shape
     longest = max(lengths)
-    bins = torch.matmul(weights[:, None, :longest].to(x.dtype), x.flatten(3))  # [N, C, longest, HW]
-    bins = bins.transpose(0, 1).reshape(c, n * longest, h * w)
+    # Expanded by hand: fvcore leaves the channels out when it counts a broadcast matmul.
+    mix = weights[:, None, :longest].to(x.dtype).expand(n, c, longest, t).reshape(n * c, longest, t)
+    bins = torch.bmm(mix, x.reshape(n * c, t, h * w))  # [N C, longest, HW]
+    bins = bins.view(n, c, longest, h * w).transpose(0, 1).reshape(c, n * longest, h * w)
     if min(lengths) < longest:
         kept = [i * longest + b for i, length in enumerate(lengths) for b in range(length)]
         bins = bins.index_select(1, torch.tensor(kept, device=x.device))

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
+from pytorchvideo.layers.swish import Swish
+from pytorchvideo.models.x3d import create_x3d
 from torch import nn
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", FutureWarning)  # its use of torch.jit.script is not ours to mend
-    from pytorchvideo.layers.swish import Swish
-    from pytorchvideo.models.x3d import create_x3d
 
 from atfr.models.network import VideoNet
 from atfr.models.sgs_layer import SGSOptions

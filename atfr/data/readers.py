@@ -1,0 +1,248 @@
+"""The two libraries that decode videos, behind one small interface.
+
+A reader opens a file in its constructor, says how many frames to expect in `num_frames`, and `read(wanted,
+short_side)` gives back the frames at the positions `wanted` (sorted, in order of display). Nothing is kept open
+between calls by PyAV, and no reader may live through a fork.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from atfr.data.records import VideoError
+
+# What a read gives back: the frames found, by position, and the true number of frames if the read met the end. The
+# last frame that decodes is then among the frames, wanted or not.
+Found = tuple[dict[int, np.ndarray], "int | None"]
+
+# A decoder's error this close to the end of the file is the end of the video; before that the video is bad.
+_TAIL_SHARE = 0.1
+# Seeking pays only when it saves decoding this many frames.
+_WORTH_SEEKING = 8
+# MPEG-4 clips of the DivX era pack two frames into one packet and follow it with a placeholder of a few bytes, which
+# has a timestamp but no frame; such files are counted from the start, never sought in.
+_PLACEHOLDER_BYTES = 16
+
+
+class Unsupported(VideoError):
+    """The library, not the file, is at fault: another one may read it."""
+
+
+def scaled_size(width: int, height: int, short_side: int | None) -> tuple[int, int]:
+    """(width, height) with the shorter side reduced to `short_side` pixels, aspect kept; never enlarged."""
+    if short_side is None or short_side >= min(width, height):
+        return width, height
+    scale = short_side / min(width, height)
+    return round(width * scale), round(height * scale)
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, without line breaks and not longer than a line."""
+    # FFmpeg's errors have a plain message beside one with error number, function and path.
+    text = getattr(error, "strerror", None) or str(error)
+    return " ".join(text.split())[:200] or type(error).__name__
+
+
+class _Keyframe(NamedTuple):
+    position: int  # in order of display
+    packet: int  # in order of decoding
+    pts: int
+
+
+class AvVideo:
+    """A file read with PyAV, one thread: frame threading can hang in FFmpeg on damaged files."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            import av
+        except (ImportError, OSError) as error:
+            raise Unsupported(path, f"PyAV is missing ({one_line(error)})") from error
+        self.av = av
+        self.path = path
+        av.logging.set_level(av.logging.PANIC)
+        self._index()
+
+    @contextmanager
+    def _open(self) -> Iterator[tuple[Any, Any]]:
+        """The open container and its video stream. Whatever FFmpeg finds wrong becomes a VideoError."""
+        try:
+            # Titles in other encodings than UTF-8 are common in old AVI files.
+            with self.av.open(self.path, metadata_errors="replace") as container:
+                # The cover picture of an audio file is a video stream, too.
+                streams = [s for s in container.streams.video if "attached_pic" not in str(s.disposition)]
+                if not streams:
+                    raise VideoError(self.path, "it has no video stream")
+                if streams[0].codec_context is None:
+                    raise Unsupported(self.path, "PyAV has no decoder for it")
+                streams[0].thread_type = "NONE"
+                streams[0].codec_context.thread_count = 1
+                yield container, streams[0]
+        except self.av.error.DecoderNotFoundError as error:
+            raise Unsupported(self.path, f"PyAV has no decoder for it ({one_line(error)})") from error
+        except (self.av.error.FFmpegError, OSError, UnicodeError) as error:
+            raise VideoError(self.path, one_line(error)) from error
+
+    def _index(self) -> None:
+        """Counts the packets and their timestamps, without decoding: what a container announces is often wrong."""
+        packets = []
+        with self._open() as (container, stream):
+            codec = stream.codec_context.name
+            try:
+                for packet in container.demux(stream):
+                    # The last packet is an empty one that flushes; discarded ones lie outside the edit list.
+                    if packet.size and not packet.is_discard:
+                        packets.append((packet.pts, packet.is_keyframe, packet.size))
+            except self.av.error.FFmpegError:
+                if not packets:
+                    raise
+        self.num_frames = len(packets)
+        if not packets:
+            raise VideoError(self.path, "it has a video stream, but no frames")
+
+        pts = [packet[0] for packet in packets]
+        packed = codec == "mpeg4" and min(packet[2] for packet in packets) <= _PLACEHOLDER_BYTES
+        self.keyframes: list[_Keyframe] = []
+        self.positions: dict[int, int] = {}
+        if not packed and None not in pts and len(set(pts)) == len(pts):
+            self.positions = {value: position for position, value in enumerate(sorted(pts))}
+            self.keyframes = sorted(
+                _Keyframe(self.positions[value], number, value)
+                for number, (value, is_key, _) in enumerate(packets)
+                if is_key
+            )
+
+    def read(self, wanted: list[int], short_side: int | None) -> Found:
+        before = [key for key in self.keyframes if key.position <= wanted[0]]
+        if before and before[-1].position >= _WORTH_SEEKING:
+            found = self._collect(wanted, short_side, before[-1])
+            if found is not None:
+                return found
+        found = self._collect(wanted, short_side, None)
+        assert found is not None  # counting from the start cannot lose its place
+        return found
+
+    def _collect(self, wanted: list[int], short_side: int | None, key: _Keyframe | None) -> Found | None:
+        """Decodes from `key` (or the start) up to the last frame wanted.
+
+        After a seek a frame is known by its timestamp; None if the timestamps do not lead from frame to frame.
+        """
+        missing = set(wanted)
+        to_array = _Scaler(self.av, short_side)
+        frames: dict[int, np.ndarray] = {}
+        position, frame = -1, None
+        with self._open() as (container, stream):
+            if key is not None:
+                container.seek(key.pts, stream=stream)
+            for frame in self._decode(container, stream, packet=key.packet if key else 0):
+                if key is None:
+                    position += 1
+                else:
+                    here = self.positions.get(frame.pts)
+                    # Frames shown before the keyframe may have holes; from there on each must follow the other.
+                    if here is None or not position < here <= max(position + 1, key.position):
+                        return None
+                    position = here
+                if position in missing:
+                    frames[position] = to_array(frame)
+                    missing.discard(position)
+                    if not missing:
+                        return frames, None
+            if frame is None:
+                return None if key else ({}, 0)
+            if position not in frames:
+                frames[position] = to_array(frame)
+        return frames, position + 1
+
+    def _decode(self, container: Any, stream: Any, *, packet: int) -> Iterator[Any]:
+        try:
+            for data in container.demux(stream):
+                yield from data.decode()
+                packet += 1
+        except self.av.error.FFmpegError as error:
+            if packet < (1 - _TAIL_SHARE) * self.num_frames:
+                reason = f"packet {packet + 1} of {self.num_frames} cannot be decoded ({one_line(error)})"
+                raise VideoError(self.path, reason) from error
+
+
+class _Scaler:
+    """Turns decoded frames into upright RGB arrays of one size.
+
+    One scaler for a whole read: `frame.reformat` sets up a new one, with threads, for every frame, and that costs as
+    much as decoding small videos does.
+    """
+
+    def __init__(self, av: Any, short_side: int | None) -> None:
+        self._short_side = short_side
+        self._size: tuple[int, int] | None = None  # the first frame's; a stream may change its own on the way
+        self._reformat = av.video.reformatter.VideoReformatter().reformat
+        self._threads = {"threads": 1}
+
+    def __call__(self, frame: Any) -> np.ndarray:
+        """uint8 [H, W, 3]."""
+        self._size = self._size or scaled_size(frame.width, frame.height, self._short_side)
+        width, height = self._size
+        try:
+            scaled = self._reformat(frame, width=width, height=height, format="rgb24", **self._threads)
+        except TypeError:  # PyAV before 17 has no such argument, and one thread only
+            self._threads = {}
+            scaled = self._reformat(frame, width=width, height=height, format="rgb24")
+        # Degrees counter-clockwise, from the container's display matrix: phones store portrait videos lying down.
+        turns = round(getattr(frame, "rotation", 0) / 90) % 4
+        array = scaled.to_ndarray()
+        return np.rot90(array, turns) if turns else array
+
+
+class DecordVideo:
+    """A file read with decord, strictly frame after frame: its random access is neither exact nor safe."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            import decord
+        except (ImportError, OSError) as error:
+            raise Unsupported(path, f"decord is missing ({one_line(error)})") from error
+        decord.logging.set_level(decord.logging.QUIET)  # what is wrong is in the exception
+        self.path = path
+        self.errors = (RuntimeError, decord.DECORDError)
+        try:
+            # Opened here and not before: a reader that lives through a fork hangs in the worker.
+            self.reader = decord.VideoReader(path, num_threads=1)
+            self.num_frames = len(self.reader)
+        except self.errors as error:
+            raise VideoError(path, f"decord: {one_line(error)}") from error
+        if self.num_frames == 0:
+            raise VideoError(path, "it has a video stream, but no frames")
+
+    def read(self, wanted: list[int], short_side: int | None) -> Found:
+        frames: dict[int, np.ndarray] = {}
+        position, frame = -1, None
+        try:
+            self.reader.seek(0)
+            while position < wanted[-1]:
+                frame = self.reader.next()
+                position += 1
+                if position in wanted:
+                    frames[position] = _resize(frame.asnumpy(), short_side)
+        except StopIteration:
+            if frame is not None:
+                frames[position] = _resize(frame.asnumpy(), short_side)
+            return frames, position + 1
+        except self.errors as error:
+            raise VideoError(self.path, f"decord: {one_line(error)}") from error
+        return frames, None
+
+
+def _resize(array: np.ndarray, short_side: int | None) -> np.ndarray:
+    """decord could decode at the target size, but fails on some sizes ("the size must exactly match")."""
+    import torch
+    from torchvision.transforms.v2 import functional as F
+
+    height, width = array.shape[:2]
+    width, height = scaled_size(width, height, short_side)
+    if (height, width) == array.shape[:2]:
+        return array
+    image = F.resize(torch.from_numpy(array).permute(2, 0, 1), [height, width], antialias=True)
+    return image.permute(1, 2, 0).numpy()

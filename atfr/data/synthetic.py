@@ -1,0 +1,208 @@
+"""The built-in dataset `synthetic`: the scenes of `synthetic_scene.py`, written once as H.264 files.
+
+    root/dataset.json                 format version and all parameters; there only when all the rest is
+    root/train.csv, root/test.csv     path,label: paths relative to root, labels are class names
+    root/truth.csv                    what is true of each video: phase starts, busyness, amount of change
+    root/<split>/<class>/<id>.mp4     H.264, yuv420p
+
+Video i of a split depends on (seed, split, i) and the scene's parameters alone, so neither the number of
+worker processes nor an interruption changes the data.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import operator
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+from tqdm import tqdm
+
+from atfr.data.synthetic_scene import CLASSES, DWELLS, PHASES, SPLITS, Timeline, Truth, check_scene, render
+
+__all__ = ["CLASSES", "DWELLS", "PHASES", "SPLITS", "Timeline", "Truth", "generate", "render", "write_video"]
+
+VERSION = 1  # raise it with every change to scenes or encoding: old folders are then told apart
+FPS = 16
+MARKER = "dataset.json"
+UNFINISHED = "unfinished.json"  # stands in for the marker while files are being written
+TRUTH_COLUMNS = ("path", "label", "phase_starts", "end", "busyness", "change", "changed_steps")
+
+_CRF = 20
+_KEYFRAME_EVERY = 12  # frames: a read from the middle decodes at most this many for nothing
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """Everything that decides what the files hold."""
+
+    version: int
+    seed: int
+    train: int
+    test: int
+    size: int
+    frames: int
+    dwell: str
+
+
+def generate(
+    root: Path | str,
+    *,
+    seed: int = 0,
+    train: int = 2000,
+    test: int = 400,
+    size: int = 56,
+    frames: int = 36,
+    dwell: str = "uneven",
+    workers: int | None = None,
+) -> None:
+    """Write the dataset to `root`; if it is there already, return at once.
+
+    - `train`, `test`: number of videos; the classes have equal shares (counts differ by one at most).
+    - `size`: height and width in pixels. `frames`: length of a video; every window of 31 frames (a clip
+      of 16 at stride 2) shows all phases.
+    - `dwell`: "uneven" (one phase often lasts most of the clip) or "even" (all last equally long).
+    - `workers`: processes; None takes one a CPU core, 1 works in the calling process.
+
+    A run that was killed goes on where it stopped. Raises ValueError for an argument out of range and for
+    a root that holds a dataset with other parameters.
+    """
+    spec = _checked_spec(seed=seed, train=train, test=test, size=size, frames=frames, dwell=dwell)
+    workers = _cores() if workers is None else _integer("workers", workers, least=1)
+    root = Path(root).expanduser()
+    if _is_complete(root, spec):
+        return
+
+    root.mkdir(parents=True, exist_ok=True)
+    _write_atomically(root / UNFINISHED, json.dumps(asdict(spec), indent=1) + "\n")
+    for split in SPLITS:
+        for name in CLASSES:
+            (root / split / name).mkdir(parents=True, exist_ok=True)
+    jobs = [(root, spec, split, index) for split in SPLITS for index in range(getattr(spec, split))]
+    rows = list(tqdm(_run(jobs, workers), total=len(jobs), desc=f"synthetic -> {root}", unit="video"))
+    for split in SPLITS:
+        listed = [row[:2] for row in rows if row[0].startswith(f"{split}/")]
+        _write_csv(root / f"{split}.csv", ("path", "label"), listed)
+    _write_csv(root / "truth.csv", TRUTH_COLUMNS, rows)
+    _write_atomically(root / MARKER, json.dumps(asdict(spec), indent=1) + "\n")
+    (root / UNFINISHED).unlink(missing_ok=True)
+
+
+def write_video(path: Path, pixels: np.ndarray) -> None:
+    """Encode uint8 RGB frames [T, H, W, 3] (H and W even) as H.264; `path` appears only when complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # bitexact leaves out the encoder's version string, the only thing that is not the pictures' doing
+        with av.open(str(temporary), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+            stream = container.add_stream("libx264", rate=FPS)
+            stream.height, stream.width = pixels.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            stream.gop_size = _KEYFRAME_EVERY
+            # One thread: the others encode other videos, and the bytes do not depend on the machine's cores.
+            stream.options = {"crf": str(_CRF), "preset": "veryfast", "bf": "0", "threads": "1", "flags": "+bitexact"}
+            for frame in pixels:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _make(job: tuple[Path, _Spec, str, int]) -> tuple[str, ...]:
+    """Make one video unless it is there; its row of truth.csv."""
+    root, spec, split, index = job
+    # Drawn even if the file is there: truth.csv needs what is known about it, and drawing is quick.
+    pixels, label, truth = render(
+        index, seed=spec.seed, split=split, size=spec.size, frames=spec.frames, dwell=spec.dwell
+    )
+    relative = f"{split}/{CLASSES[label]}/{index:05d}.mp4"
+    if not (root / relative).exists():
+        write_video(root / relative, pixels)
+    starts = " ".join(str(start) for start in truth.timeline.starts)
+    return (
+        relative,
+        CLASSES[label],
+        starts,
+        str(truth.timeline.end),
+        f"{truth.busyness:.4f}",
+        f"{truth.change:.4f}",
+        str(truth.changed_steps),
+    )
+
+
+def _run(jobs: list[tuple[Path, _Spec, str, int]], workers: int) -> Iterator[tuple[str, ...]]:
+    """Rows in the order of the jobs."""
+    if workers == 1:
+        yield from map(_make, jobs)
+        return
+    # Spawned, since a fork of a process in which torch has started its threads can hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+        yield from pool.map(_make, jobs, chunksize=max(1, min(16, len(jobs) // workers)))
+
+
+def _checked_spec(**parameters: object) -> _Spec:
+    counts = {
+        name: _integer(name, parameters[name], least=least)
+        for name, least in (("seed", 0), ("train", 1), ("test", 1), ("size", 1), ("frames", 1))
+    }
+    check_scene(counts["size"], counts["frames"], parameters["dwell"])
+    return _Spec(version=VERSION, dwell=parameters["dwell"], **counts)
+
+
+def _integer(name: str, value: object, *, least: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return number
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _is_complete(root: Path, spec: _Spec) -> bool:
+    """Whether `root` holds the whole dataset; a ValueError if it holds something else."""
+    way_out = "give another root or delete this folder"
+    for name in (MARKER, UNFINISHED):
+        try:
+            found = json.loads((root / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            raise ValueError(f"{root / name} cannot be read as a dataset's parameters; {way_out}") from error
+        for key, wanted in asdict(spec).items():
+            if not isinstance(found, dict) or found.get(key) != wanted:
+                has = found.get(key) if isinstance(found, dict) else None
+                raise ValueError(f"{root} holds a synthetic dataset with {key}={has!r}, not {wanted!r}; {way_out}")
+        return name == MARKER
+    # Without a record of the parameters, files that are here already could be anything.
+    taken = next((name for name in (*SPLITS, "train.csv", "test.csv") if (root / name).exists()), None)
+    if taken is not None:
+        raise ValueError(f"{root} holds {taken} but no {MARKER}: not a synthetic dataset; {way_out}")
+    return False
+
+
+def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+    os.replace(temporary, path)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,140 @@
+"""What happens to the frames of a clip once they are read. Everything stays uint8 until the Normalizer.
+
+Randomness comes in as a numpy Generator and nothing else is read, so a clip's augmentation is a function of that
+generator's seed. All frames of a clip get the same parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as F
+
+from atfr.data.readers import scaled_size
+
+
+class TrainTransform:
+    """Random scale, random crop and random horizontal flip of one clip.
+
+    With `scale` (least and greatest share of the frame's area) the crop is torchvision's RandomResizedCrop with
+    aspect ratios in `ratio`; without it, the shorter side is set to a random length in `short_side` (lo, hi; pixels,
+    both included) and a square of `crop_size` is cut out at random. `flip` is a probability.
+    """
+
+    def __init__(
+        self,
+        *,
+        crop_size: int,
+        short_side: tuple[int, int],
+        scale: tuple[float, float] | None = None,
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+    ) -> None:
+        self.crop_size = crop_size
+        self.short_side = short_side
+        self.scale = scale
+        self.ratio = ratio
+        self.flip = flip
+
+    def draw_short_side(self, rng: np.random.Generator) -> int:
+        """The shorter side of this clip, in pixels, so that the decoder can scale the frames to it."""
+        low, high = self.short_side
+        # A resized crop scales for itself; it should start from as many pixels as are kept.
+        return high if self.scale is not None else int(rng.integers(low, high + 1))
+
+    def __call__(self, frames: Tensor, *, short_side: int, rng: np.random.Generator) -> Tensor:
+        """uint8 [T, C, H, W] -> uint8 [C, T, crop_size, crop_size]."""
+        size = self.crop_size
+        if self.scale is None:
+            frames = resize_short_side(frames, short_side)
+            top = int(rng.integers(frames.shape[-2] - size + 1))
+            left = int(rng.integers(frames.shape[-1] - size + 1))
+            frames = frames[..., top : top + size, left : left + size]
+        else:
+            top, left, height, width = _random_box(frames.shape[-2:], scale=self.scale, ratio=self.ratio, rng=rng)
+            frames = F.resized_crop(frames, top, left, height, width, [size, size], antialias=True)
+        return _to_clip(frames, flip=rng.random() < self.flip)
+
+
+def test_crops(frames: Tensor, *, short_side: int, crop_size: int, crops: int) -> list[Tensor]:
+    """The square crops a video is tested on: uint8 [T, C, H, W] -> `crops` times uint8 [C, T, crop_size, crop_size].
+
+    The shorter side is set to `short_side` pixels. One crop is the centre; three are left, centre and right of a
+    landscape video, top, centre and bottom of a portrait one.
+    """
+    if crops not in (1, 3):
+        raise ValueError(f"crops is {crops}, it must be 1 or 3")
+    if crop_size > short_side:
+        raise ValueError(f"crop_size is {crop_size}, more than short_side {short_side}")
+    frames = resize_short_side(frames, short_side)
+    room_h, room_w = frames.shape[-2] - crop_size, frames.shape[-1] - crop_size
+    corners = [(room_h // 2, room_w // 2)]
+    if crops == 3:
+        along_width = frames.shape[-1] >= frames.shape[-2]
+        ends = [(room_h // 2, 0), (room_h // 2, room_w)] if along_width else [(0, room_w // 2), (room_h, room_w // 2)]
+        corners = [ends[0], *corners, ends[1]]
+    return [_to_clip(frames[..., top : top + crop_size, left : left + crop_size]) for top, left in corners]
+
+
+# pytest would take the function above for a test wherever it is imported.
+test_crops.__test__ = False  # type: ignore[attr-defined]
+
+
+def resize_short_side(frames: Tensor, short_side: int) -> Tensor:
+    """uint8 [T, C, H, W] with the shorter side set to `short_side` pixels, larger or smaller, aspect kept."""
+    height, width = frames.shape[-2:]
+    if min(height, width) == short_side:
+        return frames
+    if min(height, width) > short_side:
+        width, height = scaled_size(width, height, short_side)
+    else:
+        scale = short_side / min(height, width)
+        width, height = round(width * scale), round(height * scale)
+    return F.resize(frames, [height, width], antialias=True)
+
+
+class Normalizer(nn.Module):
+    """uint8 [N, C, T, H, W] on any device -> float32, (x / 255 - mean) / std for each channel."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        centre = torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1, 1)
+        spread = torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1, 1)
+        # Not persistent: they are settings, a checkpoint must not bring other ones along.
+        self.register_buffer("gain", 1 / (255 * spread), persistent=False)
+        self.register_buffer("offset", -centre / spread, persistent=False)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        # Autocast leaves these alone, and the result is float32 whatever the model runs in.
+        return torch.addcmul(self.offset, clips.to(self.gain.dtype), self.gain)
+
+
+def _random_box(
+    size: Sequence[int], *, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """A box (top, left, height, width) of random area and aspect ratio that lies inside `size` (height, width)."""
+    full_height, full_width = size
+    for _ in range(10):
+        area = full_height * full_width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        height, width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < height <= full_height and 0 < width <= full_width:
+            top = int(rng.integers(full_height - height + 1))
+            left = int(rng.integers(full_width - width + 1))
+            return top, left, height, width
+    # Frames much longer than wide: the largest centred box whose aspect ratio is allowed.
+    width = min(full_width, round(full_height * ratio[1]))
+    height = min(full_height, round(full_width / ratio[0]))
+    return (full_height - height) // 2, (full_width - width) // 2, height, width
+
+
+def _to_clip(frames: Tensor, *, flip: bool = False) -> Tensor:
+    """[T, C, H, W] -> [C, T, H, W] in one block, so that batches can be stacked and pinned."""
+    # numpy copies in one thread. Torch spreads even such a small copy over all cores, which on a busy machine makes
+    # the whole transform a hundred times slower (measured: 64 against 6700 clips/s).
+    array = frames.numpy().transpose(1, 0, 2, 3)
+    return torch.from_numpy(np.ascontiguousarray(array[..., ::-1] if flip else array))

@@ -1,0 +1,61 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    random.seed(0)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # the networks are small, and the tests run in parallel
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of real clips and annotations, where there is one."""
+    folder = os.environ.get("ATFR_TEST_DATA")
+    if not folder:
+        pytest.skip("ATFR_TEST_DATA does not name a folder of real videos")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def small_videos(tmp_path_factory) -> Path:
+    """Twelve tiny videos of two classes: a bright square that moves to the right, or downwards.
+
+    Lists train.csv (8) and test.csv (4), with class names.
+    """
+    root = tmp_path_factory.mktemp("small videos")
+    lists: dict[str, list[str]] = {"train": [], "test": []}
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        label = ("right", "down")[i % 2]
+        frames = rng.integers(0, 40, (24, 48, 64, 3), dtype=np.uint8)
+        for t, frame in enumerate(frames):
+            x, y = (2 * t, 16) if label == "right" else (24, t)
+            frame[y : y + 12, x : x + 12] = 230
+        name = f"{label} {i}.mp4"
+        write_video(root / name, frames)
+        lists["train" if i < 8 else "test"].append(f"{name},{label}")
+    for split, lines in lists.items():
+        (root / f"{split}.csv").write_text("path,label\n" + "\n".join(lines) + "\n")
+    return root
+
+
+def write_video(path: Path, frames: np.ndarray) -> None:
+    """uint8 [T, H, W, 3] -> an H.264 file."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())

@@ -1,0 +1,93 @@
+"""GFLOPs by B' against direct analyses, a second counter and published figures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fvcore.nn import FlopCountAnalysis
+from torch.utils.flop_counter import FlopCounterMode
+
+from atfr.engine.accounting import GflopsTable, _Tail
+from atfr.models.sgs_layer import SGSOptions
+from atfr.models.x3d import x3d
+
+ATFR = SGSOptions(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=0.3)
+SHAPE = (3, 16, 48, 48)
+
+
+class Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, clips):
+        return self.model(clips).logits
+
+
+def test_x3d_m_costs_the_published_gflops():
+    # DESIGN: fvcore without batch norm. The paper's own table says 4.7 for X3D-M at 16 x 224 x 224.
+    table = GflopsTable(x3d(size="M", num_classes=400), (3, 16, 224, 224))
+    assert table.dense == pytest.approx(4.73, abs=0.005)
+    assert table.at(3) == table.dense
+
+
+def test_the_number_of_parameters_is_pytorchvideos():
+    assert sum(p.numel() for p in x3d(size="M", num_classes=400).parameters()) == 3_794_274
+
+
+@pytest.mark.filterwarnings("ignore:.*:torch.jit.TracerWarning")
+@pytest.mark.parametrize("options", [SGSOptions(), ATFR], ids=["reference", "atfr"])
+def test_the_table_equals_a_direct_analysis_of_a_clip(options):
+    model = x3d(size="tiny", num_classes=6, sgs=options).eval()
+    table = GflopsTable(model, SHAPE)
+    for changes in (1, 4, 16):
+        held = torch.arange(16) * changes // 16
+        clip = torch.randn(1, *SHAPE)[:, :, held]
+        with torch.no_grad():
+            bins = model(clip).bins[0]
+        analysis = FlopCountAnalysis(Logits(model), clip).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        direct = sum(flops for kind, flops in analysis.by_operator().items() if kind != "batch_norm")
+        # The direct trace also counts a matmul of [B, T] with the times of the frames (order=time).
+        assert table.at(bins) * 1e9 == pytest.approx(direct, rel=1e-4)
+
+
+def test_torchs_own_counter_agrees_on_what_both_count():
+    model = x3d(size="tiny", num_classes=6).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randn(1, *SHAPE))
+    assert GflopsTable(model, SHAPE).dense == pytest.approx(counter.get_total_flops() / 2 / 1e9, rel=1e-6)
+
+
+def test_a_clip_costs_more_the_more_features_it_keeps_and_the_dense_network_when_it_keeps_all():
+    table = GflopsTable(x3d(size="tiny", num_classes=6, sgs=ATFR), SHAPE)
+    costs = [table.at(bins) for bins in range(1, 17)]
+    assert costs == sorted(costs) and costs[0] < 0.5 * table.dense
+    overhead = costs[-1] / table.dense - 1
+    assert 0 <= overhead < 0.025  # the sampling layer itself
+
+
+def test_executed_gflops_add_the_gaps_between_the_clips():
+    model = x3d(size="tiny", num_classes=6, sgs=ATFR).eval()
+    table = GflopsTable(model, SHAPE)
+    assert table.executed((5,)) == pytest.approx(table.at(5))
+    lengths = (5, 2, 9)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        features = model.stem(torch.randn(1, *SHAPE)).expand(3, -1, -1, -1, -1)
+        counter.flop_counts.clear()
+        _Tail(model, lengths)(features)
+    ran = counter.get_total_flops() / 2 / 1e9
+    notional_tails = sum(table.at(length) for length in lengths) - 3 * table._stem
+    padded_rows = 3 * 9 - sum(lengths)  # the aggregation runs as many rows for each clip as the longest has
+    matmul = padded_rows * 16 * features.shape[1] * features.shape[3] * features.shape[4] / 1e9
+    gaps = table.executed(lengths) - sum(table.at(length) for length in lengths)
+    assert gaps > 0
+    assert ran == pytest.approx(notional_tails + gaps + matmul, rel=1e-6)
+
+
+def test_counting_leaves_the_model_in_the_mode_it_was_in():
+    model = x3d(size="tiny", num_classes=6, sgs=ATFR).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    GflopsTable(model, SHAPE).at(4)
+    assert model.training
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name])

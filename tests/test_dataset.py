@@ -1,0 +1,270 @@
+"""Clips as datasets: what is random and what is not, bad videos, crops, and batches."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as F
+from video_files import numbers, write_video
+
+from atfr.data.dataset import ClipSettings, TestClips, TrainClips, collate
+from atfr.data.loader import TrainSampler, test_loader, train_loader
+from atfr.data.records import Video, VideoError
+from atfr.data.transforms import Normalizer, TrainTransform, test_crops
+
+SETTINGS = {
+    "frames": 4,
+    "stride": 2,
+    "crop_size": 24,
+    "train_short_side": [24, 32],
+    "test_short_side": 32,
+    "mean": [0.4, 0.5, 0.6],
+    "std": [0.1, 0.2, 0.3],
+}
+
+
+def settings(**changes):
+    return ClipSettings(**{**SETTINGS, **changes})
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Six videos of 10 to 60 frames and different sizes, labelled 0 to 5."""
+    folder = tmp_path_factory.mktemp("videos")
+    sizes = [(64, 48), (48, 64), (80, 48), (64, 64), (50, 40), (120, 48)]
+    return [
+        Video(write_video(folder / f"{label}.avi", 10 * (label + 1), size=size), label)
+        for label, size in enumerate(sizes)
+    ]
+
+
+@pytest.fixture
+def broken(tmp_path):
+    path = tmp_path / "broken.mp4"
+    path.write_text("no video")
+    return Video(str(path), 1)
+
+
+# ---- settings
+
+
+WRONG = {
+    "frames": 0,
+    "stride": 0,
+    "crop_size": 33,  # more than the shortest short side
+    "train_short_side": [32, 24],
+    "train_scale": [0.0, 1.0],
+    "flip": 1.5,
+    "test_short_side": 16,
+    "views": 0,
+    "crops": 2,
+    "mean": [0.5],
+    "std": [0.1, 0.0, 0.1],
+}
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_settings_that_make_no_sense_are_refused_by_name_and_value(field):
+    name = "test_short_side" if field == "crop_size" else field
+    with pytest.raises(ValueError, match=rf"^clip\.{name} is .*, it must be "):
+        settings(**{field: WRONG[field]})
+
+
+# ---- training clips
+
+
+def epoch_of(videos, *, workers, epochs=(0,), seed=3, **changes):
+    data = TrainClips(videos, settings(**changes), seed=seed)
+    sampler = TrainSampler(len(videos), seed=seed, global_batch=2)
+    loader = train_loader(data, sampler=sampler, workers=workers, timeout_s=60 if workers else 0)
+    batches = []
+    for epoch in epochs:
+        sampler.set_epoch(epoch)
+        batches += list(loader)
+    return batches
+
+
+def same(left, right):
+    return all(
+        torch.equal(a.clips, b.clips) and torch.equal(a.videos, b.videos) and a.bad == b.bad
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def test_the_number_of_workers_changes_nothing(videos, broken):
+    some = [*videos[:3], broken, *videos[3:]]
+    alone = epoch_of(some, workers=0, epochs=(0, 1))
+    assert len(alone) == 6 and sum(len(batch.bad) for batch in alone) > 0
+    assert same(alone, epoch_of(some, workers=2, epochs=(0, 1)))
+
+
+def test_seed_and_epoch_change_the_clips_and_the_global_generator_is_left_alone(videos):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = epoch_of(videos, workers=0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(first, epoch_of(videos, workers=0))
+    assert not same(first, epoch_of(videos, workers=0, epochs=(1,)))
+    assert not same(first, epoch_of(videos, workers=0, seed=4))
+
+
+def test_a_clip_holds_consecutive_strided_frames_of_its_own_video(videos):
+    data = TrainClips(videos, settings(), seed=0)
+    for index, epoch in itertools.product(range(len(videos)), range(3)):
+        item = data[(epoch, index)]
+        assert (item.video, item.label, item.path, item.bad) == (index, index, videos[index].path, ())
+        assert item.clip.shape == (3, 4, 24, 24) and item.clip.dtype == torch.uint8 and item.clip.is_contiguous()
+        found = numbers(item.clip.permute(1, 0, 2, 3).numpy())
+        assert found == [found[0] + 2 * k for k in range(4)] and found[-1] < 10 * (index + 1)
+
+
+def test_an_index_past_the_end_is_another_clip_of_the_same_video(videos):
+    data = TrainClips(videos, settings(), seed=0)
+    first, second = data[(0, 5)], data[(0, 5 + len(videos))]
+    assert first.video == second.video == 5
+    assert not torch.equal(first.clip, second.clip)
+
+
+def test_a_bad_training_video_is_replaced_the_same_way_each_time_and_reported(videos, broken):
+    data = TrainClips([broken, *videos], settings(), seed=0)
+    item, again = data[(0, 0)], data[(0, 0)]
+    assert item.video == again.video != 0 and torch.equal(item.clip, again.clip)
+    assert item.label == data.videos[item.video].label and item.path == data.videos[item.video].path
+    assert all(message.startswith(f"cannot read {broken.path}: Invalid data") for message in item.bad)
+    assert 1 <= len(item.bad) < 10
+    assert len({data[(epoch, 0)].video for epoch in range(12)}) > 1, "always the same stand-in"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_stops_when_ten_videos_in_a_row_are_bad(broken, workers):
+    with pytest.raises(VideoError, match=r"the last of 10 training videos") as caught:
+        epoch_of([broken] * 3, workers=workers)
+    assert caught.value.path == broken.path
+
+
+def test_no_training_videos_are_refused():
+    with pytest.raises(ValueError, match="no training videos"):
+        TrainClips([], settings(), seed=0)
+
+
+# ---- transforms
+
+
+def positions(frames, height, width):
+    """uint8 [T, 3, H, W]: channel 0 holds the row, channel 1 the column, channel 2 the frame."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([torch.stack([rows, columns, torch.full_like(rows, t)]) for t in range(frames)]).to(torch.uint8)
+
+
+def test_a_plain_crop_cuts_the_same_square_out_of_every_frame_anywhere_and_flips_half_of_them():
+    clip = positions(3, 30, 40)
+    transform = TrainTransform(crop_size=24, short_side=(30, 30), flip=0.5)
+    seen, flips = set(), 0
+    for seed in range(400):
+        cut = transform(clip, short_side=30, rng=np.random.default_rng(seed))
+        assert cut.shape == (3, 3, 24, 24)
+        flipped = bool(cut[1, 0, 0, 0] > cut[1, 0, 0, 1])
+        flips += flipped
+        cut = cut.flip(-1) if flipped else cut
+        top, left = int(cut[0, 0, 0, 0]), int(cut[1, 0, 0, 0])
+        assert torch.equal(cut, clip[..., top : top + 24, left : left + 24].transpose(0, 1))
+        seen.add((top, left))
+    assert {top for top, _ in seen} == set(range(7)) and {left for _, left in seen} == set(range(17))
+    assert 160 < flips < 240
+
+
+def test_the_short_side_is_drawn_from_the_whole_range():
+    transform = TrainTransform(crop_size=24, short_side=(30, 33))
+    drawn = {transform.draw_short_side(np.random.default_rng(seed)) for seed in range(60)}
+    assert drawn == {30, 31, 32, 33}
+    # A video smaller than that is enlarged.
+    assert transform(positions(2, 10, 20), short_side=30, rng=np.random.default_rng(0)).shape == (3, 2, 24, 24)
+
+
+def test_a_resized_crop_covers_the_area_asked_for_and_is_the_same_in_all_frames():
+    clip = positions(2, 100, 160)
+    transform = TrainTransform(crop_size=25, short_side=(100, 100), scale=(0.2, 0.6), flip=0.0)
+    shares = []
+    for seed in range(100):
+        cut = transform(clip, short_side=100, rng=np.random.default_rng(seed)).float()
+        assert cut.shape == (3, 2, 25, 25) and torch.equal(cut[:2, 0], cut[:2, 1])
+        height, width = (cut[0, 0, -1, 0] - cut[0, 0, 0, 0]) / 24 * 25, (cut[1, 0, 0, -1] - cut[1, 0, 0, 0]) / 24 * 25
+        shares.append(float(height * width) / 16000)
+        assert 0.65 < float(width / height) < 1.45
+    assert 0.17 < min(shares) < 0.28 and 0.5 < max(shares) < 0.66
+
+
+def test_a_resized_crop_of_a_very_long_frame_still_fits():
+    transform = TrainTransform(crop_size=8, short_side=(10, 10), scale=(0.9, 1.0))
+    assert transform(positions(1, 10, 200), short_side=10, rng=np.random.default_rng(0)).shape == (3, 1, 8, 8)
+
+
+def test_three_test_crops_run_along_the_longer_side():
+    wide, tall = positions(2, 30, 50), positions(2, 50, 30)
+    corners = [crop[:2, 0, 0, 0].tolist() for crop in test_crops(wide, short_side=30, crop_size=20, crops=3)]
+    assert corners == [[5, 0], [5, 15], [5, 30]]
+    corners = [crop[:2, 0, 0, 0].tolist() for crop in test_crops(tall, short_side=30, crop_size=20, crops=3)]
+    assert corners == [[0, 5], [15, 5], [30, 5]]
+    centre, square = test_crops(wide, short_side=30, crop_size=20, crops=1), wide[..., 5:25, 15:35].transpose(0, 1)
+    assert len(centre) == 1 and torch.equal(centre[0], square)
+
+
+def test_test_crops_refuse_what_cannot_be_cut():
+    with pytest.raises(ValueError, match="crops is 2"):
+        test_crops(positions(1, 30, 30), short_side=30, crop_size=20, crops=2)
+    with pytest.raises(ValueError, match="crop_size is 31"):
+        test_crops(positions(1, 30, 30), short_side=30, crop_size=31, crops=1)
+
+
+def test_the_normalizer_agrees_with_torchvision_and_adds_nothing_to_a_checkpoint():
+    clips = torch.randint(0, 256, (2, 3, 4, 5, 6), dtype=torch.uint8)
+    normalizer = Normalizer(SETTINGS["mean"], SETTINGS["std"])
+    frames = F.to_dtype(clips.transpose(1, 2), torch.float32, scale=True)
+    expected = F.normalize(frames, SETTINGS["mean"], SETTINGS["std"]).transpose(1, 2)
+    assert normalizer(clips).dtype == torch.float32
+    torch.testing.assert_close(normalizer(clips), expected, rtol=1e-5, atol=1e-5)
+    assert normalizer.state_dict() == {}
+
+
+# ---- test clips and batches
+
+
+def test_test_clips_are_every_view_and_crop_in_order(videos):
+    data = TestClips(videos, settings(), views=2, crops=3)
+    assert len(data) == 6 * 2 * 3
+    items = [data[item] for item in range(len(data))]
+    assert [(item.video, item.view) for item in items] == list(itertools.product(range(6), range(6)))
+    assert all(item.label == item.video and item.error is None and item.clip.shape == (3, 4, 24, 24) for item in items)
+    last = items[-1]  # 60 frames, a span of 7: the second view starts at frame 53
+    assert numbers(last.clip.permute(1, 0, 2, 3).numpy()) == [53, 55, 57, 59]
+    # In another order nothing is different.
+    fresh = TestClips(videos, settings(), views=2, crops=3)
+    for item in (35, 0, 17, 16, 3, 34):
+        assert torch.equal(fresh[item].clip, items[item].clip)
+
+
+def test_a_bad_test_video_is_reported_and_never_replaced(videos, broken):
+    data = TestClips([videos[0], broken], settings(), views=1, crops=3)
+    (batch,) = test_loader(data, batch_size=6)
+    assert batch.videos.tolist() == [0, 0, 0] and batch.views.tolist() == [0, 1, 2] and len(batch) == 3
+    assert [path for path, _ in batch.failed] == [broken.path] * 3
+    assert all("Invalid data" in reason for _, reason in batch.failed)
+    nothing = collate([data[3]])
+    assert nothing.clips is None and len(nothing) == 0 and nothing.labels.dtype == torch.int64
+    assert nothing.to("cpu").failed == batch.failed[:1]
+
+
+def test_a_batch_moves_its_tensors_and_keeps_the_rest(videos):
+    data = TrainClips(videos, settings(), seed=0)
+    batch = collate([data[(0, 1)], data[(0, 4)]])
+    moved = batch.to(torch.device("meta"))
+    assert batch.clips.shape == (2, 3, 4, 24, 24) and moved.clips.shape == batch.clips.shape
+    assert {moved.clips.device.type, moved.labels.device.type, moved.videos.device.type} == {"meta"}
+    assert moved.paths == (videos[1].path, videos[4].path)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a GPU")
+def test_a_loader_pins_batches(videos):
+    (batch,) = test_loader(TestClips(videos[:1], settings(), views=1, crops=1), batch_size=1, pin_memory=True)
+    assert batch.clips.is_pinned() and batch.labels.is_pinned()

@@ -1,0 +1,207 @@
+"""Reading clips: the right frames come out of every kind of file, and bad files end in one clear error."""
+
+import csv
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from video_files import damage, numbers, write_sound, write_video
+
+from atfr.data import decode
+from atfr.data.decode import read_clip
+from atfr.data.readers import AvVideo, Unsupported, scaled_size
+from atfr.data.records import VideoError
+
+FORMATS = {
+    "h264_mp4": ("libx264", "mp4"),
+    "h264_mkv": ("libx264", "mkv"),
+    "mpeg4_avi": ("mpeg4", "avi"),
+    "hevc_mp4": ("libx265", "mp4"),
+    "vp9_webm": ("libvpx-vp9", "webm"),
+    "av1_mp4": ("libsvtav1", "mp4"),
+}
+DATA = os.environ.get("ATFR_TEST_DATA")
+needs_data = pytest.mark.skipif(not DATA, reason="ATFR_TEST_DATA does not point to the folder of real videos")
+
+
+def chosen(*indices):
+    return lambda num_frames: np.array(indices)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_frames_asked_for_come_out_in_that_order_from_every_format(tmp_path, kind):
+    codec, ending = FORMATS[kind]
+    path = write_video(tmp_path / f"video.{ending}", 40, codec=codec)
+    seen = []
+    clip = read_clip(path, lambda num_frames: seen.append(num_frames) or np.array([31, 5, 5, 0, 39, 17]))
+    assert seen == [40]
+    assert clip.shape == (6, 48, 64, 3) and clip.dtype == np.uint8
+    assert numbers(clip) == [31, 5, 5, 0, 39, 17]
+
+
+@pytest.mark.parametrize("kind", ["h264_mp4", "mpeg4_avi", "vp9_webm"])
+def test_seeking_finds_the_same_frames_as_counting_from_the_start(tmp_path, kind):
+    codec, ending = FORMATS[kind]
+    path = write_video(tmp_path / f"video.{ending}", 40, codec=codec, gop=12)
+    video = AvVideo(path)
+    starts = [key.position for key in video.keyframes]
+    assert len(starts) > 1, "without several keyframes this tests nothing"
+    for first in range(0, 36, 3):
+        before = [key for key in video.keyframes if key.position <= first][-1]
+        sought, end = video._collect([first, first + 2], None, before)
+        assert end is None and numbers([sought[first], sought[first + 2]]) == [first, first + 2]
+
+
+def test_frames_are_scaled_to_the_short_side_and_never_enlarged(tmp_path):
+    wide = write_video(tmp_path / "wide.mp4", 3, codec="libx264", size=(130, 50))
+    tall = write_video(tmp_path / "tall.mp4", 3, codec="libx264", size=(50, 130))
+    assert read_clip(wide, chosen(0, 2), short_side=25).shape == (2, 25, 65, 3)
+    assert read_clip(tall, chosen(0, 2), short_side=25).shape == (2, 65, 25, 3)
+    assert read_clip(wide, chosen(0), short_side=64).shape == (1, 50, 130, 3)
+    assert numbers(read_clip(wide, chosen(0, 2), short_side=25)) == [0, 2]
+
+
+def test_scaled_size_keeps_the_aspect():
+    assert scaled_size(320, 240, 120) == (160, 120)
+    assert scaled_size(240, 320, 120) == (120, 160)
+    assert scaled_size(320, 240, None) == scaled_size(320, 240, 300) == (320, 240)
+
+
+def test_a_video_of_one_frame_can_fill_a_clip(tmp_path):
+    path = write_video(tmp_path / "one.mp4", 1, codec="libx264")
+    assert numbers(read_clip(path, lambda num_frames: np.zeros(4, int) + num_frames - 1)) == [0, 0, 0, 0]
+
+
+def promise(monkeypatch, extra):
+    """Makes files promise `extra` frames more than they hold."""
+    honest = AvVideo._index
+
+    def boast(self):
+        honest(self)
+        self.num_frames += extra
+
+    monkeypatch.setattr(AvVideo, "_index", boast)
+
+
+def test_a_few_missing_frames_at_the_end_are_replaced_by_the_last_one(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "video.avi", 20)
+    promise(monkeypatch, 3)
+    assert numbers(read_clip(path, lambda num_frames: np.array([0, num_frames - 4, num_frames - 1]))) == [0, 19, 19]
+
+
+def test_when_many_frames_are_missing_the_clip_is_chosen_again(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "video.avi", 20)
+    promise(monkeypatch, 30)
+    asked = []
+    clip = read_clip(path, lambda num_frames: asked.append(num_frames) or np.array([num_frames // 2, num_frames - 1]))
+    assert asked == [50, 20]
+    assert numbers(clip) == [10, 19]
+
+
+def test_a_damaged_packet_in_the_middle_is_an_error_and_one_at_the_end_is_the_end(tmp_path):
+    middle = damage(write_video(tmp_path / "middle.mp4", 40, codec="libx264"), packet=20)
+    with pytest.raises(VideoError, match=r"packet 21 of 40 cannot be decoded"):
+        read_clip(middle, chosen(0, 39))
+    end = damage(write_video(tmp_path / "end.mp4", 40, codec="libx264"), packet=38)
+    clip = numbers(read_clip(end, chosen(0, 20, 39)))
+    assert clip[:2] == [0, 20] and 30 <= clip[2] < 39
+
+
+def bad_files(folder):
+    (folder / "empty.mp4").touch()
+    (folder / "text.mp4").write_text("this is no video\n" * 50)
+    (folder / "folder.mp4").mkdir()
+    whole = write_video(folder / "whole.mp4", 20, codec="libx264")
+    # An mp4 file has its table of contents at the end, so an interrupted download cannot be opened.
+    (folder / "cut.mp4").write_bytes(Path(whole).read_bytes()[:5000])
+    write_sound(folder / "sound.mp4")
+    return {
+        "empty.mp4": "the file is empty (0 bytes)",
+        "text.mp4": "Invalid data found",
+        "folder.mp4": "it is a folder",
+        "cut.mp4": "Invalid data found",
+        "sound.mp4": "it has no video stream",
+        "nowhere.mp4": "No such file or directory",
+    }
+
+
+@pytest.mark.parametrize("backend", ["auto", "pyav"])
+def test_each_bad_file_ends_in_one_line_with_its_path_and_the_reason(tmp_path, backend, capfd):
+    for name, reason in bad_files(tmp_path).items():
+        path = str(tmp_path / name)
+        with pytest.raises(VideoError) as caught:
+            read_clip(path, chosen(0), backend=backend)
+        assert caught.value.path == path
+        assert reason in caught.value.reason, name
+        assert str(caught.value).startswith(f"cannot read {path}: ") and "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_an_error_survives_pickling_and_a_workers_traceback():
+    error = VideoError("/data/a b.mp4", "it has no video stream")
+    for copy in (pickle.loads(pickle.dumps(error)), VideoError(f"Traceback:\n  line 1\nVideoError: {error}\n")):
+        assert (copy.path, copy.reason) == (error.path, error.reason)
+
+
+def test_a_pick_outside_the_video_is_refused(tmp_path):
+    path = write_video(tmp_path / "video.avi", 5)
+    with pytest.raises(ValueError, match=r"pick\(5\) returned \[5\]"):
+        read_clip(path, chosen(5))
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="backend is 'opencv'"):
+        read_clip("a.mp4", chosen(0), backend="opencv")
+
+
+@pytest.mark.parametrize("kind", ["h264_mp4", "mpeg4_avi"])
+def test_decord_reads_the_same_frames(tmp_path, kind):
+    pytest.importorskip("decord")
+    codec, ending = FORMATS[kind]
+    path = write_video(tmp_path / f"video.{ending}", 40, codec=codec)
+    for short_side, shape in ((None, (3, 48, 64, 3)), (24, (3, 24, 32, 3))):
+        clip = read_clip(path, chosen(30, 2, 39), backend="decord", short_side=short_side)
+        assert clip.shape == shape and numbers(clip) == [30, 2, 39]
+
+
+def test_decord_steps_in_where_pyav_has_no_decoder(tmp_path, monkeypatch):
+    pytest.importorskip("decord")
+    path = write_video(tmp_path / "video.mp4", 10, codec="libx264")
+
+    class NoDecoder:
+        def __init__(self, path):
+            raise Unsupported(path, "PyAV has no decoder for it")
+
+    monkeypatch.setattr(decode, "AvVideo", NoDecoder)
+    assert numbers(read_clip(path, chosen(7))) == [7]
+    with pytest.raises(VideoError, match="PyAV has no decoder"):
+        read_clip(path, chosen(7), backend="pyav")
+
+
+@needs_data
+def test_real_files_have_as_many_frames_as_a_full_decode_found():
+    folder = os.path.join(DATA, "videos")
+    with open(os.path.join(folder, "decode_stats.csv")) as stream:
+        rows = list(csv.DictReader(stream))
+    quirky = ("bad_inputs", "hmdb51", "something")
+    for row in [row for row in rows if row["relative_path"].startswith(quirky)] + rows[::25]:
+        path = os.path.join(folder, row["relative_path"])
+        if "corrupted" in path:
+            with pytest.raises(VideoError, match="packet 31 of 50"):
+                read_clip(path, chosen(0, 49))
+            continue
+        video = AvVideo(path)
+        _, end = video.read([video.num_frames - 1], 32)
+        assert (end or video.num_frames) == int(row["frames_decoded"]), row["relative_path"]
+
+
+@needs_data
+def test_a_rotated_phone_video_comes_out_upright_and_as_decord_has_it():
+    pytest.importorskip("decord")
+    path = os.path.join(DATA, "videos", "bad_inputs", "rotated_90.mov")
+    upright = read_clip(path, chosen(0, 2))
+    assert upright.shape == (2, 568, 320, 3)
+    assert np.abs(upright.astype(int) - read_clip(path, chosen(0, 2), backend="decord")).max() <= 2
+    assert read_clip(path, chosen(0), short_side=80).shape == (1, 142, 80, 3)

@@ -1,0 +1,117 @@
+"""Who reads what: the sampler's order over ranks and resumes, and the test split over processes."""
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+from torch.utils.data import Dataset
+from video_files import write_video
+
+from atfr.data.dataset import ClipSettings, TestClips
+from atfr.data.loader import TrainSampler, test_loader
+from atfr.data.records import Video
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("size", [6, 20, 25])
+def test_the_ranks_together_read_what_one_process_would(size, world):
+    for epoch in range(3):
+        batches = {}
+        for rank, of in [(0, 1), *((rank, world) for rank in range(world))]:
+            sampler = TrainSampler(size, seed=1, global_batch=6, rank=rank, world=of)
+            sampler.set_epoch(epoch)
+            batches[rank, of] = list(sampler)
+            assert len(batches[rank, of]) == len(sampler) == size // 6
+        for number, whole in enumerate(batches[0, 1]):
+            shares = [batches[rank, world][number] for rank in range(world)]
+            assert sorted(sum(shares, [])) == sorted(whole)
+            assert {len(share) for share in shares} == {6 // world}
+        seen = [index for batch in batches[0, 1] for _, index in batch]
+        assert len(set(seen)) == len(seen) == size // 6 * 6
+
+
+def test_the_order_depends_on_seed_and_epoch():
+    def order(seed, epoch):
+        sampler = TrainSampler(50, seed=seed, global_batch=10)
+        sampler.set_epoch(epoch)
+        return [index for batch in sampler for _, index in batch]
+
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(0, 1) and order(0, 0) != order(1, 0)
+
+
+@pytest.mark.parametrize("step", [0, 3, 4, 5, 11])
+def test_a_resume_goes_on_with_the_very_next_batch(step):
+    options = {"seed": 5, "global_batch": 4, "rank": 1, "world": 2}
+
+    def all_batches(sampler, epochs):
+        batches = list(sampler)
+        for epoch in range(sampler.epoch + 1, epochs):
+            sampler.set_epoch(epoch)
+            batches += list(sampler)
+        return batches
+
+    whole = all_batches(TrainSampler(17, **options), 3)  # 4 batches an epoch
+    assert len(whole) == 12
+    assert all_batches(TrainSampler(17, **options, start_step=step), 3) == whole[step:]
+    sampler = TrainSampler(17, **options)
+    sampler.set_epoch(step // 4, start_batch=step % 4)
+    assert all_batches(sampler, 3) == whole[step:]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_data_smaller_than_a_batch_goes_around_to_fill_one(world):
+    ranks = [TrainSampler(3, seed=0, global_batch=8, rank=rank, world=world) for rank in range(world)]
+    assert {len(sampler) for sampler in ranks} == {1}
+    indices = sorted(index for sampler in ranks for batch in sampler for _, index in batch)
+    assert len(set(indices)) == 8, "the same clip twice"
+    assert sorted(np.bincount([index % 3 for index in indices])) == [2, 3, 3]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"global_batch": 5, "world": 2}, "the batch size 5 does not divide evenly among 2 processes"),
+        ({"global_batch": 0}, "batch size 0"),
+        ({"size": 0}, "there are 0 training videos"),
+        ({"rank": 1}, "rank is 1"),
+        ({"start_step": -1}, "start_step is -1"),
+    ],
+)
+def test_a_sampler_refuses_what_cannot_be_shared_out(changes, message):
+    options = {"size": 10, "seed": 0, "global_batch": 4, **changes}
+    with pytest.raises(ValueError, match=message):
+        TrainSampler(options.pop("size"), **options)
+    with pytest.raises(ValueError, match="start_batch is 2, the epoch has 2 batches"):
+        TrainSampler(10, seed=0, global_batch=4).set_epoch(0, start_batch=2)
+
+
+@pytest.mark.parametrize("world, workers", [(1, 0), (2, 0), (3, 0), (5, 0), (40, 0), (2, 1)])
+def test_every_view_is_tested_exactly_once_for_any_number_of_processes(tmp_path, world, workers):
+    videos = [Video(write_video(tmp_path / f"{label}.avi", 10), label) for label in range(3)]
+    half = [0.5, 0.5, 0.5]
+    clip = ClipSettings(
+        frames=4, stride=2, crop_size=24, train_short_side=[24, 32], test_short_side=32, mean=half, std=half
+    )
+    data = TestClips(videos, clip, views=2, crops=3)
+    seen = []
+    for rank in range(world):
+        loader = test_loader(data, batch_size=4, rank=rank, world=world, workers=workers, timeout_s=60)
+        seen += [pair for batch in loader for pair in zip(batch.videos.tolist(), batch.views.tolist())]
+    assert sorted(seen) == list(itertools.product(range(3), range(6)))
+
+
+class Stuck(Dataset):
+    """A file system that does not answer."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, item):
+        time.sleep(1.5)
+
+
+def test_a_worker_that_takes_too_long_is_an_error():
+    with pytest.raises(RuntimeError, match="timed out after 0.3 seconds"):
+        list(test_loader(Stuck(), batch_size=1, workers=1, timeout_s=0.3))

@@ -1,0 +1,211 @@
+"""Packed execution: every clip as if it were alone, and the dense network untouched."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+from pytorchvideo.models.x3d import create_x3d
+from torch import nn
+
+from atfr.models.network import VideoNet
+from atfr.models.packed import Segments, conv3d, segment_mean
+from atfr.models.sgs_layer import SGSOptions
+from atfr.models.x3d import SIZES, STAGES, x3d
+
+ATFR = dict(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=0.3)
+PRESETS = {"reference": {}, "atfr": ATFR}
+
+
+def lively(model: nn.Module, frames: int = 16, size: int = 32) -> nn.Module:
+    """Batch norms away from the identity, so that padding would leak, and logits of spread one."""
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm3d, nn.BatchNorm1d)):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    last = [module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == 6][0]
+    nn.init.normal_(last.weight)
+    with torch.no_grad():
+        logits = model.eval()(uneven_clips(4, frames, size))
+        last.weight /= (logits if isinstance(logits, torch.Tensor) else logits.logits).std()
+    return model
+
+
+def uneven_clips(count: int, frames: int = 16, size: int = 32) -> torch.Tensor:
+    """Clips that change a different number of times each."""
+    clips = torch.randn(count, 3, frames, size, size)
+    for clip in clips:
+        changes = random.randint(1, frames)
+        held = torch.arange(frames) * changes // frames
+        clip.copy_(clip[:, held] + 0.02 * torch.randn(3, frames, size, size))
+    return clips
+
+
+@pytest.mark.parametrize("after", STAGES)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_clip_has_the_same_logits_alone_and_in_any_batch(preset, after):
+    model = lively(x3d(size="tiny", num_classes=6, sgs=SGSOptions(after=after, **PRESETS[preset]))).eval()
+    clips = uneven_clips(24)
+    with torch.no_grad():
+        alone = [model(clip[None]) for clip in clips]
+        if preset == "reference" or after in ("stem", "res2"):
+            assert len({a.bins for a in alone}) > 2
+        for _ in range(15):
+            chosen = random.sample(range(24), random.randint(2, 12))
+            batch = model(clips[chosen])
+            assert batch.bins == tuple(alone[i].bins[0] for i in chosen)
+            expected = torch.cat([alone[i].logits for i in chosen])
+            torch.testing.assert_close(batch.logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_gradients_of_a_batch_are_the_sum_of_those_of_its_clips(preset):
+    model = lively(x3d(size="tiny", num_classes=6, sgs=SGSOptions(**PRESETS[preset]))).eval().double()
+    clips = uneven_clips(5).double()
+    model(clips).logits.square().sum().backward()
+    batched = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for clip in clips:
+        model(clip[None]).logits.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in batched:
+            torch.testing.assert_close(batched[name], parameter.grad, rtol=1e-6, atol=1e-8, msg=name)
+    backbone = {name for name, _ in model.named_parameters() if name.startswith("backbone.")}
+    assert backbone <= batched.keys()
+
+
+def test_training_statistics_of_batch_norm_are_those_of_the_kept_features_alone():
+    model = x3d(size="tiny", num_classes=6, sgs=SGSOptions(**ATFR)).train()
+    norm = model.backbone.blocks[2].res_blocks[0].branch2.norm_a
+    seen = []
+    norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    norm.momentum = 1.0
+    bins = model(uneven_clips(4)).bins
+    (x,) = seen
+    assert len(set(bins)) > 1 and x.shape[2] == sum(bins)
+    pieces = torch.cat([piece.transpose(0, 1).flatten(1) for piece in x.split(list(bins), dim=2)], dim=1)
+    torch.testing.assert_close(norm.running_mean, pieces.mean(dim=1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(norm.running_var, pieces.var(dim=1), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", ["tiny", "S"])
+def test_without_sgs_the_logits_are_those_of_pytorchvideos_own_network(size):
+    variant = SIZES[size]
+    frames, crop = (16, 48) if size == "tiny" else (13, 96)
+    theirs = lively(
+        create_x3d(
+            input_clip_length=frames,
+            input_crop_size=crop,
+            model_num_class=6,
+            width_factor=variant.width_factor,
+            depth_factor=variant.depth_factor,
+            head_activation=None,
+        ),
+        frames,
+        crop,
+    )
+    ours = x3d(size=size, num_classes=6).eval()
+    ours.backbone.load_state_dict(theirs.state_dict())
+    clips = torch.randn(2, 3, frames, crop, crop)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(clips).logits, theirs(clips), atol=1e-5, rtol=1e-5)
+
+
+def test_sgs_leaves_the_names_of_the_backbones_parameters_unchanged():
+    dense = x3d(size="tiny", num_classes=6).state_dict()
+    sampled = x3d(size="tiny", num_classes=6, sgs=SGSOptions()).state_dict()
+    assert [name for name in sampled if not name.startswith("sgs.")] == list(dense)
+
+
+def test_where_every_frame_is_kept_the_network_is_the_dense_one():
+    model = lively(x3d(size="tiny", num_classes=6, sgs=SGSOptions(**{**ATFR, "width": 1e-6}))).eval()
+    clips = torch.randn(2, 3, 16, 32, 32)
+    with torch.no_grad():
+        prediction = model(clips)
+        assert prediction.bins == (16, 16)
+        torch.testing.assert_close(prediction.logits, model.backbone(clips), atol=1e-5, rtol=1e-5)
+
+
+def test_a_copy_of_a_network_is_independent_of_it():
+    model = x3d(size="tiny", num_classes=6, sgs=SGSOptions(**ATFR)).eval()
+    clips = uneven_clips(2)
+    with torch.no_grad():
+        before = model(clips).logits
+        copied = copy.deepcopy(model)
+        for parameter in copied.parameters():
+            parameter.zero_()
+        torch.testing.assert_close(model(clips).logits, before)
+        assert not copied(clips).logits.any()
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_a_packed_convolution_equals_one_convolution_a_clip(dilation):
+    conv = nn.Conv3d(3, 4, (3, 1, 3), padding=(dilation, 0, 1), dilation=(dilation, 1, 1))
+    lengths = (4, 1, 6, 2)
+    x = torch.randn(1, 3, sum(lengths), 5, 5)
+    expected = torch.cat([conv(piece) for piece in x.split(lengths, dim=2)], dim=2)
+    torch.testing.assert_close(conv3d(conv, x, Segments(lengths, x.device)), expected)
+
+
+def test_a_segment_mean_equals_the_mean_of_each_clip():
+    lengths = (4, 1, 6)
+    x = torch.randn(1, 3, sum(lengths), 5, 5)
+    expected = torch.cat([piece.mean(dim=(2, 3, 4), keepdim=True) for piece in x.split(lengths, dim=2)])
+    torch.testing.assert_close(segment_mean(x, Segments(lengths, x.device)), expected)
+
+
+def test_a_clip_without_features_is_refused():
+    with pytest.raises(ValueError, match="at least one feature"):
+        Segments((3, 0), torch.device("cpu"))
+
+
+class Toy(nn.Module):
+    """Two stages; what the second does is the test's."""
+
+    def __init__(self, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second, self.pool = nn.Conv3d(3, 8, 1), second, nn.AdaptiveAvgPool3d(1)
+
+    def forward(self, x):
+        return self.pool(self.second(self.first(x))).flatten(1)
+
+
+class Flip(nn.Module):
+    def forward(self, x):
+        return x.flip(2)
+
+
+@pytest.mark.parametrize(
+    "second,message",
+    [
+        (nn.AvgPool3d((2, 1, 1)), "second behind SGS has no packed form: AvgPool3d"),
+        (nn.Conv3d(8, 8, (3, 1, 1), stride=(2, 1, 1), padding=(1, 0, 0)), "changes the number of features in time"),
+        (nn.Conv3d(8, 8, (3, 1, 1)), "changes the number of features in time"),
+        (nn.GroupNorm(2, 8), "second behind SGS has no packed form: GroupNorm"),
+        (Flip(), "'flip' .* has no packed form"),
+    ],
+)
+def test_what_may_mix_clips_is_refused_by_name(second, message):
+    with pytest.raises(ValueError, match=message):
+        VideoNet(Toy(second), stages={"first": "first"}, sgs=SGSOptions(after="first"))
+
+
+def test_a_connection_that_by_passes_the_cut_is_refused():
+    class Bypass(Toy):
+        def forward(self, x):
+            early = self.first(x)
+            return self.pool(self.second(early) + early).flatten(1)
+
+    with pytest.raises(ValueError, match="'add' also needs 'first' from before it"):
+        VideoNet(Bypass(nn.ReLU()), stages={"s": "second"}, sgs=SGSOptions(after="s", before_activation=False))
+
+
+def test_an_unknown_stage_or_size_is_refused_with_what_is_possible():
+    with pytest.raises(ValueError, match="after='res9' is not a stage .* stem, res2, res3, res4, res5"):
+        x3d(size="tiny", num_classes=6, sgs=SGSOptions(after="res9"))
+    with pytest.raises(ValueError, match="size='XXL' is not an X3D; choose one of tiny, XS"):
+        x3d(size="XXL", num_classes=6)

@@ -1,0 +1,170 @@
+"""Lists of videos: every form they come in, and what is said about a list that is wrong."""
+
+import os
+
+import pytest
+
+from atfr.data.records import Video
+from atfr.data.videolist import videolist
+
+PATHS = ("run/a.mp4", "run/b c.mp4", "walk/d, e.mp4")
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A folder with three (empty) videos."""
+    for path in PATHS:
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).touch()
+    return tmp_path
+
+
+def load(root, text, name="list.csv", **options):
+    (root / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return videolist(root=str(root), **{"train": name, "test": None, **options})
+
+
+def listed(source):
+    return [(os.path.relpath(video.path, source.notes["root"]), video.label) for video in source.train]
+
+
+FORMS = {
+    "comma": 'run/a.mp4,0\nrun/b c.mp4,0\n"walk/d, e.mp4",1\n',
+    "comma, header": 'path,label\nrun/a.mp4,0\nrun/b c.mp4,0\n"walk/d, e.mp4",1\n',
+    "comma, more columns": 'label,group,relative_path\n0,x,run/a.mp4\n0,x,run/b c.mp4\n1,y,"walk/d, e.mp4"\n',
+    "comma, blanks": 'run/a.mp4, 0\nrun/b c.mp4 ,0\n"walk/d, e.mp4" , 1 \n',
+    "space": "run/a.mp4 0\nrun/b c.mp4 0\nwalk/d, e.mp4 1\n",
+    "space, comma in the first path": "walk/d, e.mp4 1\nrun/a.mp4 0\nrun/b c.mp4 0\n",
+    "space, quotes": 'run/a.mp4 0\n"run/b c.mp4" 0\n"walk/d, e.mp4" 1\n',
+    "tab": "run/a.mp4\t0\nrun/b c.mp4\t0\nwalk/d, e.mp4\t1\n",
+    "names": 'run/a.mp4,run\nrun/b c.mp4,run\n"walk/d, e.mp4",walk\n',
+    "names with spaces": 'run/a.mp4,"a, run"\nrun/b c.mp4,"a, run"\n"walk/d, e.mp4",go walk\n',
+    "names in quotes after a space": 'run/a.mp4 "go run"\n"run/b c.mp4" "go run"\n"walk/d, e.mp4" "go walk"\n',
+    "comments, blank lines": '# made by hand\n\nrun/a.mp4,0\n\n# more\nrun/b c.mp4,0\n"walk/d, e.mp4",1',
+    "byte order mark, CRLF": '\ufeffpath,label\r\nrun/a.mp4,0\r\nrun/b c.mp4,0\r\n"walk/d, e.mp4",1\r\n',
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_list_gives_the_same_videos(root, form):
+    source = load(root, FORMS[form])
+    assert sorted(listed(source)) == [("run/a.mp4", 0), ("run/b c.mp4", 0), ("walk/d, e.mp4", 1)]
+    assert len(source.class_names) == 2
+
+
+def test_classes_are_the_sorted_names_of_the_training_list(root):
+    (root / "test.csv").write_text("run/a.mp4,walk\n")
+    source = load(root, "run/a.mp4,walk\nrun/b c.mp4,run\n", test="test.csv")
+    assert source.class_names == ("run", "walk")
+    assert [video.label for video in source.train] == [1, 0]
+    assert [video.label for video in source.test] == [1]
+
+
+def test_given_class_names_fix_the_order(root):
+    source = load(root, "run/a.mp4,walk\nrun/b c.mp4,run\n", class_names=["walk", "swim", "run"])
+    assert source.class_names == ("walk", "swim", "run")
+    assert [video.label for video in source.train] == [0, 2]
+
+
+def test_ids_count_the_classes_of_all_lists_unless_told_how_many(root):
+    (root / "test.csv").write_text("run/a.mp4,7\n")
+    assert len(load(root, "run/a.mp4,2\n", test="test.csv").class_names) == 8
+    assert len(load(root, "run/a.mp4,2\n", test="test.csv", num_classes=10).class_names) == 10
+
+
+def test_classes_may_themselves_be_called_by_numbers(root):
+    source = load(root, "run/a.mp4,9\nrun/b c.mp4,5\n", class_names=["9", "5"])
+    assert [video.label for video in source.train] == [0, 1]
+
+
+def test_a_source_for_testing_only_needs_no_training_list(root):
+    (root / "test.txt").write_text("run/a.mp4 1\n")
+    source = videolist(root=str(root), train=None, test="test.txt", num_classes=3)
+    assert source.train == () and source.test == source.val == (Video(str(root / "run/a.mp4"), 1),)
+    assert source.class_names == ("0", "1", "2")
+
+
+def test_the_test_list_validates_unless_there_is_a_list_for_that(root):
+    (root / "test.csv").write_text("run/a.mp4,0\n")
+    (root / "val.csv").write_text("run/b c.mp4,0\n")
+    assert load(root, "run/a.mp4,0\n", test="test.csv").notes["validation"] == "test list"
+    source = load(root, "run/a.mp4,0\n", test="test.csv", val="val.csv")
+    assert source.val == (Video(str(root / "run/b c.mp4"), 0),)
+    assert source.notes["videos"] == {"train": 1, "val": 1, "test": 1}
+
+
+def test_lists_are_found_from_the_working_directory_first(root, tmp_path_factory, monkeypatch):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "list.csv").write_text(f"{root}/run/a.mp4,0\n")
+    (root / "list.csv").write_text("run/b c.mp4,0\n")
+    (root / "only_in_root.csv").write_text("run/b c.mp4,0\n")
+    monkeypatch.chdir(elsewhere)
+    source = videolist(root=str(root), train="list.csv", test="only_in_root.csv")
+    assert source.notes["lists"] == {"train": str(elsewhere / "list.csv"), "test": str(root / "only_in_root.csv")}
+    assert source.train[0].path == str(root / "run/a.mp4")
+
+
+WRONG = {
+    "empty": ("# nothing\n\n", {}, r"list\.csv: the list is empty$"),
+    "header only": ("path,label\n", {}, r"list\.csv: the list is empty \(it has only a header\)"),
+    "no label": ("run/a.mp4,0\nb.mp4\n", {}, r"list\.csv:2: expected 'path,label' or 'path label', found 'b.mp4'"),
+    "blank label": ("run/a.mp4,0\n\nrun/b.mp4,\n", {}, r"list\.csv:3: the label is missing in 'run/b.mp4,'"),
+    "blank path": ("run/a.mp4,0\n,3\n", {}, r"list\.csv:2: the path is missing in ',3'"),
+    "three columns": ("run/a.mp4,0,1\n", {}, r"list\.csv:1: expected"),
+    "id too large": ("run/a.mp4,5\n", {"num_classes": 5}, r"list\.csv:1: label 5 is outside the 5 classes \(0 to 4\)"),
+    "id negative": ("run/a.mp4,-1\nrun/a.mp4,1", {}, r"list\.csv:1: label -1 is outside the 2 classes \(0 to 1\)"),
+    "id with names": ("run/a.mp4,2\n", {"class_names": ["x", "y"]}, r"list\.csv:1: label 2 is outside the 2 classes"),
+    "unknown name": (
+        "run/a.mp4,run\nrun/b c.mp4,swim\n",
+        {"class_names": ["run", "walk"]},
+        r"list\.csv:2: label 'swim' is none of the 2 classes \(run, walk\)",
+    ),
+    "too few names": ("run/a.mp4,run\n", {"num_classes": 4}, r"num_classes is 4, but the training list names 1"),
+    "names twice": ("run/a.mp4,run\n", {"class_names": ["run", "run"]}, r"class_names holds 'run' more than once"),
+    "counts differ": ("run/a.mp4,run\n", {"class_names": ["run"], "num_classes": 2}, r"num_classes is 2, but class_n"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_list_that_is_wrong_is_refused_in_one_line_that_says_where(root, fault):
+    text, options, message = WRONG[fault]
+    with pytest.raises(ValueError, match=message) as caught:
+        load(root, text, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_test_label_that_was_never_trained_is_refused(root):
+    (root / "test.csv").write_text("run/a.mp4,run\nrun/a.mp4,swim\n")
+    with pytest.raises(ValueError, match=r"test\.csv:2: label 'swim' is none of the 1 classes \(run\)"):
+        load(root, "run/a.mp4,run\n", test="test.csv")
+
+
+def test_names_without_a_training_list_need_class_names(root):
+    (root / "test.csv").write_text("run/a.mp4,run\n")
+    with pytest.raises(ValueError, match=r"test\.csv:1: the labels are names \('run'\).*give class_names"):
+        videolist(root=str(root), train=None, test="test.csv")
+    assert videolist(root=str(root), train=None, test="test.csv", class_names=["run"]).test[0].label == 0
+
+
+def test_no_list_at_all_is_refused(root):
+    with pytest.raises(ValueError, match="neither a train nor a test list"):
+        videolist(root=str(root), train=None, test=None)
+
+
+def test_missing_files_are_named_together_with_the_way_out(root, monkeypatch):
+    monkeypatch.chdir(root / "run")
+    hint = {"prepare_hint": "run scripts/prepare.sh first"}
+    with pytest.raises(FileNotFoundError, match=r"root /no/such is not a folder; run scripts/prepare\.sh first$"):
+        videolist(root="/no/such", train="a.csv", test=None, **hint)
+    with pytest.raises(FileNotFoundError) as caught:
+        videolist(root=str(root), train="gone.csv", test=None, **hint)
+    assert str(caught.value) == (
+        f"dataset videolist: the train list gone.csv does not exist (looked for {root}/run/gone.csv and"
+        f" {root}/gone.csv); run scripts/prepare.sh first"
+    )
+    with pytest.raises(FileNotFoundError) as caught:
+        load(root, "run/a.mp4,0\nrun/x.mp4,0\nfly/y.mp4,0\n", **hint, train=str(root / "list.csv"))
+    assert str(caught.value) == (
+        f"{root}/list.csv: {root}/run/x.mp4 does not exist (2 of 3 videos are missing; root is {root});"
+        " run scripts/prepare.sh first"
+    )

@@ -1,0 +1,72 @@
+"""Small videos for the tests. The mean grey level of frame k stands for k, so a frame says which one it is."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+_FIRST, _STEP = 10, 4
+MOST_FRAMES = 60
+
+
+def write_video(
+    path: Path,
+    frames: int | np.ndarray,
+    *,
+    codec: str = "mpeg4",
+    size: tuple[int, int] = (64, 48),
+    gop: int = 12,
+) -> str:
+    """Writes numbered frames, or those given as uint8 [T, H, W, 3]."""
+    if isinstance(frames, int):
+        assert frames <= MOST_FRAMES
+        # Some noise, so that packets are as large as those of real videos.
+        noise = np.random.default_rng(0).integers(-8, 9, (frames, size[1], size[0], 1))
+        levels = _FIRST + _STEP * np.arange(frames)[:, None, None, None] + noise
+        frames = np.broadcast_to(levels.clip(0, 255).astype(np.uint8), (frames, size[1], size[0], 3))
+    try:
+        av.codec.Codec(codec, "w")
+    except av.error.FFmpegError:
+        pytest.skip(f"this PyAV has no encoder {codec}")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=Fraction(10))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.gop_size = gop
+        if codec == "mpeg4":
+            stream.bit_rate = 2_000_000
+        for array in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")))
+        container.mux(stream.encode(None))
+    return str(path)
+
+
+def damage(path: str, packet: int) -> str:
+    """Overwrites one packet of a file."""
+    with av.open(path) as container:
+        places = [(item.pos, item.size) for item in container.demux(video=0) if item.size]
+    with open(path, "r+b") as stream:
+        stream.seek(places[packet][0])
+        stream.write(b"\xff" * places[packet][1])
+    return path
+
+
+def write_sound(path: Path) -> str:
+    """A file with a sound track and nothing else."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return str(path)
+
+
+def numbers(clip: np.ndarray) -> list[int]:
+    """Which frames these are: uint8 [T, ...] -> T numbers."""
+    levels = np.asarray(clip).reshape(len(clip), -1).mean(axis=1)
+    return np.rint((levels - _FIRST) / _STEP).astype(int).tolist()
