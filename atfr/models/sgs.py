@@ -166,7 +166,7 @@ def compact(bins: Tensor, weights: Tensor, *, num_bins: int, order: str) -> tupl
     counts = member.sum(dim=2)  # [N, B]
     if order == "time":
         time = torch.arange(bins.shape[1], device=bins.device, dtype=weights.dtype)
-        rank = (member @ time) / counts.clamp(min=1)
+        rank = (member * time).sum(dim=2) / counts.clamp(min=1)
     else:
         rank = torch.arange(num_bins, device=bins.device, dtype=weights.dtype).expand_as(counts)
     kept_first = rank.masked_fill(counts == 0, torch.inf).argsort(dim=1, stable=True)  # [N, B]
