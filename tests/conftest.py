@@ -6,10 +6,10 @@ import os
 import random
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
+from video_files import write_video
 
 
 @pytest.fixture(autouse=True)
@@ -44,18 +44,8 @@ def small_videos(tmp_path_factory) -> Path:
             x, y = (2 * t, 16) if label == "right" else (24, t)
             frame[y : y + 12, x : x + 12] = 230
         name = f"{label} {i}.mp4"
-        write_video(root / name, frames)
+        write_video(root / name, frames, codec="libx264")
         lists["train" if i < 8 else "test"].append(f"{name},{label}")
     for split, lines in lists.items():
         (root / f"{split}.csv").write_text("path,label\n" + "\n".join(lines) + "\n")
     return root
-
-
-def write_video(path: Path, frames: np.ndarray) -> None:
-    """uint8 [T, H, W, 3] -> an H.264 file."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=16)
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())

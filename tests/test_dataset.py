@@ -67,7 +67,7 @@ WRONG = {
 @pytest.mark.parametrize("field", WRONG)
 def test_settings_that_make_no_sense_are_refused_by_name_and_value(field):
     name = "test_short_side" if field == "crop_size" else field
-    with pytest.raises(ValueError, match=rf"^clip\.{name} is .*, it must be "):
+    with pytest.raises(ValueError, match=rf"^dataset\.clip\.{name} is .*, it must be "):
         settings(**{field: WRONG[field]})
 
 

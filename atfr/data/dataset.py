@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from atfr.data.decode import read_clip
+from atfr.data.decode import DECODERS, read_clip
 from atfr.data.records import Video, VideoError
 from atfr.data.sampling import random_clip, uniform_views
 from atfr.data.transforms import TrainTransform, test_crops
@@ -38,11 +38,13 @@ class ClipSettings:
     crops: int = 1  # 1 or 3 crops a clip
     mean: list[float]  # per channel, for values in [0, 1]
     std: list[float]
+    decoder: str = "pyav"  # the library that reads first: pyav | decord
 
     def __post_init__(self) -> None:
         for name in ("frames", "stride", "crop_size", "test_short_side", "views"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         self._require(self.crops in (1, 3), "crops", "1 or 3")
+        self._require(self.decoder in DECODERS, "decoder", f"one of {', '.join(DECODERS)}")
         self._require(0 <= self.flip <= 1, "flip", "a probability in [0, 1]")
         self._require(self.test_short_side >= self.crop_size, "test_short_side", f"at least crop_size={self.crop_size}")
         side = self.train_short_side
@@ -58,7 +60,7 @@ class ClipSettings:
 
     def _require(self, holds: bool, name: str, what: str) -> None:
         if not holds:
-            raise ValueError(f"clip.{name} is {getattr(self, name)}, it must be {what}")
+            raise ValueError(f"dataset.clip.{name} is {getattr(self, name)}, it must be {what}")
 
 
 @dataclass
@@ -157,7 +159,7 @@ class TrainClips(Dataset):
 
         space = np.random.default_rng((*seed, 2))
         short_side = self.transform.draw_short_side(space)
-        frames = _to_tensor(read_clip(video.path, pick, short_side=short_side))
+        frames = _to_tensor(read_clip(video.path, pick, short_side=short_side, decoder=self.clip.decoder))
         return self.transform(frames, short_side=short_side, rng=space)
 
 
@@ -207,7 +209,8 @@ class TestClips(Dataset):
             spread = uniform_views(num_frames, frames=self.clip.frames, stride=self.clip.stride, views=self.views)
             return spread[view]
 
-        frames = _to_tensor(read_clip(self.videos[number].path, pick, short_side=self.clip.test_short_side))
+        path, clip = self.videos[number].path, self.clip
+        frames = _to_tensor(read_clip(path, pick, short_side=clip.test_short_side, decoder=clip.decoder))
         self._last = ((number, view), frames) if self.crops > 1 else None
         return frames
 

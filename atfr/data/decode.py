@@ -1,10 +1,9 @@
 """Reads the frames of one clip out of a video file, frame for frame, and never hangs on a bad one.
 
-PyAV reads; decord is the alternative where PyAV or its decoder is missing. That order was chosen by measuring on
-real files: at the same target size PyAV is as fast on H.264 and faster on MPEG-4 (46-52 against 26-31 clips/s on
-UCF101), while decord's `get_batch` returns frames 1 or 2 too early on nearly every DivX clip (UT-Interaction, HMDB51),
-refuses some target sizes, and can spin for ever in native code that holds the interpreter lock, out of reach of
-Python's time limits (github.com/dmlc/decord/issues/373 and 375).
+Two libraries can read; each is the other's fallback. PyAV goes first unless told otherwise: `benchmarks/decoders.py`
+shows that it is about as fast as decord on H.264 and VP9 and faster on MPEG-4, where decord's random access returns
+other frames than were asked for on packed B-frames (UT-Interaction, HMDB51). decord can also spin for ever in native
+code that holds the interpreter lock, out of reach of Python's time limits (github.com/dmlc/decord/issues/373).
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from atfr.data.readers import AvVideo, DecordVideo, Unsupported
 from atfr.data.records import VideoError
 
 Pick = Callable[[int], np.ndarray]
+DECODERS = ("pyav", "decord")
 
 # A container may promise frames that do not decode. Up to this many (or this share of the video) are made up for by
 # the last frame that does; beyond that the clip is chosen again from what there is.
@@ -25,7 +25,7 @@ _SPARE_FRAMES = 4
 _SPARE_SHARE = 0.05
 
 
-def read_clip(path: str, pick: Pick, *, short_side: int | None = None, backend: str = "auto") -> np.ndarray:
+def read_clip(path: str, pick: Pick, *, short_side: int | None = None, decoder: str = "pyav") -> np.ndarray:
     """The frames that `pick` chooses, uint8 [T, H, W, 3] in RGB, upright.
 
     `pick(num_frames)` returns frame indices [T] in [0, num_frames); they need not be sorted and may repeat. It must
@@ -35,25 +35,25 @@ def read_clip(path: str, pick: Pick, *, short_side: int | None = None, backend: 
     frame's index is its position in order of display.
 
     With `short_side` (pixels) frames are scaled while decoding so that their shorter side has that length, aspect
-    kept; a smaller video is not enlarged. `backend` is "auto" (PyAV; decord where PyAV or its decoder is missing),
-    "pyav" or "decord".
+    kept; a smaller video is not enlarged. `decoder` names the library that goes first: "pyav", with decord where PyAV
+    or its decoder is missing; or "decord", with PyAV for every file that decord cannot read.
 
     Raises VideoError for a file that is missing, empty, no video, or whose frames cannot be decoded (a decoder's
     error in the last 10 % of the file merely ends the video).
     """
-    if backend not in ("auto", "pyav", "decord"):
-        raise ValueError(f"backend is {backend!r}, it must be 'auto', 'pyav' or 'decord'")
+    if decoder not in DECODERS:
+        raise ValueError(f"decoder is {decoder!r}, it must be one of {', '.join(DECODERS)}")
     _check_file(path)
-    if backend != "decord":
-        try:
-            return _read(AvVideo, path, pick, short_side)
-        except Unsupported as error:
-            if backend == "pyav":
-                raise VideoError(path, error.reason) from error
+    first, second = (AvVideo, DecordVideo) if decoder == "pyav" else (DecordVideo, AvVideo)
+    # PyAV tells a library's failure from a file's; decord does not, so what it cannot read is always tried again.
+    lacking = Unsupported if first is AvVideo else VideoError
     try:
-        return _read(DecordVideo, path, pick, short_side)
-    except Unsupported as error:
-        raise VideoError(path, error.reason) from error
+        return _read(first, path, pick, short_side)
+    except lacking as error:
+        try:
+            return _read(second, path, pick, short_side)
+        except Unsupported:
+            raise VideoError(path, error.reason) from error
 
 
 def _check_file(path: str) -> None:

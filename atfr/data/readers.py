@@ -73,7 +73,7 @@ class AvVideo:
             # Titles in other encodings than UTF-8 are common in old AVI files.
             with self.av.open(self.path, metadata_errors="replace") as container:
                 # The cover picture of an audio file is a video stream, too.
-                streams = [s for s in container.streams.video if "attached_pic" not in str(s.disposition)]
+                streams = [s for s in container.streams.video if "attached_pic" not in str(getattr(s, "disposition", ""))]
                 if not streams:
                     raise VideoError(self.path, "it has no video stream")
                 if streams[0].codec_context is None:

@@ -1,0 +1,87 @@
+"""Checkpoints and run folders: nothing already saved is lost, and a wrong file is named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from atfr.engine import checkpoint
+from atfr.engine.run_folder import claim_folder
+from atfr.engine.run_log import RunLog
+
+STATE = {"model": {"weight": torch.arange(3.0)}, "config": {"model": {"size": "S"}}, "class_names": ["a", "b"]}
+
+
+def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
+    path = tmp_path / "checkpoints" / "last.pt"
+    checkpoint.save(STATE, path)
+    loaded = checkpoint.load(path)
+    assert loaded["config"] == STATE["config"]
+    torch.testing.assert_close(loaded["model"]["weight"], torch.arange(3.0))
+    assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it_and_says_so(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    checkpoint.save(STATE, path)
+    before = path.read_bytes()
+
+    def full(state, file):
+        file.write(b"half a file")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"last.pt could not be written \(No space left on device\); the one before it is intact"):
+        checkpoint.save({}, path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_damaged_or_foreign_file_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "x.pt"
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        checkpoint.load(path)
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="cannot be read"):
+        checkpoint.load(path)
+    checkpoint.save(STATE, path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match="cannot be read: it is damaged"):
+        checkpoint.load(path)
+    torch.save({"weights": 1}, path)
+    with pytest.raises(ValueError, match="lacks the keys"):
+        checkpoint.load(path)
+
+
+def test_weights_of_another_model_are_refused_naming_what_does_not_fit(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    with pytest.raises(ValueError, match=r"1 missing \(first: bias\), 1 unexpected \(first: gamma\), 1 of another shape \(first: weight\)"):
+        checkpoint.load_weights(model, {"weight": torch.zeros(2, 4), "gamma": torch.zeros(1)}, tmp_path)
+
+
+def test_the_metrics_of_a_run_that_resumes_have_no_step_twice(tmp_path):
+    log = RunLog(tmp_path, resume_step=0)
+    for step in (10, 20, 30):
+        log.write(step=step, epoch=0, split="train", values={"loss": 1.0 / step})
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 40, "los')  # a kill in the middle of a line
+    log = RunLog(tmp_path, resume_step=20)
+    log.write(step=30, epoch=1, split="train", values={"loss": 0.5})
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["epoch"]) for line in lines] == [(10, 0), (20, 0), (30, 1)]
+
+
+def test_a_run_folder_of_another_experiment_is_refused_naming_the_key(tmp_path):
+    config = {"model": {"size": "S"}, "optimizer": {"lr": 0.1}, "trainer": {"workers": 2, "seed": 0}}
+    claim_folder(tmp_path, config, resume=True)
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == config
+    checkpoint.save(STATE, tmp_path / "checkpoints" / "last.pt")
+    claim_folder(tmp_path, {**config, "trainer": {"workers": 0, "seed": 0}}, resume=True)
+    with pytest.raises(ValueError, match="holds another experiment: optimizer.lr is 0.1 there and 0.2 here"):
+        claim_folder(tmp_path, {**config, "optimizer": {"lr": 0.2}}, resume=True)
+    with pytest.raises(ValueError, match="already holds a trained run, and trainer.resume=false"):
+        claim_folder(tmp_path, config, resume=False)
