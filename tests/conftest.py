@@ -11,12 +11,13 @@ import pytest
 import torch
 from video_files import write_video
 
+torch.set_num_threads(1)  # the networks are small, and the tests run in parallel
+
 
 @pytest.fixture(autouse=True)
 def _seeded():
     random.seed(0)
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # the networks are small, and the tests run in parallel
 
 
 @pytest.fixture(scope="session")

@@ -142,6 +142,14 @@ def test_a_copy_of_a_network_is_independent_of_it():
         assert not copied(clips).logits.any()
 
 
+def test_a_network_can_be_trained_after_it_was_used_in_inference_mode():
+    model = x3d(size="tiny", num_classes=6, sgs=SGSOptions(**ATFR))
+    clips = uneven_clips(3)
+    with torch.inference_mode():
+        model(clips)
+    model(clips).logits.sum().backward()
+
+
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_a_packed_convolution_equals_one_convolution_a_clip(dilation):
     conv = nn.Conv3d(3, 4, (3, 1, 3), padding=(dilation, 0, 1), dilation=(dilation, 1, 1))

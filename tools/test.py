@@ -52,9 +52,11 @@ def with_overrides(state: dict[str, Any], composed: DictConfig) -> DictConfig:
     config = OmegaConf.create(state["config"])
     config.trainer.output_dir = str(Path(composed.checkpoint).parent.parent)
     config.trainer.devices, config.trainer.accelerator = None, "auto"
-    for override in sorted(given_overrides(HydraConfig.get().overrides.task), key=lambda override: "." in override):
-        key = override.split("@")[0].replace("/", ".")
-        if key != "checkpoint":
+    now = HydraConfig.get().runtime.choices
+    given = given_overrides(HydraConfig.get().overrides.task)
+    for override in sorted(given, key=lambda override: "." in override):  # whole groups before single keys
+        if override != "checkpoint" and (override not in now or now[override] != state["choices"].get(override)):
+            key = override.replace("/", ".")
             OmegaConf.update(config, key, OmegaConf.select(composed, key), merge=False, force_add=True)
     return config
 

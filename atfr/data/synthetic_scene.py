@@ -34,7 +34,7 @@ CLASSES: tuple[str, ...] = tuple("-".join(PHASES[phase] for phase in order) for 
 assert list(CLASSES) == sorted(CLASSES)
 
 WINDOW = 31  # video frames spanned by a clip of 16 frames at stride 2
-MIN_DWELL = 2  # video frames: at stride 2 a phase gives at least one frame of the clip
+MIN_DWELL = 3  # video frames: at stride 2 a phase gives one or two frames of the clip at least
 MIN_SLACK = 6  # video frames to share out unevenly; fewer and the dwell times are all alike
 DWELLS: tuple[str, ...] = ("uneven", "even")
 SPLITS: tuple[str, ...] = ("train", "test")
@@ -168,8 +168,8 @@ def _background(rng: np.random.Generator, *, size: int, frames: int, busyness: f
     turn = np.exp(-2j * np.pi * (ky * dy[:, None, None] + kx * dx[:, None, None]))  # [T, H, W/2+1]
     layers = np.fft.irfft2(spectrum[:, None] * turn, s=(size, size))  # [2, T, H, W]
     layers = (layers / layers.std((1, 2, 3), keepdims=True)).astype(np.float32)
-    tints = rng.uniform(-0.06, 0.06, (2, 3)).astype(np.float32) + rng.uniform(0.03, 0.09)
-    colour = rng.uniform(0.25, 0.65) + rng.uniform(-0.08, 0.08, 3)
+    tints = rng.uniform(-0.05, 0.05, (2, 3)).astype(np.float32) + rng.uniform(0.03, 0.08)
+    colour = rng.uniform(0.35, 0.6) + rng.uniform(-0.06, 0.06, 3)
     # Written out, not a matrix product: a BLAS may use other threads, and round otherwise.
     video = sum(layer[..., None] * tint for layer, tint in zip(layers, tints)) + colour.astype(np.float32)
     return np.repeat(video, frames, axis=0) if still else video
@@ -229,9 +229,9 @@ def _draw_object(
     """The object in its four phases."""
     frames, size = video.shape[:2]
     y, x, scale, angle = _course(rng, size=size, frames=frames, busyness=busyness)
-    radius = scale * (0.28 - 0.15 * rng.uniform() ** 2) * size  # mostly large, down to half
+    radius = scale * (0.30 - 0.15 * rng.uniform() ** 2) * size  # mostly large, down to half
     # Drawn a phase, not a position in the order: the draw must not depend on the class.
-    jitter = rng.uniform(-1, 1, (len(PHASES), 3)) * (0.04, 0.2, 0.15) + (0, 0.75, 0.8)
+    jitter = rng.uniform(-1, 1, (len(PHASES), 3)) * (0.04, 0.15, 0.12) + (0, 0.82, 0.85)
     for phase, start, dwell in zip(order, timeline.starts, timeline.dwells):
         during = slice(start, start + dwell)
         cover = _cover(PHASES[phase], y[during], x[during], radius[during], angle[during], size)

@@ -6,7 +6,7 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -127,9 +127,12 @@ class Training:
             data_s = time.perf_counter() - waiting
             try:
                 self.train_step(batch, epoch=epoch, data_s=data_s)
-            except ValueError:
-                self.check_losses(epoch)  # a network that diverged in an earlier step says so itself
-                raise
+            except ValueError as error:  # SGS refuses features that are not finite
+                self.check_losses(epoch)  # if the loss was the first to go, that is what to say
+                raise FloatingPointError(
+                    f"step {self.step + 1}: {error}; lower optimizer.lr or set trainer.clip_norm, then run again from the last checkpoint"
+                    f" (clips: {_some(batch.paths)})"
+                ) from error
             if self.step == self.total_steps or self.step % self.steps_per_epoch == 0:
                 break
             if self.settings.save_every and self.step % self.settings.save_every == 0:
@@ -237,16 +240,20 @@ class Training:
             yield self.normalise(batch.clips.to(self.ranks.device))
 
 
+def _some(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "")
+
+
 class _Pending:
     """Measurements of the steps since the last log line, left on the device until they are needed."""
 
     def __init__(self) -> None:
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
-        self.paths: list[list[str]] = []
+        self.paths: list[Sequence[str]] = []
         self.sums = {"bins": 0.0, "bad": 0.0, "data_s": 0.0, "step_s": 0.0}
 
-    def add(self, loss: Tensor, norm: Tensor, paths: list[str], **values: float) -> None:
+    def add(self, loss: Tensor, norm: Tensor, paths: Sequence[str], **values: float) -> None:
         self.losses.append(loss)
         self.norms.append(norm)
         self.paths.append(paths)
@@ -261,7 +268,7 @@ class _Pending:
             first = finite.index(False)
             raise FloatingPointError(
                 f"the loss is {losses[first].item()} at step {step - len(finite) + first + 1}; lower optimizer.lr or set trainer.clip_norm, then run"
-                f" again from the last checkpoint (clips: {', '.join(self.paths[first][:4])}{', ...' if len(self.paths[first]) > 4 else ''})"
+                f" again from the last checkpoint (clips: {_some(self.paths[first])})"
             )
         count = len(finite)
         means = {name: total / count for name, total in self.sums.items() if name != "bad"}

@@ -37,8 +37,9 @@ class Segments:
 
 @lru_cache(maxsize=64)
 def _owner(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    clips = torch.arange(len(lengths))
-    return torch.repeat_interleave(clips, torch.tensor(lengths)).to(device)
+    with torch.inference_mode(False):  # a tensor made in inference mode could not serve a training step later
+        clips = torch.arange(len(lengths))
+        return torch.repeat_interleave(clips, torch.tensor(lengths)).to(device)
 
 
 def conv3d(module: nn.Conv3d, x: Tensor, segments: Segments) -> Tensor:

@@ -1,0 +1,22 @@
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+
+.PHONY: quickstart test fast-test
+
+# Sets up, generates the built-in dataset, trains a tiny X3D with SGS on it, and tests the best checkpoint.
+quickstart: $(INSTALLED)
+	$(VENV)/bin/python tools/train.py
+
+# Sets up and runs all tests; `make fast-test` leaves out those that train for minutes.
+test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -n 2
+
+fast-test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -n 2 -m "not slow"
+
+$(INSTALLED): setup.cfg setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet -e ".[dev]"
+	touch $@

@@ -1,0 +1,73 @@
+"""Run the programs of tools/ as a user would, in this process for speed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import runpy
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+def run_tool(name: str, *arguments: str) -> Outcome:
+    """`python tools/NAME.py ARGUMENTS`: exit code and what it printed."""
+    out, err = io.StringIO(), io.StringIO()
+    before, sys.argv = sys.argv, [str(ROOT / "tools" / f"{name}.py"), *arguments]
+    code = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        sys.argv = before
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def torchrun(processes: int, name: str, *arguments: str) -> Outcome:
+    """The same on several processes of this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run(
+        [*command, str(ROOT / "tools" / f"{name}.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def small_job(videos: Path, folder: Path, *more: str) -> list[str]:
+    """Overrides for a run of a few seconds on the videos of `small_videos`."""
+    return [
+        "dataset=videolist",
+        f"dataset.root={videos}",
+        "dataset.train=train.csv",
+        "dataset.test=test.csv",
+        "model.size=tiny",
+        "dataset.clip.frames=8",
+        "dataset.clip.stride=2",
+        "dataset.clip.crop_size=32",
+        "dataset.clip.train_short_side=[32,40]",
+        "dataset.clip.test_short_side=32",
+        "dataset.clip.views=2",
+        "trainer.batch_size=4",
+        "trainer.epochs=2",
+        "trainer.workers=0",
+        "trainer.statistics_clips=4",
+        "trainer.log_every=1",
+        f"trainer.output_dir={folder}",
+        *more,
+    ]

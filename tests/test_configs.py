@@ -1,0 +1,71 @@
+"""Every file under configs/ composes, and what it configures can be built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from atfr.configuration import build
+from atfr.jobs import clip_settings
+from atfr.models.sgs_layer import SGSOptions
+from atfr.models.x3d import SIZES
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def composed(*overrides, name="train"):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose(name, list(overrides))
+
+
+def names(group):
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("model", names("model"))
+@pytest.mark.parametrize("dataset", names("dataset"))
+def test_every_dataset_composes_with_every_model(dataset, model):
+    config = composed(f"dataset={dataset}", f"model={model}")
+    clip = clip_settings(config)
+    assert clip.frames >= 1 and clip.test_short_side >= clip.crop_size
+    build(config.trainer, "trainer")
+    assert build(config.model, "model", num_classes=3) is not None
+
+
+@pytest.mark.parametrize("preset", names("model/sgs"))
+def test_every_preset_of_the_layer_can_be_built(preset):
+    config = composed("model=x3d_sgs", f"model/sgs={preset}")
+    assert isinstance(build(config.model, "model", num_classes=3).sgs.options, SGSOptions)
+
+
+def test_the_reference_preset_spells_out_the_defaults_of_the_layer():
+    config = composed("model=x3d_sgs", "model/sgs=reference")
+    assert build(config.model, "model", num_classes=3).sgs.options == SGSOptions()
+
+
+@pytest.mark.parametrize("experiment", names("experiment"))
+def test_every_experiment_composes(experiment):
+    config = composed(f"experiment={experiment}")
+    assert build(config.model, "model", num_classes=3) is not None
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_of_x3d_brings_the_clip_it_was_published_with(size):
+    config = composed("dataset=kinetics400", f"model.size={size}")
+    published = {"XS": (4, 160), "S": (13, 160), "M": (16, 224), "L": (16, 312), "XL": (16, 312), "tiny": (16, 48)}
+    assert (config.dataset.clip.frames, config.dataset.clip.crop_size) == published[size]
+
+
+def test_the_model_takes_the_size_that_suits_the_dataset_unless_told_otherwise():
+    assert composed().model.size == "tiny"
+    assert composed("dataset=kinetics400").model.size == "S"
+    assert composed("model.size=M").model.size == "M"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_config_file_opens_with_a_comment_and_loads(path):
+    assert path.read_text().startswith("#")
+    OmegaConf.load(path)

@@ -1,0 +1,189 @@
+"""The programs of tools/ from a user's side: they run, resume, report, and name what is wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+from run_tools import run_tool, small_job, torchrun
+
+from atfr.engine import checkpoint
+
+
+@pytest.fixture(scope="module")
+def trained(small_videos, tmp_path_factory):
+    """The run folder of a finished small job."""
+    folder = tmp_path_factory.mktemp("run")
+    outcome = run_tool("train", *small_job(small_videos, folder))
+    assert outcome.code == 0, outcome.err
+    return folder, outcome
+
+
+def rows(folder):
+    return list(csv.DictReader((folder / "predictions.csv").open()))
+
+
+def test_a_run_leaves_everything_that_the_contract_names(trained, small_videos):
+    folder, outcome = trained
+    for name in ("config.yaml", "metrics.jsonl", "checkpoints/last.pt", "checkpoints/best.pt", "results.json", "predictions.csv"):
+        assert (folder / name).is_file(), name
+    assert list((folder / "tensorboard").glob("events*"))
+    results = json.loads((folder / "results.json").read_text())
+    assert results["num_videos"] == 4 and results["num_views"] == 8 and results["failed"] == []
+    assert 0 < results["gflops"]["min"] <= results["gflops"]["mean"] <= results["gflops"]["max"]
+    assert results["bins"]["frames"] == 8 and results["clips_per_second"] > 0
+    assert results["protocol"]["views"] == 2 and results["protocol"]["dataset"] == "videolist"
+    assert len(rows(folder)) == 8 and {row["label"] for row in rows(folder)} == {"right", "down"}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if line["split"] == "val"] == [2, 4]
+    for part in ("top-1", "dense GFLOPs", "adaptive GFLOPs", "B' per clip", "clips/s", str(folder), "tensorboard --logdir"):
+        assert part in outcome.out
+
+
+def test_testing_again_gives_the_same_predictions_at_any_batch_size(trained, tmp_path):
+    folder, _ = trained
+    expected = rows(folder)
+    for batch_size in (1, 8):
+        out = tmp_path / str(batch_size)
+        outcome = run_tool("test", f"checkpoint={folder}/checkpoints/best.pt", f"trainer.batch_size={batch_size}", f"trainer.output_dir={out}")
+        assert outcome.code == 0, outcome.err
+        for row, other in zip(expected, rows(out), strict=True):
+            assert {**row, "score": ""} == {**other, "score": ""}
+            assert float(row["score"]) == pytest.approx(float(other["score"]), abs=2e-4)
+
+
+def test_overrides_of_a_test_change_the_checkpoints_own_config(trained, tmp_path):
+    folder, _ = trained
+    best = f"checkpoint={folder}/checkpoints/best.pt"
+    outcome = run_tool("test", best, "dataset.clip.views=3", "model.sgs.num_bins=2", f"trainer.output_dir={tmp_path}")
+    assert outcome.code == 0, outcome.err
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["num_views"] == 12 and results["bins"]["max"] <= 2
+    assert results["protocol"]["frames"] == 8  # of the checkpoint, not of this command
+
+
+def test_a_finished_run_is_only_tested_again_and_more_steps_go_on_from_its_end(small_videos, tmp_path):
+    short = small_job(small_videos, tmp_path, "trainer.max_steps=3", "trainer.save_every=1")
+    assert run_tool("train", *short).code == 0
+    assert checkpoint.load(tmp_path / "checkpoints/last.pt")["step"] == 3
+    assert run_tool("train", *short).code == 0
+    assert run_tool("train", *small_job(small_videos, tmp_path)).code == 0
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if line["split"] == "train"] == [1, 2, 3, 4]
+    assert checkpoint.load(tmp_path / "checkpoints/last.pt")["step"] == 4
+
+
+def test_a_run_interrupted_in_the_middle_of_an_epoch_ends_with_the_same_weights(small_videos, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    more = ("trainer.batch_size=2", "trainer.save_every=1", "trainer.test=false", "model.sgs.width=0.3", "trainer.statistics_clips=0")
+    assert run_tool("train", *small_job(small_videos, whole, *more)).code == 0
+    # Killed right after the checkpoint of step 3: what lies in the folder then is what a resume finds.
+    original, saved = checkpoint.save, []
+
+    def kill_after_step_3(state, path):
+        original(state, path)
+        if state["step"] == 3:
+            raise KeyboardInterrupt
+
+    checkpoint.save = kill_after_step_3
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_tool("train", *small_job(small_videos, broken, *more))
+    finally:
+        checkpoint.save = original
+    assert checkpoint.load(broken / "checkpoints/last.pt")["step"] == 3
+    assert run_tool("train", *small_job(small_videos, broken, *more)).code == 0
+    first, second = (checkpoint.load(folder / "checkpoints/last.pt")["model"] for folder in (whole, broken))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_a_bad_video_is_replaced_and_named_in_training_and_listed_as_failed_in_testing(small_videos, tmp_path, caplog):
+    videos = tmp_path / "videos"
+    shutil.copytree(small_videos, videos)
+    (videos / "right 0.mp4").write_bytes(b"")
+    (videos / "down 9.mp4").write_text("this is no video")
+    outcome = run_tool("train", *small_job(videos, tmp_path / "run"))
+    assert outcome.code == 0, outcome.err
+    assert "right 0.mp4: the file is empty" in caplog.text + outcome.out
+    replaced = [json.loads(line).get("replaced", 0) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert sum(replaced) == 2  # once an epoch
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["failed"] == [str(videos / "down 9.mp4")] and results["num_videos"] == 3
+    assert "3 (1 more could not be read)" in outcome.out
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["dataset=kinetics400", "model=x3d_sgs", "dataset.root=/nowhere/k400"], "dataset kinetics400: root /nowhere/k400 is not a folder; put the videos"),
+        (["trainer.batch_size=many"], "trainer.batch_size='many' is not of type int"),
+        (["model.sgs.target=half"], "model.sgs.target='half' is not of type float"),
+        (["model.sgs.after=res9"], "model.sgs.after='res9' is not a stage"),
+        (["model.size=huge"], "model.size"),
+        (["+model.wings=2"], "model.wings is not an option of atfr.models.x3d.x3d"),
+        (["model._target_=atfr.models.x9d"], "model._target_='atfr.models.x9d' cannot be imported"),
+        (["dataset.clip.crops=2"], "dataset.clip.crops is 2, it must be 1 or 3"),
+        (["trainer.accelerator=tpu"], "trainer.accelerator='tpu' does not exist; choose one of auto, cpu, cuda"),
+        (["trainer.devices=3"], "trainer.devices=3, but 1 process"),
+        (["optimizer.lr=1e30", "optimizer.momentum=0.0", "optimizer.nesterov=false", "trainer.clip_norm=null"], "lower optimizer.lr"),
+        (["dataset.train=nowhere.csv"], "nowhere.csv"),
+    ],
+)
+def test_what_a_user_can_mend_ends_in_one_line_and_exit_code_1(small_videos, tmp_path, arguments, message):
+    base = [] if any(a.startswith("dataset=") for a in arguments) else small_job(small_videos, tmp_path / "run")
+    outcome = run_tool("train", *base, *arguments)
+    last = outcome.err.replace("\r", "\n").strip().splitlines()[-1]
+    assert outcome.code == 1 and last.startswith("error: ") and message in last, outcome.err
+
+
+def test_an_unknown_key_is_refused_with_its_name():
+    outcome = run_tool("train", "trainer.batchsize=3")
+    assert outcome.code == 1 and "trainer.batchsize" in outcome.err
+
+
+def test_a_diverged_run_leaves_no_checkpoint_of_nan(small_videos, tmp_path):
+    assert run_tool("train", *small_job(small_videos, tmp_path, "trainer.max_steps=2")).code == 0
+    good = (tmp_path / "checkpoints/last.pt").read_bytes()
+    state = checkpoint.load(tmp_path / "checkpoints/last.pt")
+    state["model"]["backbone.blocks.5.proj.bias"][:] = torch.nan
+    checkpoint.save(state, tmp_path / "checkpoints/last.pt")
+    spoilt = (tmp_path / "checkpoints/last.pt").read_bytes()
+    outcome = run_tool("train", *small_job(small_videos, tmp_path))
+    assert outcome.code == 1 and "the loss is nan at step 3" in outcome.err and ".mp4" in outcome.err
+    assert (tmp_path / "checkpoints/last.pt").read_bytes() == spoilt != good
+
+
+def test_a_checkpoint_of_another_model_or_dataset_is_refused(trained, tmp_path):
+    best = f"checkpoint={trained[0]}/checkpoints/best.pt"
+    outcome = run_tool("test", best, "model.size=XS", f"trainer.output_dir={tmp_path}")
+    assert outcome.code == 1 and "is of another model" in outcome.err
+    outcome = run_tool("test", best, "dataset.class_names=[left,up]", f"trainer.output_dir={tmp_path}")
+    assert outcome.code == 1 and "error: " in outcome.err
+    outcome = run_tool("test", "checkpoint=nowhere.pt")
+    assert outcome.code == 1 and "checkpoint nowhere.pt does not exist" in outcome.err
+
+
+def test_flops_prints_a_table_and_json():
+    outcome = run_tool("flops", "dataset=synthetic", "json=true")
+    values = json.loads(outcome.out.strip().splitlines()[-1])
+    assert values.keys() == {"params", "dense_gflops", "gflops_by_bins"} and len(values["gflops_by_bins"]) == 16
+    outcome = run_tool("flops", "dataset=synthetic", "model=x3d")
+    assert "dense GFLOPs" in outcome.out and "one multiply-add = one FLOP" in outcome.out
+
+
+def test_two_processes_train_and_evaluate_each_view_exactly_once(trained, small_videos, tmp_path):
+    single, _ = trained
+    outcome = torchrun(2, "test", f"checkpoint={single}/checkpoints/best.pt", f"trainer.output_dir={tmp_path / 'test'}")
+    assert outcome.code == 0, outcome.err
+    for row, other in zip(rows(single), rows(tmp_path / "test"), strict=True):
+        assert {**row, "score": ""} == {**other, "score": ""}
+    outcome = torchrun(2, "train", *small_job(small_videos, tmp_path / "train"))
+    assert outcome.code == 0, outcome.err
+    lines = [json.loads(line) for line in (tmp_path / "train/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3, 4]
+    assert len(rows(tmp_path / "train")) == 8
