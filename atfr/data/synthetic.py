@@ -18,16 +18,18 @@ import operator
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import av
 import numpy as np
 from tqdm import tqdm
 
+from atfr.data.records import VideoSource
 from atfr.data.synthetic_scene import CLASSES, DWELLS, PHASES, SPLITS, Timeline, Truth, check_scene, render
+from atfr.data.videolist import videolist
 
-__all__ = ["CLASSES", "DWELLS", "PHASES", "SPLITS", "Timeline", "Truth", "generate", "render", "write_video"]
+__all__ = ["CLASSES", "DWELLS", "PHASES", "SPLITS", "Timeline", "Truth", "generate", "render", "synthetic", "write_video"]
 
 VERSION = 1  # raise it with every change to scenes or encoding: old folders are then told apart
 FPS = 16
@@ -50,6 +52,13 @@ class _Spec:
     size: int
     frames: int
     dwell: str
+
+
+def synthetic(*, root: str, seed: int, train: int, test: int, dwell: str) -> VideoSource:
+    """The built-in dataset as any other: generated into `root` if it is not there, then read as lists."""
+    generate(root, seed=seed, train=train, test=test, dwell=dwell)
+    source = videolist(root=root, train="train.csv", test="test.csv", class_names=CLASSES, name="synthetic")
+    return replace(source, notes={**source.notes, "seed": seed, "dwell": dwell, "version": VERSION})
 
 
 def generate(
