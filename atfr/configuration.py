@@ -6,6 +6,7 @@ Only the programs in tools/ use this; models, data and engine take plain values.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import inspect
 import os
@@ -24,8 +25,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-# Keys of a group that other groups read through interpolation, and that its own target does not take.
-SHARED_KEYS = ("clip", "clips", "model_size")
+from atfr.data.records import VideoError
+
+# Keys of a group that others read, and that its own target does not take.
+SHARED_KEYS = {"model": ("clip", "clips"), "dataset": ("clip", "model_size")}
+# What a config has at its top.
+ROOT_KEYS = ("dataset", "model", "optimizer", "schedule", "trainer", "experiment", "checkpoint", "json", "num_classes")
 
 
 def build(node: DictConfig, key: str, **extra: Any) -> Any:
@@ -38,7 +43,7 @@ def build(node: DictConfig, key: str, **extra: Any) -> Any:
     values = OmegaConf.to_container(node, resolve=False)
     for name in [name for name, value in values.items() if value == "???"]:
         raise ValueError(f"{key}.{name} is not set; add {key}.{name}=... to the command")
-    kept = OmegaConf.masked_copy(node, [name for name in values if name not in SHARED_KEYS or values[name] is None])
+    kept = OmegaConf.masked_copy(node, [name for name in values if name not in SHARED_KEYS.get(key, ())])
     kept._set_parent(node._get_parent())
     _check(OmegaConf.to_container(kept, resolve=True), key, given=extra)
     try:
@@ -47,6 +52,13 @@ def build(node: DictConfig, key: str, **extra: Any) -> Any:
         if error.__cause__ is None:
             raise
         raise error.__cause__ from None
+
+
+def check_root(config: DictConfig) -> None:
+    """Raise ValueError for a key at the top of the config that nothing reads."""
+    unknown = [str(key) for key in config if key not in ROOT_KEYS]
+    if unknown:
+        raise ValueError(f"{unknown[0]} is not an option; there are {', '.join(ROOT_KEYS)}")
 
 
 def _check(values: dict[str, Any], key: str, given: typing.Collection[str] = ()) -> None:
@@ -100,14 +112,17 @@ def _readable(hint: Any) -> str:
 def run_folder(output_dir: str | None) -> Path:
     """`trainer.output_dir`, or a folder under runs/ named after the command's overrides.
 
-    The name is the same for the same command, so that running it again resumes; it has no date.
+    The name is the same for the same command, so that running it again resumes; it has no date. It
+    holds nothing that a shell or hydra would want quoted, and a hash where letters had to go.
     """
     if output_dir is not None:
         return Path(output_dir)
     hydra = HydraConfig.get()
-    name = re.sub(r"[^\w=.,+-]+", "-", hydra.job.override_dirname) or "default"
-    sweep = "sweep/" if hydra.mode == RunMode.MULTIRUN else ""
-    return Path("runs") / f"{sweep}{name[:150]}"
+    full = hydra.job.override_dirname
+    name = re.sub(r"[^\w.+-]+", "_", full.replace("=", "-"))[:100] or "default"
+    if len(full) > 100 or re.search(r"[^\w.+=,-]", full):
+        name += "-" + hashlib.sha256(full.encode()).hexdigest()[:8]
+    return Path("runs", "sweep", name) if hydra.mode == RunMode.MULTIRUN else Path("runs", name)
 
 
 def choices() -> dict[str, str]:
@@ -125,11 +140,14 @@ def one_line_errors(main: Callable[[DictConfig], None]) -> Callable[[DictConfig]
     def guarded(config: DictConfig) -> None:
         try:
             main(config)
-        except (ValueError, OSError, FloatingPointError, OmegaConfBaseException) as error:
-            if os.environ.get("ATFR_TRACEBACK") == "1":
+        except (ValueError, OSError, FloatingPointError, VideoError, OmegaConfBaseException, RuntimeError) as error:
+            loader = type(error) is RuntimeError and str(error).startswith("DataLoader")
+            if os.environ.get("ATFR_TRACEBACK") == "1" or (isinstance(error, RuntimeError) and not loader):
                 raise
-            line = " ".join(str(error).split())
-            print(f"error: {line}", file=sys.stderr, flush=True)
+            hint = "; a video may be stuck or memory short: see trainer.timeout_s and trainer.workers" if loader else ""
+            print(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr, flush=True)
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise  # the other jobs of a sweep still run, and hydra exits with 1 in the end
             sys.exit(1)
 
     return guarded

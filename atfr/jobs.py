@@ -8,7 +8,7 @@ from typing import Any, Sequence
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from atfr.configuration import build
+from atfr.configuration import SHARED_KEYS, build
 from atfr.data.dataset import ClipSettings, TestClips
 from atfr.data.loader import test_loader
 from atfr.data.records import Video, VideoSource
@@ -17,7 +17,7 @@ from atfr.engine import distributed, results
 from atfr.engine.accounting import GflopsTable
 from atfr.engine.distributed import Ranks
 from atfr.engine.evaluate import Evaluation, evaluate
-from atfr.engine.train import TrainerSettings, precision_dtype
+from atfr.engine.settings import TrainerSettings, precision_dtype
 from atfr.models.network import VideoNet
 
 
@@ -29,6 +29,13 @@ def load_source(config: DictConfig, ranks: Ranks) -> VideoSource:
     if ranks.is_main:
         distributed.barrier()
     return source
+
+
+def require_videos(source: VideoSource, *splits: str) -> None:
+    """Raise ValueError unless each of the splits has videos."""
+    for split in splits:
+        if not getattr(source, split):
+            raise ValueError(f"dataset {source.name} has no {split} videos; set dataset.{split}")
 
 
 def clip_settings(config: DictConfig) -> ClipSettings:
@@ -66,7 +73,15 @@ def run_views(
 
 
 def test_and_report(
-    model: VideoNet, source: VideoSource, clip: ClipSettings, *, settings: TrainerSettings, ranks: Ranks, folder: Path, checkpoint: Path
+    model: VideoNet,
+    source: VideoSource,
+    clip: ClipSettings,
+    *,
+    config: DictConfig,
+    settings: TrainerSettings,
+    ranks: Ranks,
+    folder: Path,
+    checkpoint: Path,
 ) -> None:
     """Test with all views; write `results.json` and `predictions.csv`, and print the table."""
     evaluation = run_views(model, source.test, clip, views=clip.views, crops=clip.crops, settings=settings, ranks=ranks, title="test")
@@ -83,6 +98,8 @@ def test_and_report(
         "dataset": source.name,
         "split": "test",
         "checkpoint": str(checkpoint),
+        "model": {key: value for key, value in OmegaConf.to_container(config.model, resolve=True).items() if key not in SHARED_KEYS["model"]},
+        "precision": str(precision_dtype(settings.precision, ranks.device)).removeprefix("torch."),
         **source.notes,
     }
     summary = results.summarise(evaluation, table, protocol=protocol)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 
+import numpy as np
 import pytest
 
 from atfr.engine.evaluate import Evaluation, View
@@ -24,7 +25,7 @@ class Table:
 
 
 def view(video, number, label, scores, bins=4):
-    return View(video, number, f"v{video}.mp4", label, tuple(scores), bins)
+    return View(video, number, f"v{video}.mp4", label, np.array(scores, dtype=np.float32), bins)
 
 
 def test_the_scores_of_a_videos_views_are_averaged_before_the_decision():

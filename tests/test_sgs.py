@@ -207,11 +207,15 @@ def test_steering_narrows_the_width_when_too_few_bins_are_kept():
     assert layer.width > 1
 
 
-def test_under_autocast_the_sampling_is_the_float32_one():
-    layer = SGS(8, SGSOptions()).eval()
+@pytest.mark.parametrize("metric", ["l2", "l1", "cosine", "mahalanobis"])
+def test_under_autocast_the_sampling_is_the_float32_one(metric):
+    layer = SGS(8, SGSOptions(metric=metric)).eval()
     x = torch.randn(4, 8, 16, 6, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         weights, lengths = layer(x)
+        sums = aggregate(x, weights, lengths)
+        assert aggregate(x.bfloat16(), weights, lengths).dtype == torch.bfloat16
+    torch.testing.assert_close(sums, aggregate(x, weights, lengths))
     expected, expected_lengths = layer(x)
     assert weights.dtype == torch.float32 and lengths == expected_lengths
     torch.testing.assert_close(weights, expected)

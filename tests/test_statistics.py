@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from atfr.engine.optim import cosine, sgd
-from atfr.engine.statistics import calibrate_width, precise_batch_norm, steer_width
+from atfr.engine.statistics import calibrate_width, precise_batch_norm, refresh_statistics, steer_width
 from atfr.models.sgs_layer import SGSOptions
 from atfr.models.x3d import x3d
 
@@ -19,7 +19,7 @@ ATFR = SGSOptions(similarity="anchor", kernel="mean", scale="absolute", order="t
 def test_precise_batch_norm_is_the_mean_and_variance_over_all_values_of_all_batches():
     model = nn.Sequential(nn.BatchNorm3d(3), nn.ReLU()).eval()
     batches = [torch.randn(n, 3, 4, 5, 5) * (i + 1) + i for i, n in enumerate((2, 5, 1))]
-    precise_batch_norm(model, batches)
+    precise_batch_norm(model, batches, forward=model)
     values = torch.cat(batches).transpose(0, 1).flatten(1)
     torch.testing.assert_close(model[0].running_mean, values.mean(dim=1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model[0].running_var, values.var(dim=1, correction=0), atol=1e-5, rtol=1e-5)
@@ -33,7 +33,7 @@ def test_precise_batch_norm_sees_the_features_that_sgs_kept():
     clips = [torch.randn(n, 3, 16, 32, 32) for n in (3, 2)]
     clips[0][0] = clips[0][0, :, :1]  # static: fewer bins than the others
     handle = norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    precise_batch_norm(model, clips)
+    precise_batch_norm(model, clips, forward=model)
     handle.remove()
     values = torch.cat([x.transpose(0, 1).flatten(1) for x in seen], dim=1)
     torch.testing.assert_close(norm.running_mean, values.mean(dim=1), atol=1e-5, rtol=1e-4)
@@ -46,6 +46,34 @@ def test_a_calibrated_network_keeps_its_target_share_of_frames_on_the_calibratio
     calibrate_width(model, batches)
     with torch.no_grad():
         kept = [b for clips in batches for b in model(clips).bins]
+    assert sum(kept) / len(kept) == pytest.approx(8.0, abs=0.3)
+
+
+def test_an_untrained_network_is_calibrated_on_the_features_that_training_will_see():
+    model = x3d(size="tiny", num_classes=3, sgs=ATFR)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm3d):
+            norm.running_mean.fill_(3.0)  # far from the batch's: evaluation would see other features
+    batches = [torch.randn(8, 3, 16, 32, 32).cumsum(dim=2) / 4 for _ in range(4)]
+    calibrate_width(model, batches, untrained=True)
+    assert (model.backbone.blocks[0].norm.running_mean == 3.0).all()
+    model.train()
+    kept = [b for clips in batches for b in model(clips).bins]
+    assert sum(kept) / len(kept) == pytest.approx(8.0, abs=0.3)
+
+
+def test_refreshed_statistics_are_those_of_the_features_kept_at_the_refreshed_width():
+    model = x3d(size="tiny", num_classes=3, sgs=ATFR)
+    batches = [torch.randn(8, 3, 16, 32, 32).cumsum(dim=2) / 4 for _ in range(2)]
+    calibrate_width(model, batches, untrained=True)
+    model.sgs.width.mul_(3)  # as if it had drifted
+    refresh_statistics(model, lambda: batches)
+    norm = model.backbone.blocks[2].res_blocks[0].branch2.norm_a
+    mean = norm.running_mean.clone()
+    precise_batch_norm(model, batches, forward=model)
+    torch.testing.assert_close(norm.running_mean, mean)
+    with torch.no_grad():
+        kept = [b for clips in batches for b in model.eval()(clips).bins]
     assert sum(kept) / len(kept) == pytest.approx(8.0, abs=0.3)
 
 

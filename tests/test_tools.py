@@ -130,7 +130,12 @@ def test_a_bad_video_is_replaced_and_named_in_training_and_listed_as_failed_in_t
         (["dataset.clip.crops=2"], "dataset.clip.crops is 2, it must be 1 or 3"),
         (["trainer.accelerator=tpu"], "trainer.accelerator='tpu' does not exist; choose one of auto, cpu, cuda"),
         (["trainer.devices=3"], "trainer.devices=3, but 1 process"),
-        (["optimizer.lr=1e30", "optimizer.momentum=0.0", "optimizer.nesterov=false", "trainer.clip_norm=null"], "lower optimizer.lr"),
+        (["optimizer.lr=1e30", "optimizer.momentum=0.0", "optimizer.nesterov=false", "trainer.clip_norm=null"], "step 2: SGS after 'res2': the features of clip"),
+        (["trainer.eval_every=0"], "trainer.eval_every must be at least 1, not 0"),
+        (["dataset.test=null"], "dataset videolist has no val videos"),
+        (["+foo=3"], "foo is not an option; there are dataset, model"),
+        (["+trainer.clip=5"], "trainer.clip is not an option of"),
+        (["model/sgs=reference", "model.sgs.kernel=mean"], "kernel=mean passes no gradient to a learned embedding"),
         (["dataset.train=nowhere.csv"], "nowhere.csv"),
     ],
 )
@@ -162,10 +167,57 @@ def test_a_checkpoint_of_another_model_or_dataset_is_refused(trained, tmp_path):
     best = f"checkpoint={trained[0]}/checkpoints/best.pt"
     outcome = run_tool("test", best, "model.size=XS", f"trainer.output_dir={tmp_path}")
     assert outcome.code == 1 and "is of another model" in outcome.err
+    outcome = run_tool("test", best, "model=x3d", f"trainer.output_dir={tmp_path}")
+    assert outcome.code == 1 and "is of another model" in outcome.err
     outcome = run_tool("test", best, "dataset.class_names=[left,up]", f"trainer.output_dir={tmp_path}")
     assert outcome.code == 1 and "error: " in outcome.err
     outcome = run_tool("test", "checkpoint=nowhere.pt")
     assert outcome.code == 1 and "checkpoint nowhere.pt does not exist" in outcome.err
+
+
+def test_a_checkpoint_is_found_in_a_folder_with_any_name(trained, tmp_path):
+    folder = tmp_path / "model=x3d_sgs,trainer.seed=1"
+    shutil.copytree(trained[0], folder)
+    outcome = run_tool("test", f"checkpoint={folder}/checkpoints/best.pt")
+    assert outcome.code == 0, outcome.err
+    stray = tmp_path / "best.pt"
+    shutil.copy(folder / "checkpoints/best.pt", stray)
+    outcome = run_tool("test", f"checkpoint={stray}")
+    assert outcome.code == 1 and "add trainer.output_dir=... for the results" in outcome.err
+
+
+def test_spoilt_weights_give_an_error_and_no_accuracy(trained, tmp_path):
+    state = checkpoint.load(trained[0] / "checkpoints/best.pt")
+    state["model"]["backbone.blocks.5.proj.bias"][0] = torch.nan
+    checkpoint.save(state, tmp_path / "checkpoints/best.pt")
+    outcome = run_tool("test", f"checkpoint={tmp_path}/checkpoints/best.pt")
+    assert outcome.code == 1 and ".mp4 are NaN or infinite" in outcome.err
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_where_no_video_of_a_split_can_be_read_the_training_so_far_is_kept(small_videos, tmp_path):
+    videos = tmp_path / "videos"
+    shutil.copytree(small_videos, videos)
+    for path in videos.glob("*[89].mp4"):
+        path.write_bytes(b"")
+    for path in videos.glob("*1[01].mp4"):
+        path.write_bytes(b"")
+    outcome = run_tool("train", *small_job(videos, tmp_path / "run"))
+    assert outcome.code == 1 and "error: not one video of the split could be read" in outcome.err
+    assert checkpoint.load(tmp_path / "run/checkpoints/last.pt")["step"] == 2
+    for path in videos.glob("*.mp4"):
+        path.write_bytes(b"")
+    outcome = run_tool("train", *small_job(videos, tmp_path / "run2"))
+    assert outcome.code == 1 and "error: cannot read" in outcome.err and "the last of 10 training videos, none of them readable" in outcome.err
+
+
+def test_the_jobs_of_a_sweep_have_run_folders_of_their_own(small_videos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = [o for o in small_job(small_videos, tmp_path) if not o.startswith("trainer.output_dir")]
+    outcome = run_tool("train", "-m", *job, "trainer.max_steps=1", "trainer.test=false", "trainer.seed=0,1")
+    assert outcome.code == 0, outcome.err
+    folders = list((tmp_path / "runs/sweep").iterdir())
+    assert len(folders) == 2 and all((folder / "checkpoints/last.pt").exists() for folder in folders)
 
 
 def test_flops_prints_a_table_and_json():

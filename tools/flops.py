@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 
 from atfr import jobs
-from atfr.configuration import one_line_errors
+from atfr.configuration import check_root, one_line_errors
 from atfr.engine.accounting import CONVENTION
 from atfr.engine.distributed import Ranks
 
@@ -21,8 +21,10 @@ from atfr.engine.distributed import Ranks
 @hydra.main(version_base="1.3", config_path="../configs", config_name="flops")
 @one_line_errors
 def main(config: DictConfig) -> None:
+    check_root(config)
     clip = jobs.clip_settings(config)
-    model = jobs.build_model(config, num_classes=config.num_classes, ranks=Ranks(0, 1, torch.device("cpu")))
+    classes = config.num_classes or 400
+    model = jobs.build_model(config, num_classes=classes, ranks=Ranks(0, 1, torch.device("cpu")))
     table = jobs.gflops_table(model, clip)
     params = sum(parameter.numel() for parameter in model.parameters())
     by_bins = {bins: table.at(bins) for bins in range(1, (table.frames or 0) + 1)}
@@ -30,7 +32,7 @@ def main(config: DictConfig) -> None:
         print(json.dumps({"params": params, "dense_gflops": table.dense, "gflops_by_bins": by_bins}))
         return
     print(f"clip          {clip.frames} frames, {clip.crop_size} x {clip.crop_size}")
-    print(f"parameters    {params:,}")
+    print(f"parameters    {params:,} ({classes} classes)")
     print(f"dense GFLOPs  {table.dense:.4f}")
     for bins, cost in by_bins.items():
         print(f"B' = {bins:<3}      {cost:.4f}  ({cost / table.dense:.0%} of dense)")

@@ -16,17 +16,19 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from atfr import jobs
-from atfr.configuration import build, one_line_errors
+from atfr.configuration import build, check_root, one_line_errors
 from atfr.engine import checkpoint, distributed
-from atfr.engine.train import TrainerSettings
+from atfr.engine.settings import TrainerSettings
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="test")
 @one_line_errors
 def main(config: DictConfig) -> None:
+    check_root(config)
     path = Path(config.checkpoint)
     state = checkpoint.load(path)
     config = with_overrides(state, config)
@@ -40,9 +42,11 @@ def main(config: DictConfig) -> None:
                 f"checkpoint {path} was trained for {len(state['class_names'])} classes ({', '.join(state['class_names'][:3])}, ...),"
                 f" dataset {source.name} has {len(source.class_names)} ({', '.join(source.class_names[:3])}, ...)"
             )
+        jobs.require_videos(source, "test")
         model = jobs.build_model(config, num_classes=len(source.class_names), ranks=ranks)
         checkpoint.load_weights(model, state["model"], path)
-        jobs.test_and_report(model, source, clip, settings=settings, ranks=ranks, folder=Path(settings.output_dir), checkpoint=path)
+        folder = Path(settings.output_dir)
+        jobs.test_and_report(model, source, clip, config=config, settings=settings, ranks=ranks, folder=folder, checkpoint=path)
     finally:
         distributed.stop()
 
@@ -50,7 +54,11 @@ def main(config: DictConfig) -> None:
 def with_overrides(state: dict[str, Any], composed: DictConfig) -> DictConfig:
     """The checkpoint's own config with what this command overrides taken from the composed one."""
     config = OmegaConf.create(state["config"])
-    config.trainer.output_dir = str(Path(composed.checkpoint).parent.parent)
+    path = Path(composed.checkpoint)
+    if path.parent.name == "checkpoints":
+        config.trainer.output_dir = str(path.parent.parent)
+    elif composed.trainer.output_dir is None:
+        raise ValueError(f"checkpoint {path} is in no run folder's checkpoints/; add trainer.output_dir=... for the results")
     config.trainer.devices, config.trainer.accelerator = None, "auto"
     now = HydraConfig.get().runtime.choices
     given = given_overrides(HydraConfig.get().overrides.task)
@@ -67,19 +75,25 @@ def given_overrides(arguments: list[str]) -> list[str]:
     return [override.key_or_group for override in OverridesParser.create().parse_overrides(overrides)]
 
 
+def quoted(argument: str) -> str:
+    """A checkpoint's path in quotes: hydra would not take the = and , of a run folder's name without."""
+    key, _, path = argument.partition("=")
+    return f"checkpoint='{path}'" if key == "checkpoint" and path[:1] not in ("'", '"') else argument
+
+
 def compose_like_the_checkpoint(arguments: list[str]) -> list[str]:
     """Let hydra compose from the config groups that the checkpoint was trained with."""
-    paths = [argument.partition("=")[2] for argument in arguments if argument.startswith("checkpoint=")]
-    if not paths or not Path(paths[0]).is_file():
-        return []
+    paths = [argument.partition("=")[2].strip("'\"") for argument in arguments if argument.startswith("checkpoint=")]
     try:
-        chosen = checkpoint.load(Path(paths[0]))["choices"]
-    except ValueError:
-        return []  # main says what is wrong with it
-    given = given_overrides(arguments)
-    return [f"{group}={choice}" for group, choice in chosen.items() if group not in given]
+        chosen = checkpoint.load(Path(paths[-1]))["choices"] if paths else {}
+        given = given_overrides(arguments)
+    except (ValueError, OSError, OverrideParseException):
+        return []  # main or hydra says what is wrong
+    # Nor does a group inside one that is given, such as model/sgs in another model, come from the checkpoint.
+    return [f"{group}={choice}" for group, choice in chosen.items() if not {group, group.split("/")[0]} & set(given)]
 
 
 if __name__ == "__main__":
-    sys.argv[1:1] = compose_like_the_checkpoint(sys.argv[1:])
+    arguments = [quoted(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = [*compose_like_the_checkpoint(arguments), *arguments]
     main()

@@ -2,7 +2,7 @@
 
     python tools/train.py                                  # built-in data, a tiny X3D with SGS
     python tools/train.py dataset=kinetics400 model=x3d_sgs dataset.root=/data/k400
-    torchrun --nproc_per_node=2 tools/train.py ...         # several processes, the same result
+    torchrun --nproc_per_node=2 tools/train.py ...         # several processes
 
 The same command run again goes on from where it stopped. Options: configs/train.yaml.
 """
@@ -13,19 +13,21 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from atfr import jobs
-from atfr.configuration import build, choices, one_line_errors, run_folder
+from atfr.configuration import build, check_root, choices, one_line_errors, run_folder
 from atfr.data.dataset import TrainClips
 from atfr.data.loader import TrainSampler, train_loader
 from atfr.data.transforms import Normalizer
 from atfr.engine import checkpoint, distributed
 from atfr.engine.results import accuracy
 from atfr.engine.run_folder import claim_folder
-from atfr.engine.train import TrainerSettings, Training
+from atfr.engine.settings import TrainerSettings
+from atfr.engine.train import Training
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
 @one_line_errors
 def main(config: DictConfig) -> None:
+    check_root(config)
     settings: TrainerSettings = build(config.trainer, "trainer")
     ranks = distributed.start(accelerator=settings.accelerator, devices=settings.devices)
     try:
@@ -38,6 +40,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
     folder = run_folder(settings.output_dir)
     clip = jobs.clip_settings(config)
     source = jobs.load_source(config, ranks)
+    jobs.require_videos(source, "train", "val", *(["test"] if settings.test else []))
     model = jobs.build_model(config, num_classes=len(source.class_names), ranks=ranks, seed=settings.seed)
     plain = OmegaConf.to_container(config, resolve=True)
     if ranks.is_main:
@@ -83,7 +86,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
     if settings.test:
         best = training.best
         checkpoint.load_weights(model, checkpoint.load(best)["model"], best)
-        jobs.test_and_report(model, source, clip, settings=settings, ranks=ranks, folder=folder, checkpoint=best)
+        jobs.test_and_report(model, source, clip, config=config, settings=settings, ranks=ranks, folder=folder, checkpoint=best)
 
 
 if __name__ == "__main__":

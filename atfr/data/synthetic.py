@@ -54,8 +54,10 @@ class _Spec:
     dwell: str
 
 
-def synthetic(*, root: str, seed: int, train: int, test: int, dwell: str) -> VideoSource:
+def synthetic(*, root: str, seed: int, train: int, test: int, dwell: str, num_classes: int) -> VideoSource:
     """The built-in dataset as any other: generated into `root` if it is not there, then read as lists."""
+    if num_classes != len(CLASSES):
+        raise ValueError(f"dataset.num_classes is {num_classes}, but dataset synthetic always has {len(CLASSES)} classes")
     generate(root, seed=seed, train=train, test=test, dwell=dwell)
     source = videolist(root=root, train="train.csv", test="test.csv", class_names=CLASSES, name="synthetic")
     return replace(source, notes={**source.notes, "seed": seed, "dwell": dwell, "version": VERSION})

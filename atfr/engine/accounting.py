@@ -2,7 +2,8 @@
 
 Convention: fvcore's, one multiply-add is one FLOP; batch norm is not counted; the sampling layer
 itself is. Costs are looked up in a table with one fvcore analysis per distinct B', since the cost
-of a trunk with temporal strides is a staircase in B' that no formula gives.
+of a trunk with temporal strides is a staircase in B' that no formula gives. Of the sampling layer the
+embedding and the aggregation are counted; comparing frames is elementwise work, which fvcore leaves out.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class GflopsTable:
             with torch.no_grad():
                 self._features = self._model.stem(clip)
             self._stem = gflops(_Stem(self._model), clip)
+            self._row = self._features.numel() / 1e9  # one bin as a weighted sum of all frames
 
     @property
     def frames(self) -> int | None:
@@ -49,9 +51,16 @@ class GflopsTable:
         return self._stem + self._tail(bins)
 
     def executed(self, lengths: tuple[int, ...]) -> float:
-        """GFLOPs that a packed batch of such clips runs: their sum and the gaps between them."""
-        gap = 0.0 if self._features is None else self._tail(1, 1) - 2 * self._tail(1)
-        return sum(self.at(length) for length in lengths) + gap * (len(lengths) - 1)
+        """GFLOPs that a packed batch of such clips runs.
+
+        Beyond their sum these are the gaps between the clips, and the sampling layer summing as
+        many bins for each clip as the longest one has.
+        """
+        total = sum(self.at(length) for length in lengths)
+        if self._features is None:
+            return total
+        gap = self._tail(1, 1) - 2 * self._tail(1)
+        return total + gap * (len(lengths) - 1) + self._row * (len(lengths) * max(lengths) - sum(lengths))
 
     def _tail(self, *lengths: int) -> float:
         if lengths not in self._by_bins:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+REQUIRED = ("model", "config", "choices", "class_names")
+
 
 def save(state: dict[str, Any], path: Path) -> None:
     """Write `state` so that a kill or a full disk at any moment leaves an existing file as it was.
@@ -29,8 +31,18 @@ def save(state: dict[str, Any], path: Path) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         partial.unlink(missing_ok=True)
         kept = "the one before it is intact" if path.exists() else "there was none before it"
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        cause = _first_os_error(error)
+        reason = cause.strerror if cause else str(error).splitlines()[0]
         raise OSError(f"checkpoint {path} could not be written ({reason}); {kept}: make room and run the same command again") from error
+
+
+def _first_os_error(error: BaseException | None) -> OSError | None:
+    """What made a write fail: torch's zip writer hides it behind an error of its own."""
+    found = None
+    while error is not None:
+        found = error if isinstance(error, OSError) else found
+        error = error.__context__
+    return found
 
 
 def _sync_folder(folder: Path) -> None:
@@ -54,8 +66,8 @@ def load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
         raise ValueError(f"checkpoint {path} cannot be read: it is damaged or not a checkpoint ({str(error).splitlines()[0]})") from error
-    if not isinstance(state, dict) or not {"model", "config", "class_names"} <= state.keys():
-        raise ValueError(f"{path} is not a checkpoint of this project: it lacks the keys model, config and class_names")
+    if not isinstance(state, dict) or not set(REQUIRED) <= state.keys():
+        raise ValueError(f"{path} is not a checkpoint of this project: it lacks one of the keys {', '.join(REQUIRED)}")
     return state
 
 

@@ -92,6 +92,13 @@ def summed(value: Tensor) -> Tensor:
     return value
 
 
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every process the main process's buffers, such as the running statistics of batch norms."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 def gathered(values: list[T]) -> list[T]:
     """The concatenation of every process's list, in rank order, on every process."""
     if not dist.is_initialized():

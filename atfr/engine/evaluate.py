@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Iterable
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -23,7 +24,7 @@ class View:
     view: int
     path: str
     label: int
-    scores: tuple[float, ...]
+    scores: np.ndarray  # float32; a list of Python floats would take eight times the memory
     bins: int
 
 
@@ -56,6 +57,9 @@ def evaluate(
     """Run `model` over this process's share of a split and gather the views of all processes.
 
     A video that cannot be read is never replaced: it is listed under `failed` with its reason.
+
+    Raises:
+        FloatingPointError: the scores of a clip are NaN or infinite; names its file.
     """
     model.eval()
     own = Evaluation()
@@ -68,13 +72,16 @@ def evaluate(
         began = time.perf_counter()
         with torch.autocast(ranks.device.type, dtype=precision, enabled=precision != torch.float32):
             prediction = model(clips)
-        scores = prediction.logits.float().softmax(dim=1)
+        scores = prediction.logits.float().softmax(dim=1).cpu().numpy()
         _wait(ranks.device)
         own.network_seconds += time.perf_counter() - began
+        for path, row in zip(batch.paths, scores):
+            if not np.isfinite(row).all():
+                raise FloatingPointError(f"the network's scores for {path} are NaN or infinite: its weights are spoilt")
         own.frames = prediction.frames
         own.lengths.append(prediction.bins)
-        rows = zip(batch.videos, batch.views, batch.paths, batch.labels, scores.tolist(), prediction.bins)
-        own.views += [View(int(video), int(view), path, int(label), tuple(s), b) for video, view, path, label, s, b in rows]
+        rows = zip(batch.videos, batch.views, batch.paths, batch.labels, scores, prediction.bins)
+        own.views += [View(int(video), int(view), path, int(label), s, b) for video, view, path, label, s, b in rows]
     return _merged(distributed.gathered([own]))
 
 

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Sequence
 
+import numpy as np
 import torch
 
 from atfr.engine.accounting import CONVENTION, GflopsTable
@@ -21,11 +22,16 @@ def accuracy(views: Sequence[View]) -> dict[str, float]:
 
     mean_class_accuracy is the mean of the per-class top-1 over the classes that have videos. With
     fewer than five classes top5 takes all of them.
+
+    Raises:
+        ValueError: there are no views.
     """
+    if not views:
+        raise ValueError("not one video of the split could be read, so there is no accuracy")
     by_video: dict[int, list[View]] = {}
     for view in views:
         by_video.setdefault(view.video, []).append(view)
-    scores = torch.tensor([[v.scores for v in group] for group in _padded(by_video)]).nanmean(dim=1)  # [videos, classes]
+    scores = torch.from_numpy(np.stack([np.mean([v.scores for v in group], axis=0) for group in by_video.values()]))
     labels = torch.tensor([group[0].label for group in by_video.values()])
     ranked = scores.argsort(dim=1, descending=True, stable=True)
     hits = ranked == labels[:, None]
@@ -35,17 +41,6 @@ def accuracy(views: Sequence[View]) -> dict[str, float]:
         "top5": 100 * hits[:, :5].any(dim=1).float().mean().item(),
         "mean_class_accuracy": 100 * torch.stack(per_class).mean().item(),
     }
-
-
-def _padded(by_video: dict[int, list[View]]) -> list[list[View]]:
-    """Every video's views, filled up with NaN scores to the largest number of views."""
-    most = max(len(group) for group in by_video.values())
-    padded = []
-    for group in by_video.values():
-        first = group[0]
-        blank = View(first.video, -1, first.path, first.label, (float("nan"),) * len(first.scores), 0)
-        padded.append(group + [blank] * (most - len(group)))
-    return padded
 
 
 def summarise(evaluation: Evaluation, table: GflopsTable, *, protocol: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +99,7 @@ def write_predictions(evaluation: Evaluation, table: GflopsTable, folder: Path, 
         writer = csv.writer(file)
         writer.writerow(["video", "view", "label", "prediction", "score", "bins", "gflops"])
         for view in evaluation.views:
-            best = max(range(len(view.scores)), key=view.scores.__getitem__)
+            best = int(view.scores.argmax())
             names = class_names[view.label], class_names[best]
             writer.writerow([view.path, view.view, *names, f"{view.scores[best]:.4f}", view.bins, f"{table.at(view.bins):.6g}"])
     os.replace(partial, path)

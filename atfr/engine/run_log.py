@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Mapping
@@ -23,21 +24,16 @@ class RunLog:
         self._keep_until(resume_step)
         self._file = open(self.metrics, "a", encoding="utf-8")
         self.tensorboard = folder / "tensorboard"
-        self._writer = SummaryWriter(str(self.tensorboard), purge_step=resume_step + 1 if resume_step else None)
+        self._writer = SummaryWriter(str(self.tensorboard), purge_step=resume_step + 1)
 
     def write(self, *, step: int, epoch: int, split: str, values: Mapping[str, float]) -> None:
         """Log values measured after `step` optimizer steps, in (0-based) `epoch`."""
-        self._file.write(json.dumps({"step": step, "epoch": epoch, "split": split, **values}) + "\n")
+        # JSON has no infinity, which a gradient norm may be under fp16 loss scaling.
+        plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, "epoch": epoch, "split": split, **plain}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._writer.add_scalar(f"{split}/{name}", value, step)
-
-    def histogram(self, name: str, values: list[int], step: int) -> None:
-        """Log the distribution of whole numbers (TensorBoard only), one bucket a number."""
-        import numpy as np
-
-        bins = np.arange(min(values), max(values) + 2) - 0.5
-        self._writer.add_histogram(name, np.asarray(values), step, bins=bins)
 
     def close(self) -> None:
         self._file.close()

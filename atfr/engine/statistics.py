@@ -7,7 +7,8 @@ the same clips. Both are sums over all processes, so every process ends with the
 
 from __future__ import annotations
 
-from typing import Iterable
+from contextlib import contextmanager
+from typing import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +18,27 @@ from atfr.models.network import VideoNet
 from atfr.models.sgs import calibrated_width
 
 
+def refresh_statistics(model: VideoNet, clips: Callable[[], Iterable[Tensor]]) -> None:
+    """Precise batch norm and a calibrated width, in the order in which one depends on the other.
+
+    The width is measured on the stem's features in evaluation, so the stem's statistics come
+    first; those of the trunk come last, since they depend on what is kept. `clips` gives the same
+    batches at every call.
+    """
+    if _tracks_width(model):
+        precise_batch_norm(model, clips(), forward=model.stem)
+        calibrate_width(model, clips())
+    precise_batch_norm(model, clips(), forward=model)
+
+
 @torch.no_grad()
-def precise_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Set every batch norm's running mean and variance to those over `batches` of clips.
+def precise_batch_norm(model: nn.Module, batches: Iterable[Tensor], *, forward: Callable[[Tensor], object]) -> None:
+    """Set the running mean and variance of every batch norm that `forward` uses to those over `batches`.
 
     Sums are weighted by the number of values, so packed batches of any size count by what is in
     them (Wu & Johnson, "Rethinking Batch in BatchNorm", section 3).
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = _batch_norms(model)
     sums = {norm: torch.zeros(2 * norm.num_features + 1, dtype=torch.float64, device=norm.running_mean.device) for norm in norms}
 
     def accumulate(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -34,20 +48,14 @@ def precise_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
         mean, var = mean.double(), var.double()
         sums[norm] += count * torch.cat([mean, var + mean.square(), mean.new_ones(1)])
 
-    was_training, momenta = model.training, {norm: norm.momentum for norm in norms}
     hooks = [norm.register_forward_pre_hook(accumulate) for norm in norms]
     try:
-        model.train()
-        for norm in norms:
-            norm.momentum = 0.0  # the forward passes normalise with the batch and leave the buffers
-        for clips in batches:
-            model(clips)
+        with _batch_statistics(model):
+            for clips in batches:
+                forward(clips)
     finally:
         for hook in hooks:
             hook.remove()
-        for norm in norms:
-            norm.momentum = momenta[norm]
-        model.train(was_training)
     for norm in norms:
         total, squares, count = distributed.summed(sums[norm]).split([norm.num_features, norm.num_features, 1])
         if count.item():
@@ -57,17 +65,16 @@ def precise_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 @torch.no_grad()
-def calibrate_width(model: VideoNet, batches: Iterable[Tensor]) -> None:
+def calibrate_width(model: VideoNet, batches: Iterable[Tensor], *, untrained: bool = False) -> None:
     """Choose the SGS width at which the clips of `batches` keep the target share of their frames.
 
-    Does nothing for a network whose sampling has no width to choose.
+    An `untrained` network has no running statistics yet, so its features are normalised with those
+    of the batch, as in training. Does nothing for a network whose sampling has no width to choose.
     """
-    if model.sgs is None or not model.sgs.tracks_width:
+    if not _tracks_width(model):
         return
-    was_training = model.training
-    model.eval()
-    embeddings = [model.sgs.embed(model.stem(clips)).cpu() for clips in batches]
-    model.train(was_training)
+    with _batch_statistics(model) if untrained else _evaluating(model):
+        embeddings = [model.sgs.embed(model.stem(clips)).cpu() for clips in batches]
     z = torch.cat(distributed.gathered(embeddings))  # [clips, T, D]
     frames = z.shape[1]
     width = calibrated_width(z, num_bins=model.sgs.num_bins or frames, mean_bins=model.sgs.options.target * frames)
@@ -77,8 +84,41 @@ def calibrate_width(model: VideoNet, batches: Iterable[Tensor]) -> None:
 @torch.no_grad()
 def steer_width(model: VideoNet, bins: tuple[int, ...], frames: int) -> None:
     """After a training step: move a tracked width towards its target mean B' / T."""
-    if model.sgs is None or not model.sgs.tracks_width:
+    if not _tracks_width(model):
         return
     counts = torch.tensor([float(sum(bins)), float(len(bins) * frames)], device=model.sgs.width.device)
     kept, seen = distributed.summed(counts)
     model.sgs.steer(kept / seen)
+
+
+def _tracks_width(model: VideoNet) -> bool:
+    return model.sgs is not None and model.sgs.tracks_width
+
+
+def _batch_norms(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+
+
+@contextmanager
+def _batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Batch norms normalise with the batch and leave their buffers alone."""
+    was_training, momenta = model.training, {norm: norm.momentum for norm in _batch_norms(model)}
+    model.train()
+    for norm in momenta:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+        model.train(was_training)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -15,46 +16,14 @@ from tqdm import tqdm
 from atfr.engine import checkpoint, distributed
 from atfr.engine.distributed import Ranks
 from atfr.engine.run_log import RunLog
-from atfr.engine.statistics import calibrate_width, precise_batch_norm, steer_width
+from atfr.engine.settings import TrainerSettings, precision_dtype
+from atfr.engine.statistics import calibrate_width, refresh_statistics, steer_width
 from atfr.models.network import VideoNet
+from atfr.models.sgs_layer import NonFiniteFeatures
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, kw_only=True)
-class TrainerSettings:
-    """How a run goes, whatever it trains (`configs/trainer/`)."""
-
-    output_dir: str | None  # the run folder; None: runs/ and a name made of the overrides
-    batch_size: int  # clips in a global batch, over all processes
-    epochs: int
-    max_steps: int | None  # stop after so many optimizer steps, if that comes first
-    seed: int
-    accelerator: str  # auto | cpu | cuda
-    devices: int | None  # processes; None: as many as the launcher started
-    precision: str  # auto (bf16 on a GPU that has it) | fp32 | bf16 | fp16
-    workers: int  # loader processes of each training process
-    timeout_s: int  # seconds to wait for a batch before a worker counts as stuck
-    label_smoothing: float
-    clip_norm: float | None  # largest gradient norm; None: not clipped
-    statistics_clips: int  # training clips for precise batch norm and the SGS width; 0: neither
-    eval_every: int  # epochs between validations; the last epoch always has one
-    save_every: int  # steps between checkpoints inside an epoch; 0: at the end of each epoch only
-    log_every: int  # steps between log lines
-    resume: bool  # go on from checkpoints/last.pt if the run folder has one
-    test: bool  # test the best checkpoint when training is done
-
-
-def precision_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The autocast dtype of a `trainer.precision`; float32 means no autocast."""
-    choices = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    if precision not in choices:
-        raise ValueError(f"trainer.precision={precision!r} does not exist; choose one of auto, {', '.join(choices)}")
-    if precision == "fp16" and device.type == "cpu":
-        raise ValueError("trainer.precision=fp16 needs a GPU; on the CPU choose fp32 or bf16")
-    return choices[precision]
+REMEDY = "what was saved before is intact; lower optimizer.lr or trainer.clip_norm, with another trainer.output_dir"
 
 
 class Training:
@@ -96,7 +65,7 @@ class Training:
         self.dtype = precision_dtype(settings.precision, ranks.device)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
         self.loss = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
-        self.step, self.best_top1 = 0, -1.0
+        self.step, self.evaluated, self.best_top1 = 0, 0, -1.0
         self.pending = _Pending()
 
     def run(self) -> None:
@@ -111,37 +80,46 @@ class Training:
         self.bar = tqdm(initial=self.step, total=self.total_steps, unit="step", desc="train", disable=not self.ranks.is_main)
         try:
             if self.step == 0:
-                calibrate_width(self.model, self._statistics_clips(epoch=0))
+                calibrate_width(self.model, self._statistics_clips(epoch=0), untrained=True)
+            elif self.evaluated < self.step:
+                self.end_epoch((self.step - 1) // self.steps_per_epoch)  # where the epoch's end was interrupted
             while self.step < self.total_steps:
-                self.train_epoch(self.step // self.steps_per_epoch)
+                epoch = self.step // self.steps_per_epoch
+                self.train_epoch(epoch)
+                self.end_epoch(epoch)
         finally:
             self.bar.close()
             if self.log:
                 self.log.close()
 
     def train_epoch(self, epoch: int) -> None:
-        """The rest of an epoch, and what comes at its end: statistics, validation, checkpoints."""
+        """The rest of an epoch."""
         self.model.train()
         waiting = time.perf_counter()
         for batch in self.batches(epoch, self.step % self.steps_per_epoch):
             data_s = time.perf_counter() - waiting
             try:
                 self.train_step(batch, epoch=epoch, data_s=data_s)
-            except ValueError as error:  # SGS refuses features that are not finite
-                self.check_losses(epoch)  # if the loss was the first to go, that is what to say
-                raise FloatingPointError(
-                    f"step {self.step + 1}: {error}; lower optimizer.lr or set trainer.clip_norm, then run again from the last checkpoint"
-                    f" (clips: {_some(batch.paths)})"
-                ) from error
-            if self.step == self.total_steps or self.step % self.steps_per_epoch == 0:
+            except NonFiniteFeatures as error:
+                self.pending.check(self.step)  # if the loss was the first to go, that is what to say
+                raise FloatingPointError(f"step {self.step + 1}: {error}; {REMEDY} (clips: {_some(batch.paths)})") from error
+            if self.step == self.total_steps:
                 break
             if self.settings.save_every and self.step % self.settings.save_every == 0:
                 self.check_losses(epoch)
                 self.save(self.last)
             waiting = time.perf_counter()
         self.check_losses(epoch)
-        if self.step == self.total_steps or (epoch + 1) % self.settings.eval_every == 0:
+
+    def end_epoch(self, epoch: int) -> None:
+        """Save, validate if it is time, and save again. Does nothing in the middle of an epoch."""
+        over = self.step == self.total_steps
+        if not over and self.step % self.steps_per_epoch:
+            return
+        self.save(self.last)  # first, so that whatever goes wrong in the validation costs no training
+        if over or (epoch + 1) % self.settings.eval_every == 0:
             self.evaluate(epoch)
+        self.evaluated = self.step
         self.save(self.last)
 
     def train_step(self, batch: Any, *, epoch: int, data_s: float) -> None:
@@ -149,7 +127,7 @@ class Training:
         began = time.perf_counter()
         # Dropout draws from a generator that depends on the step alone: nothing to save for a resume.
         torch.manual_seed(hash((self.settings.seed, self.step, self.ranks.rank)) % 2**63)
-        rate = self._set_learning_rate()
+        self.set_learning_rate()
         clips = self.normalise(batch.clips.to(self.ranks.device, non_blocking=True))
         with torch.autocast(self.ranks.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             prediction = self.network(clips)
@@ -166,18 +144,23 @@ class Training:
         for message in batch.bad:
             log.warning("replaced in training: %s", message)
         ratio = sum(prediction.bins) / (len(prediction.bins) * prediction.frames)
-        self.pending.add(loss.detach(), norm, batch.paths, bins=ratio * prediction.frames, bad=len(batch.bad), data_s=data_s, step_s=time.perf_counter() - began)
+        self.pending.add(loss.detach(), norm, batch.paths, bins=ratio * prediction.frames, replaced=len(batch.bad), data_s=data_s, step_s=time.perf_counter() - began)
         self.bar.update()
         if self.step % self.settings.log_every == 0:
-            self.check_losses(epoch, rate)
+            self.check_losses(epoch)
 
-    def check_losses(self, epoch: int, rate: float | None = None) -> None:
-        """Fetch the losses since the last check (the one wait for the device) and log their mean."""
+    def check_losses(self, epoch: int) -> None:
+        """Fetch the losses since the last check (the one wait for the device) and log their means.
+
+        All processes come here at the same steps, and a loss that is not finite on one of them
+        stops them all, before anything of it is saved.
+        """
         if not self.pending.losses:
             return
-        values = self.pending.means(self.step)
+        values = self.pending.means(self.ranks)
+        self.pending.check(self.step, scaled=self.scaler.is_enabled())
         self.pending = _Pending()
-        values["lr"] = self._set_learning_rate() if rate is None else rate
+        values["lr"] = self.optimizer.param_groups[0]["lr"]
         if self.model.sgs is not None and self.model.sgs.tracks_width:
             values["sgs_width"] = self.model.sgs.width.item()
         self.bar.set_postfix_str(
@@ -189,8 +172,9 @@ class Training:
     def evaluate(self, epoch: int) -> None:
         """Refresh the statistics, validate, and keep the checkpoint if it is the best so far."""
         if self.settings.statistics_clips:
-            precise_batch_norm(self.model, self._statistics_clips(epoch))
-            calibrate_width(self.model, self._statistics_clips(epoch))
+            refresh_statistics(self.model, lambda: self._statistics_clips(epoch))
+        else:
+            distributed.broadcast_buffers(self.model)  # each process has the running averages of its own clips
         values = self.validate()
         self.model.train()
         self.bar.write(f"epoch {epoch + 1}/{self.settings.epochs} step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
@@ -208,6 +192,7 @@ class Training:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "step": self.step,
+                "evaluated": self.evaluated,
                 "best_top1": self.best_top1,
                 **self.identity,
             }
@@ -222,21 +207,19 @@ class Training:
         checkpoint.load_weights(self.model, state["model"], self.last)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.step, self.best_top1 = state["step"], state["best_top1"]
+        self.step, self.evaluated, self.best_top1 = state["step"], state["evaluated"], state["best_top1"]
         log.info("resuming %s at step %d of %d", self.last, self.step, self.total_steps)
 
-    def _set_learning_rate(self) -> float:
+    def set_learning_rate(self) -> None:
+        """The schedule's rate for the step that comes."""
         factor = self.factor(self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
-        return self.optimizer.param_groups[0]["lr"]
 
     def _statistics_clips(self, epoch: int) -> Iterator[Tensor]:
-        """This process's share of the first `statistics_clips` training clips of an epoch."""
+        """This process's share of the first `statistics_clips` training clips of an epoch, one batch at least."""
         wanted = max(1, -(-self.settings.statistics_clips // self.settings.batch_size))
-        for number, batch in enumerate(self.batches(epoch, 0)):
-            if number == wanted:
-                break
+        for batch in islice(self.batches(epoch, 0), wanted):
             yield self.normalise(batch.clips.to(self.ranks.device))
 
 
@@ -251,7 +234,7 @@ class _Pending:
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
         self.paths: list[Sequence[str]] = []
-        self.sums = {"bins": 0.0, "bad": 0.0, "data_s": 0.0, "step_s": 0.0}
+        self.sums = {"bins": 0.0, "replaced": 0.0, "data_s": 0.0, "step_s": 0.0}
 
     def add(self, loss: Tensor, norm: Tensor, paths: Sequence[str], **values: float) -> None:
         self.losses.append(loss)
@@ -260,16 +243,23 @@ class _Pending:
         for name, value in values.items():
             self.sums[name] += value
 
-    def means(self, step: int) -> dict[str, float]:
-        """Means over the steps, which end at `step`; raises FloatingPointError if a loss is not finite."""
-        losses = torch.stack(self.losses)
-        finite = losses.isfinite().tolist()
-        if not all(finite):
-            first = finite.index(False)
-            raise FloatingPointError(
-                f"the loss is {losses[first].item()} at step {step - len(finite) + first + 1}; lower optimizer.lr or set trainer.clip_norm, then run"
-                f" again from the last checkpoint (clips: {_some(self.paths[first])})"
-            )
-        count = len(finite)
-        means = {name: total / count for name, total in self.sums.items() if name != "bad"}
-        return {"loss": losses.mean().item(), "grad_norm": torch.stack(self.norms).mean().item(), "replaced": self.sums["bad"], **means}
+    def check(self, step: int, *, scaled: bool = False) -> None:
+        """Raise FloatingPointError if a loss or, unless fp16 scaling deals with it, a gradient is not finite."""
+        if not self.losses:
+            return
+        losses, norms = torch.stack(self.losses).tolist(), torch.stack(self.norms).tolist()
+        first = step - len(losses) + 1
+        for number, (loss, norm, paths) in enumerate(zip(losses, norms, self.paths), start=first):
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss} at step {number}; {REMEDY} (clips: {_some(paths)})")
+            if not math.isfinite(norm) and not scaled:
+                raise FloatingPointError(f"the gradient's norm is {norm} at step {number}; {REMEDY} (clips of this process: {_some(paths)})")
+
+    def means(self, ranks: Ranks) -> dict[str, float]:
+        """Means over the steps and all processes; `replaced` is the number of videos replaced in them."""
+        count = len(self.losses)
+        sums = [torch.stack(self.losses).sum().item(), torch.stack(self.norms).sum().item(), *self.sums.values()]
+        totals = distributed.summed(torch.tensor(sums, dtype=torch.float64, device=ranks.device)).tolist()
+        means = dict(zip(("loss", "grad_norm", *self.sums), (total / count / ranks.world for total in totals)))
+        means["replaced"] *= count * ranks.world
+        return means

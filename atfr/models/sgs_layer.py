@@ -16,6 +16,10 @@ from atfr.models import sgs
 EMBEDDINGS = ("mlp", "pooled")
 
 
+class NonFiniteFeatures(ValueError):
+    """The features that an SGS layer was given hold a NaN or an infinity."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SGSOptions:
     """Where SGS sits in a network and which choices it is made of (`configs/model/sgs/`).
@@ -42,8 +46,8 @@ class SGSOptions:
         sgs.check_choices(self.similarity, self.metric, self.kernel, self.scale, self.edges, self.order)
         if self.embedding not in EMBEDDINGS:
             raise ValueError(f"sgs embedding={self.embedding!r} does not exist; choose one of {', '.join(EMBEDDINGS)}")
-        if self.similarity == "anchor" and self.embedding == "mlp":
-            raise ValueError("sgs similarity=anchor passes no gradient to a learned embedding: set embedding=pooled")
+        if self.kernel == "mean" and self.embedding == "mlp":
+            raise ValueError("sgs kernel=mean passes no gradient to a learned embedding, which would stay random: set embedding=pooled")
         if self.num_bins is not None and self.num_bins < 1:
             raise ValueError(f"sgs num_bins must be at least 1, not {self.num_bins}")
         if self.embedding_dim < 1 or self.grid < 1:
@@ -88,7 +92,8 @@ class SGS(nn.Module):
     be calibrated before the first forward, and a trainer holds it to the target with `steer`.
 
     Raises:
-        ValueError: from `forward`, if an input holds a NaN or an infinity, or the width is unset.
+        NonFiniteFeatures: from `forward`, naming the clip, if an input holds a NaN or an infinity.
+        ValueError: from `forward`, if the width is unset.
     """
 
     def __init__(self, channels: int, options: SGSOptions) -> None:
@@ -110,12 +115,16 @@ class SGS(nn.Module):
     def embed(self, x: Tensor) -> Tensor:
         """z [N, T, D] of features [N, C, T, H, W], in float32 even under autocast (float64 stays)."""
         with torch.autocast(x.device.type, enabled=False):
-            return self.embedding(x.to(torch.promote_types(x.dtype, torch.float32)))
+            return self.embedding(_at_least_float32(x))
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Weights [N, B, T] in float32 and the lengths B' of the clips as plain integers."""
-        z = self.embed(x.detach() if self.options.embedding == "pooled" else x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._sample(x)
+
+    def _sample(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         o = self.options
+        z = self.embed(x.detach() if o.embedding == "pooled" else x)
         weights, lengths = sgs.sampling_weights(
             z,
             num_bins=self.num_bins or x.shape[2],
@@ -138,9 +147,9 @@ class SGS(nn.Module):
                 f"SGS after {o.after!r} has no bin width yet: calibrate it, load a trained checkpoint, or set model.sgs.width"
             )
         if 0 in kept:
-            raise ValueError(f"SGS after {o.after!r}: the features of clip {kept.index(0)} of the batch hold a NaN or an infinity")
+            raise NonFiniteFeatures(f"SGS after {o.after!r}: the features of clip {kept.index(0)} of the batch hold a NaN or an infinity")
         if spoilt:
-            raise ValueError(f"SGS after {o.after!r}: the similarity embedding holds a NaN or an infinity")
+            raise NonFiniteFeatures(f"SGS after {o.after!r}: the similarity embedding holds a NaN or an infinity")
         return weights, tuple(kept)
 
     @torch.no_grad()
@@ -160,15 +169,22 @@ class SGS(nn.Module):
 def aggregate(x: Tensor, weights: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """Sum each clip's frames into its kept bins and lay the clips out one after another in time.
 
-    x [N, C, T, H, W], weights [N, B, T] (kept bins first) -> [1, C, M = sum B', H, W].
+    x [N, C, T, H, W], weights [N, B, T] (kept bins first) -> [1, C, M = sum B', H, W], summed in
+    float32 even under autocast and returned in the type of x.
     """
     n, c, t, h, w = x.shape
     longest = max(lengths)
     # Expanded by hand: fvcore leaves the channels out when it counts a broadcast matmul.
-    mix = weights[:, None, :longest].to(x.dtype).expand(n, c, longest, t).reshape(n * c, longest, t)
-    bins = torch.bmm(mix, x.reshape(n * c, t, h * w))  # [N C, longest, HW]
+    with torch.autocast(x.device.type, enabled=False):
+        frames = _at_least_float32(x).reshape(n * c, t, h * w)
+        mix = weights[:, None, :longest].to(frames.dtype).expand(n, c, longest, t).reshape(n * c, longest, t)
+        bins = torch.bmm(mix, frames).to(x.dtype)  # [N C, longest, HW]
     bins = bins.view(n, c, longest, h * w).transpose(0, 1).reshape(c, n * longest, h * w)
     if min(lengths) < longest:
         kept = [i * longest + b for i, length in enumerate(lengths) for b in range(length)]
         bins = bins.index_select(1, torch.tensor(kept, device=x.device))
     return bins.view(1, c, -1, h, w)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

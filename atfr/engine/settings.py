@@ -1,0 +1,55 @@
+"""How a run goes, whatever it trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings:
+    """How a run goes, whatever it trains (`configs/trainer/`)."""
+
+    output_dir: str | None  # the run folder; None: runs/ and a name made of the overrides
+    batch_size: int  # clips in a global batch, over all processes
+    epochs: int
+    max_steps: int | None  # stop after so many optimizer steps, if that comes first
+    seed: int
+    accelerator: str  # auto | cpu | cuda
+    devices: int | None  # processes; None: as many as the launcher started
+    precision: str  # auto (bf16 on a GPU that has it) | fp32 | bf16 | fp16
+    workers: int  # loader processes of each training process
+    timeout_s: int  # seconds to wait for a batch before a worker counts as stuck
+    label_smoothing: float
+    clip_norm: float | None  # largest gradient norm; None: not clipped
+    statistics_clips: int  # training clips for precise batch norm and the SGS width; 0: running averages
+    eval_every: int  # epochs between validations; the last epoch always has one
+    save_every: int  # steps between checkpoints inside an epoch; 0: at the end of each epoch only
+    log_every: int  # steps between log lines
+    resume: bool  # go on from checkpoints/last.pt if the run folder has one
+    test: bool  # test the best checkpoint when training is done
+
+    def __post_init__(self) -> None:
+        at_least_one = ("batch_size", "epochs", "max_steps", "eval_every", "log_every")
+        at_least_zero = ("workers", "statistics_clips", "save_every", "timeout_s")
+        for name in at_least_one + at_least_zero:
+            value, least = getattr(self, name), int(name in at_least_one)
+            if value is not None and value < least:
+                raise ValueError(f"trainer.{name} must be at least {least}, not {value}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"trainer.label_smoothing must be at least 0 and below 1, not {self.label_smoothing}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"trainer.clip_norm must be above 0 or null, not {self.clip_norm}")
+
+
+def precision_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The autocast dtype of a `trainer.precision`; float32 means no autocast."""
+    choices = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if precision not in choices:
+        raise ValueError(f"trainer.precision={precision!r} does not exist; choose one of auto, {', '.join(choices)}")
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("trainer.precision=fp16 needs a GPU; on the CPU choose fp32 or bf16")
+    return choices[precision]
