@@ -37,10 +37,15 @@ def run_tool(name: str, *arguments: str) -> Outcome:
 
 
 def torchrun(processes: int, name: str, *arguments: str) -> Outcome:
-    """The same on several processes of this machine."""
+    """A program of tools/ on several processes of this machine."""
+    return torchrun_script(processes, f"tools/{name}.py", *arguments)
+
+
+def torchrun_script(processes: int, script: str, *arguments: str) -> Outcome:
+    """Any script of the repository under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run(
-        [*command, str(ROOT / "tools" / f"{name}.py"), *arguments],
+        [*command, str(ROOT / script), *arguments],
         capture_output=True,
         text=True,
         timeout=300,

@@ -62,17 +62,20 @@ def test_weights_of_another_model_are_refused_naming_what_does_not_fit(tmp_path)
 
 
 def test_the_metrics_of_a_run_that_resumes_have_no_step_twice(tmp_path):
-    log = RunLog(tmp_path, resume_step=0)
+    log = RunLog(tmp_path, resume_step=0, evaluated=0)
     for step in (10, 20, 30):
         log.write(step=step, epoch=0, split="train", values={"loss": 1.0 / step})
+        log.write(step=step, epoch=0, split="val", values={"top1": 50.0})
     log.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 40, "los')  # a kill in the middle of a line
-    log = RunLog(tmp_path, resume_step=20)
+    log = RunLog(tmp_path, resume_step=20, evaluated=10)
     log.write(step=30, epoch=1, split="train", values={"loss": 0.5})
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["epoch"]) for line in lines] == [(10, 0), (20, 0), (30, 1)]
+    found = [(line["step"], line["epoch"], line["split"]) for line in lines]
+    # The validation after step 20 was not in the checkpoint: it will be done again.
+    assert found == [(10, 0, "train"), (10, 0, "val"), (20, 0, "train"), (30, 1, "train")]
 
 
 def test_a_run_folder_of_another_experiment_is_refused_naming_the_key(tmp_path):

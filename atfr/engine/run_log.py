@@ -14,14 +14,14 @@ from torch.utils.tensorboard import SummaryWriter
 class RunLog:
     """Appends one JSON object a line to `metrics.jsonl` and the same values to TensorBoard.
 
-    Opened at the step a run resumes from, it drops what an interrupted run had logged after it,
-    so that no step appears twice.
+    Opened at the step a run resumes from, it drops what an interrupted run had logged after it (and
+    a validation after `evaluated`, which will be done again), so that no step appears twice.
     """
 
-    def __init__(self, folder: Path, *, resume_step: int) -> None:
+    def __init__(self, folder: Path, *, resume_step: int, evaluated: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.metrics = folder / "metrics.jsonl"
-        self._keep_until(resume_step)
+        self._keep_until(train=resume_step, val=evaluated)
         self._file = open(self.metrics, "a", encoding="utf-8")
         self.tensorboard = folder / "tensorboard"
         self._writer = SummaryWriter(str(self.tensorboard), purge_step=resume_step + 1)
@@ -39,13 +39,14 @@ class RunLog:
         self._file.close()
         self._writer.close()
 
-    def _keep_until(self, step: int) -> None:
+    def _keep_until(self, **last: int) -> None:
         if not self.metrics.exists():
             return
         kept = []
         for line in self.metrics.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                entry = json.loads(line)
+                if entry["step"] <= last[entry["split"]]:
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError):
                 continue  # the last line of a killed run

@@ -75,7 +75,7 @@ class Training:
             FloatingPointError: the loss became NaN or infinite; nothing of it is saved.
         """
         self.resume()
-        self.log = RunLog(self.folder, resume_step=self.step) if self.ranks.is_main else None
+        self.log = RunLog(self.folder, resume_step=self.step, evaluated=self.evaluated) if self.ranks.is_main else None
         self.network = distributed.replicate(self.model, self.ranks)
         self.bar = tqdm(initial=self.step, total=self.total_steps, unit="step", desc="train", disable=not self.ranks.is_main)
         try:
