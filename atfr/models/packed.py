@@ -51,7 +51,7 @@ def conv3d(module: nn.Conv3d, x: Tensor, segments: Segments) -> Tensor:
         return module(x)
     places = segments.spaced(gap)
     total = sum(segments.lengths) + gap * (len(segments.lengths) - 1)
-    spaced = x.new_zeros(*x.shape[:2], total, *x.shape[3:]).index_copy(2, places, x)
+    spaced = x.new_zeros(*x.shape[:2], total, *x.shape[3:]).index_copy_(2, places, x)
     return module(spaced).index_select(2, places)
 
 
