@@ -118,11 +118,13 @@ def run_folder(output_dir: str | None) -> Path:
     if output_dir is not None:
         return Path(output_dir)
     hydra = HydraConfig.get()
-    full = hydra.job.override_dirname
+    in_sweep = hydra.mode == RunMode.MULTIRUN
+    # In a sweep any key may be what tells the jobs apart, also one that leaves the experiment as it is.
+    full = ",".join(sorted(hydra.overrides.task)) if in_sweep else hydra.job.override_dirname
     name = re.sub(r"[^\w.+-]+", "_", full.replace("=", "-"))[:100] or "default"
     if len(full) > 100 or re.search(r"[^\w.+=,-]", full):
         name += "-" + hashlib.sha256(full.encode()).hexdigest()[:8]
-    return Path("runs", "sweep", name) if hydra.mode == RunMode.MULTIRUN else Path("runs", name)
+    return Path("runs", "sweep", name) if in_sweep else Path("runs", name)
 
 
 def choices() -> dict[str, str]:

@@ -106,5 +106,5 @@ def test_and_report(
     results.write_results(summary, folder)
     results.write_predictions(evaluation, table, folder, class_names=source.class_names)
     for path, reason in evaluation.failed.items():
-        print(f"failed: {path}: {reason}")
+        print(f"failed: {path}: {reason}".encode(errors="backslashreplace").decode())
     print(results.as_table(summary, folder=folder))

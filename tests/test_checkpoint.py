@@ -86,5 +86,8 @@ def test_a_run_folder_of_another_experiment_is_refused_naming_the_key(tmp_path):
     claim_folder(tmp_path, {**config, "trainer": {"workers": 0, "seed": 0}}, resume=True)
     with pytest.raises(ValueError, match="holds another experiment: optimizer.lr is 0.1 there and 0.2 here"):
         claim_folder(tmp_path, {**config, "optimizer": {"lr": 0.2}}, resume=True)
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match="config.yaml is damaged"):
+        claim_folder(tmp_path, config, resume=True)
     with pytest.raises(ValueError, match="already holds a trained run, and trainer.resume=false"):
         claim_folder(tmp_path, config, resume=False)

@@ -25,7 +25,7 @@ class Table:
 
 
 def view(video, number, label, scores, bins=4):
-    return View(video, number, f"v{video}.mp4", label, np.array(scores, dtype=np.float32), bins)
+    return View(video, number, f"v{video}.mp4" if video else "caf\udce9.mp4", label, np.array(scores, dtype=np.float32), bins)
 
 
 def test_the_scores_of_a_videos_views_are_averaged_before_the_decision():
@@ -71,11 +71,11 @@ def test_the_results_hold_every_key_of_the_contract(tmp_path):
 
 def test_predictions_have_a_row_for_each_view(tmp_path):
     path = write_predictions(evaluation(), Table(), tmp_path, class_names=["run", "jump, high"])
-    rows = list(csv.DictReader(path.open()))
+    rows = list(csv.DictReader(path.open(errors="surrogateescape")))
     assert list(rows[0]) == ["video", "view", "label", "prediction", "score", "bins", "gflops"]
     assert [(r["video"], r["view"], r["label"], r["prediction"], r["bins"], r["gflops"]) for r in rows] == [
-        ("v0.mp4", "0", "run", "run", "4", "40"),
-        ("v0.mp4", "1", "run", "jump, high", "16", "160"),
+        ("caf\udce9.mp4", "0", "run", "run", "4", "40"),
+        ("caf\udce9.mp4", "1", "run", "jump, high", "16", "160"),
         ("v1.mp4", "0", "jump, high", "jump, high", "1", "10"),
     ]
 

@@ -186,6 +186,52 @@ def test_a_checkpoint_is_found_in_a_folder_with_any_name(trained, tmp_path):
     assert outcome.code == 1 and "add trainer.output_dir=... for the results" in outcome.err
 
 
+def test_a_sweep_of_tests_keeps_the_results_of_every_job(trained, tmp_path):
+    folder = tmp_path / "it's a run"
+    shutil.copytree(trained[0], folder)
+    before = (folder / "results.json").read_text()
+    outcome = run_tool("test", "-m", f"checkpoint={folder}/checkpoints/best.pt", "dataset.clip.views=1,3")
+    assert outcome.code == 0, outcome.err
+    views = [json.loads(path.read_text())["protocol"]["views"] for path in folder.glob("runs/sweep/*/results.json")]
+    assert sorted(views) == [1, 3] and (folder / "results.json").read_text() == before
+
+
+@pytest.mark.parametrize("argument", ["~model.sgs", "experiment=ut_interaction"])
+def test_what_a_test_cannot_override_is_refused(trained, argument):
+    outcome = run_tool("test", f"checkpoint={trained[0]}/checkpoints/best.pt", argument)
+    assert outcome.code == 1 and f"tools/test.py does not take {argument}" in outcome.err
+
+
+def test_testing_needs_no_training_videos(trained, small_videos, tmp_path):
+    videos = tmp_path / "videos"
+    shutil.copytree(small_videos, videos)
+    (videos / "train.csv").unlink()
+    best = f"checkpoint={trained[0]}/checkpoints/best.pt"
+    outcome = run_tool("test", best, f"dataset.root={videos}", f"trainer.output_dir={tmp_path / 'out'}")
+    assert outcome.code == 0, outcome.err
+    assert [row["prediction"] for row in rows(tmp_path / "out")] == [row["prediction"] for row in rows(trained[0])]
+
+
+def test_a_run_whose_lists_changed_does_not_resume(small_videos, tmp_path):
+    videos = tmp_path / "videos"
+    shutil.copytree(small_videos, videos)
+    assert run_tool("train", *small_job(videos, tmp_path / "run", "trainer.max_steps=1", "trainer.test=false")).code == 0
+    for name in ("train.csv", "test.csv"):
+        (videos / name).write_text((videos / name).read_text().replace(",right", ",zebra"))
+    outcome = run_tool("train", *small_job(videos, tmp_path / "run"))
+    assert outcome.code == 1 and "the training list or its classes changed since" in outcome.err
+
+
+def test_a_step_limit_below_what_was_trained_still_ends_with_a_test(small_videos, tmp_path):
+    more = ("trainer.eval_every=2", "trainer.save_every=1")
+    assert run_tool("train", *small_job(small_videos, tmp_path, *more, "trainer.max_steps=3", "trainer.test=false")).code == 0
+    (tmp_path / "checkpoints/best.pt").unlink()
+    state = checkpoint.load(tmp_path / "checkpoints/last.pt")
+    checkpoint.save({**state, "evaluated": 0, "best_top1": -1.0}, tmp_path / "checkpoints/last.pt")
+    outcome = run_tool("train", *small_job(small_videos, tmp_path, *more, "trainer.max_steps=1"))
+    assert outcome.code == 0 and "top-1" in outcome.out, outcome.err
+
+
 def test_spoilt_weights_give_an_error_and_no_accuracy(trained, tmp_path):
     state = checkpoint.load(trained[0] / "checkpoints/best.pt")
     state["model"]["backbone.blocks.5.proj.bias"][0] = torch.nan
@@ -224,6 +270,8 @@ def test_flops_prints_a_table_and_json():
     outcome = run_tool("flops", "dataset=synthetic", "json=true")
     values = json.loads(outcome.out.strip().splitlines()[-1])
     assert values.keys() == {"params", "dense_gflops", "gflops_by_bins"} and len(values["gflops_by_bins"]) == 16
+    outcome = run_tool("flops", "dataset=synthetic", "model.sgs.num_bins=4", "json=true")
+    assert list(json.loads(outcome.out.strip().splitlines()[-1])["gflops_by_bins"]) == ["1", "2", "3", "4"]
     outcome = run_tool("flops", "dataset=synthetic", "model=x3d")
     assert "dense GFLOPs" in outcome.out and "one multiply-add = one FLOP" in outcome.out
 

@@ -27,7 +27,8 @@ def main(config: DictConfig) -> None:
     model = jobs.build_model(config, num_classes=classes, ranks=Ranks(0, 1, torch.device("cpu")))
     table = jobs.gflops_table(model, clip)
     params = sum(parameter.numel() for parameter in model.parameters())
-    by_bins = {bins: table.at(bins) for bins in range(1, (table.frames or 0) + 1)}
+    most = min(table.frames, model.sgs.num_bins or table.frames) if model.sgs else 0
+    by_bins = {bins: table.at(bins) for bins in range(1, most + 1)}
     if config.json:
         print(json.dumps({"params": params, "dense_gflops": table.dense, "gflops_by_bins": by_bins}))
         return

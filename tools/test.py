@@ -17,10 +17,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from atfr import jobs
-from atfr.configuration import build, check_root, one_line_errors
+from atfr.configuration import build, check_root, one_line_errors, run_folder
 from atfr.engine import checkpoint, distributed
 from atfr.engine.settings import TrainerSettings
 
@@ -31,34 +32,37 @@ def main(config: DictConfig) -> None:
     check_root(config)
     path = Path(config.checkpoint)
     state = checkpoint.load(path)
+    folder = results_folder(path, config.trainer.output_dir)
     config = with_overrides(state, config)
     settings: TrainerSettings = build(config.trainer, "trainer")
     ranks = distributed.start(accelerator=settings.accelerator, devices=settings.devices)
     try:
         clip = jobs.clip_settings(config)
         source = jobs.load_source(config, ranks)
+        jobs.require_videos(source, "test")
         if list(source.class_names) != state["class_names"]:
             raise ValueError(
                 f"checkpoint {path} was trained for {len(state['class_names'])} classes ({', '.join(state['class_names'][:3])}, ...),"
                 f" dataset {source.name} has {len(source.class_names)} ({', '.join(source.class_names[:3])}, ...)"
             )
-        jobs.require_videos(source, "test")
         model = jobs.build_model(config, num_classes=len(source.class_names), ranks=ranks)
         checkpoint.load_weights(model, state["model"], path)
-        folder = Path(settings.output_dir)
         jobs.test_and_report(model, source, clip, config=config, settings=settings, ranks=ranks, folder=folder, checkpoint=path)
     finally:
         distributed.stop()
 
 
+def results_folder(path: Path, output_dir: str | None) -> Path:
+    """Where the results go: trainer.output_dir, or the run folder; in a sweep, a folder for each job."""
+    if output_dir is None and path.parent.name != "checkpoints":
+        raise ValueError(f"checkpoint {path} is in no run folder's checkpoints/; add trainer.output_dir=... for the results")
+    folder = Path(output_dir) if output_dir is not None else path.parent.parent
+    return folder / run_folder(None) if HydraConfig.get().mode == RunMode.MULTIRUN else folder
+
+
 def with_overrides(state: dict[str, Any], composed: DictConfig) -> DictConfig:
     """The checkpoint's own config with what this command overrides taken from the composed one."""
     config = OmegaConf.create(state["config"])
-    path = Path(composed.checkpoint)
-    if path.parent.name == "checkpoints":
-        config.trainer.output_dir = str(path.parent.parent)
-    elif composed.trainer.output_dir is None:
-        raise ValueError(f"checkpoint {path} is in no run folder's checkpoints/; add trainer.output_dir=... for the results")
     config.trainer.devices, config.trainer.accelerator = None, "auto"
     now = HydraConfig.get().runtime.choices
     given = given_overrides(HydraConfig.get().overrides.task)
@@ -66,34 +70,48 @@ def with_overrides(state: dict[str, Any], composed: DictConfig) -> DictConfig:
         if override != "checkpoint" and (override not in now or now[override] != state["choices"].get(override)):
             key = override.replace("/", ".")
             OmegaConf.update(config, key, OmegaConf.select(composed, key), merge=False, force_add=True)
+    # The checkpoint knows its classes, so a list of files needs no training videos to be tested.
+    if isinstance(config.dataset.get("train"), str):
+        config.dataset.train = None
+    if "class_names" in config.dataset and config.dataset.class_names is None:
+        config.dataset.class_names = state["class_names"]
     return config
 
 
 def given_overrides(arguments: list[str]) -> list[str]:
-    """The keys that a command line overrides, groups among them."""
-    overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
-    return [override.key_or_group for override in OverridesParser.create().parse_overrides(overrides)]
+    """The keys that a command line overrides, groups among them.
+
+    Raises:
+        ValueError: it deletes a key or takes an experiment, which a test has no use for.
+    """
+    keys = []
+    for override in OverridesParser.create().parse_overrides([a for a in arguments if is_override(a)]):
+        if override.is_delete() or override.key_or_group == "experiment":
+            raise ValueError(f"tools/test.py does not take {override.input_line}: change the checkpoint's config key by key")
+        keys.append(override.key_or_group)
+    return keys
 
 
-def quoted(argument: str) -> str:
-    """A checkpoint's path in quotes: hydra would not take the = and , of a run folder's name without."""
-    key, _, path = argument.partition("=")
-    return f"checkpoint='{path}'" if key == "checkpoint" and path[:1] not in ("'", '"') else argument
+def is_override(argument: str) -> bool:
+    return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
 
 
-def compose_like_the_checkpoint(arguments: list[str]) -> list[str]:
-    """Let hydra compose from the config groups that the checkpoint was trained with."""
-    paths = [argument.partition("=")[2].strip("'\"") for argument in arguments if argument.startswith("checkpoint=")]
+def like_the_checkpoint(arguments: list[str]) -> list[str]:
+    """The arguments, with the config groups that the checkpoint was trained with for hydra to compose from."""
+    # In quotes, without which hydra would not take the = and , that a folder's name may have.
+    unquoted = {a: a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("checkpoint=")}
+    quoted = ["checkpoint='" + unquoted[a].replace("'", "\\'") + "'" if a in unquoted else a for a in arguments]
     try:
-        chosen = checkpoint.load(Path(paths[-1]))["choices"] if paths else {}
-        given = given_overrides(arguments)
+        chosen = checkpoint.load(Path(list(unquoted.values())[-1]))["choices"] if unquoted else {}
+        given = {*given_overrides(quoted), "experiment"}
     except (ValueError, OSError, OverrideParseException):
-        return []  # main or hydra says what is wrong
+        return quoted  # main or hydra says what is wrong
     # Nor does a group inside one that is given, such as model/sgs in another model, come from the checkpoint.
-    return [f"{group}={choice}" for group, choice in chosen.items() if not {group, group.split("/")[0]} & set(given)]
+    groups = [f"{group}={choice}" for group, choice in chosen.items() if not {group, group.split("/")[0]} & given]
+    first = next((i for i, argument in enumerate(quoted) if is_override(argument)), len(quoted))
+    return [*quoted[:first], *groups, *quoted[first:]]
 
 
 if __name__ == "__main__":
-    arguments = [quoted(argument) for argument in sys.argv[1:]]
-    sys.argv[1:] = [*compose_like_the_checkpoint(arguments), *arguments]
+    sys.argv[1:] = like_the_checkpoint(sys.argv[1:])
     main()

@@ -59,7 +59,8 @@ def synthetic(*, root: str, seed: int, train: int, test: int, dwell: str, num_cl
     if num_classes != len(CLASSES):
         raise ValueError(f"dataset.num_classes is {num_classes}, but dataset synthetic always has {len(CLASSES)} classes")
     generate(root, seed=seed, train=train, test=test, dwell=dwell)
-    source = videolist(root=root, train="train.csv", test="test.csv", class_names=CLASSES, name="synthetic")
+    train_list, test_list = (os.path.join(root, f"{split}.csv") for split in SPLITS)
+    source = videolist(root=root, train=train_list, test=test_list, class_names=CLASSES, name="synthetic")
     return replace(source, notes={**source.notes, "seed": seed, "dwell": dwell, "version": VERSION})
 
 

@@ -95,7 +95,8 @@ def write_predictions(evaluation: Evaluation, table: GflopsTable, folder: Path, 
     """Write `predictions.csv`: one row a clip (view), sorted by video and view."""
     path = folder / "predictions.csv"
     partial = path.with_suffix(".partial")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
+    # A list may name files whose names are not UTF-8; they are written back as the bytes they came from.
+    with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["video", "view", "label", "prediction", "score", "bins", "gflops"])
         for view in evaluation.views:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Mapping
 
@@ -23,7 +24,7 @@ def claim_folder(folder: Path, config: Mapping[str, Any], *, resume: bool) -> No
     if trained and not resume:
         raise ValueError(f"run folder {folder} already holds a trained run, and trainer.resume=false; choose another trainer.output_dir or delete it")
     if trained and path.exists():
-        before = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+        before = _flat(_read(path))
         now = _flat(config)
         different = [key for key in sorted(before | now) if before.get(key) != now.get(key) and not _is_free(key)]
         if different:
@@ -34,7 +35,19 @@ def claim_folder(folder: Path, config: Mapping[str, Any], *, resume: bool) -> No
                 " choose another trainer.output_dir"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
+    partial = path.with_suffix(".partial")
+    partial.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged, so it cannot be told whether the run folder is of this experiment; choose another trainer.output_dir, or delete it")
+    return config
 
 
 def _is_free(key: str) -> bool:

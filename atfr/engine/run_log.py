@@ -22,7 +22,7 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.metrics = folder / "metrics.jsonl"
         self._keep_until(train=resume_step, val=evaluated)
-        self._file = open(self.metrics, "a", encoding="utf-8")
+        self._file = open(self.metrics, "ab", buffering=0)  # unbuffered: what cannot be written is not tried again
         self.tensorboard = folder / "tensorboard"
         self._writer = SummaryWriter(str(self.tensorboard), purge_step=resume_step + 1)
 
@@ -30,8 +30,11 @@ class RunLog:
         """Log values measured after `step` optimizer steps, in (0-based) `epoch`."""
         # JSON has no infinity, which a gradient norm may be under fp16 loss scaling.
         plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, "epoch": epoch, "split": split, **plain}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, "epoch": epoch, "split": split, **plain}).encode() + b"\n")
+        except OSError as error:
+            reason = f"{self.metrics} could not be written ({error.strerror}); make room and run the same command again"
+            raise OSError(reason) from error
         for name, value in values.items():
             self._writer.add_scalar(f"{split}/{name}", value, step)
 

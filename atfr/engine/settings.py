@@ -32,7 +32,7 @@ class TrainerSettings:
 
     def __post_init__(self) -> None:
         at_least_one = ("batch_size", "epochs", "max_steps", "eval_every", "log_every")
-        at_least_zero = ("workers", "statistics_clips", "save_every", "timeout_s")
+        at_least_zero = ("seed", "workers", "statistics_clips", "save_every", "timeout_s")
         for name in at_least_one + at_least_zero:
             value, least = getattr(self, name), int(name in at_least_one)
             if value is not None and value < least:

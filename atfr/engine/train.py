@@ -101,7 +101,7 @@ class Training:
             try:
                 self.train_step(batch, epoch=epoch, data_s=data_s)
             except NonFiniteFeatures as error:
-                self.pending.check(self.step)  # if the loss was the first to go, that is what to say
+                self.pending.check(self.step, scaled=self.scaler.is_enabled())  # if the loss was the first to go, that is what to say
                 raise FloatingPointError(f"step {self.step + 1}: {error}; {REMEDY} (clips: {_some(batch.paths)})") from error
             if self.step == self.total_steps:
                 break
@@ -113,7 +113,7 @@ class Training:
 
     def end_epoch(self, epoch: int) -> None:
         """Save, validate if it is time, and save again. Does nothing in the middle of an epoch."""
-        over = self.step == self.total_steps
+        over = self.step >= self.total_steps
         if not over and self.step % self.steps_per_epoch:
             return
         self.save(self.last)  # first, so that whatever goes wrong in the validation costs no training
@@ -193,6 +193,7 @@ class Training:
                 "scaler": self.scaler.state_dict(),
                 "step": self.step,
                 "evaluated": self.evaluated,
+                "steps_per_epoch": self.steps_per_epoch,
                 "best_top1": self.best_top1,
                 **self.identity,
             }
@@ -204,6 +205,12 @@ class Training:
         if not (self.settings.resume and self.last.exists()):
             return
         state = checkpoint.load(self.last)
+        if state["class_names"] != self.identity["class_names"] or state["steps_per_epoch"] != self.steps_per_epoch:
+            raise ValueError(
+                f"the training list or its classes changed since {self.last} was written ({len(state['class_names'])} classes and"
+                f" {state['steps_per_epoch']} steps an epoch then, {len(self.identity['class_names'])} and {self.steps_per_epoch} now);"
+                " choose another trainer.output_dir"
+            )
         checkpoint.load_weights(self.model, state["model"], self.last)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
