@@ -18,5 +18,5 @@ fast-test: $(INSTALLED)
 $(INSTALLED): setup.cfg setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet -e ".[dev]"
+	PYTHONWARNINGS=ignore $(VENV)/bin/python -m pip install --quiet -e ".[dev]"
 	touch $@
