@@ -186,7 +186,8 @@ def test_a_checkpoint_is_found_in_a_folder_with_any_name(trained, tmp_path):
     assert outcome.code == 1 and "add trainer.output_dir=... for the results" in outcome.err
 
 
-def test_a_sweep_of_tests_keeps_the_results_of_every_job(trained, tmp_path):
+def test_a_sweep_of_tests_keeps_the_results_of_every_job(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     folder = tmp_path / "it's a run"
     shutil.copytree(trained[0], folder)
     before = (folder / "results.json").read_text()
@@ -262,7 +263,7 @@ def test_the_jobs_of_a_sweep_have_run_folders_of_their_own(small_videos, tmp_pat
     job = [o for o in small_job(small_videos, tmp_path) if not o.startswith("trainer.output_dir")]
     outcome = run_tool("train", "-m", *job, "trainer.max_steps=1", "trainer.test=false", "trainer.seed=0,1")
     assert outcome.code == 0, outcome.err
-    folders = list((tmp_path / "runs/sweep").iterdir())
+    folders = [path for path in (tmp_path / "runs/sweep").iterdir() if path.is_dir()]
     assert len(folders) == 2 and all((folder / "checkpoints/last.pt").exists() for folder in folders)
 
 
