@@ -9,6 +9,7 @@ trainer.output_dir. The config is the one that the checkpoint was trained with; 
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from atfr.engine.settings import TrainerSettings
 def main(config: DictConfig) -> None:
     check_root(config)
     path = Path(config.checkpoint)
-    state = checkpoint.load(path)
+    state = read(path)
     folder = results_folder(path, config.trainer.output_dir)
     config = with_overrides(state, config)
     settings: TrainerSettings = build(config.trainer, "trainer")
@@ -50,6 +51,9 @@ def main(config: DictConfig) -> None:
         jobs.test_and_report(model, source, clip, config=config, settings=settings, ranks=ranks, folder=folder, checkpoint=path)
     finally:
         distributed.stop()
+
+
+read = functools.cache(checkpoint.load)  # needed twice: to compose the config, and to test
 
 
 def results_folder(path: Path, output_dir: str | None) -> Path:
@@ -102,7 +106,7 @@ def like_the_checkpoint(arguments: list[str]) -> list[str]:
     unquoted = {a: a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("checkpoint=")}
     quoted = ["checkpoint='" + unquoted[a].replace("'", "\\'") + "'" if a in unquoted else a for a in arguments]
     try:
-        chosen = checkpoint.load(Path(list(unquoted.values())[-1]))["choices"] if unquoted else {}
+        chosen = read(Path(list(unquoted.values())[-1]))["choices"] if unquoted else {}
         given = {*given_overrides(quoted), "experiment"}
     except (ValueError, OSError, OverrideParseException):
         return quoted  # main or hydra says what is wrong

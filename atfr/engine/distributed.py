@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
+LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -45,9 +47,9 @@ def start(*, accelerator: str, devices: int | None) -> Ranks:
         ValueError: an unknown accelerator or one that is not there, a part of the launcher's
             variables missing, or another number of processes than `devices`.
     """
-    given = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name in os.environ]
-    if given and len(given) < 4:
-        missing = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}.difference(given)
+    given = [name for name in LAUNCHER if name in os.environ]
+    missing = [name for name in LAUNCHER if name not in os.environ]
+    if given and missing:
         raise ValueError(f"the environment sets {', '.join(given)} but not {', '.join(sorted(missing))}: start with torchrun, or unset them")
     rank, world = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if given else (0, 1)
     if devices is not None and devices != world:

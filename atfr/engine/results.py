@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-import os
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 
 from atfr.engine.accounting import CONVENTION, GflopsTable
 from atfr.engine.evaluate import Evaluation, View
+from atfr.engine.files import write_text
 
 
 def accuracy(views: Sequence[View]) -> dict[str, float]:
@@ -87,23 +88,22 @@ def summarise(evaluation: Evaluation, table: GflopsTable, *, protocol: dict[str,
 def write_results(results: dict[str, Any], folder: Path) -> Path:
     """Write `results.json`, whole or not at all."""
     path = folder / "results.json"
-    _replace(path, json.dumps(results, indent=2) + "\n")
+    write_text(path, json.dumps(results, indent=2) + "\n")
     return path
 
 
 def write_predictions(evaluation: Evaluation, table: GflopsTable, folder: Path, *, class_names: Sequence[str]) -> Path:
     """Write `predictions.csv`: one row a clip (view), sorted by video and view."""
     path = folder / "predictions.csv"
-    partial = path.with_suffix(".partial")
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["video", "view", "label", "prediction", "score", "bins", "gflops"])
+    for view in evaluation.views:
+        best = int(view.scores.argmax())
+        names = class_names[view.label], class_names[best]
+        writer.writerow([view.path, view.view, *names, f"{view.scores[best]:.4f}", view.bins, f"{table.at(view.bins):.6g}"])
     # A list may name files whose names are not UTF-8; they are written back as the bytes they came from.
-    with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(["video", "view", "label", "prediction", "score", "bins", "gflops"])
-        for view in evaluation.views:
-            best = int(view.scores.argmax())
-            names = class_names[view.label], class_names[best]
-            writer.writerow([view.path, view.view, *names, f"{view.scores[best]:.4f}", view.bins, f"{table.at(view.bins):.6g}"])
-    os.replace(partial, path)
+    write_text(path, text.getvalue(), errors="surrogateescape")
     return path
 
 
@@ -126,13 +126,6 @@ def as_table(results: dict[str, Any], *, folder: Path) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _commit() -> str | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Mapping
 
 import yaml
+
+from atfr.engine.files import write_text
 
 # What may change between the runs of one experiment without making it another one.
 FREE = ("output_dir", "max_steps", "accelerator", "devices", "workers", "timeout_s", "save_every", "log_every", "resume", "test")
@@ -34,10 +35,7 @@ def claim_folder(folder: Path, config: Mapping[str, Any], *, resume: bool) -> No
                 f"run folder {folder} holds another experiment: {key} is {before.get(key)!r} there and {now.get(key)!r} here{more};"
                 " choose another trainer.output_dir"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, yaml.safe_dump(dict(config), sort_keys=False))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Mapping
 
 from torch.utils.tensorboard import SummaryWriter
+
+from atfr.engine.files import write_text
 
 
 class RunLog:
@@ -53,6 +54,4 @@ class RunLog:
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError):
                 continue  # the last line of a killed run
-        partial = self.metrics.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, self.metrics)
+        write_text(self.metrics, "".join(kept))

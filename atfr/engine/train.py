@@ -80,7 +80,7 @@ class Training:
         self.bar = tqdm(initial=self.step, total=self.total_steps, unit="step", desc="train", disable=not self.ranks.is_main)
         try:
             if self.step == 0:
-                calibrate_width(self.model, self._statistics_clips(epoch=0), untrained=True)
+                calibrate_width(self.model, self._normalised(self._statistics_clips(epoch=0)), untrained=True)
             elif self.evaluated < self.step:
                 self.end_epoch((self.step - 1) // self.steps_per_epoch)  # where the epoch's end was interrupted
             while self.step < self.total_steps:
@@ -172,7 +172,8 @@ class Training:
     def evaluate(self, epoch: int) -> None:
         """Refresh the statistics, validate, and keep the checkpoint if it is the best so far."""
         if self.settings.statistics_clips:
-            refresh_statistics(self.model, lambda: self._statistics_clips(epoch))
+            clips = self._statistics_clips(epoch)
+            refresh_statistics(self.model, lambda: self._normalised(clips))
         else:
             distributed.broadcast_buffers(self.model)  # each process has the running averages of its own clips
         values = self.validate()
@@ -223,11 +224,18 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
 
-    def _statistics_clips(self, epoch: int) -> Iterator[Tensor]:
-        """This process's share of the first `statistics_clips` training clips of an epoch, one batch at least."""
+    def _statistics_clips(self, epoch: int) -> list[Tensor]:
+        """This process's share of the first `statistics_clips` training clips of an epoch, one batch at least.
+
+        Kept as bytes in the host's memory: the statistics go over them up to three times, and they
+        need not be decoded as often.
+        """
         wanted = max(1, -(-self.settings.statistics_clips // self.settings.batch_size))
-        for batch in islice(self.batches(epoch, 0), wanted):
-            yield self.normalise(batch.clips.to(self.ranks.device))
+        return [batch.clips for batch in islice(self.batches(epoch, 0), wanted)]
+
+    def _normalised(self, clips: Iterable[Tensor]) -> Iterator[Tensor]:
+        for batch in clips:
+            yield self.normalise(batch.to(self.ranks.device))
 
 
 def _some(paths: Sequence[str]) -> str:
