@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from atfr.engine.accounting import GflopsTable, _Tail
 from atfr.models.sgs_layer import SGSOptions
-from atfr.models.x3d import x3d
+from atfr.models.backbones.x3d import x3d
 
 ATFR = SGSOptions(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=0.3)
 SHAPE = (3, 16, 48, 48)

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from atfr.configuration import build
 from atfr.jobs import clip_settings
 from atfr.models.sgs_layer import SGSOptions
-from atfr.models.x3d import SIZES
+from atfr.models.backbones.x3d import SIZES
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -13,7 +13,7 @@ from torch import nn
 from atfr.models.network import VideoNet
 from atfr.models.packed import Segments, conv3d, segment_mean
 from atfr.models.sgs_layer import SGSOptions
-from atfr.models.x3d import SIZES, STAGES, x3d
+from atfr.models.backbones.x3d import SIZES, STAGES, x3d
 
 ATFR = dict(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=0.3)
 PRESETS = {"reference": {}, "atfr": ATFR}

@@ -125,7 +125,7 @@ def test_a_bad_video_is_replaced_and_named_in_training_and_listed_as_failed_in_t
         (["model.sgs.target=half"], "model.sgs.target='half' is not of type float"),
         (["model.sgs.after=res9"], "model.sgs.after='res9' is not a stage"),
         (["model.size=huge"], "model.size"),
-        (["+model.wings=2"], "model.wings is not an option of atfr.models.x3d.x3d"),
+        (["+model.wings=2"], "model.wings is not an option of atfr.models.backbones.x3d.x3d"),
         (["model._target_=atfr.models.x9d"], "model._target_='atfr.models.x9d' cannot be imported"),
         (["dataset.clip.crops=2"], "dataset.clip.crops is 2, it must be 1 or 3"),
         (["trainer.accelerator=tpu"], "trainer.accelerator='tpu' does not exist; choose one of auto, cpu, cuda"),

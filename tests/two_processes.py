@@ -15,7 +15,7 @@ from atfr.engine.settings import TrainerSettings
 from atfr.engine.statistics import calibrate_width, refresh_statistics
 from atfr.engine.train import Training
 from atfr.models.sgs_layer import SGSOptions
-from atfr.models.x3d import x3d
+from atfr.models.backbones.x3d import x3d
 
 ATFR = SGSOptions(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
 
