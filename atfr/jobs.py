@@ -8,7 +8,7 @@ from typing import Any, Sequence
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from atfr.configuration import SHARED_KEYS, build
+from atfr.configuration import build
 from atfr.data.dataset import ClipSettings, TestClips
 from atfr.data.loader import test_loader
 from atfr.data.records import Video, VideoSource
@@ -19,6 +19,7 @@ from atfr.engine.distributed import Ranks
 from atfr.engine.evaluate import Evaluation, evaluate
 from atfr.engine.settings import TrainerSettings, precision_dtype
 from atfr.models.network import VideoNet
+from atfr.models.weights import load_pretrained
 
 
 def load_source(config: DictConfig, ranks: Ranks) -> VideoSource:
@@ -44,10 +45,20 @@ def clip_settings(config: DictConfig) -> ClipSettings:
     return build(node, "dataset.clip")
 
 
-def build_model(config: DictConfig, *, num_classes: int, ranks: Ranks, seed: int = 0) -> VideoNet:
-    """The network of `model`, initialised from the seed, on this process's device."""
+def build_model(config: DictConfig, *, num_classes: int, ranks: Ranks, seed: int = 0, pretrained: bool = False) -> VideoNet:
+    """The network of `model`, initialised from the seed, on this process's device.
+
+    With `pretrained` the weights of `model.weights`, if it is set, are loaded into it, and the main
+    process prints what came of them. A network whose own checkpoint is read next needs none.
+    """
     torch.manual_seed(seed)
-    return build(config.model, "model", num_classes=num_classes).to(ranks.device)
+    model = build(config.model, "model", num_classes=num_classes)
+    weights = config.model.get("weights")
+    if pretrained and weights is not None:
+        report = load_pretrained(model, Path(str(weights)).expanduser())
+        if ranks.is_main:
+            print(report.as_table(), flush=True)
+    return model.to(ranks.device)
 
 
 def gflops_table(model: VideoNet, clip: ClipSettings) -> GflopsTable:
@@ -98,7 +109,7 @@ def test_and_report(
         "dataset": source.name,
         "split": "test",
         "checkpoint": str(checkpoint),
-        "model": {key: value for key, value in OmegaConf.to_container(config.model, resolve=True).items() if key not in SHARED_KEYS["model"]},
+        "model": {key: value for key, value in OmegaConf.to_container(config.model, resolve=True).items() if key not in ("clip", "clips")},
         "precision": str(precision_dtype(settings.precision, ranks.device)).removeprefix("torch."),
         **source.notes,
     }

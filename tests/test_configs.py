@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -32,18 +33,29 @@ def test_every_dataset_composes_with_every_model(dataset, model):
     clip = clip_settings(config)
     assert clip.frames >= 1 and clip.test_short_side >= clip.crop_size
     build(config.trainer, "trainer")
-    assert build(config.model, "model", num_classes=3) is not None
+
+
+@pytest.mark.parametrize("model", names("model"))
+def test_every_model_can_be_built_for_the_built_in_data(model):
+    config = composed(f"model={model}")
+    network = build(config.model, "model", num_classes=3).eval()
+    clip = torch.zeros(1, 3, config.dataset.clip.frames, config.dataset.clip.crop_size, config.dataset.clip.crop_size)
+    if not network.sgs:  # the layer has to be calibrated before it can run
+        with torch.no_grad():
+            assert network(clip).logits.shape == (1, 3)
 
 
 @pytest.mark.parametrize("preset", names("model/sgs"))
 def test_every_preset_of_the_layer_can_be_built(preset):
     config = composed("model=x3d_sgs", f"model/sgs={preset}")
-    assert isinstance(build(config.model, "model", num_classes=3).sgs.options, SGSOptions)
+    (layer,) = build(config.model, "model", num_classes=3).sgs.values()
+    assert isinstance(layer.options, SGSOptions)
 
 
 def test_the_reference_preset_spells_out_the_defaults_of_the_layer():
     config = composed("model=x3d_sgs", "model/sgs=reference")
-    assert build(config.model, "model", num_classes=3).sgs.options == SGSOptions()
+    (layer,) = build(config.model, "model", num_classes=3).sgs.values()
+    assert layer.options == SGSOptions()
 
 
 @pytest.mark.parametrize("experiment", names("experiment"))
@@ -57,6 +69,23 @@ def test_every_size_of_x3d_brings_the_clip_it_was_published_with(size):
     config = composed("dataset=kinetics400", f"model.size={size}")
     published = {"XS": (4, 160), "S": (13, 160), "M": (16, 224), "L": (16, 312), "XL": (16, 312), "tiny": (16, 48)}
     assert (config.dataset.clip.frames, config.dataset.clip.crop_size) == published[size]
+
+
+@pytest.mark.parametrize("model", ["r2plus1d", "r3d", "mc3", "resnet3d"])
+@pytest.mark.parametrize("size", ["18", "'18'"])
+def test_a_size_that_looks_like_a_number_is_one_of_the_sizes(model, size):
+    config = composed("dataset=kinetics400", f"model={model}", f"model.size={size}")
+    assert config.dataset.clip.frames == {"resnet3d": 32}.get(model, 16)
+    assert build(config.model, "model", num_classes=3) is not None
+
+
+@pytest.mark.parametrize("model", [name for name in names("model") if not name.endswith("_sgs")])
+def test_every_size_that_has_a_clip_is_a_size_and_every_model_has_a_twin_with_sgs(model):
+    config = composed("dataset=kinetics400", f"model={model}")
+    for size in config.model.clips:
+        with torch.device("meta"):
+            assert build(composed("dataset=kinetics400", f"model={model}", f"model.size={size}").model, "model", num_classes=3) is not None
+    assert f"{model}_sgs" in names("model")
 
 
 def test_the_model_takes_the_size_that_suits_the_dataset_unless_told_otherwise():

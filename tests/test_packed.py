@@ -17,6 +17,9 @@ from atfr.models.backbones.x3d import SIZES, STAGES, x3d
 
 ATFR = dict(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=0.3)
 PRESETS = {"reference": {}, "atfr": ATFR}
+# The reference's weights are distances times 2B / their maximum, which magnifies the rounding in which
+# a convolution of one clip differs from that of a batch: weights differ by up to 2e-4.
+TOLERANCE = {"reference": 5e-4, "atfr": 1e-4}
 
 
 def lively(model: nn.Module, frames: int = 16, size: int = 32) -> nn.Module:
@@ -33,6 +36,10 @@ def lively(model: nn.Module, frames: int = 16, size: int = 32) -> nn.Module:
         logits = model.eval()(uneven_clips(4, frames, size))
         last.weight /= (logits if isinstance(logits, torch.Tensor) else logits.logits).std()
     return model
+
+
+def segments_of(lengths):
+    return Segments(lengths, max(lengths), torch.zeros(sum(lengths)))
 
 
 def uneven_clips(count: int, frames: int = 16, size: int = 32) -> torch.Tensor:
@@ -53,13 +60,13 @@ def test_a_clip_has_the_same_logits_alone_and_in_any_batch(preset, after):
     with torch.no_grad():
         alone = [model(clip[None]) for clip in clips]
         if preset == "reference" or after in ("stem", "res2"):
-            assert len({a.bins for a in alone}) > 2
+            assert len({a.bins[0] for a in alone}) > 2
         for _ in range(15):
             chosen = random.sample(range(24), random.randint(2, 12))
             batch = model(clips[chosen])
-            assert batch.bins == tuple(alone[i].bins[0] for i in chosen)
+            assert batch.bins == [alone[i].bins[0] for i in chosen]
             expected = torch.cat([alone[i].logits for i in chosen])
-            torch.testing.assert_close(batch.logits, expected, atol=1e-4, rtol=0)
+            torch.testing.assert_close(batch.logits, expected, atol=TOLERANCE[preset], rtol=0)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -84,7 +91,7 @@ def test_training_statistics_of_batch_norm_are_those_of_the_kept_features_alone(
     seen = []
     norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
     norm.momentum = 1.0
-    bins = model(uneven_clips(4)).bins
+    bins = [b for (b,) in model(uneven_clips(4)).bins]
     (x,) = seen
     assert len(set(bins)) > 1 and x.shape[2] == sum(bins)
     pieces = torch.cat([piece.transpose(0, 1).flatten(1) for piece in x.split(list(bins), dim=2)], dim=1)
@@ -126,7 +133,7 @@ def test_where_every_frame_is_kept_the_network_is_the_dense_one():
     clips = torch.randn(2, 3, 16, 32, 32)
     with torch.no_grad():
         prediction = model(clips)
-        assert prediction.bins == (16, 16)
+        assert prediction.bins == [(16,), (16,)]
         torch.testing.assert_close(prediction.logits, model.backbone(clips), atol=1e-5, rtol=1e-5)
 
 
@@ -156,19 +163,19 @@ def test_a_packed_convolution_equals_one_convolution_a_clip(dilation):
     lengths = (4, 1, 6, 2)
     x = torch.randn(1, 3, sum(lengths), 5, 5)
     expected = torch.cat([conv(piece) for piece in x.split(lengths, dim=2)], dim=2)
-    torch.testing.assert_close(conv3d(conv, x, Segments(lengths, x.device)), expected)
+    torch.testing.assert_close(conv3d(conv, x, segments_of(lengths)), expected)
 
 
 def test_a_segment_mean_equals_the_mean_of_each_clip():
     lengths = (4, 1, 6)
     x = torch.randn(1, 3, sum(lengths), 5, 5)
     expected = torch.cat([piece.mean(dim=(2, 3, 4), keepdim=True) for piece in x.split(lengths, dim=2)])
-    torch.testing.assert_close(segment_mean(x, Segments(lengths, x.device)), expected)
+    torch.testing.assert_close(segment_mean(x, segments_of(lengths)), expected)
 
 
 def test_a_clip_without_features_is_refused():
     with pytest.raises(ValueError, match="at least one feature"):
-        Segments((3, 0), torch.device("cpu"))
+        segments_of((3, 0))
 
 
 class Toy(nn.Module):
@@ -190,16 +197,17 @@ class Flip(nn.Module):
 @pytest.mark.parametrize(
     "second,message",
     [
-        (nn.AvgPool3d((2, 1, 1)), "second behind SGS has no packed form: AvgPool3d"),
-        (nn.Conv3d(8, 8, (3, 1, 1), stride=(2, 1, 1), padding=(1, 0, 0)), "changes the number of features in time"),
-        (nn.Conv3d(8, 8, (3, 1, 1)), "changes the number of features in time"),
+        (nn.AdaptiveAvgPool3d(2), "second behind SGS has no packed form: AdaptiveAvgPool3d"),
+        (nn.MaxPool3d((2, 1, 1), ceil_mode=True), "a pool in time with ceil_mode"),
+        (nn.AvgPool3d((3, 1, 1), 1, (1, 0, 0), count_include_pad=False), "an average in time that leaves its padding out"),
+        (nn.Conv3d(8, 8, (3, 1, 1), padding=(1, 0, 0), padding_mode="circular"), "pads in time with circular"),
         (nn.GroupNorm(2, 8), "second behind SGS has no packed form: GroupNorm"),
         (Flip(), "'flip' .* has no packed form"),
     ],
 )
 def test_what_may_mix_clips_is_refused_by_name(second, message):
     with pytest.raises(ValueError, match=message):
-        VideoNet(Toy(second), stages={"first": "first"}, sgs=SGSOptions(after="first"))
+        VideoNet(Toy(second), stages={"first": "first"}, sgs=SGSOptions(after="first", execution="packed"))
 
 
 def test_a_connection_that_by_passes_the_cut_is_refused():
@@ -215,5 +223,5 @@ def test_a_connection_that_by_passes_the_cut_is_refused():
 def test_an_unknown_stage_or_size_is_refused_with_what_is_possible():
     with pytest.raises(ValueError, match="after='res9' is not a stage .* stem, res2, res3, res4, res5"):
         x3d(size="tiny", num_classes=6, sgs=SGSOptions(after="res9"))
-    with pytest.raises(ValueError, match="size='XXL' is not an X3D; choose one of tiny, XS"):
+    with pytest.raises(ValueError, match="size='XXL' is not a size of x3d; choose one of tiny, XS"):
         x3d(size="XXL", num_classes=6)

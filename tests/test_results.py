@@ -18,14 +18,14 @@ class Table:
     dense = 160.0
 
     def at(self, bins):
-        return 10.0 * bins
+        return 10.0 * bins[0]
 
-    def executed(self, lengths):
-        return 10.0 * sum(lengths) + len(lengths) - 1
+    def executed(self, batch):
+        return sum(self.at(bins) for bins in batch) + len(batch) - 1
 
 
 def view(video, number, label, scores, bins=4):
-    return View(video, number, f"v{video}.mp4" if video else "caf\udce9.mp4", label, np.array(scores, dtype=np.float32), bins)
+    return View(video, number, f"v{video}.mp4" if video else "caf\udce9.mp4", label, np.array(scores, dtype=np.float32), (bins,))
 
 
 def test_the_scores_of_a_videos_views_are_averaged_before_the_decision():
@@ -50,7 +50,7 @@ def test_top5_counts_a_label_among_the_five_best_of_many_classes():
 
 def evaluation():
     views = [view(0, 0, 0, [0.9, 0.1], 4), view(0, 1, 0, [0.2, 0.8], 16), view(1, 0, 1, [0.3, 0.7], 1)]
-    return Evaluation(views=views, failed={"bad.mp4": "no video stream"}, frames=16, lengths=[(4, 16), (1,)], network_seconds=1.5)
+    return Evaluation(views=views, failed={"bad.mp4": "no video stream"}, frames=(16,), batches=[[(4,), (16,)], [(1,)]], network_seconds=1.5)
 
 
 def test_the_results_hold_every_key_of_the_contract(tmp_path):

@@ -1,4 +1,4 @@
-"""The sampling mathematics against a loop over frames, written from the paper's equations."""
+"""The anchor bins against a loop over frames, and what is refused; the rest is in test_sgs_family."""
 
 from __future__ import annotations
 
@@ -9,72 +9,9 @@ import pytest
 import torch
 
 from atfr.models.sgs import anchor_bins, calibrated_width, sampling_weights, uniform_bins
-from atfr.models.sgs_layer import SGS, SGSOptions, aggregate
 
 ANCHOR = dict(similarity="anchor", kernel="mean", scale="absolute", order="time")
-ATFR = SGSOptions(**ANCHOR, embedding="pooled", before_activation=False)
-
-
-def loop_distance(z: torch.Tensor, metric: str) -> list[float]:
-    """Distances of one clip's frames [T, D] from their mean, one frame at a time."""
-    mean = z.mean(0)
-    distances = []
-    for frame in z:
-        d = mean - frame + 1e-6
-        if metric == "l2":
-            distances.append(math.sqrt(sum(v**2 for v in d.tolist())))
-        elif metric == "l1":
-            distances.append(sum(abs(v) for v in d.tolist()))
-        elif metric == "cosine":
-            distances.append(1 - float(mean @ frame / (mean.norm() * frame.norm())))
-        else:
-            centred = z - mean
-            covariance = sum(torch.outer(c, c) for c in centred) / (len(z) - 1)
-            c = frame - mean
-            distances.append(float(c @ torch.linalg.inv(covariance) @ c))
-    return distances
-
-
-def loop_weights(z, *, num_bins, metric="l2", kernel="linear", edges="released", order="similarity"):
-    """One clip's kept rows [B', T] for distance_to_mean."""
-    distances = loop_distance(z, metric)
-    reach = 2 * num_bins if edges == "released" else 2 * num_bins - 1
-    positions = [d * reach / max(distances) for d in distances]
-    members = {}
-    for t, s in enumerate(positions):
-        members.setdefault(min(int(s // 2), num_bins - 1), []).append(t)
-    kept = sorted(members)
-    if order == "time":
-        kept.sort(key=lambda b: sum(members[b]) / len(members[b]))  # stable: ties stay in order of similarity
-    rows = []
-    for b in kept:
-        row = [0.0] * len(positions)
-        for t in members[b]:
-            weight = 1.0 if kernel == "mean" else max(0.0, 1 + 1e-7 - abs(positions[t] - (2 * b + 1)))
-            row[t] = weight if kernel == "linear" else weight / len(members[b])
-        rows.append(row)
-    return torch.tensor(rows, dtype=z.dtype)
-
-
-@pytest.mark.parametrize(
-    "metric,kernel,edges,order",
-    itertools.product(
-        ["l2", "l1", "cosine", "mahalanobis"],
-        ["linear", "linear_normalized", "mean"],
-        ["released", "inclusive"],
-        ["similarity", "time"],
-    ),
-)
-def test_distance_to_mean_equals_a_loop_over_frames(metric, kernel, edges, order):
-    z = torch.randn(5, 11, 3, dtype=torch.float64)
-    for num_bins in (1, 4, 11, 13):
-        weights, lengths = sampling_weights(z, num_bins=num_bins, metric=metric, kernel=kernel, edges=edges, order=order)
-        assert weights.shape == (5, num_bins, 11)
-        for clip in range(5):
-            expected = loop_weights(z[clip], num_bins=num_bins, metric=metric, kernel=kernel, edges=edges, order=order)
-            assert lengths[clip] == len(expected)
-            torch.testing.assert_close(weights[clip, : len(expected)], expected, atol=1e-9, rtol=1e-7)
-            assert not weights[clip, len(expected) :].any()
+ABSOLUTE = dict(scale="absolute", width=1.0)
 
 
 def loop_anchor(z: torch.Tensor, width: float, num_bins: int) -> list[int]:
@@ -122,12 +59,6 @@ def test_a_static_clip_falls_into_one_bin_and_more_change_makes_more_bins():
     assert counts == [2, 3, 5, 9]
 
 
-def test_the_linear_kernels_gradient_passes_gradcheck_away_from_ties():
-    z = torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True)
-    for kernel in ("linear", "linear_normalized"):
-        assert torch.autograd.gradcheck(lambda z: sampling_weights(z, num_bins=4, kernel=kernel, edges="inclusive")[0], (z,))
-
-
 @pytest.mark.parametrize("frames", [1, 2, 16])
 @pytest.mark.parametrize("metric", ["l2", "l1", "cosine", "mahalanobis"])
 def test_identical_frames_keep_one_bin_and_finite_gradients(metric, frames):
@@ -143,16 +74,36 @@ def test_identical_frames_keep_one_bin_and_finite_gradients(metric, frames):
     [
         ({"similarity": "nearest"}, "similarity='nearest' does not exist"),
         ({"kernel": "cubic"}, "kernel='cubic' does not exist"),
-        ({"similarity": "anchor", "scale": "relative"}, "set scale=absolute"),
-        ({"similarity": "anchor", "scale": "absolute", "kernel": "linear"}, "set kernel=mean"),
         ({"num_bins": 0}, "num_bins must be at least 1"),
-        ({"scale": "absolute"}, "set scale=relative"),
-        ({**ANCHOR}, "needs a width"),
+        ({**ANCHOR}, "similarity=anchor with scale=absolute needs a width"),
+        ({"similarity": "uniform", "kernel": "mean", **ABSOLUTE}, "similarity=uniform measures nothing that scale=absolute could cut: set scale=rel"),
+        ({"similarity": "stride"}, "similarity=stride gives no position inside a bin, so kernel=linear means nothing: set kernel=mean"),
+        ({"similarity": "anchor", "kernel": "delta", **ABSOLUTE}, "so kernel=delta means nothing: set kernel=mean"),
+        ({"similarity": "anchor", "kernel": "mean"}, "similarity=anchor compares frames with one width .* scale=relative: set scale=absolute"),
+        ({**ANCHOR, "width": 0.8, "metric": "cosine"}, "similarity=anchor measures root mean square distances, not metric=cosine: set metric=l2"),
+        ({"similarity": "path", "metric": "mahalanobis"}, "similarity=path .* metric=mahalanobis is not defined: set metric=l2, l1 or cosine"),
+        ({"metric": "l3"}, "metric='l3' does not exist; choose one of l2, l1, cosine, mahalanobis"),
+        ({"scale": "log"}, "scale='log' does not exist; choose one of relative, absolute"),
+        ({"edges": "none"}, "edges='none' does not exist; choose one of released, inclusive"),
+        ({"order": "space"}, "order='space' does not exist; choose one of similarity, time"),
+        ({"width": 1.0}, "width is not used by scale=relative, .* set scale=absolute or no width"),
+        ({**ABSOLUTE, "width": None}, "needs a width"),
+        ({**ABSOLUTE, "width": 0.0}, "width must be above 0, not 0.0"),
+        ({**ABSOLUTE, "width": math.nan}, "width must be above 0, not nan"),
+        ({"similarity": "path", "noise_floor": -1.0}, "noise_floor=-1.0 with similarity=path: it must be at least 0"),
+        ({"noise_floor": 0.1}, "noise_floor=0.1 with similarity=distance_to_mean: .* 0 unless similarity=path"),
+        ({"min_bins": 0}, "min_bins must be at least 1 and at most num_bins=4, not 0"),
+        ({"min_bins": 5}, "min_bins must be at least 1 and at most num_bins=4, not 5"),
+        ({"min_bins": 4, "valid": torch.tensor([5, 3])}, "a clip of 3 frames cannot give the 4 bins that are needed at least"),
+        ({"valid": torch.tensor([5, 0])}, "a clip of 0 frames cannot give the 1 bins"),
+        ({"valid": torch.tensor([6, 5])}, "valid announces a clip of 6 frames, of which z holds 5"),
+        ({"valid": torch.tensor([5])}, "valid must hold one int64 for each of the 2 clips"),
+        ({"valid": torch.tensor([5.0, 5.0])}, "valid must hold one int64 for each of the 2 clips"),
     ],
 )
-def test_choices_that_make_no_sense_are_refused_by_name(change, message):
+def test_choices_that_make_no_sense_are_refused_with_the_way_out(change, message):
     with pytest.raises(ValueError, match=message):
-        sampling_weights(torch.randn(1, 4, 3), **{"num_bins": 4, **change})
+        sampling_weights(torch.randn(2, 5, 3), **{"num_bins": 4, **change})
 
 
 def test_the_calibrated_width_gives_the_mean_number_of_bins_asked_for():
@@ -167,55 +118,3 @@ def test_uniform_bins_differ_in_size_by_at_most_one():
     for frames, bins in itertools.product(range(1, 20), range(1, 20)):
         sizes = torch.bincount(uniform_bins(frames, min(bins, frames)))
         assert len(sizes) == min(bins, frames) and sizes.max() - sizes.min() <= 1
-
-
-def test_aggregation_equals_a_sum_over_frames_of_each_clip_in_turn():
-    x = torch.randn(3, 4, 6, 2, 5)
-    weights, lengths = sampling_weights(torch.randn(3, 6, 8), num_bins=4)
-    lengths = tuple(lengths.tolist())
-    rows = [
-        sum(weights[n, b, t] * x[n, :, t] for t in range(6)) for n, length in enumerate(lengths) for b in range(length)
-    ]
-    torch.testing.assert_close(aggregate(x, weights, lengths)[0].transpose(0, 1), torch.stack(rows))
-
-
-def test_a_nan_in_one_clip_is_refused_naming_the_layer_and_the_clip():
-    layer = SGS(4, SGSOptions(after="res3"))
-    x = torch.randn(3, 4, 6, 5, 5)
-    x[1, 2, 3] = torch.nan
-    for mode in (True, False):
-        layer.train(mode)
-        with pytest.raises(ValueError, match="SGS after 'res3': the features of clip 1 of the batch hold a NaN"):
-            layer(x)
-    layer.embedding.out.weight.data.fill_(torch.nan)
-    with pytest.raises(ValueError, match="SGS after 'res3': the similarity embedding holds a NaN"):
-        layer(torch.randn(3, 4, 6, 5, 5))
-
-
-def test_a_width_that_was_never_calibrated_is_refused_with_the_way_out():
-    with pytest.raises(ValueError, match="has no bin width yet: calibrate it"):
-        SGS(4, ATFR)(torch.randn(1, 4, 6, 8, 8))
-
-
-def test_steering_narrows_the_width_when_too_few_bins_are_kept():
-    layer = SGS(4, ATFR)
-    layer.width.fill_(1.0)
-    layer.steer(torch.tensor(0.2))
-    assert layer.width < 1
-    layer.width.fill_(1.0)
-    layer.steer(torch.tensor(0.9))
-    assert layer.width > 1
-
-
-@pytest.mark.parametrize("metric", ["l2", "l1", "cosine", "mahalanobis"])
-def test_under_autocast_the_sampling_is_the_float32_one(metric):
-    layer = SGS(8, SGSOptions(metric=metric)).eval()
-    x = torch.randn(4, 8, 16, 6, 6)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        weights, lengths = layer(x)
-        sums = aggregate(x, weights, lengths)
-        assert aggregate(x.bfloat16(), weights, lengths).dtype == torch.bfloat16
-    torch.testing.assert_close(sums, aggregate(x, weights, lengths))
-    expected, expected_lengths = layer(x)
-    assert weights.dtype == torch.float32 and lengths == expected_lengths
-    torch.testing.assert_close(weights, expected)

@@ -43,9 +43,9 @@ def test_precise_batch_norm_sees_the_features_that_sgs_kept():
 def test_a_calibrated_network_keeps_its_target_share_of_frames_on_the_calibration_clips():
     model = x3d(size="tiny", num_classes=3, sgs=ATFR).eval()
     batches = [torch.randn(8, 3, 16, 32, 32).cumsum(dim=2) / 4 for _ in range(4)]
-    calibrate_width(model, batches)
+    calibrate_width(model, lambda: batches)
     with torch.no_grad():
-        kept = [b for clips in batches for b in model(clips).bins]
+        kept = [b for clips in batches for (b,) in model(clips).bins]
     assert sum(kept) / len(kept) == pytest.approx(8.0, abs=0.3)
 
 
@@ -55,34 +55,34 @@ def test_an_untrained_network_is_calibrated_on_the_features_that_training_will_s
         if isinstance(norm, nn.BatchNorm3d):
             norm.running_mean.fill_(3.0)  # far from the batch's: evaluation would see other features
     batches = [torch.randn(8, 3, 16, 32, 32).cumsum(dim=2) / 4 for _ in range(4)]
-    calibrate_width(model, batches, untrained=True)
+    calibrate_width(model, lambda: batches, untrained=True)
     assert (model.backbone.blocks[0].norm.running_mean == 3.0).all()
     model.train()
-    kept = [b for clips in batches for b in model(clips).bins]
+    kept = [b for clips in batches for (b,) in model(clips).bins]
     assert sum(kept) / len(kept) == pytest.approx(8.0, abs=0.3)
 
 
 def test_refreshed_statistics_are_those_of_the_features_kept_at_the_refreshed_width():
     model = x3d(size="tiny", num_classes=3, sgs=ATFR)
     batches = [torch.randn(8, 3, 16, 32, 32).cumsum(dim=2) / 4 for _ in range(2)]
-    calibrate_width(model, batches, untrained=True)
-    model.sgs.width.mul_(3)  # as if it had drifted
+    calibrate_width(model, lambda: batches, untrained=True)
+    model.sgs["res2"].width.mul_(3)  # as if it had drifted
     refresh_statistics(model, lambda: batches)
     norm = model.backbone.blocks[2].res_blocks[0].branch2.norm_a
     mean = norm.running_mean.clone()
     precise_batch_norm(model, batches, forward=model)
     torch.testing.assert_close(norm.running_mean, mean)
     with torch.no_grad():
-        kept = [b for clips in batches for b in model.eval()(clips).bins]
+        kept = [b for clips in batches for (b,) in model.eval()(clips).bins]
     assert sum(kept) / len(kept) == pytest.approx(8.0, abs=0.3)
 
 
 def test_a_fixed_width_and_a_network_without_a_width_are_left_alone():
     fixed = x3d(size="tiny", num_classes=3, sgs=SGSOptions(similarity="anchor", kernel="mean", scale="absolute", embedding="pooled", width=0.5))
     for model in (fixed, x3d(size="tiny", num_classes=3, sgs=SGSOptions()), x3d(size="tiny", num_classes=3)):
-        calibrate_width(model, [torch.randn(2, 3, 16, 32, 32)])
-        steer_width(model, (16, 16), 16)
-    assert fixed.sgs.width == 0.5
+        calibrate_width(model, lambda: [torch.randn(2, 3, 16, 32, 32)])
+        steer_width(model, model(torch.randn(2, 3, 16, 32, 32)).sampled)
+    assert fixed.sgs["res2"].width == 0.5
 
 
 def test_weight_decay_spares_biases_and_norms():

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from atfr import jobs
 from atfr.configuration import check_root, one_line_errors
-from atfr.engine.accounting import CONVENTION
+from atfr.engine.accounting import CONVENTION, GflopsTable
 from atfr.engine.distributed import Ranks
 
 
@@ -27,8 +27,7 @@ def main(config: DictConfig) -> None:
     model = jobs.build_model(config, num_classes=classes, ranks=Ranks(0, 1, torch.device("cpu")))
     table = jobs.gflops_table(model, clip)
     params = sum(parameter.numel() for parameter in model.parameters())
-    most = min(table.frames, model.sgs.num_bins or table.frames) if model.sgs else 0
-    by_bins = {bins: table.at(bins) for bins in range(1, most + 1)}
+    by_bins = {"/".join(map(str, bins)): table.at(bins) for bins in ladder(table)}
     if config.json:
         print(json.dumps({"params": params, "dense_gflops": table.dense, "gflops_by_bins": by_bins}))
         return
@@ -36,8 +35,16 @@ def main(config: DictConfig) -> None:
     print(f"parameters    {params:,} ({classes} classes)")
     print(f"dense GFLOPs  {table.dense:.4f}")
     for bins, cost in by_bins.items():
-        print(f"B' = {bins:<3}      {cost:.4f}  ({cost / table.dense:.0%} of dense)")
+        print(f"B' = {bins:<5}      {cost:.4f}  ({cost / table.dense:.0%} of dense)")
     print(CONVENTION)
+
+
+def ladder(table: GflopsTable) -> list[tuple[int, ...]]:
+    """Every B' from the least to the most; of several layers, all in the same proportion."""
+    steps = max((most - least for most, least in zip(table.most, table.least)), default=-1)
+    return [
+        tuple(least + (most - least) * i // max(steps, 1) for most, least in zip(table.most, table.least)) for i in range(steps + 1)
+    ]
 
 
 if __name__ == "__main__":

@@ -86,12 +86,15 @@ def given_overrides(arguments: list[str]) -> list[str]:
     """The keys that a command line overrides, groups among them.
 
     Raises:
-        ValueError: it deletes a key or takes an experiment, which a test has no use for.
+        ValueError: it deletes a key, takes an experiment or names pretrained weights, none of which
+            a test has a use for.
     """
     keys = []
     for override in OverridesParser.create().parse_overrides([a for a in arguments if is_override(a)]):
         if override.is_delete() or override.key_or_group == "experiment":
             raise ValueError(f"tools/test.py does not take {override.input_line}: change the checkpoint's config key by key")
+        if override.key_or_group == "model.weights":
+            raise ValueError(f"tools/test.py does not take {override.input_line}: the weights tested are those of checkpoint=...")
         keys.append(override.key_or_group)
     return keys
 

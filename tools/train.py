@@ -41,7 +41,9 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
     clip = jobs.clip_settings(config)
     source = jobs.load_source(config, ranks)
     jobs.require_videos(source, "train", "val", *(["test"] if settings.test else []))
-    model = jobs.build_model(config, num_classes=len(source.class_names), ranks=ranks, seed=settings.seed)
+    # Pretrained weights are where training starts from: a run that goes on has its own.
+    starts = not (folder / "checkpoints" / "last.pt").exists()
+    model = jobs.build_model(config, num_classes=len(source.class_names), ranks=ranks, seed=settings.seed, pretrained=starts)
     plain = OmegaConf.to_container(config, resolve=True)
     if ranks.is_main:
         claim_folder(folder, plain, resume=settings.resume)
@@ -72,7 +74,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
         evaluation = jobs.run_views(
             model, source.val, clip, views=1, crops=1, settings=settings, ranks=ranks, title="validate"
         )
-        bins = [view.bins for view in evaluation.views]
+        bins = [view.bins[0] for view in evaluation.views]
         return {**accuracy(evaluation.views), "bins": sum(bins) / len(bins), "failed": len(evaluation.failed)}
 
     training = Training(

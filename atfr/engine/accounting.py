@@ -10,66 +10,67 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import dataclass
+from typing import Any, Sequence
 
 import torch
 from fvcore.nn import FlopCountAnalysis
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from atfr.models import packed
 from atfr.models.network import VideoNet
-from atfr.models.packed import Segments
-from atfr.models.sgs import uniform_bins
-from atfr.models.sgs_layer import aggregate
+from atfr.models.program import Time
+from atfr.models.sgs_layer import sample
 
 CONVENTION = "fvcore: one multiply-add = one FLOP, batch norm excluded, sampling layer included, one clip (view)"
 
 
 class GflopsTable:
-    """What a clip of `clip_shape` (3, T, H, W) costs `model`, dense and for each B' it may keep."""
+    """What a clip of `clip_shape` (3, T, H, W) costs `model`, dense and for each B' it may keep.
+
+    Attributes:
+        dense: GFLOPs of the backbone without sampling.
+        frames: T at each layer; empty for a dense network.
+        most, least: the most and the fewest features that a clip may keep at each layer.
+    """
 
     def __init__(self, model: VideoNet, clip_shape: tuple[int, int, int, int]) -> None:
         # fvcore traces in Python; a copy on the CPU leaves the model, its device and its mode alone.
         self._model = copy.deepcopy(model).cpu().eval()
         clip = torch.zeros(1, *clip_shape)
         self.dense = gflops(self._model.backbone, clip)
+        self.frames = self.most = self.least = ()
         self._by_bins: dict[tuple[int, ...], float] = {}
-        self._features: Tensor | None = None
-        if model.sgs is not None:
-            with torch.no_grad():
-                self._features = self._model.stem(clip)
-            self._stem = gflops(_Stem(self._model), clip)
-            self._row = self._features.numel() / 1e9  # one bin as a weighted sum of all frames
+        if not model.sgs:
+            return
+        layers = list(self._model.sgs.values())
+        self.least = tuple(layer.min_bins for layer in layers)
+        with torch.no_grad():
+            self._features = self._model.stem(clip)
+            self._waste = _Waste(self._model, self._features, self.least)
+        self.frames = self._waste.frames
+        self.most = tuple(min(layer.most_bins(frames), frames) for layer, frames in zip(layers, self.frames))
+        self._stem = gflops(_Stem(self._model), clip)
 
-    @property
-    def frames(self) -> int | None:
-        """T where the sampling is done; None for a dense network."""
-        return None if self._features is None else self._features.shape[2]
-
-    def at(self, bins: int) -> float:
-        """GFLOPs of a clip that keeps `bins` features: stem, sampling layer and trunk."""
-        if self._features is None:
+    def at(self, bins: tuple[int, ...]) -> float:
+        """GFLOPs of a clip that keeps `bins` features, one number a layer: stem, sampling and trunk."""
+        if not self.frames:
             return self.dense
-        return self._stem + self._tail(bins)
+        if bins not in self._by_bins:
+            self._by_bins[bins] = gflops(_Trunk(self._model, [bins]), self._features)
+        return self._stem + self._by_bins[bins]
 
-    def executed(self, lengths: tuple[int, ...]) -> float:
-        """GFLOPs that a packed batch of such clips runs.
+    def executed(self, batch: Sequence[tuple[int, ...]]) -> float:
+        """GFLOPs that a batch of clips with these B' runs.
 
-        Beyond their sum these are the gaps between the clips, and the sampling layer summing as
-        many bins for each clip as the longest one has.
+        Beyond their sum these are the gaps between packed clips, and the sampling layer summing
+        as many bins for each clip as the longest one has.
         """
-        total = sum(self.at(length) for length in lengths)
-        if self._features is None:
-            return total
-        gap = self._tail(1, 1) - 2 * self._tail(1)
-        return total + gap * (len(lengths) - 1) + self._row * (len(lengths) * max(lengths) - sum(lengths))
-
-    def _tail(self, *lengths: int) -> float:
-        if lengths not in self._by_bins:
-            features = self._features.expand(len(lengths), *self._features.shape[1:])
-            self._by_bins[lengths] = gflops(_Tail(self._model, lengths), features)
-        return self._by_bins[lengths]
+        total = sum(self.at(bins) for bins in batch)
+        return total + self._waste(batch) if self.frames else total
 
 
-def gflops(module: nn.Module, example: Tensor) -> float:
+def gflops(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> float:
     """GFLOPs of one forward of `module`, in the convention above."""
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
     analysis = FlopCountAnalysis(module, example)
@@ -80,26 +81,71 @@ def gflops(module: nn.Module, example: Tensor) -> float:
 
 
 class _Stem(nn.Module):
-    """Everything whose cost does not depend on B': the stem and the similarity embedding."""
+    """Everything whose cost does not depend on B'."""
 
     def __init__(self, model: VideoNet) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, clips: Tensor) -> Tensor:
-        return self.model.sgs.embed(self.model.stem(clips))
+    def forward(self, clips: Tensor) -> tuple[Tensor, ...]:
+        return self.model.stem(clips)
 
 
-class _Tail(nn.Module):
-    """Aggregation and trunk of clips made to keep the given numbers of features."""
+class _Trunk(nn.Module):
+    """Sampling and trunk of clips made to keep the given numbers of features."""
 
-    def __init__(self, model: VideoNet, lengths: tuple[int, ...]) -> None:
+    def __init__(self, model: VideoNet, batch: Sequence[tuple[int, ...]]) -> None:
         super().__init__()
-        self.model, self.lengths = model, lengths
+        self.model, self.forced = model, list(zip(*batch))
 
-    def forward(self, features: Tensor) -> Tensor:
-        weights = features.new_zeros(len(self.lengths), max(self.lengths), features.shape[2])
-        for clip, length in enumerate(self.lengths):
-            weights[clip, uniform_bins(features.shape[2], length), torch.arange(features.shape[2])] = 1
-        packed = aggregate(features, weights, self.lengths)
-        return self.model.trunk(packed, Segments(self.lengths, features.device))
+    def forward(self, *features: Tensor) -> tuple[Tensor, ...]:
+        logits, sampled = self.model.trunk(*features, forced=self.forced)
+        # What a layer would have done is returned, too: tracing drops what leads to nothing.
+        return logits, *(done.proposal.weights for done in sampled)
+
+
+@dataclass(frozen=True)
+class _Convolution:
+    """A packed convolution: the time of its input, its window, and what one output position costs."""
+
+    time: Time
+    window: packed.Window
+    gflops: float
+
+
+class _Waste(fx.Interpreter):
+    """GFLOPs of a packed batch beyond those of its clips, from one look at each of the trunk's operations."""
+
+    def __init__(self, model: VideoNet, features: Sequence[Tensor], bins: tuple[int, ...]) -> None:
+        self.times, self.inputs = model.times, model.layer_inputs
+        self.names = [layer.name for layer in model.sgs.values()]
+        self.convolutions: list[_Convolution] = []
+        self.sizes: dict[str, float] = {}  # of one frame that a layer sums into a bin, in billions of values
+        _, done = model.trunk(*features, forced=[(b,) for b in bins])
+        self.frames = tuple(s.segments.frames for s in done)
+        if model.execution == "packed":
+            super().__init__(model.packed_trunk)
+            self.run(*features, [(b,) for b in bins])
+        else:
+            self.sizes = {name: x.numel() / x.shape[2] / 1e9 for name, x in zip(self.names, features)}
+
+    def run_node(self, node: fx.Node) -> Any:
+        result = super().run_node(node)
+        if node.target is packed.conv3d:
+            module = self.fetch_attr(node.args[0].target)
+            cost = module.weight.numel() * result[0, 0, 0].numel() / 1e9
+            self.convolutions.append(_Convolution(self.times[node.args[1].name], packed.window_of(module), cost))
+        if node.target is sample:
+            layers, features = self.map_nodes_to_values(node.args[:2], node)
+            self.sizes.update({layer.name: x[0, :, 0].numel() / 1e9 for layer, x in zip(layers, features)})
+        return result
+
+    def __call__(self, batch: Sequence[tuple[int, ...]]) -> float:
+        bins = dict(zip(self.names, zip(*batch)))
+        total = sum(c.gflops * packed.wasted(c.time.lengths(bins[c.time.source]), c.window) for c in self.convolutions if c.time.source in bins)
+        for name, frames in zip(self.names, self.frames):
+            time = self.inputs.get(name)
+            given = (frames,) * len(batch) if time is None else time.lengths(bins[time.source]) if time.source in bins else bins[name]
+            rows = max(bins[name]) * max(given) * len(batch) - sum(b * g for b, g in zip(bins[name], given))
+            total += self.sizes[name] * rows
+        return total

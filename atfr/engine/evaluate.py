@@ -18,14 +18,14 @@ from atfr.models.network import VideoNet
 
 @dataclass(frozen=True)
 class View:
-    """One clip's outcome: softmax scores [classes] and B' of the features it could keep."""
+    """One clip's outcome: softmax scores [classes] and how many features it kept."""
 
     video: int  # index into the split
     view: int
     path: str
     label: int
     scores: np.ndarray  # float32; a list of Python floats would take eight times the memory
-    bins: int
+    bins: tuple[int, ...]  # one number a layer
 
 
 @dataclass
@@ -34,8 +34,8 @@ class Evaluation:
 
     views: list[View] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)  # path -> reason
-    frames: int = 0  # T at the place of sampling
-    lengths: list[tuple[int, ...]] = field(default_factory=list)  # B' of each executed batch
+    frames: tuple[int, ...] = ()  # T at each layer
+    batches: list[list[tuple[int, ...]]] = field(default_factory=list)  # B' of each clip of each executed batch
     network_seconds: float = 0.0  # spent in the network alone, summed over processes
 
     @property
@@ -79,7 +79,7 @@ def evaluate(
             if not np.isfinite(row).all():
                 raise FloatingPointError(f"the network's scores for {path} are NaN or infinite: its weights are spoilt")
         own.frames = prediction.frames
-        own.lengths.append(prediction.bins)
+        own.batches.append(prediction.bins)
         rows = zip(batch.videos, batch.views, batch.paths, batch.labels, scores, prediction.bins)
         own.views += [View(int(video), int(view), path, int(label), s, b) for video, view, path, label, s, b in rows]
     return _merged(distributed.gathered([own]))
@@ -95,7 +95,7 @@ def _merged(parts: list[Evaluation]) -> Evaluation:
     for part in parts:
         whole.views += part.views
         whole.failed.update(part.failed)
-        whole.lengths += part.lengths
+        whole.batches += part.batches
         whole.network_seconds += part.network_seconds
     whole.views.sort(key=lambda view: (view.video, view.view))
     # A video of which one view failed is not half-counted: it failed.

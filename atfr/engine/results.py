@@ -49,6 +49,7 @@ def summarise(evaluation: Evaluation, table: GflopsTable, *, protocol: dict[str,
 
     `gflops.mean`, `min` and `max` are notional: what each clip would cost alone. `executed` is
     what the packed batches ran, per clip. `clips_per_second` is measured, network time only.
+    `bins` is of the first SGS layer; where there are several, `bins.layers` has them all.
 
     Raises:
         ValueError: not one video of the split could be read.
@@ -57,9 +58,10 @@ def summarise(evaluation: Evaluation, table: GflopsTable, *, protocol: dict[str,
     if not views:
         path, reason = next(iter(evaluation.failed.items()), ("none listed", "the split is empty"))
         raise ValueError(f"none of the {len(evaluation.failed)} videos could be read, so there is no accuracy (first: {path}: {reason})")
-    bins = [view.bins for view in views]
-    costs = [table.at(b) for b in bins]
-    executed = sum(table.executed(lengths) for lengths in evaluation.lengths)
+    costs = [table.at(view.bins) for view in views]
+    executed = sum(table.executed(batch) for batch in evaluation.batches)
+    per_layer = [_bins(kept, frames) for kept, frames in zip(zip(*(view.bins for view in views)), evaluation.frames)]
+    bins = per_layer[0] if len(per_layer) == 1 else {**per_layer[0], "layers": per_layer}
     return {
         **accuracy(views),
         "num_videos": len({view.video for view in views}),
@@ -70,19 +72,18 @@ def summarise(evaluation: Evaluation, table: GflopsTable, *, protocol: dict[str,
             "mean": sum(costs) / len(costs),
             "min": min(costs),
             "max": max(costs),
-            "executed": executed / sum(len(lengths) for lengths in evaluation.lengths),
+            "executed": executed / sum(len(batch) for batch in evaluation.batches),
             "convention": CONVENTION,
         },
-        "bins": {
-            "mean": sum(bins) / len(bins),
-            "min": min(bins),
-            "max": max(bins),
-            "frames": evaluation.frames,
-            "histogram": {str(b): n for b, n in sorted(Counter(bins).items())},
-        },
+        "bins": bins,
         "clips_per_second": evaluation.clips_per_second,
         "protocol": {**protocol, "commit": _commit()},
     }
+
+
+def _bins(kept: Sequence[int], frames: int) -> dict[str, Any]:
+    histogram = {str(b): n for b, n in sorted(Counter(kept).items())}
+    return {"mean": sum(kept) / len(kept), "min": min(kept), "max": max(kept), "frames": frames, "histogram": histogram}
 
 
 def write_results(results: dict[str, Any], folder: Path) -> Path:
@@ -101,7 +102,7 @@ def write_predictions(evaluation: Evaluation, table: GflopsTable, folder: Path, 
     for view in evaluation.views:
         best = int(view.scores.argmax())
         names = class_names[view.label], class_names[best]
-        writer.writerow([view.path, view.view, *names, f"{view.scores[best]:.4f}", view.bins, f"{table.at(view.bins):.6g}"])
+        writer.writerow([view.path, view.view, *names, f"{view.scores[best]:.4f}", "/".join(map(str, view.bins)), f"{table.at(view.bins):.6g}"])
     # A list may name files whose names are not UTF-8; they are written back as the bytes they came from.
     write_text(path, text.getvalue(), errors="surrogateescape")
     return path
@@ -119,7 +120,7 @@ def as_table(results: dict[str, Any], *, folder: Path) -> str:
         ("videos / views", f"{results['num_videos']}{failed} / {results['num_views']}"),
         ("dense GFLOPs per clip", f"{gflops['dense']:.4g}"),
         ("adaptive GFLOPs per clip", f"mean {gflops['mean']:.4g} ({share:.0%} of dense), min {gflops['min']:.4g}, max {gflops['max']:.4g}"),
-        ("B' per clip", f"mean {bins['mean']:.2f}, min {bins['min']}, max {bins['max']} of {bins['frames']}"),
+        ("B' per clip", "; ".join(f"mean {b['mean']:.2f}, min {b['min']}, max {b['max']} of {b['frames']}" for b in bins.get("layers", [bins]))),
         ("clips/s (network alone)", f"{results['clips_per_second']:.1f}"),
         ("run folder", str(folder)),
         ("TensorBoard", f"tensorboard --logdir {folder / 'tensorboard'}"),

@@ -8,26 +8,26 @@ the same clips. Both are sums over all processes, so every process ends with the
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import Callable, Iterable, Iterator
+from typing import Callable, ContextManager, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from atfr.engine import distributed
 from atfr.models.network import VideoNet
-from atfr.models.sgs import calibrated_width
+from atfr.models.sgs_layer import SGS, Proposal, Sampled
 
 
 def refresh_statistics(model: VideoNet, clips: Callable[[], Iterable[Tensor]]) -> None:
-    """Precise batch norm and a calibrated width, in the order in which one depends on the other.
+    """Precise batch norm and calibrated widths, in the order in which one depends on the other.
 
-    The width is measured on the stem's features in evaluation, so the stem's statistics come
-    first; those of the trunk come last, since they depend on what is kept. `clips` gives the same
-    batches at every call.
+    A width is measured on features in evaluation, so the statistics of what comes before it are
+    refreshed first; those of the trunk come last, since they depend on what is kept. `clips` gives
+    the same batches at every call.
     """
-    if _tracks_width(model):
-        precise_batch_norm(model, clips(), forward=model.stem)
-        calibrate_width(model, clips())
+    for layers in _levels(model):
+        precise_batch_norm(model, clips(), forward=lambda batch: _proposals(model, layers, batch))
+        _calibrate(model, layers, clips(), _evaluating(model))
     precise_batch_norm(model, clips(), forward=model)
 
 
@@ -64,35 +64,66 @@ def precise_batch_norm(model: nn.Module, batches: Iterable[Tensor], *, forward: 
             norm.running_var.copy_((squares / count - mean.square()).clamp(min=0))
 
 
-@torch.no_grad()
-def calibrate_width(model: VideoNet, batches: Iterable[Tensor], *, untrained: bool = False) -> None:
-    """Choose the SGS width at which the clips of `batches` keep the target share of their frames.
+def calibrate_width(model: VideoNet, batches: Callable[[], Iterable[Tensor]], *, untrained: bool = False) -> None:
+    """Choose the SGS widths at which the clips of `batches` keep the target share of their features.
 
     An `untrained` network has no running statistics yet, so its features are normalised with those
     of the batch, as in training. Does nothing for a network whose sampling has no width to choose.
     """
-    if not _tracks_width(model):
-        return
-    with _batch_statistics(model) if untrained else _evaluating(model):
-        embeddings = [model.sgs.embed(model.stem(clips)).cpu() for clips in batches]
-    z = torch.cat(distributed.gathered(embeddings))  # [clips, T, D]
-    frames = z.shape[1]
-    width = calibrated_width(z, num_bins=model.sgs.num_bins or frames, mean_bins=model.sgs.options.target * frames)
-    model.sgs.width.fill_(width)
+    for layers in _levels(model):
+        _calibrate(model, layers, batches(), _batch_statistics(model) if untrained else _evaluating(model))
 
 
 @torch.no_grad()
-def steer_width(model: VideoNet, bins: tuple[int, ...], frames: int) -> None:
-    """After a training step: move a tracked width towards its target mean B' / T."""
-    if not _tracks_width(model):
-        return
-    counts = torch.tensor([float(sum(bins)), float(len(bins) * frames)], device=model.sgs.width.device)
-    kept, seen = distributed.summed(counts)
-    model.sgs.steer(kept / seen)
+def _calibrate(model: VideoNet, layers: list[SGS], batches: Iterable[Tensor], mode: ContextManager) -> None:
+    """Width, and noise floor where there is one, of layers that do not depend on each other."""
+    with mode:
+        seen = [_proposals(model, layers, clips) for clips in batches]
+    for i, layer in enumerate(layers):
+        parts = distributed.gathered([(proposals[i].z.cpu(), proposals[i].valid.cpu()) for proposals in seen])
+        longest = max(z.shape[1] for z, _ in parts)
+        z = torch.cat([nn.functional.pad(z, (0, 0, 0, longest - z.shape[1])) for z, _ in parts])  # [clips, T, D]
+        layer.calibrate(z, torch.cat([valid for _, valid in parts]))
 
 
-def _tracks_width(model: VideoNet) -> bool:
-    return model.sgs is not None and model.sgs.tracks_width
+@torch.no_grad()
+def steer_width(model: VideoNet, sampled: Sequence[Sampled]) -> None:
+    """After a training step: move the tracked widths towards their target mean B' / T."""
+    for layer, done in zip(model.sgs.values(), sampled):
+        if layer.tracks_width:
+            counts = torch.tensor([float(sum(done.segments.lengths)), float(sum(done.given))], device=layer.width.device)
+            kept, given = distributed.summed(counts)
+            layer.steer(kept / given)
+
+
+class _Reached(Exception):
+    """Every layer that was waited for has made its proposal."""
+
+
+def _proposals(model: VideoNet, layers: list[SGS], clips: Tensor) -> list[Proposal]:
+    """What these layers propose for a batch; the network behind them is not run."""
+    found: dict[SGS, Proposal] = {}
+
+    def note(layer: SGS, inputs: tuple, proposal: Proposal) -> None:
+        found[layer] = proposal
+        if len(found) == len(layers):
+            raise _Reached
+
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        model(clips)
+    except _Reached:
+        return [found[layer] for layer in layers]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    raise AssertionError("the network ended before its SGS layers were reached")
+
+
+def _levels(model: VideoNet) -> list[list[SGS]]:
+    """The layers with a width to choose, those that do not depend on each other in one list."""
+    levels = [[layer for layer in level if layer.tracks_width] for level in model.levels]
+    return [level for level in levels if level]
 
 
 def _batch_norms(model: nn.Module) -> list[nn.Module]:

@@ -80,7 +80,8 @@ class Training:
         self.bar = tqdm(initial=self.step, total=self.total_steps, unit="step", desc="train", disable=not self.ranks.is_main)
         try:
             if self.step == 0:
-                calibrate_width(self.model, self._normalised(self._statistics_clips(epoch=0)), untrained=True)
+                clips = self._statistics_clips(epoch=0)
+                calibrate_width(self.model, lambda: self._normalised(clips), untrained=True)
             elif self.evaluated < self.step:
                 self.end_epoch((self.step - 1) // self.steps_per_epoch)  # where the epoch's end was interrupted
             while self.step < self.total_steps:
@@ -139,12 +140,12 @@ class Training:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        steer_width(self.model, prediction.bins, prediction.frames)
+        steer_width(self.model, prediction.sampled)
         self.step += 1
         for message in batch.bad:
             log.warning("replaced in training: %s", message)
-        ratio = sum(prediction.bins) / (len(prediction.bins) * prediction.frames)
-        self.pending.add(loss.detach(), norm, batch.paths, bins=ratio * prediction.frames, replaced=len(batch.bad), data_s=data_s, step_s=time.perf_counter() - began)
+        kept = {name: sum(bins) / len(bins) for name, bins in zip(("bins", *(f"bins_{key}" for key in list(self.model.sgs)[1:])), zip(*prediction.bins))}
+        self.pending.add(loss.detach(), norm, batch.paths, **kept, replaced=len(batch.bad), data_s=data_s, step_s=time.perf_counter() - began)
         self.bar.update()
         if self.step % self.settings.log_every == 0:
             self.check_losses(epoch)
@@ -161,8 +162,9 @@ class Training:
         self.pending.check(self.step, scaled=self.scaler.is_enabled())
         self.pending = _Pending()
         values["lr"] = self.optimizer.param_groups[0]["lr"]
-        if self.model.sgs is not None and self.model.sgs.tracks_width:
-            values["sgs_width"] = self.model.sgs.width.item()
+        for key, layer in self.model.sgs.items():
+            if layer.tracks_width:
+                values["sgs_width" if len(self.model.sgs) == 1 else f"sgs_width_{key}"] = layer.width.item()
         self.bar.set_postfix_str(
             f"loss {values['loss']:.3f} lr {values['lr']:.2g} B' {values['bins']:.1f} data {values['data_s'] * 1e3:.0f}/{values['step_s'] * 1e3:.0f} ms"
         )
@@ -249,14 +251,14 @@ class _Pending:
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
         self.paths: list[Sequence[str]] = []
-        self.sums = {"bins": 0.0, "replaced": 0.0, "data_s": 0.0, "step_s": 0.0}
+        self.sums: dict[str, float] = {}
 
     def add(self, loss: Tensor, norm: Tensor, paths: Sequence[str], **values: float) -> None:
         self.losses.append(loss)
         self.norms.append(norm)
         self.paths.append(paths)
         for name, value in values.items():
-            self.sums[name] += value
+            self.sums[name] = self.sums.get(name, 0.0) + value
 
     def check(self, step: int, *, scaled: bool = False) -> None:
         """Raise FloatingPointError if a loss or, unless fp16 scaling deals with it, a gradient is not finite."""

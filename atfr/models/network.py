@@ -2,72 +2,218 @@
 
 from __future__ import annotations
 
-from typing import Mapping, NamedTuple
+import logging
+from contextlib import contextmanager
+from typing import Iterator, Mapping, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from atfr.models.packed import Segments
-from atfr.models.sgs_layer import SGS, SGSOptions, aggregate
-from atfr.models.split import split_network
+from atfr.models.packed import take
+from atfr.models.packed_forms import NoPackedForm
+from atfr.models.program import PackedTrunk, Time, Traced
+from atfr.models.sgs_layer import SGS, Sampled, SGSOptions, sample
+
+log = logging.getLogger(__name__)
+
+Stages = Mapping[str, "str | tuple[str, ...]"]
+PREFIX = "backbone."
+TOLERANCE = 1e-3  # of the self-check, in standard deviations of the logits; a leak between clips is 0.05 and more
 
 
 class Prediction(NamedTuple):
-    """logits [N, classes], and how many temporal features of how many each clip kept."""
+    """logits [N, classes], and what each SGS layer did, in the order of `model.sgs.after`."""
 
     logits: Tensor
-    bins: tuple[int, ...]  # B' of each clip; T where nothing is sampled
-    frames: int  # T at the place of sampling
+    sampled: tuple[Sampled, ...]  # empty for a dense network
+    clip_frames: int  # T of the clips
+
+    @property
+    def bins(self) -> list[tuple[int, ...]]:
+        """B' of each clip, one number a layer; T where nothing is sampled."""
+        if not self.sampled:
+            return [(self.clip_frames,)] * len(self.logits)
+        return list(zip(*(s.segments.lengths for s in self.sampled)))
+
+    @property
+    def frames(self) -> tuple[int, ...]:
+        """For each layer, how many features a clip has there where none is dropped."""
+        return tuple(s.segments.frames for s in self.sampled) or (self.clip_frames,)
 
 
 class VideoNet(nn.Module):
-    """`backbone` on clips [N, 3, T, H, W], sampled by SGS after one of its stages.
+    """`backbone` on clips [N, 3, T, H, W], sampled by SGS after one or several of its stages.
+
+    Everything runs in channels-last memory, in which a frame is one block. Clips of different B'
+    run together packed; a network that cannot be packed runs bucketed, one batch for each B'.
 
     Args:
         backbone: maps clips to logits [N, classes]; its head must pool over whatever it is given.
-        stages: for each name that `sgs.after` may have, the path of the module in the backbone.
+        stages: names for `sgs.after`: the path of a module in the backbone, or a tuple of other
+            names that are meant together. Any other module's path may be given, too.
         sgs: None for the dense network, which then is the backbone and nothing else.
+        probe: (frames, height, width) of a small clip that the backbone can run on, for a look at
+            its shapes and for the self-check.
+
+    Attributes:
+        execution: "dense", "packed" or "bucketed".
+        times: what the lengths at each node of the packed trunk depend on.
+        layer_inputs: the same for what is given to each layer that lies behind another one.
 
     Raises:
-        ValueError: `sgs.after` is not a stage, or the rest of the backbone cannot be run packed.
+        ValueError: `sgs.after` is not a place of this network; what is sampled meets what is not;
+            or packed execution was asked for and is not possible.
     """
 
-    def __init__(self, backbone: nn.Module, *, stages: Mapping[str, str], sgs: SGSOptions | None) -> None:
+    def __init__(self, backbone: nn.Module, *, stages: Stages, sgs: SGSOptions | None, probe: tuple[int, int, int] = (16, 64, 64)) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.sgs: SGS | None = None
+        self.backbone = backbone.to(memory_format=torch.channels_last_3d)
+        self.sgs = nn.ModuleDict()  # a layer each place, under its name with _ for .
+        self.execution = "dense"
+        self.times: dict[str, Time] = {}
+        self.layer_inputs: dict[str, Time] = {}
         if sgs is None:
             return
-        if sgs.after not in stages:
-            raise ValueError(f"model.sgs.after={sgs.after!r} is not a stage of this network; choose one of {', '.join(stages)}")
-        stem, trunk = split_network(backbone, after=stages[sgs.after], before_activation=sgs.before_activation)
-        # Kept out of the module tree: both halves call the backbone's own modules, and registering
+        places = _resolve(sgs.places, stages, backbone)
+        traced = Traced(backbone, places, before_activation=sgs.before_activation)
+        clip = torch.zeros(1, 3, *probe, device=next(backbone.parameters()).device)
+        with _evaluating(self):  # so that the probe leaves the running statistics alone
+            features = traced.stem(self, PREFIX, list(traced.cuts))(clip)
+        for name, x in zip(places, features):
+            self.sgs[_key(name)] = SGS(x.shape[1], sgs, name=name)
+        # Kept out of the module tree: the programs call the backbone's own modules, and registering
         # them would list every parameter a second time.
-        self._halves = (stem, trunk)
-        self.sgs = SGS(_output_channels(backbone, stem), sgs)
+        self._levels = [[_key(traced.cuts[cut]) for cut in cuts] for cuts in traced.levels]
+        self._programs = (traced.stem(self, PREFIX), self._trunk(traced, sgs.execution, probe))
 
-    def forward(self, clips: Tensor) -> Prediction:
-        if self.sgs is None:
-            return Prediction(self.backbone(clips), (clips.shape[2],) * len(clips), clips.shape[2])
-        features = self.stem(clips)
-        weights, lengths = self.sgs(features)
-        logits = self.trunk(aggregate(features, weights, lengths), Segments(lengths, features.device))
-        return Prediction(logits, lengths, features.shape[2])
+    def forward(self, clips: Tensor, forced: Sequence[tuple[int, ...]] | None = None) -> Prediction:
+        """Logits of clips [N, 3, T, H, W]; for `forced` see `sgs_layer.sample`."""
+        clips = clips.contiguous(memory_format=torch.channels_last_3d)
+        if not self.sgs:
+            return Prediction(self.backbone(clips), (), clips.shape[2])
+        logits, sampled = self.trunk(*self.stem(clips), forced=forced)
+        return Prediction(logits, sampled, clips.shape[2])
 
-    def stem(self, clips: Tensor) -> Tensor:
-        """The features that SGS sees: [N, 3, T, H, W] -> [N, C, T', H', W']."""
-        return self._halves[0](clips)
+    def stem(self, clips: Tensor) -> tuple[Tensor, ...]:
+        """What runs before any sampling: the features to sample, then whatever passes them by."""
+        return self._programs[0](clips)
 
-    def trunk(self, x: Tensor, segments: Segments) -> Tensor:
-        """What follows SGS, on packed features [1, C, M, H', W']: logits [N, classes]."""
-        return self._halves[1](x, segments)
+    def trunk(self, *features: Tensor, forced: Sequence[tuple[int, ...]] | None = None) -> tuple[Tensor, tuple[Sampled, ...]]:
+        """Sampling and what follows it, on what the stem gave: (logits [N, classes], what was done)."""
+        trunk = self._programs[1]
+        return trunk(*features, forced) if self.execution == "packed" else self._bucketed(trunk, *features, forced=forced)
+
+    @property
+    def levels(self) -> list[list[SGS]]:
+        """The SGS layers in the order in which they run, those that run together in one list."""
+        return [[self.sgs[key] for key in keys] for keys in self._levels] if self.sgs else []
+
+    @property
+    def packed_trunk(self) -> nn.Module:
+        """The program of packed execution: (the stem's outputs, forced) -> (logits, what was done)."""
+        return self._programs[1]
+
+    def _trunk(self, traced: Traced, execution: str, probe: tuple[int, int, int]) -> nn.Module:
+        """The packed trunk, or the plain one where it cannot be packed; sets `execution`."""
+        if execution != "bucketed":
+            try:
+                packed = PackedTrunk(traced, self, PREFIX, lambda name: f"sgs.{_key(name)}")
+                for name, least in packed.least_bins().items():
+                    self.sgs[_key(name)].min_bins = least
+                self._self_check(traced, packed, probe)
+                self.execution = "packed"
+                self.times, self.layer_inputs = packed.times, packed.inputs
+                return packed.module
+            except NoPackedForm as error:
+                if execution == "packed":
+                    raise
+                log.warning("%s; this network runs bucketed: exact, slower, and not to be trained with batch norm that is not frozen", error)
+        if len(self.sgs) > 1:
+            raise ValueError(f"a network that cannot run packed takes one SGS layer, not {len(self.sgs)}")
+        self.execution = "bucketed"
+        return traced.plain_trunk(self, PREFIX)
+
+    def _bucketed(self, trunk: nn.Module, x: Tensor, *passing: Tensor, forced: Sequence[tuple[int, ...]] | None) -> tuple[Tensor, tuple[Sampled, ...]]:
+        """Clips that keep equally many features run together."""
+        if any(m.training for m in self.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+            raise ValueError("bucketed execution would give batch norm the statistics of one bucket after the other: freeze it, or make the network packable")
+        packed, sampled = sample(list(self.sgs.values()), [x], [None], forced)
+        lengths = torch.tensor(sampled[0].segments.lengths)
+        starts, logits = lengths.cumsum(0) - lengths, {}
+        for length in lengths.unique().tolist():
+            clips = (lengths == length).nonzero()[:, 0]
+            places = (starts[clips, None] + torch.arange(length)).flatten().to(x.device)
+            frames = take(packed[0], places)[0].unflatten(1, (len(clips), length)).transpose(0, 1)  # [n, C, B', H, W]
+            out = trunk(frames.contiguous(memory_format=torch.channels_last_3d), *(p[clips.to(p.device)] for p in passing))
+            logits.update(zip(clips.tolist(), out))
+        return torch.stack([logits[clip] for clip in range(len(lengths))]), sampled
+
+    def _self_check(self, traced: Traced, packed: PackedTrunk, probe: tuple[int, int, int]) -> None:
+        """Raise NoPackedForm unless clips of different length give together what they give alone."""
+        device = next(self.backbone.parameters()).device
+        if device.type == "meta":
+            return
+        random = torch.Generator().manual_seed(0)
+        clips = torch.randn(3, 3, *probe, generator=random).to(device)
+        # A norm at its start may multiply a branch by zero, and nothing of it would be seen.
+        norms = {name: torch.rand(p.shape, generator=random).to(p) + 0.5 for name, p in packed.module.named_parameters() if p.dim() == 1}
+        with _evaluating(self):
+            features = traced.stem(self, PREFIX)(clips.contiguous(memory_format=torch.channels_last_3d))
+            forced = self._uneven(traced, packed, features)
+            together = torch.func.functional_call(packed.module, norms, (*features, forced))[0]
+            for i, row in enumerate(together):
+                one = [[lengths[i : i + 1] for lengths in forced]]
+                alone = torch.func.functional_call(packed.module, norms, (*(f[i : i + 1] for f in features), *one))[0][0]
+                error = ((row - alone).abs().max() / together.std().clamp(min=1e-6)).item()
+                if not error < TOLERANCE:
+                    raise NoPackedForm(f"the network's logits change by {error:.2g} standard deviations when clips run packed")
+
+    def _uneven(self, traced: Traced, packed: PackedTrunk, features: Sequence[Tensor]) -> list[tuple[int, ...]]:
+        """B' of three clips at each layer: all, the least possible, and something between."""
+        forced: dict[str, tuple[int, ...]] = {}
+        frames = {traced.cuts[cut]: (x.shape[2],) * 3 for cut, x in zip(traced.levels[0], features)}
+        for cuts in traced.levels:
+            for name in (traced.cuts[cut] for cut in cuts):
+                least, time = self.sgs[_key(name)].min_bins, packed.inputs.get(name)
+                given = frames.get(name) or (time.lengths(forced[time.source]) if time.source in forced else (least,) * 3)
+                if min(given) < least:
+                    raise ValueError(f"model.sgs.after={name!r}: what follows needs at least {least} features, and there are {min(given)}")
+                forced[name] = (given[0], least, (least + given[2] + 1) // 2)
+        return [forced[name] for name in traced.cuts.values()]
 
 
-def _output_channels(backbone: nn.Module, stem: nn.Module) -> int:
-    training = {module: module.training for module in backbone.modules()}
-    backbone.eval()  # so that the probe leaves the running statistics alone
-    with torch.no_grad():
-        channels = stem(torch.zeros(1, 3, 8, 64, 64)).shape[1]
-    for module, mode in training.items():
-        module.training = mode
-    return channels
+def _resolve(names: Sequence[str], stages: Stages, backbone: nn.Module) -> dict[str, str]:
+    """{layer name: module path} of the places that `sgs.after` names."""
+    places: dict[str, str] = {}
+    for name in names:
+        target = stages.get(name, name)
+        if isinstance(target, tuple):
+            found = _resolve(target, stages, backbone)
+        else:
+            try:
+                backbone.get_submodule(target)
+            except AttributeError:
+                raise ValueError(
+                    f"model.sgs.after={name!r} is not a stage of this network; choose one or a list of {', '.join(stages)}, or the path of a module"
+                ) from None
+            found = {name: target}
+        for twice in found.keys() & places.keys():
+            raise ValueError(f"model.sgs.after names the same place twice: {twice}")
+        places.update(found)
+    return places
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "_")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,4 +1,4 @@
-"""The SGS layer: similarity embedding, sampling and aggregation of one clip batch.
+"""The SGS layer: similarity embedding, sampling and aggregation of one batch of clips.
 
 The mathematics is in `atfr.models.sgs`; running what the layer returns is `atfr.models.packed`.
 """
@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from atfr.models import sgs
+from atfr.models.packed import Segments, unpadded
 
-EMBEDDINGS = ("mlp", "pooled")
+EMBEDDINGS = ("mlp", "pooled", "frozen")
 
 
 class NonFiniteFeatures(ValueError):
@@ -27,27 +30,35 @@ class SGSOptions:
     The defaults are the `reference` preset: the released code, number for number.
     """
 
-    after: str = "res2"  # the stage whose output is sampled
+    after: str | Sequence[str] = "res2"  # stage or module path whose output is sampled, or several
     before_activation: bool = True  # sample the features before that stage's last ReLU
     num_bins: int | None = None  # B, the most bins a clip may keep; None: as many as there are frames
-    similarity: str = "distance_to_mean"  # distance_to_mean | anchor
-    metric: str = "l2"  # l2 | l1 | cosine | mahalanobis (distance_to_mean only)
-    kernel: str = "linear"  # linear | linear_normalized | mean
+    similarity: str = "distance_to_mean"  # see atfr.models.sgs
+    metric: str = "l2"  # l2 | l1 | cosine | mahalanobis
+    kernel: str = "linear"  # linear | linear_normalized | delta | delta_normalized | mean
     scale: str = "relative"  # relative to each clip's own range | absolute: one width for all clips
     edges: str = "released"  # released (2B) | inclusive (2B - 1)
     order: str = "similarity"  # of the kept bins: similarity | time
-    embedding: str = "mlp"  # mlp (learned, as published) | pooled (LayerNorm of grid x grid averages)
+    embedding: str = "mlp"  # mlp (learned, as published) | frozen (the same, not learned) | pooled (no parameters)
     embedding_dim: int = 8  # D of the mlp
     grid: int = 4  # cells a side of the pooled embedding
     width: float | None = None  # absolute scale: a fixed bin width; None: held to `target`
-    target: float = 0.5  # absolute scale: mean B' / T that the width is held to
+    target: float = 0.5  # mean B' / T that a width is held to, and what a baseline keeps without num_bins
+    noise_floor: bool = False  # path: take the median step of the training clips off every step
+    execution: str = "auto"  # of the network behind: auto | packed | bucketed
 
     def __post_init__(self) -> None:
         sgs.check_choices(self.similarity, self.metric, self.kernel, self.scale, self.edges, self.order)
-        if self.embedding not in EMBEDDINGS:
-            raise ValueError(f"sgs embedding={self.embedding!r} does not exist; choose one of {', '.join(EMBEDDINGS)}")
-        if self.kernel == "mean" and self.embedding == "mlp":
-            raise ValueError("sgs kernel=mean passes no gradient to a learned embedding, which would stay random: set embedding=pooled")
+        for name, value, possible in (
+            ("embedding", self.embedding, EMBEDDINGS),
+            ("execution", self.execution, ("auto", "packed", "bucketed")),
+        ):
+            if value not in possible:
+                raise ValueError(f"sgs {name}={value!r} does not exist; choose one of {', '.join(possible)}")
+        if not self.places:
+            raise ValueError("sgs after is empty: name a stage, or set model.sgs=null for the dense network")
+        if self.kernel == "mean" and self.embedding == "mlp" and self.similarity not in sgs.BASELINES:
+            raise ValueError("sgs kernel=mean passes no gradient to a learned embedding, which would stay random: set embedding=pooled or frozen")
         if self.num_bins is not None and self.num_bins < 1:
             raise ValueError(f"sgs num_bins must be at least 1, not {self.num_bins}")
         if self.embedding_dim < 1 or self.grid < 1:
@@ -56,6 +67,15 @@ class SGSOptions:
             raise ValueError(f"sgs target is a share of the frames, above 0 and at most 1, not {self.target}")
         if self.width is not None and not self.width > 0:
             raise ValueError(f"sgs width must be above 0, not {self.width}")
+        if self.width is not None and self.scale != "absolute":
+            raise ValueError("sgs width is one bin width for all clips, which scale=relative has not: set scale=absolute")
+        if self.noise_floor and self.similarity != "path":
+            raise ValueError(f"sgs noise_floor is taken off the steps of similarity=path, not of {self.similarity}")
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """`after` as a tuple of names."""
+        return (self.after,) if isinstance(self.after, str) else tuple(self.after)
 
 
 class PooledEmbedding(nn.Module):
@@ -65,10 +85,12 @@ class PooledEmbedding(nn.Module):
         super().__init__()
         self.grid = grid
 
-    def forward(self, x: Tensor) -> Tensor:
-        pooled = nn.functional.adaptive_avg_pool3d(x, (None, self.grid, self.grid))  # [N, C, T, g, g]
-        z = pooled.transpose(1, 2).flatten(2)  # [N, T, C g g]
-        return nn.functional.layer_norm(z, z.shape[2:])
+    def pool(self, x: Tensor) -> Tensor:
+        """[N, C, T, H, W] -> [N, T, C g g]."""
+        return nn.functional.adaptive_avg_pool3d(x.detach(), (None, self.grid, self.grid)).transpose(1, 2).flatten(2)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return nn.functional.layer_norm(pooled, pooled.shape[2:])
 
 
 class MLPEmbedding(nn.Module):
@@ -80,54 +102,93 @@ class MLPEmbedding(nn.Module):
         self.out = nn.Linear(max(channels // 2, 1), dim)
         self.norm = nn.BatchNorm1d(dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.out(self.hidden(x.mean(dim=(3, 4)).transpose(1, 2)).relu())  # [N, T, D]
+    def pool(self, x: Tensor) -> Tensor:
+        """[N, C, T, H, W] -> [N, T, C]."""
+        return x.mean(dim=(3, 4)).transpose(1, 2)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        z = self.out(self.hidden(pooled).relu())  # [N, T, D]
         return self.norm(z.transpose(1, 2)).transpose(1, 2)
 
 
+class Proposal(NamedTuple):
+    """What a layer wants to do with a batch, still on the device."""
+
+    z: Tensor  # [N, T, D] embeddings
+    valid: Tensor  # [N] how many of the T frames each clip has
+    weights: Tensor  # [N, B, T] kept bins first, zero rows after
+    lengths: Tensor  # [N] B' of each clip
+    finite: Tensor  # [N] whether all of a clip's features are finite numbers
+
+
 class SGS(nn.Module):
-    """Samples a batch of clips: [N, C, T, H, W] -> weights [N, B, T] and each clip's B'.
+    """Proposes how to sample a batch of clips.
 
     With scale=absolute the bin width is one buffer shared by all clips. Unless it is fixed it must
-    be calibrated before the first forward, and a trainer holds it to the target with `steer`.
-
-    Raises:
-        NonFiniteFeatures: from `forward`, naming the clip, if an input holds a NaN or an infinity.
-        ValueError: from `forward`, if the width is unset.
+    be calibrated before the first use, and a trainer holds it to the target with `steer`.
     """
 
-    def __init__(self, channels: int, options: SGSOptions) -> None:
+    def __init__(self, channels: int, options: SGSOptions, *, name: str, min_bins: int = 1) -> None:
         super().__init__()
-        self.options = options
+        self.options, self.name, self.min_bins = options, name, min_bins
         self.num_bins = options.num_bins  # may be changed between batches
-        if options.embedding == "mlp":
-            self.embedding = MLPEmbedding(channels, options.embedding_dim)
-        else:
+        if options.similarity in sgs.BASELINES:
+            self.embedding = None
+        elif options.embedding == "pooled":
             self.embedding = PooledEmbedding(options.grid)
+        else:
+            self.embedding = MLPEmbedding(channels, options.embedding_dim)
+            self.embedding.requires_grad_(options.embedding == "mlp")
         if options.scale == "absolute":
             self.register_buffer("width", torch.tensor(math.nan if options.width is None else options.width))
+        if options.noise_floor:
+            self.register_buffer("floor", torch.tensor(math.nan))
 
     @property
     def tracks_width(self) -> bool:
         """Whether the bin width follows the data and is held to `target` while training."""
         return self.options.scale == "absolute" and self.options.width is None
 
-    def embed(self, x: Tensor) -> Tensor:
-        """z [N, T, D] of features [N, C, T, H, W], in float32 even under autocast (float64 stays)."""
-        with torch.autocast(x.device.type, enabled=False):
-            return self.embedding(_at_least_float32(x))
+    def most_bins(self, frames: int) -> int:
+        """B for clips of `frames` features."""
+        if self.num_bins is not None:
+            return self.num_bins
+        baseline = self.options.similarity in sgs.BASELINES and self.options.similarity != "none"
+        return max(self.min_bins, round(self.options.target * frames)) if baseline else frames
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """Weights [N, B, T] in float32 and the lengths B' of the clips as plain integers."""
-        with torch.autocast(x.device.type, enabled=False):
-            return self._sample(x)
+    def forward(self, x: Tensor, segments: Segments | None = None) -> Proposal:
+        """Sample features [N, C, T, H, W], or packed ones [1, C, M, H, W] with their segments.
 
-    def _sample(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        In float32 even under autocast; float64 stays.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            return self._propose(_at_least_float32(x), segments)
+
+    def _most_bins_for(self, lengths: Sequence[int], frames: int) -> int:
+        if min(lengths) < self.min_bins:
+            raise ValueError(f"SGS after {self.name!r}: what follows needs at least {self.min_bins} features, and a clip has {min(lengths)}")
+        if self.most_bins(frames) < self.min_bins:
+            raise ValueError(f"model.sgs.num_bins={self.num_bins} is too few: what follows {self.name!r} needs at least {self.min_bins}")
+        return self.most_bins(frames)
+
+    def _propose(self, x: Tensor, segments: Segments | None) -> Proposal:
         o = self.options
-        z = self.embed(x.detach() if o.embedding == "pooled" else x)
+        num_bins = self._most_bins_for(x.shape[2:3] if segments is None else segments.lengths, x.shape[2] if segments is None else segments.frames)
+        if self.embedding is None:  # a baseline, which looks at the number of frames alone
+            z = x.new_zeros(*(x.shape[::2][:2] if segments is None else segments.padded.shape), 1)  # [N, T, 1]
+            finite = x.new_ones(len(z), dtype=torch.bool)
+        else:
+            pooled = self.embedding.pool(x)  # [N, T, ...] or [1, M, ...]
+            z = self.embedding(pooled)
+            # Batch norm spreads a NaN to the z of every clip, so the clip at fault shows in what was pooled.
+            finite = pooled.isfinite().all(dim=2)
+            if segments is not None:
+                z, finite = z[0][segments.padded], finite[0][segments.padded]
+            finite = finite.all(dim=1)
+        valid = None if segments is None else torch.tensor(segments.lengths)  # on the host, where it is checked
         weights, lengths = sgs.sampling_weights(
             z,
-            num_bins=self.num_bins or x.shape[2],
+            num_bins=num_bins,
             similarity=o.similarity,
             metric=o.metric,
             kernel=o.kernel,
@@ -135,22 +196,29 @@ class SGS(nn.Module):
             edges=o.edges,
             order=o.order,
             width=self.width if o.scale == "absolute" else None,
+            valid=valid,
+            min_bins=self.min_bins,
+            noise_floor=self.floor if o.noise_floor else 0.0,
         )
-        # A NaN is looked for in x, too: batch norm spreads it to the z of every clip.
-        finite = x.sum(dim=(1, 2, 3, 4), dtype=torch.float32).isfinite()
-        # The one synchronisation of a batch: everything the host must know crosses together.
-        unset = self.width.isnan() if o.scale == "absolute" else torch.zeros_like(finite[0])
-        flags = torch.stack([unset, ~z.isfinite().all()])
-        *kept, unset, spoilt = torch.cat([lengths.where(finite, 0), flags]).tolist()
-        if unset:
-            raise ValueError(
-                f"SGS after {o.after!r} has no bin width yet: calibrate it, load a trained checkpoint, or set model.sgs.width"
+        return Proposal(z, lengths.new_full((len(z),), z.shape[1]) if valid is None else valid, weights, lengths, finite)
+
+    @torch.no_grad()
+    def calibrate(self, z: Tensor, valid: Tensor) -> None:
+        """Choose noise floor and width so that clips z [N, T, D], of which `valid` frames exist, keep the target share."""
+        o = self.options
+        if o.noise_floor:
+            self.floor.fill_(sgs.median_step(z, o.metric, valid))
+        self.width.fill_(
+            sgs.calibrated_width(
+                z,
+                num_bins=self.most_bins(z.shape[1]),
+                mean_bins=o.target * valid.double().mean().item(),
+                valid=valid,
+                similarity=o.similarity,
+                metric=o.metric,
+                noise_floor=self.floor.item() if o.noise_floor else 0.0,
             )
-        if 0 in kept:
-            raise NonFiniteFeatures(f"SGS after {o.after!r}: the features of clip {kept.index(0)} of the batch hold a NaN or an infinity")
-        if spoilt:
-            raise NonFiniteFeatures(f"SGS after {o.after!r}: the similarity embedding holds a NaN or an infinity")
-        return weights, tuple(kept)
+        )
 
     @torch.no_grad()
     def steer(self, mean_ratio: Tensor, *, gain: float = 0.1) -> None:
@@ -163,27 +231,113 @@ class SGS(nn.Module):
 
     def extra_repr(self) -> str:
         o = self.options
-        return f"after={o.after}, similarity={o.similarity}, kernel={o.kernel}, scale={o.scale}, order={o.order}, num_bins={self.num_bins or 'T'}"
+        return f"after={self.name}, similarity={o.similarity}, kernel={o.kernel}, scale={o.scale}, order={o.order}, num_bins={self.num_bins or 'T'}"
 
 
-def aggregate(x: Tensor, weights: Tensor, lengths: tuple[int, ...]) -> Tensor:
+class Sampled(NamedTuple):
+    """What a layer did with a batch."""
+
+    layer: str
+    given: tuple[int, ...]  # features that each clip came with
+    segments: Segments  # those that it goes on with: B' and times
+    weights: Tensor  # [N, B, T]
+    proposal: Proposal  # what the layer wanted; the same unless it was forced
+
+    @property
+    def assignment(self) -> Tensor:
+        """[N, T] int64: the kept feature that each frame went into; -1 where into none."""
+        weight, feature = self.weights.detach().max(dim=1)
+        return feature.where(weight > 0, -1)
+
+
+def sample(
+    layers: Sequence[SGS],
+    features: Sequence[Tensor],
+    segments: Sequence[Segments | None],
+    forced: Sequence[tuple[int, ...]] | None = None,
+) -> tuple[tuple[Tensor, ...], tuple[Sampled, ...]]:
+    """Sample features of one batch at several places at once: packed features, and what was done.
+
+    Args:
+        features: for each layer [N, C, T, H, W], or packed [1, C, M, H, W] where it has segments.
+        forced: for each layer the B' of each clip, in place of what the layer proposes: bins of
+            equal size, at the same cost.
+
+    Raises:
+        NonFiniteFeatures: naming layer and clip, if features hold a NaN or an infinity.
+        ValueError: a width that is unset, or forced bins that a clip has not the features for.
+    """
+    proposals = [layer(x, s) for layer, x, s in zip(layers, features, segments)]
+    lengths = _on_host(layers, proposals, checked=forced is None)
+    packed, done = [], []
+    for i, (layer, x, before, proposal) in enumerate(zip(layers, features, segments, proposals)):
+        start = before or Segments.whole(len(x), x.shape[2], x.device)
+        weights, kept = proposal.weights, lengths[i]
+        if forced is not None:
+            weights, kept = _uniform_weights(start.lengths, tuple(forced[i]), x.device), tuple(forced[i])
+        after = Segments(kept, start.frames, _mean_times(weights, start, kept))
+        packed.append(aggregate(x, weights, kept, before))
+        done.append(Sampled(layer.name, start.lengths, after, weights, proposal))
+    return tuple(packed), tuple(done)
+
+
+def _on_host(layers: Sequence[SGS], proposals: Sequence[Proposal], *, checked: bool) -> list[tuple[int, ...]]:
+    """B' of each clip as plain integers: the one synchronisation of a batch, in which all errors cross, too."""
+    columns = []
+    for layer, (z, _, _, lengths, finite) in zip(layers, proposals):
+        unset = layer.width.isnan() if layer.options.scale == "absolute" else lengths.new_zeros((), dtype=torch.bool)
+        spoilt = ~z.isfinite().all()
+        columns.append(torch.cat([lengths.where(finite, 0), torch.stack([unset, spoilt]).to(lengths)]))
+    kept = []
+    for layer, (*lengths, unset, spoilt) in zip(layers, torch.stack(columns).tolist()):
+        if checked and unset:
+            raise ValueError(f"SGS after {layer.name!r} has no bin width yet: calibrate it, load a trained checkpoint, or set model.sgs.width")
+        if checked and 0 in lengths:
+            raise NonFiniteFeatures(f"SGS after {layer.name!r}: the features of clip {lengths.index(0)} of the batch hold a NaN or an infinity")
+        if checked and spoilt:
+            raise NonFiniteFeatures(f"SGS after {layer.name!r}: the similarity embedding holds a NaN or an infinity")
+        kept.append(tuple(lengths))
+    return kept
+
+
+def aggregate(x: Tensor, weights: Tensor, lengths: tuple[int, ...], segments: Segments | None = None) -> Tensor:
     """Sum each clip's frames into its kept bins and lay the clips out one after another in time.
 
-    x [N, C, T, H, W], weights [N, B, T] (kept bins first) -> [1, C, M = sum B', H, W], summed in
-    float32 even under autocast and returned in the type of x.
+    x [N, C, T, H, W], or packed [1, C, M, H, W] with its segments, and weights [N, B, T] (kept
+    bins first) -> [1, C, M' = sum B', H, W] in channels-last memory, summed in float32 even under
+    autocast and returned in the type of x.
     """
-    n, c, t, h, w = x.shape
     longest = max(lengths)
-    # Expanded by hand: fvcore leaves the channels out when it counts a broadcast matmul.
+    _, c, _, h, w = x.shape
     with torch.autocast(x.device.type, enabled=False):
-        frames = _at_least_float32(x).reshape(n * c, t, h * w)
-        mix = weights[:, None, :longest].to(frames.dtype).expand(n, c, longest, t).reshape(n * c, longest, t)
-        bins = torch.bmm(mix, frames).to(x.dtype)  # [N C, longest, HW]
-    bins = bins.view(n, c, longest, h * w).transpose(0, 1).reshape(c, n * longest, h * w)
+        frames = _at_least_float32(x).permute(0, 2, 3, 4, 1)  # [N, T, H, W, C]
+        if segments is None:
+            frames = frames.reshape(*frames.shape[:2], h * w * c)
+        else:
+            frames = frames.reshape(-1, h * w * c)[segments.padded]  # [N, longest, H W C]
+        bins = torch.bmm(weights[:, :longest].to(frames.dtype), frames).to(x.dtype)  # [N, longest B', H W C]
+    rows = bins.flatten(0, 1)
     if min(lengths) < longest:
-        kept = [i * longest + b for i, length in enumerate(lengths) for b in range(length)]
-        bins = bins.index_select(1, torch.tensor(kept, device=x.device))
-    return bins.view(1, c, -1, h, w)
+        rows = rows.index_select(0, unpadded(lengths, x.device))
+    return rows.view(1, -1, h, w, c).permute(0, 4, 1, 2, 3)
+
+
+def _mean_times(weights: Tensor, before: Segments, kept: tuple[int, ...]) -> Tensor:
+    """[M'] the mean time of the frames that went into each kept feature."""
+    member = (weights.detach()[:, : max(kept)] > 0).float()
+    times = (member * before.times[before.padded][:, None]).sum(dim=2) / member.sum(dim=2).clamp(min=1)  # [N, longest B']
+    return times.flatten()[unpadded(kept, times.device)]
+
+
+@lru_cache(maxsize=64)
+def _uniform_weights(given: tuple[int, ...], bins: tuple[int, ...], device: torch.device) -> Tensor:
+    if len(bins) != len(given) or any(not 1 <= b <= length for b, length in zip(bins, given)):
+        raise ValueError(f"clips of {given} features cannot be made to keep {bins}")
+    with torch.inference_mode(False):
+        weights = torch.zeros(len(given), max(bins), max(given))
+        for clip, (b, length) in enumerate(zip(bins, given)):
+            weights[clip, sgs.uniform_bins(length, b), torch.arange(length)] = 1
+        return (weights / weights.sum(dim=2, keepdim=True).clamp(min=1)).to(device)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

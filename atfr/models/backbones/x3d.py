@@ -8,6 +8,7 @@ from pytorchvideo.layers.swish import Swish
 from pytorchvideo.models.x3d import create_x3d
 from torch import nn
 
+from atfr.models.backbones.common import variant, whole_strides
 from atfr.models.network import VideoNet
 from atfr.models.sgs_layer import SGSOptions
 
@@ -42,14 +43,12 @@ def x3d(*, size: str, num_classes: int, dropout: float = 0.5, sgs: SGSOptions | 
     Raises:
         ValueError: an unknown size, or options of `sgs` that do not fit (see `VideoNet`).
     """
-    if size not in SIZES:
-        raise ValueError(f"model.size={size!r} is not an X3D; choose one of {', '.join(SIZES)}")
-    variant = SIZES[size]
+    chosen = variant(SIZES, size, network="x3d")
     network = create_x3d(
         model_num_class=num_classes,
         dropout_rate=dropout,
-        width_factor=variant.width_factor,
-        depth_factor=variant.depth_factor,
+        width_factor=chosen.width_factor,
+        depth_factor=chosen.depth_factor,
         head_activation=None,
     )
     # pytorchvideo's pool is of one clip size (the defaults here); this one has no size.
@@ -58,4 +57,4 @@ def x3d(*, size: str, num_classes: int, dropout: float = 0.5, sgs: SGSOptions | 
         for name, child in module.named_children():
             if isinstance(child, Swish):
                 setattr(module, name, nn.SiLU())
-    return VideoNet(network, stages=STAGES, sgs=sgs)
+    return VideoNet(whole_strides(network), stages=STAGES, sgs=sgs)

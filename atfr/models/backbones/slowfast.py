@@ -1,0 +1,143 @@
+"""SlowFast (Feichtenhofer et al., ICCV 2019) on pytorchvideo's modules, from one clip tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Mapping
+
+import torch
+from pytorchvideo.models.slowfast import FuseFastToSlow, create_slowfast
+from torch import Tensor, fx, nn
+
+from atfr.models.backbones.common import variant, whole_strides
+from atfr.models.network import VideoNet
+from atfr.models.sgs_layer import SGSOptions
+
+_NAMES = ("stem", "res2", "res3", "res4", "res5")
+# Each stage of each pathway, before the fusion; a bare name stands for that stage of both.
+STAGES: Mapping[str, str | tuple[str, str]] = {
+    **{f"slow.{name}": f"blocks.{i}.multipathway_blocks.0" for i, name in enumerate(_NAMES)},
+    **{f"fast.{name}": f"blocks.{i}.multipathway_blocks.1" for i, name in enumerate(_NAMES)},
+    **{name: (f"slow.{name}", f"fast.{name}") for name in _NAMES},
+}
+
+FUSION_RULES = ("released", "aligned")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One SlowFast, as in PySlowFast's configs of that name and pytorchvideo's hub."""
+
+    depth: int
+    alpha: int  # Fast frames to one Slow frame
+    fusion_kernel: int  # of the lateral convolution, in time
+
+
+SIZES = {
+    "4x16-R50": Variant(depth=50, alpha=8, fusion_kernel=5),
+    "8x8-R50": Variant(depth=50, alpha=4, fusion_kernel=7),
+    "8x8-R101": Variant(depth=101, alpha=4, fusion_kernel=5),
+}
+
+
+def slowfast(
+    *, size: str, num_classes: int, dropout: float = 0.5, fusion: str = "aligned", sgs: SGSOptions | None = None
+) -> VideoNet:
+    """A SlowFast that takes clips [N, 3, T, H, W], T the Fast pathway's frames and a multiple of alpha.
+
+    Parameters have the names of pytorchvideo's `slowfast_r50` and `slowfast_r101`; the head pools
+    over all features that each pathway has.
+
+    Args:
+        fusion: how Fast features meet Slow ones where SGS changed their numbers (see `Fusion`); the
+            dense network is the same with each.
+
+    Raises:
+        ValueError: an unknown size or fusion, or options of `sgs` that do not fit (see `VideoNet`).
+    """
+    chosen = variant(SIZES, size, network="slowfast")
+    source = create_slowfast(
+        model_depth=chosen.depth,
+        model_num_class=num_classes,
+        dropout_rate=dropout,
+        slowfast_fusion_conv_kernel_size=(chosen.fusion_kernel, 1, 1),
+        slowfast_fusion_conv_stride=(chosen.alpha, 1, 1),
+        head_pool=nn.AdaptiveAvgPool3d,  # to 1: pytorchvideo's own pools are of one clip size
+        head_activation=None,
+    )
+    return VideoNet(SlowFast(whole_strides(source).blocks, alpha=chosen.alpha, fusion=fusion), stages=STAGES, sgs=sgs)
+
+
+class SlowFast(nn.Module):
+    """pytorchvideo's SlowFast `blocks` on one clip tensor: [N, 3, T, H, W] -> logits [N, classes]."""
+
+    def __init__(self, blocks: nn.ModuleList, *, alpha: int, fusion: str) -> None:
+        super().__init__()
+        self.pathways = Pathways(alpha)
+        self.blocks = blocks
+        for stage in blocks:
+            if isinstance(getattr(stage, "multipathway_fusion", None), FuseFastToSlow):
+                stage.multipathway_fusion = Fusion(stage.multipathway_fusion, rule=fusion)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        *stages, pool, head = self.blocks
+        slow, fast = self.pathways(clips)
+        for stage in stages:
+            slow, fast = stage.multipathway_blocks[0](slow), stage.multipathway_blocks[1](fast)
+            if isinstance(stage.multipathway_fusion, Fusion):  # res5 has none
+                slow = stage.multipathway_fusion(slow, fast)
+        return head(pool([slow, fast]))
+
+
+class Pathways(nn.Module):
+    """Clips [N, 3, T, H, W] -> the Slow pathway's T / alpha frames, and all T for the Fast one."""
+
+    def __init__(self, alpha: int) -> None:
+        super().__init__()
+        self.alpha = alpha
+
+    def forward(self, clips: Tensor) -> tuple[Tensor, Tensor]:
+        return slow_frames(clips, self.alpha), clips
+
+
+@fx.wrap  # the frames are counted in Python, so tracers have to stop here
+def slow_frames(clips: Tensor, alpha: int) -> Tensor:
+    """T / alpha frames from the first to the last, those of PySlowFast's `pack_pathway_output`.
+
+    Raises:
+        ValueError: T is not a multiple of alpha, so that the lateral convolutions would not give
+            as many features as the Slow pathway has.
+    """
+    frames = int(clips.shape[2])
+    if frames % alpha:
+        raise ValueError(f"this SlowFast needs clips of a multiple of {alpha} frames, not of {frames}; set dataset.clip.frames")
+    # On the CPU, since devices may round differently and a frame is cut to the whole number below.
+    chosen = torch.linspace(0, frames - 1, frames // alpha, device="cpu").long()
+    return clips.index_select(2, chosen.to(clips.device))
+
+
+class Fusion(nn.Module):
+    """The lateral connection: (slow [N, C, T', H, W], fast [N, c, alpha T', H, W]) -> [N, C + 2 c, T', H, W].
+
+    Args:
+        source: pytorchvideo's module, whose convolution, norm and activation are taken over with
+            their names.
+        rule: what happens where SGS has changed the pathways' numbers of features: "released" or
+            "aligned". Dense features are fused the same with each.
+
+    Raises:
+        ValueError: an unknown rule.
+    """
+
+    def __init__(self, source: FuseFastToSlow, *, rule: str = "aligned") -> None:
+        super().__init__()
+        if rule not in FUSION_RULES:
+            raise ValueError(f"model.fusion={rule!r} is not a way to fuse the pathways; choose one of {', '.join(FUSION_RULES)}")
+        self.conv_fast_to_slow = source.conv_fast_to_slow
+        self.norm = source.norm
+        self.activation = source.activation
+        self.rule = rule
+
+    def forward(self, slow: Tensor, fast: Tensor) -> Tensor:
+        fused = self.activation(self.norm(self.conv_fast_to_slow(fast)))
+        return torch.cat((slow, fused), 1)

@@ -1,0 +1,259 @@
+"""Pretrained weights: files of other libraries and our own checkpoints, into any network that they fit.
+
+Read are pytorchvideo's zoo files and PySlowFast's checkpoints (`model_state`), torchvision's state
+dicts and our own checkpoints (`model`), whatever they are called. Nothing in a file is run.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Mapping, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from atfr.models import weight_names
+from atfr.models.network import VideoNet
+
+CONTAINERS = ("model_state", "state_dict", "model")  # where a file may keep the state dict
+WRAPPERS = ("module.", "_orig_mod.", "model.")  # what DistributedDataParallel, torch.compile and others put before names
+COUNTER = "num_batches_tracked"  # of batch norms with a fixed momentum: not used, and not in every file
+MISSING = "no such tensor in this network"
+ZIP, LEGACY = b"PK\x03\x04", b"l\xfc\x9cF\xf9 j\xa8P\x19"  # how files of torch.save begin, since 1.6 and before
+
+
+class Entry(NamedTuple):
+    """A tensor, by the file's name for it if it was skipped, else by the network's."""
+
+    name: str
+    size: int  # values in it
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of a file's tensors and of the network's, without batch norms' counters."""
+
+    path: Path
+    kind: str  # whose names the file uses
+    loaded: tuple[Entry, ...]
+    skipped: tuple[Entry, ...]  # in the file only, or of another shape, with the reason
+    new: tuple[Entry, ...]  # in the network only: newly initialised
+    notes: tuple[str, ...] = ()
+
+    def as_table(self, *, most: int = 3) -> str:
+        """A few lines to read: counts, sizes, the first names, and why tensors were skipped."""
+        reasons: dict[str, list[Entry]] = {}
+        for entry in self.skipped:
+            reasons.setdefault(entry.reason, []).append(entry)
+        groups = list(reasons.items())
+        rows = [_row("loaded", self.loaded, most=most)]
+        rows += [_row("skipped", entries, most=most, why=f"{reason}: ") for reason, entries in groups[:most]] or [_row("skipped", (), most=most)]
+        if groups[most:]:
+            rows.append(_row("skipped", [entry for _, entries in groups[most:] for entry in entries], most=most, why="for other such reasons: "))
+        rows.append(_row("new", self.new, most=most))
+        return "\n".join([f"weights from {self.path} ({self.kind})", *rows, *(f"  {note}" for note in self.notes)])
+
+
+def _row(what: str, entries: Any, *, most: int, why: str = "") -> str:
+    names = ", ".join(entry.name for entry in entries[:most]) + (", ..." if len(entries) > most else "")
+    millions = sum(entry.size for entry in entries) / 1e6
+    return f"  {what:<8} {len(entries):>4} tensors {millions:>8.3f} M  {why}{names}".rstrip()
+
+
+class _Given(NamedTuple):
+    name: str  # in the file
+    value: Tensor
+
+
+def load_pretrained(model: VideoNet, path: Path) -> LoadReport:
+    """Copy into the network every tensor of the file that has its name and shape.
+
+    A classifier for another number of classes stays as it was initialised; so do a classifier and
+    a sampling layer of which a part does not fit. Where this raises, the network is untouched.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, or fits less than half of the backbone; one line.
+    """
+    given = _unwrapped({name: _Given(name, value) for name, value in read_tensors(path).items()})
+    for_sgs = {name.removeprefix("sgs."): g for name, g in given.items() if name.startswith("sgs.")}
+    for_backbone = {name.removeprefix("backbone."): g for name, g in given.items() if not name.startswith("sgs.")}
+    kind = "a checkpoint of this project" if any(name.startswith("backbone.") for name in given) else "names of pytorchvideo or torchvision"
+    own = model.backbone.state_dict()
+    notes: list[str] = []
+    if weight_names.is_pyslowfast(for_backbone):
+        kind = "names of PySlowFast"
+        for_backbone, notes = _from_pyslowfast(for_backbone, own)
+
+    classifier = _classifier(model.backbone)
+    fitting, skipped = _match(own, for_backbone, classifier=classifier)
+    _require_half(own, for_backbone, fitting, classifier=classifier, path=path)
+    _all_or_none([name for name in own if _in(name, classifier)], fitting, for_backbone, skipped)
+    surplus = sum(entry.reason == MISSING for entry in skipped)
+    if 4 * surplus > len(fitting):
+        notes.append(f"the file has {surplus} tensors that this network has no place for: is it of another model.size?")
+
+    own_sgs, more_skipped = _open_to_files(model.sgs, for_sgs)
+    fitting_sgs, unfit = _match(own_sgs, for_sgs, missing="no such tensor in this network's sampling" if model.sgs else "this network does not sample")
+    for place in model.sgs:  # a single number, such as a width, is something without the rest of its layer
+        _all_or_none([name for name, value in own_sgs.items() if _in(name, place) and value.dim()], fitting_sgs, for_sgs, unfit)
+
+    model.backbone.load_state_dict(fitting, strict=False)
+    model.sgs.load_state_dict(fitting_sgs, strict=False)
+    found = {f"backbone.{name}" for name in fitting} | {f"sgs.{name}" for name in fitting_sgs}
+    sizes = {f"backbone.{name}": value.numel() for name, value in own.items()} | {f"sgs.{name}": value.numel() for name, value in own_sgs.items()}
+    entries = [Entry(name, size) for name, size in sizes.items() if not name.endswith(COUNTER)]
+    return LoadReport(
+        path,
+        kind,
+        loaded=tuple(entry for entry in entries if entry.name in found),
+        skipped=(*skipped, *more_skipped, *unfit),
+        new=tuple(entry for entry in entries if entry.name not in found),
+        notes=tuple(notes),
+    )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The state dict that a file holds, on the CPU, without running code from it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no file of torch.save, is damaged, or holds no tensors or more than tensors.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"model.weights={path} does not exist, or is not a file")
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if not start.startswith(ZIP) and LEGACY not in start:
+        raise ValueError(f"model.weights={path} was not written by torch.save (Caffe2's .pkl files, as in older model zoos, are not read)")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can make torch raise anything, OSError for a bad offset among it
+        raise ValueError(f"model.weights={path} {_why_unread(error)}") from error
+    for candidate in [*(contents.get(key) for key in CONTAINERS), contents] if isinstance(contents, Mapping) else []:
+        if isinstance(candidate, Mapping):
+            tensors = {name: value for name, value in candidate.items() if isinstance(name, str) and isinstance(value, Tensor)}
+            if tensors:
+                return tensors
+    holds = f"it has the keys {_some(map(str, contents))}" if isinstance(contents, Mapping) else f"it is a {type(contents).__name__}"
+    raise ValueError(f"model.weights={path} holds no weights: {holds}; names and tensors may be all of it, or under {', '.join(CONTAINERS)}")
+
+
+def _why_unread(error: Exception) -> str:
+    """torch.load's error in a few words."""
+    text = str(error)
+    if "TorchScript" in text:
+        return "is not read: it is a TorchScript program; save the state_dict() of its model"
+    if found := re.search(r"Unsupported global: GLOBAL (\S+)|Unsupported class (\S+)", text):
+        return f"is not read: besides tensors it holds {found[1] or found[2]}, which could run code; save its state_dict() alone"
+    detail = text.partition("WeightsUnpickler error:")[2].strip() or text.strip() or type(error).__name__
+    return f"cannot be read: it is damaged ({detail.splitlines()[0].split('. ')[0][:200]})"
+
+
+def _unwrapped(given: dict[str, _Given]) -> dict[str, _Given]:
+    """Without the prefixes that wrappers put before a network's names."""
+    while given:
+        prefix = next((p for p in WRAPPERS if 2 * sum(name.startswith(p) for name in given) > len(given)), None)
+        if prefix is None:
+            break
+        given = {name.removeprefix(prefix): g for name, g in given.items()}
+    return given
+
+
+def _from_pyslowfast(given: dict[str, _Given], own: Mapping[str, Tensor]) -> tuple[dict[str, _Given], list[str]]:
+    """The tensors by pytorchvideo's names, and what there is to say about them."""
+    names = weight_names.to_pytorchvideo(given, own)
+    given = {names[name]: g for name, g in given.items()}
+    notes = []
+    for block in weight_names.shortcut_norms(given, own):
+        try:
+            changed = weight_names.fold_shortcut_norm({name: g.value for name, g in given.items()}, block)
+        except KeyError:
+            continue  # an incomplete file: its norm is listed among what was skipped
+        norm = given[f"{block}.branch1_norm.weight"].name.removesuffix(".weight")
+        notes.append(f"{norm} is folded into {block}, which has no norm there: the same in evaluation")
+        given = {name: g for name, g in given.items() if not name.startswith(f"{block}.branch1_norm.")}
+        given |= {name: _Given(given[name].name, value) for name, value in changed.items()}
+    return given, notes
+
+
+def _classifier(backbone: nn.Module) -> str:
+    """The name of the last layer that has weights: in all of these networks the classifier."""
+    return [name for name, module in backbone.named_modules() if isinstance(module, (nn.Linear, nn.Conv3d))][-1]
+
+
+def _in(name: str, module: str | None) -> bool:
+    return module is not None and name.startswith(f"{module}.")
+
+
+def _match(
+    own: Mapping[str, Tensor], given: Mapping[str, _Given], *, classifier: str | None = None, missing: str = MISSING
+) -> tuple[dict[str, Tensor], list[Entry]]:
+    """The tensors that fit, by the network's names, and the others with the reason why not."""
+    fitting: dict[str, Tensor] = {}
+    skipped = []
+    for name, (file_name, value) in given.items():
+        if name not in own:
+            reason = missing
+        elif _bare(value.shape) == _bare(own[name].shape):
+            fitting[name] = value.reshape(own[name].shape)
+            continue
+        elif _in(name, classifier) and _bare(value.shape[1:]) == _bare(own[name].shape[1:]):
+            reason = f"head of {value.shape[0]} classes replaced by one of {own[name].shape[0]}"
+        else:
+            reason = f"shape {list(value.shape)}, {list(own[name].shape)} in this network"
+        if not file_name.endswith(COUNTER):
+            skipped.append(Entry(file_name, value.numel(), reason))
+    return fitting, skipped
+
+
+def _bare(shape: torch.Size) -> tuple[int, ...]:
+    """A shape without ones at its end: a linear layer and a convolution of one position are the same."""
+    sizes = list(shape)
+    while sizes and sizes[-1] == 1:
+        sizes.pop()
+    return tuple(sizes)
+
+
+def _all_or_none(names: list[str], fitting: dict[str, Tensor], given: Mapping[str, _Given], skipped: list[Entry]) -> None:
+    """Take the named tensors out of `fitting` unless all of them are there."""
+    if all(name in fitting or name.endswith(COUNTER) for name in names):
+        return
+    for name in names:
+        if fitting.pop(name, None) is not None and not name.endswith(COUNTER):
+            skipped.append(Entry(given[name].name, given[name].value.numel(), "not loaded without the tensors beside it, which do not fit"))
+
+
+def _open_to_files(sgs: nn.ModuleDict, given: dict[str, _Given]) -> tuple[dict[str, Tensor], list[Entry]]:
+    """The tensors of the sampling that a file may set. A width that is an option is taken out of both."""
+    own, skipped = sgs.state_dict(), []
+    for place, layer in sgs.items():
+        name = f"{place}.width"
+        if name in own and not layer.tracks_width:
+            own.pop(name)
+            if name in given:
+                skipped.append(Entry(given.pop(name).name, 1, "model.sgs.width is set"))
+    return own, skipped
+
+
+def _require_half(own: Mapping[str, Tensor], given: Mapping[str, _Given], fitting: Mapping[str, Tensor], *, classifier: str, path: Path) -> None:
+    """Raise ValueError, with what the file and the network hold, if the file is of another network."""
+    wanted = [name for name in own if not _in(name, classifier) and not name.endswith(COUNTER)]
+    found = sum(name in fitting for name in wanted)
+    if 2 * found >= len(wanted):
+        return
+    first = next(name for name in wanted if name not in fitting)
+    there = list(given[first].value.shape) if first in given else "missing"
+    raise ValueError(
+        f"model.weights={path} is of another network: {found} of {len(wanted)} tensors fit (first difference: {first} is {there} there, {list(own[first].shape)} here);"
+        f" the file holds {_some(g.name for g in given.values())}, the network has {_some(wanted)};"
+        " choose the model and model.size that it was trained with"
+    )
+
+
+def _some(names: Any, most: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

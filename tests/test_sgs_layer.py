@@ -1,0 +1,194 @@
+"""The SGS layer: what it proposes, how it sums frames into bins, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from atfr.models.packed import Segments
+from atfr.models.sgs import sampling_weights
+from atfr.models.sgs_layer import SGS, NonFiniteFeatures, SGSOptions, aggregate, sample
+
+ATFR = SGSOptions(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
+EVERY_KIND = [
+    SGSOptions(),
+    SGSOptions(similarity="magnitude", kernel="linear_normalized", edges="inclusive", order="time"),
+    SGSOptions(similarity="path", kernel="delta_normalized", scale="absolute", width=2.0),
+    SGSOptions(similarity="anchor", kernel="mean", scale="absolute", embedding="pooled", width=0.9),
+    SGSOptions(similarity="distance_to_mean", kernel="mean", embedding="frozen"),
+    *(SGSOptions(similarity=name, kernel="mean") for name in ("uniform", "stride", "random", "none")),
+]
+
+
+def layer_of(options: SGSOptions = ATFR, *, name: str = "res3", **more) -> SGS:
+    return SGS(4, options, name=name, **more)
+
+
+def features(clips: int = 5, frames: int = 12) -> torch.Tensor:
+    return torch.randn(clips, 4, frames, 6, 6).cumsum(dim=2) / 2
+
+
+def packed_features(lengths: tuple[int, ...], frames: int) -> tuple[torch.Tensor, Segments, torch.Tensor]:
+    """The first so many features of each clip, packed; their segments; and the clips as they were."""
+    x = features(len(lengths), frames)
+    pieces = torch.cat([clip[:, :length] for clip, length in zip(x, lengths)], dim=1)[None]
+    times = torch.cat([torch.arange(float(length)) for length in lengths])
+    return pieces, Segments(lengths, frames, times), x
+
+
+def test_aggregation_equals_a_sum_over_frames_of_each_clip_in_turn():
+    x = torch.randn(3, 4, 6, 2, 5)
+    weights, lengths = sampling_weights(torch.randn(3, 6, 8), num_bins=4)
+    lengths = tuple(lengths.tolist())
+    rows = [sum(weights[n, b, t] * x[n, :, t] for t in range(6)) for n, length in enumerate(lengths) for b in range(length)]
+    torch.testing.assert_close(aggregate(x, weights, lengths)[0].transpose(0, 1), torch.stack(rows))
+
+
+@pytest.mark.parametrize("options", EVERY_KIND, ids=lambda o: o.similarity)
+def test_packed_features_are_sampled_as_each_clip_alone(options):
+    lengths = (7, 3, 12, 1, 5)
+    layer = layer_of(options).eval()
+    x, segments, clips = packed_features(lengths, 12)
+    (together,), (done,) = sample([layer], [x], [segments])
+    for i, length in enumerate(lengths):
+        alone, one = Segments((length,), 12, torch.arange(float(length))), clips[i : i + 1, :, :length]
+        (expected,), (one_done,) = sample([layer], [one], [alone])
+        assert done.segments.lengths[i] == one_done.segments.lengths[0]
+        torch.testing.assert_close(together.split(done.segments.lengths, dim=2)[i], expected, atol=1e-4, rtol=1e-4)
+    assert done.given == lengths
+
+
+def test_a_kept_features_time_is_the_mean_time_of_its_frames():
+    layer = layer_of(SGSOptions(similarity="uniform", kernel="mean", num_bins=4))
+    (_,), (done,) = sample([layer], [features(2, 12)], [None])
+    assert done.segments.times.tolist() == [1.0, 4.0, 7.0, 10.0] * 2
+    assert done.assignment.tolist() == [[0] * 3 + [1] * 3 + [2] * 3 + [3] * 3] * 2
+
+
+def test_a_frame_that_goes_nowhere_is_assigned_nowhere():
+    layer = layer_of(SGSOptions(similarity="stride", kernel="mean", num_bins=2))
+    (_,), (done,) = sample([layer], [features(1, 6)], [None])
+    assert done.assignment.tolist() == [[-1, 0, -1, -1, 1, -1]]
+
+
+@pytest.mark.parametrize("options", EVERY_KIND, ids=lambda o: o.similarity)
+def test_the_fewest_features_that_the_trunk_can_run_on_are_always_kept(options):
+    layer = layer_of(options, min_bins=3).eval()
+    static = features(2, 12)
+    static[0] = static[0, :, :1]
+    (_,), (done,) = sample([layer], [static], [None])
+    assert min(done.segments.lengths) >= 3
+
+
+def test_a_clip_too_short_for_the_trunk_or_a_cap_too_low_is_refused_with_the_way_out():
+    with pytest.raises(ValueError, match="SGS after 'res3': what follows needs at least 4 features, and a clip has 3"):
+        layer_of(SGSOptions(), min_bins=4)(features(1, 3))
+    with pytest.raises(ValueError, match="model.sgs.num_bins=2 is too few: what follows 'res3' needs at least 4"):
+        layer_of(SGSOptions(num_bins=2), min_bins=4)(features(1, 8))
+
+
+def test_num_bins_can_be_changed_between_batches():
+    layer, x = layer_of(SGSOptions()).eval(), features()
+    layer.num_bins = 3
+    (_,), (done,) = sample([layer], [x], [None])
+    assert max(done.segments.lengths) <= 3
+
+
+def test_a_baseline_keeps_the_target_share_unless_a_number_is_given():
+    (_,), (done,) = sample([layer_of(SGSOptions(similarity="uniform", kernel="mean", target=0.25))], [features(2, 12)], [None])
+    assert done.segments.lengths == (3, 3)
+
+
+@pytest.mark.parametrize("before", [None, "packed"])
+def test_a_nan_in_one_clip_is_refused_naming_the_layer_and_the_clip(before):
+    layer = layer_of(SGSOptions())
+    x, segments, _ = packed_features((6, 4, 5), 6)
+    if before is None:
+        x, segments = features(3, 6), None
+        x[1, 2, 3] = torch.nan
+    else:
+        x[:, 2, 8] = torch.inf
+    for mode in (True, False):
+        layer.train(mode)
+        with pytest.raises(NonFiniteFeatures, match="SGS after 'res3': the features of clip 1 of the batch hold a NaN"):
+            sample([layer], [x], [segments])
+    layer.embedding.out.weight.data.fill_(torch.nan)
+    with pytest.raises(NonFiniteFeatures, match="SGS after 'res3': the similarity embedding holds a NaN"):
+        sample([layer], [features()], [None])
+
+
+def test_a_width_that_was_never_calibrated_is_refused_with_the_way_out():
+    with pytest.raises(ValueError, match="SGS after 'res3' has no bin width yet: calibrate it"):
+        sample([layer_of()], [features()], [None])
+
+
+def test_a_calibrated_path_takes_the_median_step_off_and_keeps_its_target():
+    layer = layer_of(SGSOptions(similarity="path", scale="absolute", kernel="mean", embedding="frozen", noise_floor=True, target=0.4)).eval()
+    clips = features(60, 12)
+    proposal = layer(clips)
+    layer.calibrate(proposal.z, proposal.valid)
+    steps = proposal.z.diff(dim=1).norm(dim=2).flatten()
+    assert layer.floor.item() == pytest.approx(steps.median().item(), rel=0.02)
+    kept = layer(clips).lengths.float().mean().item()
+    assert kept == pytest.approx(0.4 * 12, abs=0.3)
+
+
+def test_steering_narrows_the_width_when_too_few_bins_are_kept():
+    layer = layer_of()
+    layer.width.fill_(1.0)
+    layer.steer(torch.tensor(0.2))
+    assert layer.width < 1
+    layer.width.fill_(1.0)
+    layer.steer(torch.tensor(0.9))
+    assert layer.width > 1
+
+
+def test_a_frozen_embedding_is_not_learned_and_a_learned_one_gets_gradients():
+    for embedding, learned in (("mlp", True), ("frozen", False)):
+        layer = layer_of(SGSOptions(embedding=embedding))
+        (kept,), _ = sample([layer], [features().requires_grad_()], [None])
+        kept.square().sum().backward()
+        assert (layer.embedding.out.weight.grad is not None) == learned
+
+
+def test_forced_bins_are_of_equal_size_and_refused_where_a_clip_has_not_so_many_features():
+    layer, x = layer_of(), features(2, 6)
+    (kept,), (done,) = sample([layer], [x], [None], [(2, 3)])
+    expected = torch.cat([x[0].unflatten(1, (2, 3)).mean(dim=2), x[1].unflatten(1, (3, 2)).mean(dim=2)], dim=1)
+    torch.testing.assert_close(kept[0], expected)
+    assert done.segments.lengths == (2, 3)
+    with pytest.raises(ValueError, match="cannot be made to keep"):
+        sample([layer], [x], [None], [(2, 7)])
+
+
+@pytest.mark.parametrize("metric", ["l2", "l1", "cosine", "mahalanobis"])
+def test_under_autocast_the_sampling_is_the_float32_one(metric):
+    layer = SGS(8, SGSOptions(metric=metric), name="res2").eval()
+    x = torch.randn(4, 8, 16, 6, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (sums,), (done,) = sample([layer], [x], [None])
+        assert aggregate(x.bfloat16(), done.weights, done.segments.lengths).dtype == torch.bfloat16
+    (expected,), (plain,) = sample([layer], [x], [None])
+    assert done.weights.dtype == torch.float32 and done.segments.lengths == plain.segments.lengths
+    torch.testing.assert_close(done.weights, plain.weights)
+    torch.testing.assert_close(sums, expected)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"embedding": "cnn"}, "embedding='cnn' does not exist; choose one of mlp, pooled, frozen"),
+        ({"execution": "fast"}, "execution='fast' does not exist"),
+        ({"kernel": "mean"}, "kernel=mean passes no gradient to a learned embedding"),
+        ({"num_bins": 0}, "num_bins must be at least 1, not 0"),
+        ({"width": 0.5}, "width is one bin width for all clips, which scale=relative has not"),
+        ({"scale": "absolute", "width": -1.0}, "width must be above 0, not -1.0"),
+        ({"similarity": "uniform", "kernel": "mean", "scale": "absolute"}, "set scale=relative"),
+        ({"noise_floor": True}, "noise_floor is taken off the steps of similarity=path"),
+        ({"target": 0.0}, "target is a share of the frames"),
+        ({"after": []}, "after is empty"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        SGSOptions(**change)
