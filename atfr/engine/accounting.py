@@ -47,7 +47,7 @@ class GflopsTable:
         self.least = tuple(layer.min_bins for layer in layers)
         with torch.no_grad():
             self._features = self._model.stem(clip)
-            self._waste = _Waste(self._model, self._features, self.least)
+            self._waste = _Waste(self._model, self._features, self.least, next(model.parameters()).device)
         self.frames = self._waste.frames
         self.most = tuple(min(layer.most_bins(frames), frames) for layer, frames in zip(layers, self.frames))
         self._stem = gflops(_Stem(self._model), clip)
@@ -106,17 +106,18 @@ class _Trunk(nn.Module):
 
 @dataclass(frozen=True)
 class _Convolution:
-    """A packed convolution: the time of its input, its window, and what one output position costs."""
+    """A packed convolution, the time of its input, and what one output position costs."""
 
+    module: nn.Conv3d
     time: Time
-    window: packed.Window
     gflops: float
 
 
 class _Waste(fx.Interpreter):
     """GFLOPs of a packed batch beyond those of its clips, from one look at each of the trunk's operations."""
 
-    def __init__(self, model: VideoNet, features: Sequence[Tensor], bins: tuple[int, ...]) -> None:
+    def __init__(self, model: VideoNet, features: Sequence[Tensor], bins: tuple[int, ...], device: torch.device) -> None:
+        self.device = device
         self.times, self.inputs = model.times, model.layer_inputs
         self.names = [layer.name for layer in model.sgs.values()]
         self.convolutions: list[_Convolution] = []
@@ -134,7 +135,7 @@ class _Waste(fx.Interpreter):
         if node.target is packed.conv3d:
             module = self.fetch_attr(node.args[0].target)
             cost = module.weight.numel() * result[0, 0, 0].numel() / 1e9
-            self.convolutions.append(_Convolution(self.times[node.args[1].name], packed.window_of(module), cost))
+            self.convolutions.append(_Convolution(module, self.times[node.args[1].name], cost))
         if node.target is sample:
             layers, features = self.map_nodes_to_values(node.args[:2], node)
             self.sizes.update({layer.name: x[0, :, 0].numel() / 1e9 for layer, x in zip(layers, features)})
@@ -142,7 +143,7 @@ class _Waste(fx.Interpreter):
 
     def __call__(self, batch: Sequence[tuple[int, ...]]) -> float:
         bins = dict(zip(self.names, zip(*batch)))
-        total = sum(c.gflops * packed.wasted(c.time.lengths(bins[c.time.source]), c.window) for c in self.convolutions if c.time.source in bins)
+        total = sum(c.gflops * packed.wasted(c.module, c.time.lengths(bins[c.time.source]), self.device) for c in self.convolutions if c.time.source in bins)
         for name, frames in zip(self.names, self.frames):
             time = self.inputs.get(name)
             given = (frames,) * len(batch) if time is None else time.lengths(bins[time.source]) if time.source in bins else bins[name]

@@ -10,6 +10,8 @@ In channels-last memory a frame is one contiguous block, so moving frames is a c
 
 from __future__ import annotations
 
+import functools
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Callable, NamedTuple, Sequence
@@ -81,8 +83,9 @@ def pack(x: Tensor) -> Tensor:
 def take(x: Tensor, places: Tensor) -> Tensor:
     """The frames of x [1, C, M, H, W] at `places` [K]: [1, C, K, H, W], in the same memory format."""
     frames = x.permute(0, 2, 3, 4, 1)  # [1, M, H, W, C]
-    if frames.is_contiguous():
-        return frames[0].index_select(0, places)[None].permute(0, 4, 1, 2, 3)
+    if frames.is_contiguous():  # as rows, which torch copies six times as fast as blocks of more dimensions
+        rows = frames.flatten(2)[0].index_select(0, places)
+        return rows.view(1, len(places), *frames.shape[2:]).permute(0, 4, 1, 2, 3)
     return x.index_select(2, places)
 
 
@@ -90,14 +93,8 @@ def apart(run: Callable[[Tensor], Tensor], x: Tensor, segments: Segments, window
     """`run`, an operation with this window along time, on each clip of x alone: [1, C, M, H, W] -> [1, C', M', ...].
 
     Clips are parted by gaps of `fill` as wide as the operation's padding, each clip starting at a
-    multiple of its stride; clips of one length need no gap, since they are a batch.
+    multiple of its stride.
     """
-    n, length = len(segments.lengths), segments.lengths[0]
-    if n == 1:
-        return run(x)
-    frames = x.permute(0, 2, 3, 4, 1)  # [1, M, H, W, C]
-    if frames.is_contiguous() and segments.lengths == (length,) * n:
-        return pack(run(frames.view(n, length, *frames.shape[2:]).permute(0, 4, 1, 2, 3)))
     layout = _layout(segments.lengths, window, x.device)
     spaced = take(x, layout.source)
     if layout.gaps is not None:
@@ -105,27 +102,140 @@ def apart(run: Callable[[Tensor], Tensor], x: Tensor, segments: Segments, window
     return take(run(spaced), layout.kept)
 
 
+def as_batch(run: Callable[[Tensor], Tensor], x: Tensor, segments: Segments) -> Tensor | None:
+    """The same for clips of one length, which need no gaps: in channels-last memory they are a batch as they are.
+
+    None where that is not so.
+    """
+    n, length = len(segments.lengths), segments.lengths[0]
+    if n == 1:
+        return run(x)
+    frames = x.permute(0, 2, 3, 4, 1)  # [1, M, H, W, C]
+    if segments.lengths != (length,) * n or not frames.is_contiguous():
+        return None
+    return pack(run(frames.view(n, length, *frames.shape[2:]).permute(0, 4, 1, 2, 3)))
+
+
 def conv3d(module: nn.Conv3d, x: Tensor, segments: Segments) -> Tensor:
     """A convolution along time in which no clip sees its neighbours: [1, C, M, H, W] -> [1, C', M', ...]."""
     _check(x, segments)
-    window = window_of(module)
-    if window.kernel == 1 and window.padding == 0:  # a shortcut that skips frames: nothing to part
+    way, window = way_of(module, segments.lengths, x.device), window_of(module)
+    if way == "pick":
         x = take(x, _centres(segments.lengths, window, x.device))
         stride = (1, *module.stride[1:])
         return nn.functional.conv3d(x, module.weight, module.bias, stride, module.padding, module.dilation, module.groups)
-    return apart(module, x, segments, window)
+    image = x.device.type == "cpu" and _over_time_alone(module)
+    run = (lambda y: _as_image(module, y)) if image else module
+    out = as_batch(run, x, segments) if way == "batch" else None
+    if out is None:
+        out = {"taps": _by_taps, "mend": _mended}[way](module, x, segments) if way in ("taps", "mend") else apart(run, x, segments, window)
+    return out
+
+
+def way_of(module: nn.Conv3d, lengths: Sequence[int], device: torch.device) -> str:
+    """How `conv3d` runs clips of these lengths, by what costs least.
+
+    - pick: a kernel of one feature that skips features: nothing to part.
+    - batch: clips of one length are a batch.
+    - taps: on CPUs, a dense kernel over time alone is a matrix product for each of its taps.
+    - mend: a kernel of three features runs over the boundaries between clips as if there were none,
+      and the two outputs at each boundary are computed again.
+    - gaps: clips are parted by zeros.
+    """
+    window = window_of(module)
+    if window.kernel == 1 and window.padding == 0:
+        return "pick"
+    if len(set(lengths)) == 1:
+        return "batch"
+    if window.stride == 1 and 2 * window.padding == window.dilation * (window.kernel - 1):
+        if device.type == "cpu" and _over_time_alone(module) and module.groups == 1:
+            return "taps"
+        if window.kernel == 3 and window.dilation == 1:
+            return "mend"
+    return "gaps"
+
+
+def wasted(module: nn.Conv3d, lengths: Sequence[int], device: torch.device) -> float:
+    """Output positions that `conv3d` computes beyond those of its clips."""
+    way, window = way_of(module, lengths, device), window_of(module)
+    if way == "mend":
+        return 2 * 2 / 3 * (len(lengths) - 1)  # two outputs a boundary, of two taps each
+    if way != "gaps":
+        return 0
+    starts = _starts(lengths, window)
+    return window.out(starts[-1] + lengths[-1]) - sum(window.out(length) for length in lengths)
+
+
+def _over_time_alone(module: nn.Conv3d) -> bool:
+    return module.kernel_size[1:] == (1, 1) and module.stride[1:] == (1, 1) and module.padding[1:] == (0, 0)
+
+
+def _as_image(module: nn.Conv3d, x: Tensor) -> Tensor:
+    """A convolution over time alone, as one over images of T x (H W) pixels, for which CPUs are faster."""
+    n, _, _, h, w = x.shape
+    weight = module.weight[..., 0]  # [C', C, k, 1]
+    padding, stride, dilation = (module.padding[0], 0), (module.stride[0], 1), (module.dilation[0], 1)
+    image = x.permute(0, 2, 3, 4, 1).flatten(2, 3).permute(0, 3, 1, 2)  # [N, C, T, H W]
+    out = nn.functional.conv2d(image, weight, module.bias, stride, padding, dilation, module.groups)
+    return out.unflatten(3, (h, w))
+
+
+def _by_taps(module: nn.Conv3d, x: Tensor, segments: Segments) -> Tensor:
+    """A sum over the kernel's taps, each a matrix product added where clip and time allow."""
+    _, _, m, h, w = x.shape
+    rows = x.permute(0, 2, 3, 4, 1).flatten(1, 3)[0]  # [M H W, C]
+    taps = module.weight[..., 0, 0].unbind(2)  # k of [C', C]
+    middle = len(taps) // 2
+    out = nn.functional.linear(rows, taps[middle], module.bias).view(m, -1)  # [M, H W C']
+    for i, tap in enumerate(taps):
+        if i != middle:
+            into, source = _neighbours(segments.lengths, (i - middle) * module.dilation[0], x.device)
+            product = nn.functional.linear(rows, tap).view(m, -1)
+            out = out.index_add(0, into, product.index_select(0, source).to(out.dtype))
+    return out.view(1, m, h, w, -1).permute(0, 4, 1, 2, 3)
+
+
+def _mended(module: nn.Conv3d, x: Tensor, segments: Segments) -> Tensor:
+    """Run over the boundaries, and write what belongs to the first and last feature of each clip over it."""
+    lasts, before, firsts, after = _boundaries(segments.lengths, x.device)
+    out = module(x)
+    conv = functools.partial(
+        nn.functional.conv3d, bias=module.bias, stride=module.stride, padding=(0, *module.padding[1:]), dilation=module.dilation, groups=module.groups
+    )
+    # Two features each, as a batch: a last one with the one before it, a first one with the one after.
+    single = 1 in segments.lengths
+    x_last, x_first = _pairs(x, before, lasts, 0, lacking=single), _pairs(x, firsts, after, 1, lacking=single)
+    frames = out.permute(0, 2, 3, 4, 1).contiguous()  # [1, M, H, W, C'], a copy only if not channels-last
+    rows = frames.flatten(2)[0]
+    for places, pairs, taps in ((lasts, x_last, module.weight[:, :, :2]), (firsts, x_first, module.weight[:, :, 1:])):
+        mended = conv(pairs, taps).permute(0, 2, 3, 4, 1).reshape(len(places), -1)
+        rows.index_copy_(0, places, mended.to(rows.dtype))
+    return frames.permute(0, 4, 1, 2, 3)
+
+
+def _pairs(x: Tensor, one: Tensor, two: Tensor, may_lack: int, *, lacking: bool) -> Tensor:
+    """Frames [n, C, 2, H, W]; zeros where the neighbour (`may_lack` says which of both) is -1."""
+    places = torch.stack((one, two), dim=1)  # [n, 2]
+    frames = take(x, places.flatten().clamp(min=0))[0].unflatten(1, (len(one), 2)).transpose(0, 1)  # [n, C, 2, H, W]
+    if not lacking:
+        return frames
+    present = torch.ones_like(places, dtype=x.dtype)
+    present[:, may_lack] = (places[:, may_lack] >= 0).to(x.dtype)
+    return frames * present[:, None, :, None, None]
 
 
 def max_pool(module: nn.MaxPool3d, x: Tensor, segments: Segments) -> Tensor:
     """A max pool along time, each clip alone."""
     _check(x, segments)
-    return apart(module, x, segments, window_of(module), fill=-torch.inf)
+    out = as_batch(module, x, segments)
+    return apart(module, x, segments, window_of(module), fill=-torch.inf) if out is None else out
 
 
 def avg_pool(module: nn.AvgPool3d, x: Tensor, segments: Segments) -> Tensor:
     """An average pool along time that counts its zero padding, each clip alone."""
     _check(x, segments)
-    return apart(module, x, segments, window_of(module))
+    out = as_batch(module, x, segments)
+    return apart(module, x, segments, window_of(module)) if out is None else out
 
 
 def window_of(module: nn.Module) -> Window:
@@ -134,19 +244,16 @@ def window_of(module: nn.Module) -> Window:
     return Window(*(size if isinstance(size, int) else size[0] for size in sizes))
 
 
-def wasted(lengths: Sequence[int], window: Window) -> int:
-    """Output positions that `apart` computes beyond those it keeps."""
-    if len(set(lengths)) == 1 or (window.kernel == 1 and window.padding == 0):
-        return 0
-    starts = _starts(lengths, window)
-    return window.out(starts[-1] + lengths[-1]) - sum(window.out(length) for length in lengths)
+def framewise_pool(x: Tensor, grid: int) -> Tensor:
+    """Each frame averaged over grid x grid cells, as images, which torch pools faster: [N, C, T, H, W] -> [N, T, C g g]."""
+    images = x.transpose(1, 2).flatten(0, 1)  # [N T, C, H, W]
+    return nn.functional.adaptive_avg_pool2d(images, grid).reshape(x.shape[0], x.shape[2], -1)
 
 
 def segment_mean(x: Tensor, segments: Segments) -> Tensor:
     """Each clip's mean over time and space: [1, C, M, H, W] -> [N, C, 1, 1, 1]."""
     _check(x, segments)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    frames = x.mean(dim=(0, 3, 4), dtype=wide).t()  # [M, C]
+    frames = framewise_pool(x, 1)[0].to(torch.promote_types(x.dtype, torch.float32))  # [M, C]
     sums = frames.new_zeros(len(segments.lengths), frames.shape[1]).index_add(0, segments.owner, frames)
     return (sums / segments.counts[:, None]).to(x.dtype)[:, :, None, None, None]
 
@@ -239,6 +346,28 @@ def _centres(lengths: tuple[int, ...], window: Window, device: torch.device) -> 
         centres += [first + min(max(i * window.stride + shift, 0), length - 1) for i in range(window.out(length))]
         first += length
     return _on(centres, device)
+
+
+@lru_cache(maxsize=256)
+def _neighbours(lengths: tuple[int, ...], shift: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The features that have another one of their clip `shift` after them, and that other one."""
+    into, first = [], 0
+    for length in lengths:
+        into += [first + i for i in range(length) if 0 <= i + shift < length]
+        first += length
+    return _on(into, device), _on([place + shift for place in into], device)
+
+
+@lru_cache(maxsize=256)
+def _boundaries(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The last feature of each clip but the last and the one before it; the first of each but the first
+    and the one after it; -1 where the clip has no such neighbour."""
+    ends = list(itertools.accumulate(lengths))
+    lasts = [end - 1 for end in ends[:-1]]
+    before = [end - 2 if length > 1 else -1 for end, length in zip(ends, lengths[:-1])]
+    firsts = ends[:-1]
+    after = [first + 1 if length > 1 else -1 for first, length in zip(firsts, lengths[1:])]
+    return tuple(_on(places, device) for places in (lasts, before, firsts, after))
 
 
 @lru_cache(maxsize=256)

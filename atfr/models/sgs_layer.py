@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from atfr.models import sgs
-from atfr.models.packed import Segments, unpadded
+from atfr.models.packed import Segments, framewise_pool, unpadded
 
 EMBEDDINGS = ("mlp", "pooled", "frozen")
 
@@ -87,7 +87,7 @@ class PooledEmbedding(nn.Module):
 
     def pool(self, x: Tensor) -> Tensor:
         """[N, C, T, H, W] -> [N, T, C g g]."""
-        return nn.functional.adaptive_avg_pool3d(x.detach(), (None, self.grid, self.grid)).transpose(1, 2).flatten(2)
+        return framewise_pool(x.detach(), self.grid)
 
     def forward(self, pooled: Tensor) -> Tensor:
         return nn.functional.layer_norm(pooled, pooled.shape[2:])
@@ -104,7 +104,7 @@ class MLPEmbedding(nn.Module):
 
     def pool(self, x: Tensor) -> Tensor:
         """[N, C, T, H, W] -> [N, T, C]."""
-        return x.mean(dim=(3, 4)).transpose(1, 2)
+        return framewise_pool(x, 1)
 
     def forward(self, pooled: Tensor) -> Tensor:
         z = self.out(self.hidden(pooled).relu())  # [N, T, D]

@@ -1,4 +1,4 @@
-"""What the backbones share: how a size is chosen, and one repair to pytorchvideo's networks."""
+"""What the backbones share: how a size is chosen, and repairs to pytorchvideo's networks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ def variant(sizes: Mapping[str, Variant], size: str | int, *, network: str) -> V
     return sizes[str(size)]
 
 
-def whole_strides(network: Network) -> Network:
-    """`network` itself, with Python's integers for strides.
+def mended(network: Network) -> Network:
+    """`network` itself, mended in two ways that change no result.
 
-    pytorchvideo's shortcuts have numpy's, which the code that torch.fx writes cannot hold.
+    pytorchvideo's shortcuts have numpy's integers for strides, which the code that torch.fx writes
+    cannot hold. And a ReLU that writes over its input spares a copy of the largest tensors there are.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv3d):
             module.stride = tuple(int(stride) for stride in module.stride)
+        if isinstance(module, nn.ReLU):
+            module.inplace = True
     return network

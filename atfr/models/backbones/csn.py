@@ -5,7 +5,7 @@ from __future__ import annotations
 from pytorchvideo.models.csn import create_csn
 from torch import nn
 
-from atfr.models.backbones.common import variant, whole_strides
+from atfr.models.backbones.common import variant, mended
 from atfr.models.network import VideoNet
 from atfr.models.sgs_layer import SGSOptions
 
@@ -32,4 +32,4 @@ def csn(*, size: str, num_classes: int, dropout: float = 0.5, sgs: SGSOptions | 
         head_pool=nn.AdaptiveAvgPool3d,  # to 1: pytorchvideo's own pool is of one clip size
         head_activation=None,
     )
-    return VideoNet(whole_strides(network), stages=STAGES, sgs=sgs)
+    return VideoNet(mended(network), stages=STAGES, sgs=sgs)

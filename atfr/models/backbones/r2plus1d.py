@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.models.video import r2plus1d_18
 
 from atfr.models.backbones import torchvision3d
-from atfr.models.backbones.common import variant, whole_strides
+from atfr.models.backbones.common import variant, mended
 from atfr.models.network import VideoNet
 from atfr.models.sgs_layer import SGSOptions
 
@@ -36,4 +36,4 @@ def r2plus1d(*, size: str | int, num_classes: int, dropout: float = 0.5, sgs: SG
         head_pool=nn.AdaptiveAvgPool3d,  # to 1: pytorchvideo's own pool is of one clip size
         head_activation=None,
     )
-    return VideoNet(whole_strides(network), stages=stages, sgs=sgs)
+    return VideoNet(mended(network), stages=stages, sgs=sgs)

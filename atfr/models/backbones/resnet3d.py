@@ -15,7 +15,7 @@ from pytorchvideo.models.resnet import create_bottleneck_block, create_res_stage
 from pytorchvideo.models.stem import create_res_basic_stem
 from torch import nn
 
-from atfr.models.backbones.common import variant, whole_strides
+from atfr.models.backbones.common import variant, mended
 from atfr.models.network import VideoNet
 from atfr.models.sgs_layer import SGSOptions
 
@@ -65,7 +65,7 @@ def resnet3d(*, size: str | int, num_classes: int, dropout: float = 0.5, sgs: SG
             activation=None,
         )
     )
-    return VideoNet(whole_strides(Net(blocks=nn.ModuleList(blocks))), stages=STAGES, sgs=sgs)
+    return VideoNet(mended(Net(blocks=nn.ModuleList(blocks))), stages=STAGES, sgs=sgs)
 
 
 def _stem() -> nn.Module:

@@ -7,7 +7,7 @@ from typing import Any
 from pytorchvideo.models.resnet import create_resnet
 from torch import nn
 
-from atfr.models.backbones.common import variant, whole_strides
+from atfr.models.backbones.common import variant, mended
 from atfr.models.network import VideoNet
 from atfr.models.sgs_layer import SGSOptions
 
@@ -84,4 +84,4 @@ def _resnet(depth: int, num_classes: int, dropout: float, **structure: Any) -> n
         head_activation=None,
         **structure,
     )
-    return whole_strides(network)
+    return mended(network)

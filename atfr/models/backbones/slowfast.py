@@ -9,8 +9,10 @@ import torch
 from pytorchvideo.models.slowfast import FuseFastToSlow, create_slowfast
 from torch import Tensor, fx, nn
 
-from atfr.models.backbones.common import variant, whole_strides
+from atfr.models.backbones.common import variant, mended
+from atfr.models import packed
 from atfr.models.network import VideoNet
+from atfr.models.packed import Segments, take
 from atfr.models.sgs_layer import SGSOptions
 
 _NAMES = ("stem", "res2", "res3", "res4", "res5")
@@ -22,6 +24,7 @@ STAGES: Mapping[str, str | tuple[str, str]] = {
 }
 
 FUSION_RULES = ("released", "aligned")
+Packed = tuple[Tensor, Segments]
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def slowfast(
         head_pool=nn.AdaptiveAvgPool3d,  # to 1: pytorchvideo's own pools are of one clip size
         head_activation=None,
     )
-    return VideoNet(SlowFast(whole_strides(source).blocks, alpha=chosen.alpha, fusion=fusion), stages=STAGES, sgs=sgs)
+    return VideoNet(SlowFast(mended(source).blocks, alpha=chosen.alpha, fusion=fusion), stages=STAGES, sgs=sgs)
 
 
 class SlowFast(nn.Module):
@@ -122,8 +125,11 @@ class Fusion(nn.Module):
     Args:
         source: pytorchvideo's module, whose convolution, norm and activation are taken over with
             their names.
-        rule: what happens where SGS has changed the pathways' numbers of features: "released" or
-            "aligned". Dense features are fused the same with each.
+        rule: what happens where SGS has changed the pathways' numbers of features. "released": the
+            convolution strides over the kept Fast features, and the shorter of its result and the
+            Slow features is padded with zeros, centred, as in the released code. "aligned":
+            for each Slow feature the convolution is centred on the Fast feature nearest in time.
+            Dense features are fused the same with each.
 
     Raises:
         ValueError: an unknown rule.
@@ -141,3 +147,48 @@ class Fusion(nn.Module):
     def forward(self, slow: Tensor, fast: Tensor) -> Tensor:
         fused = self.activation(self.norm(self.conv_fast_to_slow(fast)))
         return torch.cat((slow, fused), 1)
+
+    def packed_forward(self, slow: Packed, fast: Packed) -> Packed:
+        """The same for packed features of both pathways and their segments."""
+        run = self._released if self.rule == "released" else self._aligned
+        return run(*slow, *fast)
+
+    def _aligned(self, slow: Tensor, slow_segments: Segments, fast: Tensor, fast_segments: Segments) -> Packed:
+        (kernel, *_), (_, *stride) = self.conv_fast_to_slow.kernel_size, self.conv_fast_to_slow.stride
+        windows = _nearest_windows(slow_segments, fast_segments, kernel)  # [M_slow, kernel], M_fast where there is nothing
+        beyond = torch.cat((fast, fast.new_zeros(1, fast.shape[1], 1, *fast.shape[3:])), 2)
+        # Each window by itself: as many frames as the kernel has, and steps as long.
+        fused = nn.functional.conv3d(take(beyond, windows.flatten()), self.conv_fast_to_slow.weight, self.conv_fast_to_slow.bias, (kernel, *stride))
+        return torch.cat((slow, self.activation(self.norm(fused))), 1), slow_segments
+
+    def _released(self, slow: Tensor, slow_segments: Segments, fast: Tensor, fast_segments: Segments) -> Packed:
+        fused = self.activation(self.norm(packed.conv3d(self.conv_fast_to_slow, fast, fast_segments)))
+        fused_segments = fast_segments.through(packed.window_of(self.conv_fast_to_slow))
+        lengths = tuple(max(pair) for pair in zip(slow_segments.lengths, fused_segments.lengths))
+        parts = [_centred(x, segments.lengths, lengths) for x, segments in ((slow, slow_segments), (fused, fused_segments))]
+        # Padded features have no time of their own: zeros among the Slow ones, which keep theirs.
+        times = _centred(slow_segments.times[None, None, :, None, None], slow_segments.lengths, lengths).flatten()
+        return torch.cat(parts, 1), Segments(lengths, slow_segments.frames, times)
+
+
+def _nearest_windows(slow: Segments, fast: Segments, kernel: int) -> Tensor:
+    """[M_slow, kernel] packed Fast positions around the one nearest in time; M_fast beyond the clip's ends."""
+    ratio = fast.frames / slow.frames
+    distance = (slow.times[:, None] * ratio - fast.times).abs()  # [M_slow, M_fast]
+    centre = distance.masked_fill(slow.owner[:, None] != fast.owner, torch.inf).argmin(dim=1)
+    places = centre[:, None] + torch.arange(-(kernel // 2), kernel - kernel // 2, device=centre.device)
+    inside = (places >= 0) & (places < len(fast.times))
+    same = fast.owner[places.clamp(0, len(fast.times) - 1)] == slow.owner[:, None]
+    return places.where(inside & same, len(fast.times))
+
+
+def _centred(x: Tensor, lengths: tuple[int, ...], wanted: tuple[int, ...]) -> Tensor:
+    """Clips made longer by zero features on both sides, the odd one behind: [1, C, M, H, W] -> [1, C, M', H, W]."""
+    if lengths == wanted:
+        return x
+    places, first, empty = [], 0, sum(lengths)
+    for length, longer in zip(lengths, wanted):
+        front = (longer - length) // 2
+        places += [empty] * front + list(range(first, first + length)) + [empty] * (longer - length - front)
+        first += length
+    return take(torch.cat((x, x.new_zeros(1, x.shape[1], 1, *x.shape[3:])), 2), torch.tensor(places, device=x.device))

@@ -8,7 +8,7 @@ from pytorchvideo.layers.swish import Swish
 from pytorchvideo.models.x3d import create_x3d
 from torch import nn
 
-from atfr.models.backbones.common import variant, whole_strides
+from atfr.models.backbones.common import variant, mended
 from atfr.models.network import VideoNet
 from atfr.models.sgs_layer import SGSOptions
 
@@ -57,4 +57,4 @@ def x3d(*, size: str, num_classes: int, dropout: float = 0.5, sgs: SGSOptions | 
         for name, child in module.named_children():
             if isinstance(child, Swish):
                 setattr(module, name, nn.SiLU())
-    return VideoNet(whole_strides(network), stages=STAGES, sgs=sgs)
+    return VideoNet(mended(network), stages=STAGES, sgs=sgs)
