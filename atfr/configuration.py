@@ -30,7 +30,7 @@ from atfr.data.records import VideoError
 # Keys of a group that others read, and that its own target does not take.
 SHARED_KEYS = {"model": ("clip", "clips", "weights"), "dataset": ("clip", "model_size")}
 # What a config has at its top.
-ROOT_KEYS = ("dataset", "model", "optimizer", "schedule", "trainer", "experiment", "checkpoint", "json", "num_classes")
+ROOT_KEYS = ("dataset", "model", "optimizer", "schedule", "trainer", "experiment", "checkpoint", "format", "json", "num_classes")
 
 
 def build(node: DictConfig, key: str, **extra: Any) -> Any:
@@ -41,7 +41,7 @@ def build(node: DictConfig, key: str, **extra: Any) -> Any:
             of a wrong type (all with their full name), and whatever the target itself refuses.
     """
     values = OmegaConf.to_container(node, resolve=False)
-    for name in [name for name, value in values.items() if value == "???"]:
+    for name in _unset(values):
         raise ValueError(f"{key}.{name} is not set; add {key}.{name}=... to the command")
     kept = OmegaConf.masked_copy(node, [name for name in values if name not in SHARED_KEYS.get(key, ())])
     kept._set_parent(node._get_parent())
@@ -54,6 +54,11 @@ def build(node: DictConfig, key: str, **extra: Any) -> Any:
         raise error.__cause__ from None
 
 
+def _unset(values: dict[str, Any]) -> list[str]:
+    nested = [f"{name}.{inner}" for name, value in values.items() if isinstance(value, dict) and "_target_" in value for inner in _unset(value)]
+    return [name for name, value in values.items() if value == "???"] + nested
+
+
 def check_root(config: DictConfig) -> None:
     """Raise ValueError for a key at the top of the config that nothing reads."""
     unknown = [str(key) for key in config if key not in ROOT_KEYS]
@@ -64,18 +69,23 @@ def check_root(config: DictConfig) -> None:
 def _check(values: dict[str, Any], key: str, given: typing.Collection[str] = ()) -> None:
     """Compare a node's values with the signature of its target, and those of nested targets."""
     target = _target(values["_target_"], key)
-    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    try:
+        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (NameError, TypeError):  # a function of somebody else's, whose hints cannot be read
+        hints = {}
     parameters = inspect.signature(target).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name, value in values.items():
         if name.startswith("_"):
             continue
-        if name not in parameters:
+        if name not in parameters and not takes_any:
             raise ValueError(f"{key}.{name} is not an option of {values['_target_']}; it takes {', '.join(parameters)}")
         if isinstance(value, dict) and "_target_" in value:
             _check(value, f"{key}.{name}")
         elif not _fits(value, hints.get(name, Any)):
             raise ValueError(f"{key}.{name}={value!r} is not of type {_readable(hints[name])}")
-    lacking = [n for n, p in parameters.items() if p.default is p.empty and n not in values and n not in given]
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    lacking = [n for n, p in parameters.items() if p.default is p.empty and p.kind not in variable and n not in values and n not in given]
     if lacking and not values.get("_partial_"):
         raise ValueError(f"{key}.{lacking[0]} is not set; add {key}.{lacking[0]}=... to the command")
 

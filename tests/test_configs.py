@@ -37,12 +37,14 @@ def test_every_dataset_composes_with_every_model(dataset, model):
 
 @pytest.mark.parametrize("model", names("model"))
 def test_every_model_can_be_built_for_the_built_in_data(model):
-    config = composed(f"model={model}")
+    own = ["model.backbone._target_=torchvision.models.video.mc3_18"] if model.startswith("custom") else []
+    place = ["model.sgs.after=layer2"] if model == "custom_sgs" else []
+    width = ["model.sgs.width=1.0"] if model.endswith("_sgs") else []  # not calibrated
+    config = composed(f"model={model}", *own, *place, *width)
     network = build(config.model, "model", num_classes=3).eval()
     clip = torch.zeros(1, 3, config.dataset.clip.frames, config.dataset.clip.crop_size, config.dataset.clip.crop_size)
-    if not network.sgs:  # the layer has to be calibrated before it can run
-        with torch.no_grad():
-            assert network(clip).logits.shape == (1, 3)
+    with torch.no_grad():
+        assert network(clip).logits.shape == (1, 3)
 
 
 @pytest.mark.parametrize("preset", names("model/sgs"))
@@ -82,7 +84,7 @@ def test_a_size_that_looks_like_a_number_is_one_of_the_sizes(model, size):
 @pytest.mark.parametrize("model", [name for name in names("model") if not name.endswith("_sgs")])
 def test_every_size_that_has_a_clip_is_a_size_and_every_model_has_a_twin_with_sgs(model):
     config = composed("dataset=kinetics400", f"model={model}")
-    for size in config.model.clips:
+    for size in config.model.get("clips", ()):
         with torch.device("meta"):
             assert build(composed("dataset=kinetics400", f"model={model}", f"model.size={size}").model, "model", num_classes=3) is not None
     assert f"{model}_sgs" in names("model")
@@ -98,3 +100,24 @@ def test_the_model_takes_the_size_that_suits_the_dataset_unless_told_otherwise()
 def test_every_config_file_opens_with_a_comment_and_loads(path):
     assert path.read_text().startswith("#")
     OmegaConf.load(path)
+
+
+def test_a_network_of_somebody_elses_can_be_trained_with_sgs_behind_any_of_its_modules():
+    chosen = ("model=custom_sgs", "model.backbone._target_=torchvision.models.video.mc3_18", "model.sgs.after=[layer1,layer3.1]")
+    model = build(composed(*chosen).model, "model", num_classes=3)
+    assert model.execution == "packed" and list(model.sgs) == ["layer1", "layer3_1"]
+    assert model.backbone.fc.out_features == 3
+
+
+@pytest.mark.parametrize(
+    "overrides,message",
+    [
+        ([], "model.backbone._target_ is not set"),
+        (["model.backbone._target_=torchvision.models.video.mc3_18", "model.classes_argument=classes"], "model.backbone cannot be made or run .* 'classes'"),
+        (["model.backbone._target_=torchvision.models.video.mc3_18"], "after='res2' is not a stage of this network; give the path of one of its modules"),
+        (["model.backbone._target_=torchvision.models.vgg11"], r"model.backbone cannot be made or run on two clips of \(16, 64, 64\)"),
+    ],
+)
+def test_a_network_that_does_not_fit_is_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        build(composed("model=custom_sgs", *overrides).model, "model", num_classes=3)

@@ -39,7 +39,7 @@ def clips(seed: int) -> Tensor:
 
 
 def statistics_of_all(model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
-    calibrate_width(model, batches, untrained=True)
+    calibrate_width(model, lambda: batches, untrained=True)
     refresh_statistics(model, lambda: batches)
     return model.state_dict()
 

@@ -9,21 +9,15 @@ trainer.output_dir. The config is the one that the checkpoint was trained with; 
 
 from __future__ import annotations
 
-import functools
 import sys
 from pathlib import Path
-from typing import Any
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from atfr import jobs
-from atfr.configuration import build, check_root, one_line_errors, run_folder
-from atfr.engine import checkpoint, distributed
+from atfr import checkpoint_config, jobs
+from atfr.configuration import build, check_root, one_line_errors
+from atfr.engine import distributed
 from atfr.engine.settings import TrainerSettings
 
 
@@ -32,93 +26,20 @@ from atfr.engine.settings import TrainerSettings
 def main(config: DictConfig) -> None:
     check_root(config)
     path = Path(config.checkpoint)
-    state = read(path)
-    folder = results_folder(path, config.trainer.output_dir)
-    config = with_overrides(state, config)
+    state = checkpoint_config.read(path)
+    folder = checkpoint_config.results_folder(path, config.trainer.output_dir)
+    config = checkpoint_config.with_overrides(state, config)
     settings: TrainerSettings = build(config.trainer, "trainer")
     ranks = distributed.start(accelerator=settings.accelerator, devices=settings.devices)
     try:
         clip = jobs.clip_settings(config)
-        source = jobs.load_source(config, ranks)
-        jobs.require_videos(source, "test")
-        if list(source.class_names) != state["class_names"]:
-            raise ValueError(
-                f"checkpoint {path} was trained for {len(state['class_names'])} classes ({', '.join(state['class_names'][:3])}, ...),"
-                f" dataset {source.name} has {len(source.class_names)} ({', '.join(source.class_names[:3])}, ...)"
-            )
-        model = jobs.build_model(config, num_classes=len(source.class_names), ranks=ranks)
-        checkpoint.load_weights(model, state["model"], path)
+        source = checkpoint_config.test_videos(config, state, path, ranks)
+        model = checkpoint_config.trained_model(config, state, path, ranks)
         jobs.test_and_report(model, source, clip, config=config, settings=settings, ranks=ranks, folder=folder, checkpoint=path)
     finally:
         distributed.stop()
 
 
-read = functools.cache(checkpoint.load)  # needed twice: to compose the config, and to test
-
-
-def results_folder(path: Path, output_dir: str | None) -> Path:
-    """Where the results go: trainer.output_dir, or the run folder; in a sweep, a folder for each job."""
-    if output_dir is None and path.parent.name != "checkpoints":
-        raise ValueError(f"checkpoint {path} is in no run folder's checkpoints/; add trainer.output_dir=... for the results")
-    folder = Path(output_dir) if output_dir is not None else path.parent.parent
-    return folder / run_folder(None) if HydraConfig.get().mode == RunMode.MULTIRUN else folder
-
-
-def with_overrides(state: dict[str, Any], composed: DictConfig) -> DictConfig:
-    """The checkpoint's own config with what this command overrides taken from the composed one."""
-    config = OmegaConf.create(state["config"])
-    config.trainer.devices, config.trainer.accelerator = None, "auto"
-    now = HydraConfig.get().runtime.choices
-    given = given_overrides(HydraConfig.get().overrides.task)
-    for override in sorted(given, key=lambda override: "." in override):  # whole groups before single keys
-        if override != "checkpoint" and (override not in now or now[override] != state["choices"].get(override)):
-            key = override.replace("/", ".")
-            OmegaConf.update(config, key, OmegaConf.select(composed, key), merge=False, force_add=True)
-    # The checkpoint knows its classes, so a list of files needs no training videos to be tested.
-    if isinstance(config.dataset.get("train"), str):
-        config.dataset.train = None
-    if "class_names" in config.dataset and config.dataset.class_names is None:
-        config.dataset.class_names = state["class_names"]
-    return config
-
-
-def given_overrides(arguments: list[str]) -> list[str]:
-    """The keys that a command line overrides, groups among them.
-
-    Raises:
-        ValueError: it deletes a key, takes an experiment or names pretrained weights, none of which
-            a test has a use for.
-    """
-    keys = []
-    for override in OverridesParser.create().parse_overrides([a for a in arguments if is_override(a)]):
-        if override.is_delete() or override.key_or_group == "experiment":
-            raise ValueError(f"tools/test.py does not take {override.input_line}: change the checkpoint's config key by key")
-        if override.key_or_group == "model.weights":
-            raise ValueError(f"tools/test.py does not take {override.input_line}: the weights tested are those of checkpoint=...")
-        keys.append(override.key_or_group)
-    return keys
-
-
-def is_override(argument: str) -> bool:
-    return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
-
-
-def like_the_checkpoint(arguments: list[str]) -> list[str]:
-    """The arguments, with the config groups that the checkpoint was trained with for hydra to compose from."""
-    # In quotes, without which hydra would not take the = and , that a folder's name may have.
-    unquoted = {a: a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("checkpoint=")}
-    quoted = ["checkpoint='" + unquoted[a].replace("'", "\\'") + "'" if a in unquoted else a for a in arguments]
-    try:
-        chosen = read(Path(list(unquoted.values())[-1]))["choices"] if unquoted else {}
-        given = {*given_overrides(quoted), "experiment"}
-    except (ValueError, OSError, OverrideParseException):
-        return quoted  # main or hydra says what is wrong
-    # Nor does a group inside one that is given, such as model/sgs in another model, come from the checkpoint.
-    groups = [f"{group}={choice}" for group, choice in chosen.items() if not {group, group.split("/")[0]} & given]
-    first = next((i for i, argument in enumerate(quoted) if is_override(argument)), len(quoted))
-    return [*quoted[:first], *groups, *quoted[first:]]
-
-
 if __name__ == "__main__":
-    sys.argv[1:] = like_the_checkpoint(sys.argv[1:])
+    sys.argv[1:] = checkpoint_config.like_the_checkpoint(sys.argv[1:])
     main()

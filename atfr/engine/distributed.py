@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from atfr.engine.host_memory import keep_freed_memory
+
 T = TypeVar("T")
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -62,6 +64,8 @@ def start(*, accelerator: str, devices: int | None) -> Ranks:
     if accelerator != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if given and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world)
     return Ranks(rank, world, device)

@@ -59,6 +59,7 @@ class VideoNet(nn.Module):
         execution: "dense", "packed" or "bucketed".
         times: what the lengths at each node of the packed trunk depend on.
         layer_inputs: the same for what is given to each layer that lies behind another one.
+        places: {name of a layer: path of the backbone's module whose output it samples}.
 
     Raises:
         ValueError: `sgs.after` is not a place of this network; what is sampled meets what is not;
@@ -72,9 +73,10 @@ class VideoNet(nn.Module):
         self.execution = "dense"
         self.times: dict[str, Time] = {}
         self.layer_inputs: dict[str, Time] = {}
+        self.places: dict[str, str] = {}
         if sgs is None:
             return
-        places = _resolve(sgs.places, stages, backbone)
+        self.places = places = _resolve(sgs.places, stages, backbone)
         traced = Traced(backbone, places, before_activation=sgs.before_activation)
         clip = torch.zeros(1, 3, *probe, device=next(backbone.parameters()).device)
         with _evaluating(self):  # so that the probe leaves the running statistics alone
@@ -193,9 +195,8 @@ def _resolve(names: Sequence[str], stages: Stages, backbone: nn.Module) -> dict[
             try:
                 backbone.get_submodule(target)
             except AttributeError:
-                raise ValueError(
-                    f"model.sgs.after={name!r} is not a stage of this network; choose one or a list of {', '.join(stages)}, or the path of a module"
-                ) from None
+                possible = f"choose one or a list of {', '.join(stages)}, or the path of a module" if stages else "give the path of one of its modules"
+                raise ValueError(f"model.sgs.after={name!r} is not a stage of this network; {possible}") from None
             found = {name: target}
         for twice in found.keys() & places.keys():
             raise ValueError(f"model.sgs.after names the same place twice: {twice}")

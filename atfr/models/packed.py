@@ -148,7 +148,7 @@ def way_of(module: nn.Conv3d, lengths: Sequence[int], device: torch.device) -> s
     if len(set(lengths)) == 1:
         return "batch"
     if window.stride == 1 and 2 * window.padding == window.dilation * (window.kernel - 1):
-        if device.type == "cpu" and _over_time_alone(module) and module.groups == 1:
+        if device.type == "cpu" and _over_time_alone(module) and module.groups == 1 and window.kernel % 2 == 1:
             return "taps"
         if window.kernel == 3 and window.dilation == 1:
             return "mend"
@@ -219,9 +219,9 @@ def _pairs(x: Tensor, one: Tensor, two: Tensor, may_lack: int, *, lacking: bool)
     frames = take(x, places.flatten().clamp(min=0))[0].unflatten(1, (len(one), 2)).transpose(0, 1)  # [n, C, 2, H, W]
     if not lacking:
         return frames
-    present = torch.ones_like(places, dtype=x.dtype)
-    present[:, may_lack] = (places[:, may_lack] >= 0).to(x.dtype)
-    return frames * present[:, None, :, None, None]
+    absent = torch.zeros_like(places, dtype=torch.bool)
+    absent[:, may_lack] = places[:, may_lack] < 0
+    return frames.masked_fill(absent[:, None, :, None, None], 0)  # whatever another clip's frame there holds
 
 
 def max_pool(module: nn.MaxPool3d, x: Tensor, segments: Segments) -> Tensor:
@@ -234,8 +234,18 @@ def max_pool(module: nn.MaxPool3d, x: Tensor, segments: Segments) -> Tensor:
 def avg_pool(module: nn.AvgPool3d, x: Tensor, segments: Segments) -> Tensor:
     """An average pool along time that counts its zero padding, each clip alone."""
     _check(x, segments)
-    out = as_batch(module, x, segments)
-    return apart(module, x, segments, window_of(module)) if out is None else out
+    run = functools.partial(_average, module)
+    out = as_batch(run, x, segments)
+    return apart(run, x, segments, window_of(module)) if out is None else out
+
+
+def _average(module: nn.AvgPool3d, x: Tensor) -> Tensor:
+    """Torch refuses fewer features than the kernel has, even where the padding makes up for them: so zeros are added here."""
+    window = window_of(module)
+    missing = window.kernel - x.shape[2]
+    if missing <= 0 or window.out(x.shape[2]) < 1:
+        return module(x)
+    return module(nn.functional.pad(x, (0, 0, 0, 0, 0, missing)))[:, :, : window.out(x.shape[2])]
 
 
 def window_of(module: nn.Module) -> Window:
@@ -286,17 +296,20 @@ def non_local(module: nn.Module, x: Tensor, segments: Segments) -> Tensor:
 
     def clips(values: Tensor) -> Tensor:  # [1, C, M, H, W] -> [N, longest H W, C]
         rows = values[0].permute(1, 2, 3, 0).flatten(1, 2)  # [M, H W, C]
-        return rows.index_select(0, segments.padded.flatten()).reshape(len(segments.lengths), -1, rows.shape[2])
+        padded = rows.index_select(0, segments.padded.flatten()).reshape(len(segments.lengths), -1, rows.shape[2])
+        return padded.masked_fill(missing(values)[:, :, None], 0)  # whatever another clip's feature there holds
+
+    def missing(values: Tensor) -> Tensor:  # [N, longest H W]: whether a clip has no such position
+        area = values.shape[3] * values.shape[4]
+        return torch.arange(max(segments.lengths) * area, device=x.device) >= segments.counts[:, None] * area
 
     theta, phi, g = clips(module.conv_theta(x)), clips(module.conv_phi(pooled)), clips(module.conv_g(pooled))
-    area = pooled.shape[3] * pooled.shape[4]
-    counts = segments.counts
-    absent = torch.arange(phi.shape[1], device=x.device) >= counts[:, None] * area  # [N, longest H' W']
+    absent, counts = missing(pooled), segments.counts * (pooled.shape[3] * pooled.shape[4])
     affinity = theta @ phi.transpose(1, 2)
     if module.instantiation == "softmax":
         affinity = (affinity * theta.shape[2] ** -0.5).masked_fill(absent[:, None], -torch.inf).softmax(dim=2)
     else:
-        affinity = affinity.masked_fill(absent[:, None], 0) / (counts * area)[:, None, None]
+        affinity = affinity / counts[:, None, None]
     mixed = (affinity @ g).reshape(-1, *x.shape[3:], g.shape[2]).index_select(0, unpadded(segments.lengths, x.device))  # [M, H, W, C]
     out = module.conv_out(mixed[None].permute(0, 4, 1, 2, 3))
     return x + (out if module.norm is None else module.norm(out))
@@ -399,5 +412,5 @@ def _on(values: Sequence, device: torch.device) -> Tensor:
     """Integers on the device, without making the host wait for it."""
     with torch.inference_mode(False):  # a tensor made in inference mode could not serve a training step later
         if device.type != "cuda":
-            return torch.tensor(values, device=device)
-        return torch.tensor(values).pin_memory().to(device, non_blocking=True)
+            return torch.tensor(values, dtype=torch.int64, device=device)  # of no values, too
+        return torch.tensor(values, dtype=torch.int64).pin_memory().to(device, non_blocking=True)

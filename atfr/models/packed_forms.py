@@ -45,7 +45,10 @@ class Form(NamedTuple):
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module has a packed form as a whole, so that tracing must not look into it."""
-    return isinstance(module, (SqueezeExcitation, NonLocal, Swish)) or hasattr(module, "packed_forward")
+    if isinstance(module, (SqueezeExcitation, NonLocal, Swish)) or hasattr(module, "packed_forward"):
+        return True
+    # torch's own under another name, such as torchvision's Conv3DSimple
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in (nn.Conv3d, nn.BatchNorm3d))
 
 
 def module_form(module: nn.Module, path: str) -> Form:

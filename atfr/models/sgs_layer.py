@@ -173,7 +173,8 @@ class SGS(nn.Module):
 
     def _propose(self, x: Tensor, segments: Segments | None) -> Proposal:
         o = self.options
-        num_bins = self._most_bins_for(x.shape[2:3] if segments is None else segments.lengths, x.shape[2] if segments is None else segments.frames)
+        frames = int(x.shape[2]) if segments is None else segments.frames  # a tensor while torch.jit traces
+        num_bins = self._most_bins_for((frames,) if segments is None else segments.lengths, frames)
         if self.embedding is None:  # a baseline, which looks at the number of frames alone
             z = x.new_zeros(*(x.shape[::2][:2] if segments is None else segments.padded.shape), 1)  # [N, T, 1]
             finite = x.new_ones(len(z), dtype=torch.bool)
