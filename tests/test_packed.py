@@ -225,3 +225,11 @@ def test_an_unknown_stage_or_size_is_refused_with_what_is_possible():
         x3d(size="tiny", num_classes=6, sgs=SGSOptions(after="res9"))
     with pytest.raises(ValueError, match="size='XXL' is not a size of x3d; choose one of tiny, XS"):
         x3d(size="XXL", num_classes=6)
+
+
+def test_clips_of_another_shape_or_on_another_device_are_refused():
+    model = x3d(size="tiny", num_classes=6)
+    with pytest.raises(ValueError, match=r"clips must be \[N, 3, T, H, W\] on cpu, like the network, not \[3, 16, 32, 32\] on cpu"):
+        model(torch.zeros(3, 16, 32, 32))
+    with pytest.raises(ValueError, match="on cpu, like the network, not .* on meta"):
+        model(torch.zeros(1, 3, 16, 32, 32, device="meta"))

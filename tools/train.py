@@ -50,7 +50,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         print(
             f"{source.name}: {len(source.train)} training, {len(source.val)} validation, {len(source.test)} test videos,"
-            f" {len(source.class_names)} classes; {millions:.2f} M parameters on {ranks.device}; run folder {folder}",
+            f" {len(source.class_names)} classes; {millions:.2f} M parameters, {model.execution}, on {ranks.device}; run folder {folder}",
             flush=True,
         )
     distributed.barrier()

@@ -8,10 +8,13 @@ One clip needs no packed forms, but for SlowFast's fusion, which depends on what
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
+import warnings
+from contextlib import contextmanager
 from operator import getitem
 from pathlib import Path
-from typing import Callable, Mapping, NamedTuple, Sequence
+from typing import Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -37,8 +40,9 @@ class ExportableNet(nn.Module):
     features hold a NaN or an infinity gives NaN logits, where the model itself raises.
 
     Raises:
-        ValueError: naming what cannot be exported: a layer behind another one, a layer without a
-            bin width, or a module with a packed form of its own (but for SlowFast's fusion).
+        ValueError: naming what cannot be exported: a layer behind another one, one without a bin
+            width, the baseline `random`, or a module with a packed form of its own (but for
+            SlowFast's fusion).
     """
 
     def __init__(self, model: VideoNet) -> None:
@@ -57,6 +61,8 @@ def _one_clip(model: VideoNet) -> fx.GraphModule:
     for layer in model.sgs.values():
         if layer.options.scale == "absolute" and layer.width.isnan():
             raise ValueError(f"SGS after {layer.name!r} has no bin width yet: train the network, or set model.sgs.width")
+        if layer.options.similarity == "random":
+            raise ValueError("model.sgs.similarity=random cannot be exported: torch would export the drawing, not what was drawn")
     traced = Traced(model.backbone, model.places, before_activation=next(iter(model.sgs.values())).options.before_activation)
     if len(traced.levels) > 1:
         behind = ", ".join(traced.cuts[cut] for cuts in traced.levels[1:] for cut in cuts)
@@ -76,6 +82,8 @@ def _one_clip(model: VideoNet) -> fx.GraphModule:
             inputs = (graph.get_attr(PREFIX + node.target), copies[slow], times[slow], copies[fast], times[fast])
             fused = graph.call_function(_fuse, inputs)
             copies[node], times[node] = (graph.call_function(getitem, (fused, i)) for i in range(2))
+        elif isinstance(module, nn.AdaptiveAvgPool3d) and module.output_size == (None, 1, 1):  # for which ONNX has no operation
+            copies[node] = graph.call_method("mean", (copies[node.args[0]], (3, 4)), {"keepdim": True})
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             if node.op in ("call_module", "get_attr"):
@@ -171,7 +179,10 @@ def export(model: VideoNet, clip: Tensor, path: Path, *, format: str) -> Run:
 
 
 def _write_torch_export(net: nn.Module, clip: Tensor, path: Path) -> None:
-    torch.export.save(torch.export.export(net, (clip,)), path)
+    program = torch.export.export(net, (clip,))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No complete tensor found in the group")  # of weights in channels-last memory
+        torch.export.save(program, path)
 
 
 def _read_torch_export(path: Path) -> Run:
@@ -193,17 +204,31 @@ def _write_onnx(net: nn.Module, clip: Tensor, path: Path) -> None:
         size = opset18.Gather(opset18.Shape(x), opset18.Constant(value_ints=[dim]))
         return opset18.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
 
-    program = torch.onnx.export(
-        net,
-        (clip,),
-        dynamo=True,
-        verbose=False,
-        opset_version=OPSET,
-        input_names=["clip"],
-        output_names=["logits", "bins"],
-        custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
-    )
-    program.save(path, external_data=False)  # one file
+    with _quiet("onnxscript", "onnx_ir"):
+        program = torch.onnx.export(
+            net,
+            (clip,),
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=["clip"],
+            output_names=["logits", "bins"],
+            custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
+        )
+        program.save(path, external_data=False)  # one file
+
+
+@contextmanager
+def _quiet(*loggers: str) -> Iterator[None]:
+    """Without the lines in which these loggers tell of each constant that they fold or cannot."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _read_onnx(path: Path) -> Run:

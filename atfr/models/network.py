@@ -89,7 +89,15 @@ class VideoNet(nn.Module):
         self._programs = (traced.stem(self, PREFIX), self._trunk(traced, sgs.execution, probe))
 
     def forward(self, clips: Tensor, forced: Sequence[tuple[int, ...]] | None = None) -> Prediction:
-        """Logits of clips [N, 3, T, H, W]; for `forced` see `sgs_layer.sample`."""
+        """Logits of clips [N, 3, T, H, W]; for `forced` see `sgs_layer.sample`.
+
+        Raises:
+            ValueError: clips of another shape or on another device than the network, or too short
+                for what follows a layer.
+        """
+        device = next(self.parameters()).device
+        if clips.dim() != 5 or clips.device != device:
+            raise ValueError(f"clips must be [N, 3, T, H, W] on {device}, like the network, not {list(clips.shape)} on {clips.device}")
         clips = clips.contiguous(memory_format=torch.channels_last_3d)
         if not self.sgs:
             return Prediction(self.backbone(clips), (), clips.shape[2])

@@ -65,6 +65,8 @@ def module_form(module: nn.Module, path: str) -> Form:
         window = window_of(module)
         if window == Window(1, dilation=window.dilation):
             return Form()
+        if module._forward_pre_hooks or type(module)._conv_forward is not nn.Conv3d._conv_forward:
+            raise NoPackedForm(f"{path} behind SGS has no packed form: a convolution that makes its weight when it is called")
         if module.padding_mode != "zeros":
             raise NoPackedForm(f"{path} behind SGS has no packed form: it pads in time with {module.padding_mode}")
         return Form(packed.conv3d, window)
