@@ -11,7 +11,8 @@ from pytorchvideo.models.x3d import create_x3d
 from torch import nn
 
 from atfr.models.network import VideoNet
-from atfr.models.packed import Segments, conv3d, segment_mean
+from atfr.models.packed import conv3d, segment_mean
+from atfr.models.segments import Segments
 from atfr.models.sgs_layer import SGSOptions
 from atfr.models.backbones.x3d import SIZES, STAGES, x3d
 

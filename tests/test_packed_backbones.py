@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from atfr.models.backbones.slowfast import FUSION_RULES, SIZES, Fusion
 from atfr.models.network import Prediction, VideoNet
-from atfr.models.packed import Segments, conv3d
+from atfr.models.packed import conv3d
+from atfr.models.segments import Segments
 from atfr.models.sgs_layer import SGSOptions
 
 EVERYWHERE = ("stem", "res2", "res3", "res4", ("res2", "res4"))

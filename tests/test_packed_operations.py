@@ -11,7 +11,7 @@ from pytorchvideo.layers.nonlocal_net import create_nonlocal
 from torch import Tensor, nn
 
 from atfr.models import packed
-from atfr.models.packed import Segments, Window
+from atfr.models.segments import Segments, Window
 
 CPU = torch.device("cpu")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from atfr.models.packed import Segments
+from atfr.models.segments import Segments
 from atfr.models.sgs import sampling_weights
 from atfr.models.sgs_layer import SGS, NonFiniteFeatures, SGSOptions, aggregate, sample
 

@@ -9,7 +9,7 @@ from typing import Iterator, Mapping, NamedTuple, Sequence
 import torch
 from torch import Tensor, nn
 
-from atfr.models.packed import take
+from atfr.models.segments import take
 from atfr.models.packed_forms import NoPackedForm
 from atfr.models.program import PackedTrunk, Time, Traced
 from atfr.models.sgs_layer import SGS, Sampled, SGSOptions, sample

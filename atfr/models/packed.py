@@ -11,82 +11,12 @@ In channels-last memory a frame is one contiguous block, so moving frames is a c
 from __future__ import annotations
 
 import functools
-import itertools
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Callable, NamedTuple, Sequence
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-
-class Window(NamedTuple):
-    """What an operation sees along time, in features."""
-
-    kernel: int
-    stride: int = 1
-    padding: int = 0
-    dilation: int = 1
-
-    def out(self, length: int) -> int:
-        """How many features come out of `length`; below 1 where the input is too short."""
-        return (length + 2 * self.padding - self.dilation * (self.kernel - 1) - 1) // self.stride + 1
-
-
-@dataclass(frozen=True)
-class Segments:
-    """How the clips of a packed tensor follow each other in time; lengths are explicit, never inferred."""
-
-    lengths: tuple[int, ...]
-    frames: int  # T: how many features a clip has here where none is dropped
-    times: Tensor  # [M] float32: each feature's time, in dense features
-
-    def __post_init__(self) -> None:
-        if not self.lengths or min(self.lengths) < 1:
-            raise ValueError(f"every clip must keep at least one feature, not {self.lengths}")
-
-    @staticmethod
-    def whole(clips: int, frames: int, device: torch.device) -> Segments:
-        """Clips that keep all their features."""
-        return Segments((frames,) * clips, frames, torch.arange(frames, device=device, dtype=torch.float32).repeat(clips))
-
-    def through(self, window: Window) -> Segments:
-        """Behind an operation with this window; a feature's time is that of its window's centre."""
-        lengths = tuple(window.out(length) for length in self.lengths)
-        if min(lengths) < 1:
-            raise ValueError(f"clips of {self.lengths} features are too short for {window}")
-        centres = _centres(self.lengths, window, self.times.device)
-        return Segments(lengths, window.out(self.frames), self.times.index_select(0, centres) / window.stride)
-
-    @property
-    def owner(self) -> Tensor:
-        """[M] int64: the clip that each packed position belongs to."""
-        return _owner(self.lengths, self.times.device)
-
-    @property
-    def padded(self) -> Tensor:
-        """[N, longest] int64: the packed position of each clip's features; 0 where it has no more."""
-        return _padded(self.lengths, self.times.device)
-
-    @property
-    def counts(self) -> Tensor:
-        """[N] int64: the lengths, on the device."""
-        return _counts(self.lengths, self.times.device)
-
-
-def pack(x: Tensor) -> Tensor:
-    """Clips that keep all their features, one after another: [N, C, T, H, W] -> [1, C, N T, H, W]."""
-    n, c, t, h, w = x.shape
-    return x.permute(0, 2, 3, 4, 1).reshape(1, n * t, h, w, c).permute(0, 4, 1, 2, 3)
-
-
-def take(x: Tensor, places: Tensor) -> Tensor:
-    """The frames of x [1, C, M, H, W] at `places` [K]: [1, C, K, H, W], in the same memory format."""
-    frames = x.permute(0, 2, 3, 4, 1)  # [1, M, H, W, C]
-    if frames.is_contiguous():  # as rows, which torch copies six times as fast as blocks of more dimensions
-        rows = frames.flatten(2)[0].index_select(0, places)
-        return rows.view(1, len(places), *frames.shape[2:]).permute(0, 4, 1, 2, 3)
-    return x.index_select(2, places)
+from atfr.models.segments import Segments, Window, boundaries, centres, layout, neighbours, pack, starts, take, unpadded, window_of
 
 
 def apart(run: Callable[[Tensor], Tensor], x: Tensor, segments: Segments, window: Window, *, fill: float = 0.0) -> Tensor:
@@ -95,11 +25,11 @@ def apart(run: Callable[[Tensor], Tensor], x: Tensor, segments: Segments, window
     Clips are parted by gaps of `fill` as wide as the operation's padding, each clip starting at a
     multiple of its stride.
     """
-    layout = _layout(segments.lengths, window, x.device)
-    spaced = take(x, layout.source)
-    if layout.gaps is not None:
-        spaced = spaced.index_fill(2, layout.gaps, fill) if spaced.requires_grad else spaced.index_fill_(2, layout.gaps, fill)
-    return take(run(spaced), layout.kept)
+    plan = layout(segments.lengths, window, x.device)
+    spaced = take(x, plan.source)
+    if plan.gaps is not None:
+        spaced = spaced.index_fill(2, plan.gaps, fill) if spaced.requires_grad else spaced.index_fill_(2, plan.gaps, fill)
+    return take(run(spaced), plan.kept)
 
 
 def as_batch(run: Callable[[Tensor], Tensor], x: Tensor, segments: Segments) -> Tensor | None:
@@ -121,7 +51,7 @@ def conv3d(module: nn.Conv3d, x: Tensor, segments: Segments) -> Tensor:
     _check(x, segments)
     way, window = way_of(module, segments.lengths, x.device), window_of(module)
     if way == "pick":
-        x = take(x, _centres(segments.lengths, window, x.device))
+        x = take(x, centres(segments.lengths, window, x.device))
         stride = (1, *module.stride[1:])
         return nn.functional.conv3d(x, module.weight, module.bias, stride, module.padding, module.dilation, module.groups)
     image = x.device.type == "cpu" and _over_time_alone(module)
@@ -162,8 +92,8 @@ def wasted(module: nn.Conv3d, lengths: Sequence[int], device: torch.device) -> f
         return 2 * 2 / 3 * (len(lengths) - 1)  # two outputs a boundary, of two taps each
     if way != "gaps":
         return 0
-    starts = _starts(lengths, window)
-    return window.out(starts[-1] + lengths[-1]) - sum(window.out(length) for length in lengths)
+    begins = starts(lengths, window)
+    return window.out(begins[-1] + lengths[-1]) - sum(window.out(length) for length in lengths)
 
 
 def _over_time_alone(module: nn.Conv3d) -> bool:
@@ -189,7 +119,7 @@ def _by_taps(module: nn.Conv3d, x: Tensor, segments: Segments) -> Tensor:
     out = nn.functional.linear(rows, taps[middle], module.bias).view(m, -1)  # [M, H W C']
     for i, tap in enumerate(taps):
         if i != middle:
-            into, source = _neighbours(segments.lengths, (i - middle) * module.dilation[0], x.device)
+            into, source = neighbours(segments.lengths, (i - middle) * module.dilation[0], x.device)
             product = nn.functional.linear(rows, tap).view(m, -1)
             out = out.index_add(0, into, product.index_select(0, source).to(out.dtype))
     return out.view(1, m, h, w, -1).permute(0, 4, 1, 2, 3)
@@ -197,7 +127,7 @@ def _by_taps(module: nn.Conv3d, x: Tensor, segments: Segments) -> Tensor:
 
 def _mended(module: nn.Conv3d, x: Tensor, segments: Segments) -> Tensor:
     """Run over the boundaries, and write what belongs to the first and last feature of each clip over it."""
-    lasts, before, firsts, after = _boundaries(segments.lengths, x.device)
+    lasts, before, firsts, after = boundaries(segments.lengths, x.device)
     out = module(x)
     conv = functools.partial(
         nn.functional.conv3d, bias=module.bias, stride=module.stride, padding=(0, *module.padding[1:]), dilation=module.dilation, groups=module.groups
@@ -246,12 +176,6 @@ def _average(module: nn.AvgPool3d, x: Tensor) -> Tensor:
     if missing <= 0 or window.out(x.shape[2]) < 1:
         return module(x)
     return module(nn.functional.pad(x, (0, 0, 0, 0, 0, missing)))[:, :, : window.out(x.shape[2])]
-
-
-def window_of(module: nn.Module) -> Window:
-    """The temporal window of a convolution or pool."""
-    sizes = [getattr(module, name, 1) for name in ("kernel_size", "stride", "padding", "dilation")]
-    return Window(*(size if isinstance(size, int) else size[0] for size in sizes))
 
 
 def framewise_pool(x: Tensor, grid: int) -> Tensor:
@@ -318,99 +242,3 @@ def non_local(module: nn.Module, x: Tensor, segments: Segments) -> Tensor:
 def _check(x: Tensor, segments: Segments) -> None:
     if x.shape[2] != sum(segments.lengths):
         raise AssertionError(f"packed length {x.shape[2]} is not the sum of {segments.lengths}")
-
-
-class _Layout(NamedTuple):
-    source: Tensor  # [G] the packed frame that each place of the parted sequence holds; gaps hold any
-    gaps: Tensor | None  # the places of the gaps
-    kept: Tensor  # [M'] the outputs that belong to a clip
-
-
-def _starts(lengths: Sequence[int], window: Window) -> list[int]:
-    starts, end = [], 0
-    for length in lengths:
-        start = -(-end // window.stride) * window.stride
-        starts.append(start)
-        end = start + max(length + window.padding, (window.out(length) - 1) * window.stride + 1)
-    return starts
-
-
-# Plans are made on the host from the lengths alone and cached by them, so that the many operations
-# of one batch share a few.
-
-
-@lru_cache(maxsize=1024)
-def _layout(lengths: tuple[int, ...], window: Window, device: torch.device) -> _Layout:
-    starts = _starts(lengths, window)
-    source, filled, kept, first = [0] * (starts[-1] + lengths[-1]), set(), [], 0
-    for start, length in zip(starts, lengths):
-        source[start : start + length] = range(first, first + length)
-        filled.update(range(start, start + length))
-        kept += range(start // window.stride, start // window.stride + window.out(length))
-        first += length
-    gaps = [place for place in range(len(source)) if place not in filled]
-    return _Layout(_on(source, device), _on(gaps, device) if gaps else None, _on(kept, device))
-
-
-@lru_cache(maxsize=1024)
-def _centres(lengths: tuple[int, ...], window: Window, device: torch.device) -> Tensor:
-    centres, first, shift = [], 0, window.dilation * (window.kernel - 1) // 2 - window.padding
-    for length in lengths:
-        centres += [first + min(max(i * window.stride + shift, 0), length - 1) for i in range(window.out(length))]
-        first += length
-    return _on(centres, device)
-
-
-@lru_cache(maxsize=256)
-def _neighbours(lengths: tuple[int, ...], shift: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The features that have another one of their clip `shift` after them, and that other one."""
-    into, first = [], 0
-    for length in lengths:
-        into += [first + i for i in range(length) if 0 <= i + shift < length]
-        first += length
-    return _on(into, device), _on([place + shift for place in into], device)
-
-
-@lru_cache(maxsize=256)
-def _boundaries(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The last feature of each clip but the last and the one before it; the first of each but the first
-    and the one after it; -1 where the clip has no such neighbour."""
-    ends = list(itertools.accumulate(lengths))
-    lasts = [end - 1 for end in ends[:-1]]
-    before = [end - 2 if length > 1 else -1 for end, length in zip(ends, lengths[:-1])]
-    firsts = ends[:-1]
-    after = [first + 1 if length > 1 else -1 for first, length in zip(firsts, lengths[1:])]
-    return tuple(_on(places, device) for places in (lasts, before, firsts, after))
-
-
-@lru_cache(maxsize=256)
-def _owner(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    return _on([clip for clip, length in enumerate(lengths) for _ in range(length)], device)
-
-
-@lru_cache(maxsize=256)
-def _padded(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    rows, first = [], 0
-    for length in lengths:
-        rows.append([*range(first, first + length), *[0] * (max(lengths) - length)])
-        first += length
-    return _on(rows, device)
-
-
-@lru_cache(maxsize=256)
-def unpadded(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """[M] int64: where each packed position lies in [N, longest], flattened."""
-    return _on([clip * max(lengths) + i for clip, length in enumerate(lengths) for i in range(length)], device)
-
-
-@lru_cache(maxsize=256)
-def _counts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    return _on(lengths, device)
-
-
-def _on(values: Sequence, device: torch.device) -> Tensor:
-    """Integers on the device, without making the host wait for it."""
-    with torch.inference_mode(False):  # a tensor made in inference mode could not serve a training step later
-        if device.type != "cuda":
-            return torch.tensor(values, dtype=torch.int64, device=device)  # of no values, too
-        return torch.tensor(values, dtype=torch.int64).pin_memory().to(device, non_blocking=True)

@@ -16,7 +16,7 @@ from pytorchvideo.layers.swish import Swish
 from torch import fx, nn
 
 from atfr.models import packed
-from atfr.models.packed import Window, window_of
+from atfr.models.segments import Window, window_of
 
 FRAMEWISE_MODULES = (
     nn.modules.batchnorm._BatchNorm,

@@ -19,7 +19,7 @@ from typing import Callable, Mapping, NamedTuple, Sequence
 from torch import Tensor, fx, nn
 
 from atfr.models import packed, packed_forms
-from atfr.models.packed import Segments, Window
+from atfr.models.segments import Segments, Window
 from atfr.models.packed_forms import NoPackedForm
 from atfr.models.sgs_layer import sample
 

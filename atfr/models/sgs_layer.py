@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from atfr.models import sgs
-from atfr.models.packed import Segments, framewise_pool, unpadded
+from atfr.models.packed import framewise_pool
+from atfr.models.segments import Segments, unpadded
 
 EMBEDDINGS = ("mlp", "pooled", "frozen")
 

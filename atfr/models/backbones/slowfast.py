@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from atfr.models.backbones.common import variant, mended
 from atfr.models import packed
 from atfr.models.network import VideoNet
-from atfr.models.packed import Segments, take
+from atfr.models.segments import Segments, take, window_of
 from atfr.models.sgs_layer import SGSOptions
 
 _NAMES = ("stem", "res2", "res3", "res4", "res5")
@@ -163,7 +163,7 @@ class Fusion(nn.Module):
 
     def _released(self, slow: Tensor, slow_segments: Segments, fast: Tensor, fast_segments: Segments) -> Packed:
         fused = self.activation(self.norm(packed.conv3d(self.conv_fast_to_slow, fast, fast_segments)))
-        fused_segments = fast_segments.through(packed.window_of(self.conv_fast_to_slow))
+        fused_segments = fast_segments.through(window_of(self.conv_fast_to_slow))
         lengths = tuple(max(pair) for pair in zip(slow_segments.lengths, fused_segments.lengths))
         parts = [_centred(x, segments.lengths, lengths) for x, segments in ((slow, slow_segments), (fused, fused_segments))]
         # Padded features have no time of their own: zeros among the Slow ones, which keep theirs.
