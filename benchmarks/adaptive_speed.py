@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true", help="under autocast to bfloat16")
     parser.add_argument("--compile", action="store_true", help="dense and packed once more under torch.compile")
-    parser.add_argument("--predictions", type=Path, help="a predictions.csv, whose B' / T are drawn from")
+    parser.add_argument("--predictions", type=Path, help="a run folder's predictions.csv, whose B' / T are drawn from")
     parser.add_argument("--fresh-memory", action="store_true", help="on the CPU: leave glibc's defaults, with which large tensors are mapped anew")
     parser.add_argument("--output", type=Path, help="a file for the table and, beside it with .json, the figures")
     arguments = parser.parse_args()
@@ -182,7 +182,8 @@ def distributions(batch: int, frames: int, least: int, predictions: Path | None)
     if predictions is not None:
         with open(predictions, newline="") as file:
             kept = [int(row["bins"].split("/")[0]) for row in csv.DictReader(file)]
-        yield "real", fitting([random.Random(i).choice(kept) / max(kept) for i in range(batch)])
+        whole = json.loads(predictions.with_name("results.json").read_text())["bins"]["frames"]
+        yield "real", fitting([random.Random(i).choice(kept) / whole for i in range(batch)])
 
 
 def timed(runs: dict[str, Callable[[], object]], *, rounds: int, device: torch.device) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """The table of all backbones with SGS behind res2: cost, exactness and speed of packed execution.
 
-    python benchmarks/backbones.py [--models x3d slow ...] [--batch 8] [--output docs/backbones.md]
+    python benchmarks/backbones.py [--models x3d slow ...] [--batch 4] [--output docs/backbones.md]
 
 Each network runs the clip it was published with. Written into the file between two marks.
 
@@ -49,8 +49,8 @@ class Row(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=NAMES, choices=NAMES)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--output", type=Path, help="a file with the two marks; the table goes between them")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
