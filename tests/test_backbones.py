@@ -150,6 +150,7 @@ def test_the_papers_network_trains_on_clips_of_any_size(name):
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_any_frame_size_will_do_and_no_softmax_ends_the_network(name):
     case = CASES[name]

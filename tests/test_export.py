@@ -64,6 +64,7 @@ def find_width(model: VideoNet, samples: dict[str, torch.Tensor]) -> None:
     kinds(max((0.02, 0.05, 0.1, 0.2, 0.4, 0.8), key=kinds))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("sgs", [ATFR, pytest.param(REFERENCE, marks=pytest.mark.slow)], ids=["atfr", "reference"])
 def test_x3d(sgs, format, tmp_path):
@@ -101,6 +102,7 @@ def test_a_dense_network_says_how_many_frames_there_are(format, tmp_path):
     check(VideoNet(small().backbone, stages={}, sgs=None), clips(6, 16), tmp_path, format, different=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_features_of_a_size_that_the_grid_does_not_divide(format, tmp_path):
     samples = clips(12, 18)
@@ -189,6 +191,7 @@ def test_the_file_needs_nothing_of_ours(trained, tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "export/model.pt2")], check=True, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_an_export_that_differs_is_an_error_and_replaces_nothing(trained, tmp_path, monkeypatch):
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
     (tmp_path / "export").mkdir()

@@ -349,6 +349,7 @@ GRADIENTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, place, rule", GRADIENTS, ids=in_words)
 def test_gradients_of_a_batch_are_the_sum_of_those_of_its_clips(name, place, rule):
     net, paths = copy.deepcopy(built(name, place, rule)).double(), paths_of(name, place)

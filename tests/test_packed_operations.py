@@ -102,12 +102,12 @@ CONVS = [
     Conv("taps", (7, 1, 1), padding=(3, 0, 0)),
     Conv("taps", (3, 1, 1), padding=(2, 0, 0), dilation=(2, 1, 1)),
     Conv("taps", (5, 1, 1), padding=(6, 0, 0), dilation=(3, 1, 1), bias=False),
-    Conv("mend", (3, 3, 3), padding=(1, 1, 1)),
-    Conv("mend", (3, 3, 3), (1, 2, 2), (1, 1, 1), bias=False),
-    Conv("mend", (3, 3, 3), (1, 2, 1), (1, 2, 1), (1, 2, 1)),
-    Conv("mend", (3, 3, 3), padding=(1, 1, 1), groups=4),
-    Conv("mend", (3, 1, 1), padding=(1, 0, 0), groups=2),
-    Conv("mend", (3, 1, 1), (1, 2, 2), (1, 0, 0)),
+    Conv("gaps", (3, 3, 3), padding=(1, 1, 1)),
+    Conv("gaps", (3, 3, 3), (1, 2, 2), (1, 1, 1), bias=False),
+    Conv("gaps", (3, 3, 3), (1, 2, 1), (1, 2, 1), (1, 2, 1)),
+    Conv("gaps", (3, 3, 3), padding=(1, 1, 1), groups=4),
+    Conv("gaps", (3, 1, 1), padding=(1, 0, 0), groups=2),
+    Conv("gaps", (3, 1, 1), (1, 2, 2), (1, 0, 0)),
     Conv("gaps", (3, 3, 3), (2, 2, 2), (1, 1, 1)),
     Conv("gaps", (3, 1, 1), (2, 1, 1), (1, 0, 0), bias=False),
     Conv("gaps", (3, 1, 1), (3, 1, 1), (1, 0, 0), groups=4),
@@ -166,6 +166,16 @@ def test_all_ways_of_one_convolution_agree(monkeypatch, way, memory):
             check(lambda x, segments: packed.conv3d(module, x, segments), module, lengths, memory)
 
 
+@pytest.mark.parametrize("memory", FORMATS)
+@pytest.mark.parametrize("sizes", [{"padding": 1}, {"padding": 1, "stride": (1, 2, 2), "bias": False}, {"padding": 1, "groups": 4}])
+def test_boundaries_that_are_mended_are_those_of_each_clip(monkeypatch, sizes, memory):
+    monkeypatch.setattr(packed, "way_of", lambda *_: "mend")
+    module = nn.Conv3d(4, 8, 3, **sizes)
+    for lengths in LENGTHS:
+        if len(lengths) > 1:
+            check(lambda x, segments: packed.conv3d(module, x, segments), module, lengths, memory)
+
+
 @pytest.mark.parametrize("conv", CONVS, ids=identify)
 def test_what_a_convolution_computes_in_vain_is_what_wasted_says(conv):
     module = conv.module()
@@ -177,7 +187,9 @@ def test_what_a_convolution_computes_in_vain_is_what_wasted_says(conv):
     if conv.way == "gaps":
         assert computed == [out.shape[2] + wasted]
     else:
-        assert wasted == (4 if conv.way == "mend" else 0)
+        assert wasted == 0
+    if module.kernel_size[0] == 3 and module.stride[0] == module.padding[0] == module.dilation[0] == 1:
+        assert packed.wasted(module, lengths, torch.device("cuda")) == 4  # two outputs of two taps at each of three boundaries
 
 
 POOLS = [
