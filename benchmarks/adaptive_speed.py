@@ -40,7 +40,7 @@ from atfr.models.network import VideoNet
 from atfr.models.program import Traced
 from atfr.models.sgs_layer import SGSOptions, sample
 
-OPTIONS = SGSOptions(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=1.0)
+OPTIONS = SGSOptions(similarity="partition", evenness=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=1.0)
 CLIPS_LAST = torch.channels_last_3d
 
 

@@ -20,7 +20,7 @@ from atfr.engine.statistics import calibrate_width, precise_batch_norm
 from atfr.models.backbones.slowfast import FUSION_RULES, slowfast
 from atfr.models.sgs_layer import SGSOptions
 
-OPTIONS = dict(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
+OPTIONS = dict(similarity="partition", evenness=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import runpy
 import subprocess
@@ -33,6 +34,9 @@ def run_tool(name: str, *arguments: str) -> Outcome:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:
         sys.argv = before
+        for logger in logging.root.manager.loggerDict.values():  # hydra's logging may disable all there are, for good
+            if isinstance(logger, logging.Logger):
+                logger.disabled = False
     return Outcome(code, out.getvalue(), err.getvalue())
 
 

@@ -333,7 +333,7 @@ def test_the_number_of_parameters_is_the_published_one(name):
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(PARAMETERS[name], abs=0.005)
 
 
-@pytest.mark.parametrize("build", {case.build for case in CASES.values()}, ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", dict.fromkeys(case.build for case in CASES.values()), ids=lambda build: build.__name__)
 def test_an_unknown_size_is_refused_with_the_sizes_there_are(build):
     sizes = [case.size for case in CASES.values() if case.build is build]
     with pytest.raises(ValueError, match=f"model.size='huge' is not a size of {build.__name__}; choose one of .*{sizes[-1]}"):

@@ -516,6 +516,22 @@ def test_a_network_with_an_unknown_module_runs_bucketed_and_says_why(caplog):
         close(batch.logits, torch.cat([net(clip[None]).logits for clip in clips]), 1e-5)
 
 
+class ByName(nn.Module):
+    """Gives a module with a packed form of its own its input by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = Tight()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.own(x=x)
+
+
+def test_a_packed_form_of_its_own_that_is_called_by_keyword_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"second\.0\.own behind SGS.*by position, not as x"):
+        toy(ByName(), execution="packed")
+
+
 def test_bucketed_execution_refuses_batch_norm_that_is_trained():
     net = toy(nn.ReLU(), norm=True, execution="bucketed")
     assert net.execution == "bucketed"

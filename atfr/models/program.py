@@ -220,6 +220,8 @@ class PackedTrunk:
 
     def _write_own(self, node: fx.Node) -> Value:
         """A module with a packed form of its own, whose output may have lengths of its own."""
+        if node.kwargs:
+            raise NoPackedForm(f"{node.target} behind SGS has no packed form: packed_forward takes its inputs by position, not as {', '.join(node.kwargs)}")
         pairs = []
         for value in (self.values[i] for i in node.args):
             if value.time is None:  # keeps all its frames
