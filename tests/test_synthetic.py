@@ -94,7 +94,7 @@ def test_the_classes_are_closed_under_reversal():
 @pytest.mark.parametrize("frames", [31, 36, 44])
 def test_every_window_of_16_frames_at_stride_2_shows_every_phase(frames, dwell):
     for timeline in timelines(300, frames=frames, dwell=dwell):
-        assert min(timeline.dwells) >= scene.MIN_DWELL
+        assert min(timeline.dwells) >= (scene.BRIEF_DWELL if dwell == "brief" else scene.MIN_DWELL)
         for start in range(frames - scene.WINDOW + 1):
             shown = {phase_at(timeline, frame) for frame in range(start, start + scene.WINDOW, 2)}
             assert shown >= set(range(len(PHASES)))
@@ -123,6 +123,7 @@ def test_dwell_times_are_uneven_unless_asked_otherwise():
         return float(np.mean([max(t.dwells) / sum(t.dwells) for t in timelines(500, dwell=dwell)]))
 
     assert longest_share("uneven") > 0.4
+    assert longest_share("brief") > longest_share("uneven")
     assert longest_share("even") < 0.3
 
 

@@ -80,7 +80,8 @@ def generate(
     - `train`, `test`: number of videos; the classes have equal shares (counts differ by one at most).
     - `size`: height and width in pixels. `frames`: length of a video; every window of 31 frames (a clip
       of 16 at stride 2) shows all phases.
-    - `dwell`: "uneven" (one phase often lasts most of the clip) or "even" (all last equally long).
+    - `dwell`: "uneven" (one phase often lasts most of the clip), "even" (all last equally long) or "brief" (as
+      uneven, and a short phase is a single frame of such a clip).
     - `workers`: processes; None takes one a CPU core, 1 works in the calling process.
 
     A run that was killed goes on where it stopped. Raises ValueError for an argument out of range and for

@@ -35,8 +35,9 @@ assert list(CLASSES) == sorted(CLASSES)
 
 WINDOW = 31  # video frames spanned by a clip of 16 frames at stride 2
 MIN_DWELL = 3  # video frames: at stride 2 a phase gives one or two frames of the clip at least
+BRIEF_DWELL = 2  # the same of dwell="brief": at stride 2 exactly one frame of the clip at least
 MIN_SLACK = 6  # video frames to share out unevenly; fewer and the dwell times are all alike
-DWELLS: tuple[str, ...] = ("uneven", "even")
+DWELLS: tuple[str, ...] = ("uneven", "even", "brief")
 SPLITS: tuple[str, ...] = ("train", "test")
 
 CONCENTRATION = 0.3  # of the Dirichlet that shares out the slack: small means one phase takes most
@@ -133,15 +134,16 @@ def draw_timeline(rng: np.random.Generator, *, frames: int, dwell: str) -> Timel
     """
     margin = frames - WINDOW
     core = frames - 2 * margin
-    slack = core - len(PHASES) * MIN_DWELL
+    least = BRIEF_DWELL if dwell == "brief" else MIN_DWELL
+    slack = core - len(PHASES) * least
     absent = int(rng.integers(0, slack // 3 + 1))  # frames of the core without the object
     onset = margin + int(rng.integers(0, absent + 1))
     spare = slack - absent
-    if dwell == "uneven":
+    if dwell != "even":
         extra = rng.multinomial(spare, rng.dirichlet([CONCENTRATION] * len(PHASES)))
     else:
         extra = rng.permutation([(spare + i) // len(PHASES) for i in range(len(PHASES))])
-    bounds = onset + np.concatenate([[0], np.cumsum(MIN_DWELL + extra)])
+    bounds = onset + np.concatenate([[0], np.cumsum(least + extra)])
     return Timeline(starts=tuple(int(b) for b in bounds[:-1]), end=int(bounds[-1]))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from pytorchvideo.models.resnet import create_resnet
 from torch import nn
 
-from atfr.models.backbones.common import variant, mended
+from atfr.models.backbones.common import mended, variant
 from atfr.models.network import VideoNet
 from atfr.models.sgs_layer import SGSOptions
 
