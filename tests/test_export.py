@@ -18,7 +18,7 @@ from atfr.models.backbones import resnets, slowfast, torchvision3d, x3d
 from atfr.models.network import VideoNet
 from atfr.models.sgs_layer import SGSOptions
 
-ATFR = SGSOptions(before_activation=False, similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", width=0.5)
+ATFR = SGSOptions(before_activation=False, similarity="partition", evenness=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", width=0.5)
 REFERENCE = SGSOptions()
 WITHOUT_ONNX = [name for name in export.ONNX_PACKAGES if importlib.util.find_spec(name) is None]
 FORMATS = ["torch_export", "onnx"]

@@ -79,14 +79,15 @@ class VideoNet(nn.Module):
         self.places = places = _resolve(sgs.places, stages, backbone)
         traced = Traced(backbone, places, before_activation=sgs.before_activation)
         clip = torch.zeros(1, 3, *probe, device=next(backbone.parameters()).device)
-        with _evaluating(self):  # so that the probe leaves the running statistics alone
+        with evaluating(self):  # so that the probe leaves the running statistics alone
             features = traced.stem(self, PREFIX, list(traced.cuts))(clip)
         for name, x in zip(places, features):
             self.sgs[_key(name)] = SGS(x.shape[1], sgs, name=name)
         # Kept out of the module tree: the programs call the backbone's own modules, and registering
         # them would list every parameter a second time.
         self._levels = [[_key(traced.cuts[cut]) for cut in cuts] for cuts in traced.levels]
-        self._programs = (traced.stem(self, PREFIX), self._trunk(traced, sgs.execution, probe))
+        stem = traced.stem(self, PREFIX)
+        self._programs = (stem, self._trunk(traced, stem, sgs.execution, probe))
 
     def forward(self, clips: Tensor, forced: Sequence[tuple[int, ...]] | None = None) -> Prediction:
         """Logits of clips [N, 3, T, H, W]; for `forced` see `sgs_layer.sample`.
@@ -123,14 +124,14 @@ class VideoNet(nn.Module):
         """The program of packed execution: (the stem's outputs, forced) -> (logits, what was done)."""
         return self._programs[1]
 
-    def _trunk(self, traced: Traced, execution: str, probe: tuple[int, int, int]) -> nn.Module:
+    def _trunk(self, traced: Traced, stem: nn.Module, execution: str, probe: tuple[int, int, int]) -> nn.Module:
         """The packed trunk, or the plain one where it cannot be packed; sets `execution`."""
         if execution != "bucketed":
             try:
                 packed = PackedTrunk(traced, self, PREFIX, lambda name: f"sgs.{_key(name)}")
                 for name, least in packed.least_bins().items():
                     self.sgs[_key(name)].min_bins = least
-                self._self_check(traced, packed, probe)
+                self._self_check(traced, stem, packed, probe)
                 self.execution = "packed"
                 self.times, self.layer_inputs = packed.times, packed.inputs
                 return packed.module
@@ -158,7 +159,7 @@ class VideoNet(nn.Module):
             logits.update(zip(clips.tolist(), out))
         return torch.stack([logits[clip] for clip in range(len(lengths))]), sampled
 
-    def _self_check(self, traced: Traced, packed: PackedTrunk, probe: tuple[int, int, int]) -> None:
+    def _self_check(self, traced: Traced, stem: nn.Module, packed: PackedTrunk, probe: tuple[int, int, int]) -> None:
         """Raise NoPackedForm unless clips of different length give together what they give alone."""
         device = next(self.backbone.parameters()).device
         if device.type == "meta":
@@ -167,8 +168,8 @@ class VideoNet(nn.Module):
         clips = torch.randn(3, 3, *probe, generator=random).to(device)
         # A norm at its start may multiply a branch by zero, and nothing of it would be seen.
         norms = {name: torch.rand(p.shape, generator=random).to(p) + 0.5 for name, p in packed.module.named_parameters() if p.dim() == 1}
-        with _evaluating(self):
-            features = traced.stem(self, PREFIX)(clips.contiguous(memory_format=torch.channels_last_3d))
+        with evaluating(self):
+            features = stem(clips.contiguous(memory_format=torch.channels_last_3d))
             forced = self._uneven(traced, packed, features)
             together = torch.func.functional_call(packed.module, norms, (*features, forced))[0]
             for i, row in enumerate(together):
@@ -217,7 +218,8 @@ def _key(name: str) -> str:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode and without gradients; each module's own mode comes back afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -11,6 +11,8 @@ dropped: a clip keeps B' <= min(B, T) features. What "alike" means:
 - `path`: close along the clip's path through similarity space, so that bins are contiguous in time.
 - `anchor`: frames are taken in time order and a new bin opens when a frame is farther than `width`
   from the running mean of the open bin: contiguous bins, and noise does not add up.
+- `partition`: the cut into contiguous bins that leaves least variance within them, at a price a bin
+  (see `partition.py`).
 - `uniform`, `stride`, `random`, `none`: baselines that do not look at the embeddings.
 
 The first three give a scalar d_t, which is cut into bins relative to each clip's largest
@@ -26,8 +28,11 @@ import math
 import torch
 from torch import Tensor
 
-BASELINES = ("uniform", "stride", "random", "none")
-SIMILARITIES = ("distance_to_mean", "magnitude", "path", "anchor", *BASELINES)
+from atfr.models.baselines import BASELINES, baseline, uniform_bins
+from atfr.models.partition import best_cuts, bin_counts, partition_bins
+
+SEGMENTING = ("anchor", "partition")  # cut the clip into contiguous bins; no frame has a position inside its bin
+SIMILARITIES = ("distance_to_mean", "magnitude", "path", *SEGMENTING, *BASELINES)
 METRICS = ("l2", "l1", "cosine", "mahalanobis")
 KERNELS = ("linear", "linear_normalized", "delta", "delta_normalized", "mean")
 SCALES = ("relative", "absolute")
@@ -52,6 +57,7 @@ def sampling_weights(
     valid: Tensor | None = None,
     min_bins: int = 1,
     noise_floor: float | Tensor = 0.0,
+    evenness: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Weights with which each clip's frames are summed into its kept bins.
 
@@ -65,11 +71,14 @@ def sampling_weights(
         num_bins: B, the most bins a clip may keep (`none` keeps every frame whatever B).
         similarity, metric, kernel, scale, edges, order: see the module and `check_choices`.
         width: scale=absolute only, the same for all clips: the extent of a bin in units of d, or
-            for `anchor` the largest distance (root mean square over D) between a frame and its bin.
+            for `anchor` the largest distance (root mean square over D) between a frame and its bin,
+            for `partition` the square root of what a bin costs.
         valid: [N] int64, how many of the T frames of each clip exist; the rest is padding and has
             no influence. On the host it costs no synchronisation with the device.
-        min_bins: a clip that would keep fewer is cut into this many contiguous bins of equal size.
+        min_bins: a clip that would keep fewer is cut into this many contiguous bins: of equal size, or
+            with `partition` those that leave least variance.
         noise_floor: path only, taken off the length of each step (see `median_step`).
+        evenness: partition only, how far a bin's price grows with the clip's own change (0 to 1).
 
     Returns:
         weights [N, B, T] (`none`: [N, max(B, T), T]) in float32 or float64, a clip's kept bins
@@ -81,13 +90,17 @@ def sampling_weights(
         ValueError: a choice or a value that is not possible or does not fit the others.
     """
     check_choices(similarity, metric, kernel, scale, edges, order)
-    _check_values(z, num_bins, similarity, scale, width, min_bins, noise_floor)
+    _check_values(z, num_bins, similarity, scale, width, min_bins, noise_floor, evenness)
     z, mask, frames, spoilt = _existing_frames(z, valid, min_bins)
     rows = max(num_bins, z.shape[1]) if similarity == "none" else num_bins
     if similarity in BASELINES:
         bins, weights = baseline(similarity, frames, num_frames=z.shape[1], num_bins=num_bins)
-    elif similarity == "anchor":
-        bins, weights = anchor_bins(z, width=width, num_bins=num_bins), torch.ones_like(mask)
+    elif similarity in SEGMENTING:
+        if similarity == "anchor":
+            bins = anchor_bins(z, width=width, num_bins=num_bins)
+        else:
+            bins = partition_bins(z, frames, width=width, num_bins=num_bins, min_bins=min_bins, evenness=evenness)
+        weights = torch.ones_like(mask)
         spoilt = spoilt | (width != width)  # a width never set, which opens no bin
     else:
         distance = distances(z, mask, similarity=similarity, metric=metric, noise_floor=noise_floor)
@@ -111,17 +124,17 @@ def check_choices(similarity: str, metric: str, kernel: str, scale: str, edges: 
             raise ValueError(f"sgs {name}={value!r} does not exist; choose one of {', '.join(possible)}")
     if similarity in BASELINES and scale != "relative":
         raise ValueError(f"sgs similarity={similarity} measures nothing that scale={scale} could cut: set scale=relative")
-    if similarity == "anchor" and scale != "absolute":
-        raise ValueError(f"sgs similarity=anchor compares frames with one width for all clips, not scale={scale}: set scale=absolute")
-    if similarity in (*BASELINES, "anchor") and kernel != "mean":
+    if similarity in SEGMENTING and scale != "absolute":
+        raise ValueError(f"sgs similarity={similarity} compares frames with one width for all clips, not scale={scale}: set scale=absolute")
+    if similarity in (*BASELINES, *SEGMENTING) and kernel != "mean":
         raise ValueError(f"sgs similarity={similarity} gives no position inside a bin, so kernel={kernel} means nothing: set kernel=mean")
-    if similarity == "anchor" and metric != "l2":
-        raise ValueError(f"sgs similarity=anchor measures root mean square distances, not metric={metric}: set metric=l2")
+    if similarity in SEGMENTING and metric != "l2":
+        raise ValueError(f"sgs similarity={similarity} measures root mean square distances, not metric={metric}: set metric=l2")
     if similarity == "path" and metric == "mahalanobis":
         raise ValueError("sgs similarity=path measures steps, for which metric=mahalanobis is not defined: set metric=l2, l1 or cosine")
 
 
-def _check_values(z, num_bins, similarity, scale, width, min_bins, noise_floor) -> None:
+def _check_values(z, num_bins, similarity, scale, width, min_bins, noise_floor, evenness) -> None:
     """Refuse impossible values; a width or floor in a tensor is not looked at, which could synchronise."""
     if z.dim() != 3 or not z.is_floating_point():
         raise ValueError(f"z must be a floating point [N, T, D] tensor, not {z.dtype} {tuple(z.shape)}")
@@ -137,6 +150,8 @@ def _check_values(z, num_bins, similarity, scale, width, min_bins, noise_floor) 
         raise ValueError(f"sgs width must be above 0, not {width}")
     if not isinstance(noise_floor, Tensor) and not (noise_floor > 0 and similarity == "path" or noise_floor == 0):
         raise ValueError(f"sgs noise_floor={noise_floor} with similarity={similarity}: it must be at least 0, and 0 unless similarity=path")
+    if not 0 <= evenness <= 1:
+        raise ValueError(f"sgs evenness={evenness} must be from 0 to 1")
 
 
 def _existing_frames(z: Tensor, valid: Tensor | None, least: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -263,42 +278,6 @@ def anchor_bins(z: Tensor, *, width: float | Tensor, num_bins: int) -> Tensor:
     return torch.stack(bins, dim=1)
 
 
-def baseline(similarity: str, frames: Tensor, *, num_frames: int, num_bins: int) -> tuple[Tensor, Tensor]:
-    """Bins and weights (0 or 1), both [N, T], that depend on nothing but each clip's frames [N].
-
-    uniform: min(B, T) contiguous bins of equal size; stride: the middle frame of each of these;
-    random: min(B, T) distinct frames, the same for all clips of this length; none: every frame.
-    """
-    time = torch.arange(num_frames, device=frames.device).expand(len(frames), num_frames)
-    if similarity == "none":
-        return time, torch.ones_like(time)
-    if similarity == "random":
-        chosen = _random_frames(num_frames, num_bins).to(frames.device)[frames]
-        return (chosen.cumsum(dim=1) - 1).clamp(min=0), chosen
-    parts = frames.clamp(max=num_bins)[:, None]
-    bins = uniform_bins(frames[:, None], parts, num_frames)
-    if similarity == "uniform":
-        return bins, torch.ones_like(bins)
-    first, after = ((b * frames[:, None] + parts - 1) // parts for b in (bins, bins + 1))  # of each frame's bin
-    return bins, (time == (first + after - 1) // 2).long()
-
-
-def _random_frames(num_frames: int, num_bins: int) -> Tensor:
-    """[T + 1, T]: row n says which min(B, n) frames are drawn from a clip of n, always the same."""
-    chosen = torch.zeros(num_frames + 1, num_frames, dtype=torch.long)
-    for n in range(1, num_frames + 1):
-        generator = torch.Generator().manual_seed(n)
-        chosen[n, torch.randperm(n, generator=generator)[:num_bins]] = 1
-    return chosen
-
-
-def uniform_bins(num_frames: int | Tensor, num_bins: int | Tensor, length: int | None = None) -> Tensor:
-    """[T] bin of each frame when T frames are cut into num_bins contiguous bins of equal size (+-1).
-    With num_frames [N, 1]: [N, length], in which padding has the last bin."""
-    time = torch.arange(length or num_frames, device=getattr(num_frames, "device", None))
-    return (time * num_bins // num_frames).clamp(max=num_bins - 1)
-
-
 def _members(bins: Tensor, mask: Tensor, rows: int) -> Tensor:
     """[N, rows, T]: whether a frame exists and lies in the bin."""
     return (bins[:, None] == torch.arange(rows, device=bins.device)[:, None]) & mask[:, None]
@@ -348,6 +327,7 @@ def calibrated_width(
     similarity: str = "anchor",
     metric: str = "l2",
     noise_floor: float = 0.0,
+    evenness: float = 0.0,
 ) -> float:
     """The widest width for which the clips z [N, T, D] keep `mean_bins` bins on average.
 
@@ -358,9 +338,12 @@ def calibrated_width(
         ValueError: as `sampling_weights`; or z holds a NaN or an infinity.
     """
     check_choices(similarity, metric, "mean", "absolute", "released", "similarity")
-    _check_values(z, num_bins, similarity, "absolute", 1.0, 1, noise_floor)
-    z, mask, _, spoilt = _existing_frames(z.detach(), valid)
-    if similarity == "anchor":
+    _check_values(z, num_bins, similarity, "absolute", 1.0, 1, noise_floor, evenness)
+    z, mask, frames, spoilt = _existing_frames(z.detach(), valid)
+    if similarity == "partition":
+        least, _ = best_cuts(z, frames, num_bins=num_bins)
+        distance = least[:, :1] ** ((1 - evenness) / 2)  # a higher price than E_1 opens no second bin
+    elif similarity == "anchor":
         distance = z.square().mean(dim=2).sqrt()  # no two frames are farther apart than twice the largest
     else:
         distance = distances(z, mask, similarity=similarity, metric=metric, noise_floor=noise_floor)
@@ -369,6 +352,8 @@ def calibrated_width(
         raise ValueError("the embeddings to calibrate an sgs width on hold a NaN or an infinity")
 
     def mean_at(width: float) -> float:
+        if similarity == "partition":
+            return bin_counts(least, width=width, evenness=evenness).double().mean().item()
         if similarity == "anchor":
             bins = anchor_bins(z, width=width, num_bins=num_bins)
         else:

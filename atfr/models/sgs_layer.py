@@ -46,6 +46,7 @@ class SGSOptions:
     width: float | None = None  # absolute scale: a fixed bin width; None: held to `target`
     target: float = 0.5  # mean B' / T that a width is held to, and what a baseline keeps without num_bins
     noise_floor: bool = False  # path: take the median step of the training clips off every step
+    evenness: float = 0.0  # partition: 0: one price a bin for all clips .. 1: in proportion to the clip's own change
     execution: str = "auto"  # of the network behind: auto | packed | bucketed
 
     def __post_init__(self) -> None:
@@ -70,6 +71,8 @@ class SGSOptions:
             raise ValueError(f"sgs width must be above 0, not {self.width}")
         if self.width is not None and self.scale != "absolute":
             raise ValueError("sgs width is one bin width for all clips, which scale=relative has not: set scale=absolute")
+        if not 0 <= self.evenness <= 1:
+            raise ValueError(f"sgs evenness={self.evenness} must be from 0 to 1")
         if self.noise_floor and self.similarity != "path":
             raise ValueError(f"sgs noise_floor is taken off the steps of similarity=path, not of {self.similarity}")
 
@@ -133,7 +136,7 @@ class SGS(nn.Module):
         super().__init__()
         self.options, self.name, self.min_bins = options, name, min_bins
         self.num_bins = options.num_bins  # may be changed between batches
-        if options.similarity in sgs.BASELINES:
+        if self.is_baseline:
             self.embedding = None
         elif options.embedding == "pooled":
             self.embedding = PooledEmbedding(options.grid)
@@ -146,6 +149,11 @@ class SGS(nn.Module):
             self.register_buffer("floor", torch.tensor(math.nan))
 
     @property
+    def is_baseline(self) -> bool:
+        """Whether B' has nothing to do with what a clip shows."""
+        return self.options.similarity in sgs.BASELINES
+
+    @property
     def tracks_width(self) -> bool:
         """Whether the bin width follows the data and is held to `target` while training."""
         return self.options.scale == "absolute" and self.options.width is None
@@ -154,8 +162,8 @@ class SGS(nn.Module):
         """B for clips of `frames` features."""
         if self.num_bins is not None:
             return self.num_bins
-        baseline = self.options.similarity in sgs.BASELINES and self.options.similarity != "none"
-        return max(self.min_bins, round(self.options.target * frames)) if baseline else frames
+        cuts = self.is_baseline and self.options.similarity != "none"
+        return max(self.min_bins, round(self.options.target * frames)) if cuts else frames
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Proposal:
         """Sample features [N, C, T, H, W], or packed ones [1, C, M, H, W] with their segments.
@@ -201,6 +209,7 @@ class SGS(nn.Module):
             valid=valid,
             min_bins=self.min_bins,
             noise_floor=self.floor if o.noise_floor else 0.0,
+            evenness=o.evenness,
         )
         return Proposal(z, lengths.new_full((len(z),), z.shape[1]) if valid is None else valid, weights, lengths, finite)
 
@@ -219,6 +228,7 @@ class SGS(nn.Module):
                 similarity=o.similarity,
                 metric=o.metric,
                 noise_floor=self.floor.item() if o.noise_floor else 0.0,
+                evenness=o.evenness,
             )
         )
 

@@ -1,0 +1,44 @@
+"""The baselines of SGS as pure functions: bins that do not look at what a clip shows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BASELINES = ("uniform", "stride", "random", "none")
+
+
+def baseline(similarity: str, frames: Tensor, *, num_frames: int, num_bins: int) -> tuple[Tensor, Tensor]:
+    """Bins and weights (0 or 1), both [N, T], that depend on nothing but each clip's frames [N].
+
+    uniform: min(B, T) contiguous bins of equal size; stride: the middle frame of each of these;
+    random: min(B, T) distinct frames, the same for all clips of this length; none: every frame.
+    """
+    time = torch.arange(num_frames, device=frames.device).expand(len(frames), num_frames)
+    if similarity == "none":
+        return time, torch.ones_like(time)
+    if similarity == "random":
+        chosen = _random_frames(num_frames, num_bins).to(frames.device)[frames]
+        return (chosen.cumsum(dim=1) - 1).clamp(min=0), chosen
+    parts = frames.clamp(max=num_bins)[:, None]
+    bins = uniform_bins(frames[:, None], parts, num_frames)
+    if similarity == "uniform":
+        return bins, torch.ones_like(bins)
+    first, after = ((b * frames[:, None] + parts - 1) // parts for b in (bins, bins + 1))  # of each frame's bin
+    return bins, (time == (first + after - 1) // 2).long()
+
+
+def _random_frames(num_frames: int, num_bins: int) -> Tensor:
+    """[T + 1, T]: row n says which min(B, n) frames are drawn from a clip of n, always the same."""
+    chosen = torch.zeros(num_frames + 1, num_frames, dtype=torch.long)
+    for n in range(1, num_frames + 1):
+        generator = torch.Generator().manual_seed(n)
+        chosen[n, torch.randperm(n, generator=generator)[:num_bins]] = 1
+    return chosen
+
+
+def uniform_bins(num_frames: int | Tensor, num_bins: int | Tensor, length: int | None = None) -> Tensor:
+    """[T] bin of each frame when T frames are cut into num_bins contiguous bins of equal size (+-1).
+    With num_frames [N, 1]: [N, length], in which padding has the last bin."""
+    time = torch.arange(length or num_frames, device=getattr(num_frames, "device", None))
+    return (time * num_bins // num_frames).clamp(max=num_bins - 1)

@@ -1,0 +1,86 @@
+"""The best cut of a clip into contiguous bins: `similarity=partition` of SGS, as pure functions.
+
+A cut into k bins leaves the variance within them: the sum over frames of the squared distance to
+their bin's mean. E_k is the least that k contiguous bins can leave, found exactly by dynamic
+programming (Fisher, "On grouping for maximum homogeneity", 1958). Every bin has a price, and a
+clip keeps the k that minimises E_k + price x k: where a greedy scan opens a bin at the first frame
+that differs enough, this weighs all cuts against each other, so that a gradual change does not
+spend bins and a short moment that nothing else explains keeps its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def partition_bins(
+    z: Tensor, frames: Tensor, *, width: float | Tensor, num_bins: int, min_bins: int = 1, evenness: float = 0.0
+) -> Tensor:
+    """Bin of each frame, [N, T] int64; whatever lies behind a clip's `frames` [N] is in its last bin.
+
+    Args:
+        z: [N, T, D] float32 or float64, 0 where there is no frame.
+        width, evenness: the price of a bin is width^2 x (E_1)^evenness, with distances as root mean
+            squares over D. 0: the same price for all clips, so that B' follows how much a clip
+            changes; 1: B' follows how its change is spread in time, whatever the amount.
+        num_bins, min_bins: bounds of B'; a clip never has more bins than frames.
+    """
+    least, cuts = best_cuts(z.detach(), frames, num_bins=num_bins)
+    return bins_of_cuts(cuts, bin_counts(least, width=width, min_bins=min_bins, evenness=evenness), frames)
+
+
+def best_cuts(z: Tensor, frames: Tensor, *, num_bins: int) -> tuple[Tensor, Tensor]:
+    """E_k of each clip, [N, B] (infinite for more bins than frames), and the cuts that reach it.
+
+    cuts[n, t, k]: where the last of k bins begins in the best cut of the first t frames of clip n.
+    """
+    costs, steps = within_costs(z, frames), z.shape[1]
+    least = z.new_full((len(z), steps + 1, num_bins + 1), torch.inf)
+    least[:, 0, 0] = 0
+    cuts = torch.zeros(least.shape, dtype=torch.int64, device=z.device)
+    for t in range(1, steps + 1):  # the first t frames: their last bin begins at any s before t
+        values, begins = (least[:, :t, :-1] + costs[:, :t, t, None]).min(dim=1)  # [N, B]
+        least[:, t, 1:], cuts[:, t, 1:] = values, begins
+    ends = frames[:, None, None].expand(-1, 1, num_bins + 1)
+    return least.gather(1, ends)[:, 0, 1:], cuts
+
+
+def within_costs(z: Tensor, frames: Tensor) -> Tensor:
+    """[N, T + 1, T + 1]: at s < t the variance left by frames s..t-1 in one bin; else infinite.
+
+    Mean square over D, summed over the frames: sum |z|^2 - |sum z|^2 / count, from sums of the Gram
+    matrix over blocks.
+    """
+    n, steps, dim = z.shape
+    rounding = 1e-6 * z.square().sum(dim=(1, 2)) / dim  # below it a difference is none: frames may be alike but for it
+    z = z - z.sum(dim=1, keepdim=True) / frames[:, None, None]
+    gram = z @ z.transpose(1, 2) / dim
+    squares, blocks = z.new_zeros(n, steps + 1), z.new_zeros(n, steps + 1, steps + 1)
+    squares[:, 1:] = gram.diagonal(dim1=1, dim2=2).cumsum(dim=1)
+    blocks[:, 1:, 1:] = gram.cumsum(dim=1).cumsum(dim=2)  # of the products of the first i and j frames
+    corner = blocks.diagonal(dim1=1, dim2=2)  # [N, T + 1]
+    inside = corner[:, None] + corner[:, :, None] - 2 * blocks  # of frames s..t-1 with each other
+    time = torch.arange(steps + 1, device=z.device)
+    count = time - time[:, None]  # t - s
+    costs = squares[:, None] - squares[:, :, None] - inside / count.clamp(min=1)
+    return (costs - rounding[:, None, None]).clamp(min=0).masked_fill(count < 1, torch.inf)
+
+
+def bin_counts(least: Tensor, *, width: float | Tensor, min_bins: int = 1, evenness: float = 0.0) -> Tensor:
+    """[N] int64: the number of bins with the least E_k + price x k, of E_k [N, B]; `min_bins` at least."""
+    price = width**2 * (least[:, :1] if evenness == 1 else least[:, :1] ** evenness if evenness else 1.0)
+    number = torch.arange(1, least.shape[1] + 1, device=least.device, dtype=least.dtype)
+    return (least + price * number)[:, min_bins - 1 :].argmin(dim=1) + min_bins
+
+
+def bins_of_cuts(cuts: Tensor, counts: Tensor, frames: Tensor) -> Tensor:
+    """[N, T]: the bins of the best cut into counts[n] bins, read from its end to its beginning."""
+    steps, most = cuts.shape[1] - 1, min(cuts.shape[1], cuts.shape[2]) - 1
+    clip, time = torch.arange(len(cuts), device=cuts.device), torch.arange(steps, device=cuts.device)
+    left = (counts[:, None] - torch.arange(most, device=cuts.device)).clamp(min=0)  # [N, most] bins not yet read
+    begins = [frames]
+    for k in range(most):
+        begins.append(cuts[clip, begins[-1], left[:, k]])
+    begun = torch.stack(begins[1:], dim=1).masked_fill(left == 0, steps)  # [N, most]
+    return (time >= begun[:, :, None]).sum(dim=1) - 1

@@ -1,0 +1,92 @@
+"""The best cut into contiguous bins against all cuts there are, tried one by one."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from atfr.models.partition import best_cuts, partition_bins
+from atfr.models.sgs import calibrated_width, check_choices, sampling_weights
+
+CHOICE = dict(similarity="partition", kernel="mean", scale="absolute", order="time")
+
+
+def left_over(clip: torch.Tensor, bounds: list[int]) -> float:
+    """Sum over frames of the mean squared difference to their bin's mean."""
+    parts = [clip[s:t] for s, t in zip(bounds, bounds[1:])]
+    return sum(float(((frame - sum(part) / len(part)) ** 2).mean()) for part in parts for frame in part)
+
+
+def all_cuts(clip: torch.Tensor, bins: int) -> list[list[int]]:
+    return [[0, *inner, len(clip)] for inner in combinations(range(1, len(clip)), bins - 1)]
+
+
+def bins_by_trial(clip: torch.Tensor, *, width: float, evenness: float, least: int, most: int) -> list[int]:
+    whole = left_over(clip, [0, len(clip)])
+    price = width**2 * whole**evenness
+    costs = {tuple(cut): left_over(clip, cut) + price * k for k in range(least, min(most, len(clip)) + 1) for cut in all_cuts(clip, k)}
+    cut = min(costs, key=costs.get)
+    return [sum(t >= begin for begin in cut[1:-1]) for t in range(len(clip))]
+
+
+@pytest.mark.parametrize("evenness", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("least, most", [(1, 8), (1, 3), (3, 8), (1, 20)])
+def test_bins_are_those_of_the_cheapest_of_all_cuts(evenness, least, most):
+    z = torch.randn(12, 8, 3, dtype=torch.float64).cumsum(dim=1)
+    lengths = torch.tensor([8, 8, 8, 5, 7, 3] * 2)
+    z = z.masked_fill(torch.arange(8)[None, :, None] >= lengths[:, None, None], 0)
+    found = []
+    for width in (0.1, 0.3, 0.6, 1.2):
+        bins = partition_bins(z, lengths, width=width, num_bins=most, min_bins=least, evenness=evenness)
+        for clip, length, own in zip(z, lengths.tolist(), bins.tolist()):
+            assert own[:length] == bins_by_trial(clip[:length], width=width, evenness=evenness, least=least, most=most)
+            found.append(own[length - 1] + 1)
+    assert len(set(found)) > 2 or most == 3
+
+
+def test_the_least_variance_of_each_number_of_bins_is_that_of_the_best_of_all_cuts():
+    z = torch.randn(3, 7, 2, dtype=torch.float64)
+    least, _ = best_cuts(z, torch.tensor([7, 7, 4]), num_bins=7)
+    for clip, length, row in zip(z, (7, 7, 4), least.tolist()):
+        for k in range(1, length + 1):
+            assert row[k - 1] == pytest.approx(min(left_over(clip[:length], cut) for cut in all_cuts(clip[:length], k)), abs=1e-4)
+        assert all(value == float("inf") for value in row[length:])
+
+
+def test_a_short_moment_keeps_its_bin_where_a_slow_drift_gets_none():
+    drift = torch.linspace(0, 1, 16)[:, None].repeat(1, 4)
+    flash = torch.zeros(16, 4)
+    flash[9] = 3
+    _, lengths = sampling_weights(torch.stack([drift, flash]), num_bins=16, width=1.3, **CHOICE)
+    assert lengths.tolist() == [1, 3]
+
+
+def test_evenness_makes_clips_of_the_same_shape_keep_equally_many_whatever_the_amount_of_change():
+    z = torch.randn(1, 16, 4).cumsum(dim=1)
+    z = torch.cat([z, z / 10, z * 0])
+
+    def kept(evenness: float) -> list[int]:
+        return sampling_weights(z, num_bins=16, width=0.3, evenness=evenness, **CHOICE)[1].tolist()
+
+    busy, quiet, still = kept(0.0)
+    assert busy > quiet >= still == 1
+    assert kept(1.0)[0] == kept(1.0)[1] > 1 and kept(1.0)[2] == 1
+    assert busy - quiet > kept(0.5)[0] - kept(0.5)[1] >= 0 and kept(0.5)[2] == 1
+
+
+@pytest.mark.parametrize("evenness", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("mean_bins", [2.0, 4.5, 9.0])
+def test_a_calibrated_width_is_the_widest_that_does_not_exceed_the_mean(evenness, mean_bins):
+    z = torch.randn(200, 16, 4).cumsum(dim=1) * torch.rand(200, 1, 1)
+    width = calibrated_width(z, num_bins=16, mean_bins=mean_bins, similarity="partition", evenness=evenness)
+    means = [sampling_weights(z, num_bins=16, width=w, evenness=evenness, **CHOICE)[1].double().mean().item() for w in (width, width * 0.99)]
+    assert mean_bins - 0.2 < means[0] <= mean_bins <= means[1] + 0.02
+
+
+def test_a_partition_has_one_price_for_all_clips_and_no_position_inside_a_bin():
+    with pytest.raises(ValueError, match="similarity=partition compares frames with one width .* scale=relative"):
+        check_choices("partition", "l2", "mean", "relative", "released", "time")
+    with pytest.raises(ValueError, match="so kernel=linear means nothing"):
+        check_choices("partition", "l2", "linear", "absolute", "released", "time")
