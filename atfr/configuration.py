@@ -30,7 +30,7 @@ from atfr.data.records import VideoError
 # Keys of a group that others read, and that its own target does not take.
 SHARED_KEYS = {"model": ("clip", "clips", "weights"), "dataset": ("clip", "model_size")}
 # What a config has at its top.
-ROOT_KEYS = ("dataset", "model", "optimizer", "schedule", "trainer", "experiment", "checkpoint", "format", "json", "num_classes")
+ROOT_KEYS = ("dataset", "model", "optimizer", "schedule", "trainer", "experiment", "checkpoint", "format", "json", "num_classes", "budgets", "refresh_batch_norm")
 
 
 def build(node: DictConfig, key: str, **extra: Any) -> Any:
@@ -119,8 +119,8 @@ def _readable(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("NoneType", "null").replace("None", "null")
 
 
-def run_folder(output_dir: str | None) -> Path:
-    """`trainer.output_dir`, or a folder under runs/ named after the command's overrides.
+def run_folder(output_dir: str | None, *, under: str = "") -> Path:
+    """`trainer.output_dir`, or a folder under runs/ (and there under `under`) named after the command's overrides.
 
     The name is the same for the same command, so that running it again resumes; it has no date. It
     holds nothing that a shell or hydra would want quoted, and a hash where letters had to go.
@@ -134,7 +134,7 @@ def run_folder(output_dir: str | None) -> Path:
     name = re.sub(r"[^\w.+-]+", "_", full.replace("=", "-"))[:100] or "default"
     if len(full) > 100 or re.search(r"[^\w.+=,-]", full):
         name += "-" + hashlib.sha256(full.encode()).hexdigest()[:8]
-    return Path("runs", "sweep", name) if in_sweep else Path("runs", name)
+    return Path("runs", under, "sweep", name) if in_sweep else Path("runs", under, name)
 
 
 def choices() -> dict[str, str]:

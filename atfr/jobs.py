@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from atfr.configuration import build
-from atfr.data.dataset import ClipSettings, TestClips
-from atfr.data.loader import test_loader
+from atfr.data.dataset import ClipSettings, TestClips, TrainClips
+from atfr.data.loader import TrainSampler, test_loader, train_loader
 from atfr.data.records import Video, VideoSource
 from atfr.data.transforms import Normalizer
 from atfr.engine import distributed, results
@@ -65,6 +65,24 @@ def gflops_table(model: VideoNet, clip: ClipSettings) -> GflopsTable:
     return GflopsTable(model, (3, clip.frames, clip.crop_size, clip.crop_size))
 
 
+def train_batches(source: VideoSource, clip: ClipSettings, settings: TrainerSettings, ranks: Ranks) -> tuple[int, Callable[[int, int], Iterable[Any]]]:
+    """Steps an epoch, and `batches(epoch, n)`: this process's training batches of an epoch from its n-th on."""
+    sampler = TrainSampler(len(source.train), seed=settings.seed, global_batch=settings.batch_size, rank=ranks.rank, world=ranks.world)
+    loader = train_loader(
+        TrainClips(source.train, clip, seed=settings.seed),
+        sampler=sampler,
+        workers=settings.workers,
+        timeout_s=settings.timeout_s,
+        pin_memory=ranks.device.type == "cuda",
+    )
+
+    def batches(epoch: int, start: int) -> Iterable[Any]:
+        sampler.set_epoch(epoch, start)
+        return loader
+
+    return len(sampler), batches
+
+
 def run_views(
     model: VideoNet, videos: Sequence[Video], clip: ClipSettings, *, views: int, crops: int, settings: TrainerSettings, ranks: Ranks, title: str
 ) -> Evaluation:
@@ -99,7 +117,19 @@ def test_and_report(
     if not ranks.is_main:
         return
     table = gflops_table(model, clip)
-    protocol: dict[str, Any] = {
+    summary = results.summarise(evaluation, table, protocol=protocol(config, clip, source, settings, ranks, checkpoint=checkpoint))
+    results.write_results(summary, folder)
+    results.write_predictions(evaluation, table, folder, class_names=source.class_names)
+    for path, reason in evaluation.failed.items():
+        print(f"failed: {path}: {reason}".encode(errors="backslashreplace").decode())
+    print(results.as_table(summary, folder=folder))
+
+
+def protocol(
+    config: DictConfig, clip: ClipSettings, source: VideoSource, settings: TrainerSettings, ranks: Ranks, *, checkpoint: Path
+) -> dict[str, Any]:
+    """What was tested and how, as `results.json` has it."""
+    return {
         "frames": clip.frames,
         "stride": clip.stride,
         "views": clip.views,
@@ -113,9 +143,3 @@ def test_and_report(
         "precision": str(precision_dtype(settings.precision, ranks.device)).removeprefix("torch."),
         **source.notes,
     }
-    summary = results.summarise(evaluation, table, protocol=protocol)
-    results.write_results(summary, folder)
-    results.write_predictions(evaluation, table, folder, class_names=source.class_names)
-    for path, reason in evaluation.failed.items():
-        print(f"failed: {path}: {reason}".encode(errors="backslashreplace").decode())
-    print(results.as_table(summary, folder=folder))

@@ -89,5 +89,5 @@ def test_a_run_folder_of_another_experiment_is_refused_naming_the_key(tmp_path):
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(ValueError, match="config.yaml is damaged"):
         claim_folder(tmp_path, config, resume=True)
-    with pytest.raises(ValueError, match="already holds a trained run, and trainer.resume=false"):
+    with pytest.raises(ValueError, match="already holds a run, and trainer.resume=false"):
         claim_folder(tmp_path, config, resume=False)

@@ -14,8 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from atfr import jobs
 from atfr.configuration import build, check_root, choices, one_line_errors, run_folder
-from atfr.data.dataset import TrainClips
-from atfr.data.loader import TrainSampler, train_loader
 from atfr.data.transforms import Normalizer
 from atfr.engine import checkpoint, distributed
 from atfr.engine.results import accuracy
@@ -55,20 +53,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
         )
     distributed.barrier()
 
-    sampler = TrainSampler(
-        len(source.train), seed=settings.seed, global_batch=settings.batch_size, rank=ranks.rank, world=ranks.world
-    )
-    loader = train_loader(
-        TrainClips(source.train, clip, seed=settings.seed),
-        sampler=sampler,
-        workers=settings.workers,
-        timeout_s=settings.timeout_s,
-        pin_memory=ranks.device.type == "cuda",
-    )
-
-    def batches(epoch: int, start: int):
-        sampler.set_epoch(epoch, start)
-        return loader
+    steps_per_epoch, batches = jobs.train_batches(source, clip, settings, ranks)
 
     def validate() -> dict[str, float]:
         evaluation = jobs.run_views(
@@ -82,7 +67,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
         optimizer=build(config.optimizer, "optimizer", model=model),
         learning_rate_factor=build(config.schedule, "schedule"),
         batches=batches,
-        steps_per_epoch=len(sampler),
+        steps_per_epoch=steps_per_epoch,
         validate=validate,
         normalise=Normalizer(clip.mean, clip.std).to(ranks.device),
         settings=settings,

@@ -3,7 +3,7 @@
 Convention: fvcore's, one multiply-add is one FLOP; batch norm is not counted; the sampling layer
 itself is. Costs are looked up in a table with one fvcore analysis per distinct B', since the cost
 of a trunk with temporal strides is a staircase in B' that no formula gives. Of the sampling layer the
-embedding and the aggregation are counted; comparing frames is elementwise work, which fvcore leaves out.
+embedding and the aggregation are counted; the elementwise work of comparing frames is not, which fvcore leaves out.
 """
 
 from __future__ import annotations

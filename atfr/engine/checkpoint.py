@@ -64,7 +64,7 @@ def load(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"checkpoint {path} does not exist; a run folder keeps its own under checkpoints/last.pt and checkpoints/best.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
         raise ValueError(f"checkpoint {path} cannot be read: it is damaged or not a checkpoint ({str(error).splitlines()[0]})") from error
     if not isinstance(state, dict) or not set(REQUIRED) <= state.keys():
         raise ValueError(f"{path} is not a checkpoint of this project: it lacks one of the keys {', '.join(REQUIRED)}")

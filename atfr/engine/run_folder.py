@@ -9,6 +9,7 @@ import yaml
 
 from atfr.engine.files import write_text
 
+DONE = ("checkpoints/last.pt", "calibration.json")  # what a training and a calibration leave
 # What may change between the runs of one experiment without making it another one.
 FREE = ("output_dir", "max_steps", "accelerator", "devices", "workers", "timeout_s", "save_every", "log_every", "resume", "test")
 
@@ -17,13 +18,13 @@ def claim_folder(folder: Path, config: Mapping[str, Any], *, resume: bool) -> No
     """Write `config.yaml` into the run folder, or check that what is there is the same experiment.
 
     Raises:
-        ValueError: the folder holds checkpoints of another experiment; names the first key that
-            differs. With `resume` off, if it holds any checkpoint at all.
+        ValueError: the folder holds a training or a calibration of another experiment; names the
+            first key that differs. With `resume` off, if it holds any at all.
     """
     path = folder / "config.yaml"
-    trained = (folder / "checkpoints" / "last.pt").exists()
+    trained = any((folder / name).exists() for name in DONE)
     if trained and not resume:
-        raise ValueError(f"run folder {folder} already holds a trained run, and trainer.resume=false; choose another trainer.output_dir or delete it")
+        raise ValueError(f"run folder {folder} already holds a run, and trainer.resume=false; choose another trainer.output_dir or delete it")
     if trained and path.exists():
         before = _flat(_read(path))
         now = _flat(config)

@@ -8,14 +8,26 @@ the same clips. Both are sums over all processes, so every process ends with the
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import Callable, ContextManager, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Callable, ContextManager, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from atfr.engine import distributed
-from atfr.models.network import VideoNet
+from atfr.engine.settings import TrainerSettings
+from atfr.models.network import VideoNet, evaluating
 from atfr.models.sgs_layer import SGS, Proposal, Sampled
+
+
+def clips_for_statistics(batches: Iterable[Any], settings: TrainerSettings) -> list[Tensor]:
+    """This process's share of the first `statistics_clips` clips of these batches, one batch at least.
+
+    Kept as bytes in the host's memory: the statistics go over them up to three times, and they
+    need not be decoded as often.
+    """
+    wanted = max(1, -(-settings.statistics_clips // settings.batch_size))
+    return [batch.clips for batch in islice(batches, wanted)]
 
 
 def refresh_statistics(model: VideoNet, clips: Callable[[], Iterable[Tensor]]) -> None:
@@ -27,7 +39,7 @@ def refresh_statistics(model: VideoNet, clips: Callable[[], Iterable[Tensor]]) -
     """
     for layers in _levels(model):
         precise_batch_norm(model, clips(), forward=lambda batch: _proposals(model, layers, batch))
-        _calibrate(model, layers, clips(), _evaluating(model))
+        _calibrate(model, layers, clips(), evaluating(model))
     precise_batch_norm(model, clips(), forward=model)
 
 
@@ -71,7 +83,7 @@ def calibrate_width(model: VideoNet, batches: Callable[[], Iterable[Tensor]], *,
     of the batch, as in training. Does nothing for a network whose sampling has no width to choose.
     """
     for layers in _levels(model):
-        _calibrate(model, layers, batches(), _batch_statistics(model) if untrained else _evaluating(model))
+        _calibrate(model, layers, batches(), _batch_statistics(model) if untrained else evaluating(model))
 
 
 @torch.no_grad()
@@ -142,14 +154,4 @@ def _batch_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum
-        model.train(was_training)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
         model.train(was_training)

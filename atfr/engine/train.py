@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -17,7 +16,7 @@ from atfr.engine import checkpoint, distributed
 from atfr.engine.distributed import Ranks
 from atfr.engine.run_log import RunLog
 from atfr.engine.settings import TrainerSettings, precision_dtype
-from atfr.engine.statistics import calibrate_width, refresh_statistics, steer_width
+from atfr.engine.statistics import calibrate_width, clips_for_statistics, refresh_statistics, steer_width
 from atfr.models.network import VideoNet
 from atfr.models.sgs_layer import NonFiniteFeatures
 
@@ -80,7 +79,7 @@ class Training:
         self.bar = tqdm(initial=self.step, total=self.total_steps, unit="step", desc="train", disable=not self.ranks.is_main)
         try:
             if self.step == 0:
-                clips = self._statistics_clips(epoch=0)
+                clips = clips_for_statistics(self.batches(0, 0), self.settings)
                 calibrate_width(self.model, lambda: self._normalised(clips), untrained=True)
             elif self.evaluated < self.step:
                 self.end_epoch((self.step - 1) // self.steps_per_epoch)  # where the epoch's end was interrupted
@@ -174,7 +173,7 @@ class Training:
     def evaluate(self, epoch: int) -> None:
         """Refresh the statistics, validate, and keep the checkpoint if it is the best so far."""
         if self.settings.statistics_clips:
-            clips = self._statistics_clips(epoch)
+            clips = clips_for_statistics(self.batches(epoch, 0), self.settings)
             refresh_statistics(self.model, lambda: self._normalised(clips))
         else:
             distributed.broadcast_buffers(self.model)  # each process has the running averages of its own clips
@@ -225,15 +224,6 @@ class Training:
         factor = self.factor(self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
-
-    def _statistics_clips(self, epoch: int) -> list[Tensor]:
-        """This process's share of the first `statistics_clips` training clips of an epoch, one batch at least.
-
-        Kept as bytes in the host's memory: the statistics go over them up to three times, and they
-        need not be decoded as often.
-        """
-        wanted = max(1, -(-self.settings.statistics_clips // self.settings.batch_size))
-        return [batch.clips for batch in islice(self.batches(epoch, 0), wanted)]
 
     def _normalised(self, clips: Iterable[Tensor]) -> Iterator[Tensor]:
         for batch in clips:

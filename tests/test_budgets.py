@@ -1,0 +1,128 @@
+"""Choosing how many features to keep for a given cost, and the program that does it without training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import pytest
+from run_tools import run_tool, small_job
+
+from atfr.engine.budgets import set_share, share_for
+from atfr.models.backbones.x3d import x3d
+from atfr.models.sgs_layer import SGSOptions
+
+ATFR = dict(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
+
+
+@dataclass
+class Table:
+    """Costs by a formula: a fixed part, and the rest in proportion to ceil(B' / step)."""
+
+    fixed: float
+    step: int = 1
+    frames: tuple[int, ...] = (16,)
+    least: tuple[int, ...] = (1,)
+    dense: float = 2.0
+
+    def at(self, bins: tuple[int, ...]) -> float:
+        stairs = -(-bins[0] // self.step) * self.step / 16
+        return self.dense * (self.fixed + (1 - self.fixed) * stairs)
+
+
+def test_the_share_of_a_budget_solves_the_cost_for_the_mean_number_of_features():
+    assert share_for(Table(0.2), 0.5, whole=False) == pytest.approx(6 / 16)
+    assert share_for(Table(0.2), 0.52, whole=False) == pytest.approx((0.52 - 0.2) / 0.8)
+    assert share_for(Table(0.2), 1.0, whole=False) == 1
+
+
+def test_a_baseline_keeps_the_most_features_that_do_not_exceed_the_budget():
+    assert share_for(Table(0.2), 0.52, whole=True) == 6 / 16
+    assert share_for(Table(0.0, step=4), 0.6, whole=True) == 8 / 16  # 5 to 8 features cost the same half
+
+
+def test_a_budget_below_the_cost_of_one_feature_is_refused_with_that_cost():
+    with pytest.raises(ValueError, match=r"budget of 0.2 x dense.*one feature a clip costs 0.250 x dense"):
+        share_for(Table(0.2), 0.2, whole=False)
+
+
+def test_only_layers_whose_features_follow_a_target_take_a_share():
+    def model(**options):
+        return x3d(size="tiny", num_classes=2, sgs=SGSOptions(**{**ATFR, **options}))
+
+    for options in ({"width": 0.3}, {"similarity": "distance_to_mean", "scale": "relative"}, {"similarity": "none", "scale": "relative"}):
+        with pytest.raises(ValueError, match="has no B' to aim at"):
+            set_share(model(**options), 0.5)
+    with pytest.raises(ValueError, match="do not follow each other"):
+        set_share(model(after=["stem", "res3"]), 0.5)
+    uniform = model(similarity="uniform", scale="relative", num_bins=4)
+    set_share(uniform, 0.75)
+    assert uniform.sgs["res2"].most_bins(16) == 12
+    adaptive = model()
+    set_share(adaptive, 0.75)
+    assert adaptive.sgs["res2"].options.target == 0.75 and adaptive.sgs["res2"].most_bins(16) == 16
+
+
+@pytest.fixture(scope="module")
+def dense(small_videos, tmp_path_factory) -> str:
+    """A small dense network's checkpoint."""
+    folder = tmp_path_factory.mktemp("dense")
+    outcome = run_tool("train", *small_job(small_videos, folder, "model=x3d", "trainer.test=false"))
+    assert outcome.code == 0, outcome.err
+    return f"{folder}/checkpoints/last.pt"
+
+
+def calibrated(small_videos, folder, dense, *more: str):
+    job = small_job(small_videos, folder, "model=x3d_sgs", "model.sgs.after=stem", f"model.weights={dense}", *more)
+    outcome = run_tool("calibrate", *job)
+    assert outcome.code == 0, outcome.err
+    return json.loads((folder / "calibration.json").read_text()), outcome.out
+
+
+@pytest.mark.parametrize("preset", ["atfr", "uniform"])
+def test_a_dense_network_is_calibrated_to_budgets_and_each_result_can_be_tested_again(preset, small_videos, dense, tmp_path):
+    entries, out = calibrated(small_videos, tmp_path, dense, f"model/sgs={preset}", "budgets=[0.5,0.8]")
+    assert [entry["budget"] for entry in entries] == [0.5, 0.8] and "budget 0.80: top-1" in out
+    costs = [entry["gflops"]["mean"] / entry["gflops"]["dense"] for entry in entries]
+    assert costs[0] < costs[1]
+    if preset == "uniform":
+        assert costs[0] <= 0.5 and costs[1] <= 0.8
+    outcome = run_tool("test", f"checkpoint={tmp_path}/checkpoints/budget-0.5.pt", f"trainer.output_dir={tmp_path}/again")
+    assert outcome.code == 0, outcome.err
+    again = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert {key: again[key] for key in ("top1", "gflops", "bins")} == {key: entries[0][key] for key in ("top1", "gflops", "bins")}
+
+
+@pytest.mark.slow
+def test_the_same_command_leaves_what_is_measured_and_adds_other_budgets(small_videos, dense, tmp_path):
+    first, _ = calibrated(small_videos, tmp_path, dense, "budgets=[0.8]")
+    written = (tmp_path / "checkpoints" / "budget-0.8.pt").stat().st_mtime_ns
+    both, _ = calibrated(small_videos, tmp_path, dense, "budgets=[0.8,0.6]", "trainer.workers=0")
+    assert [entry["budget"] for entry in both] == [0.6, 0.8] and both[1] == first[0]
+    assert (tmp_path / "checkpoints" / "budget-0.8.pt").stat().st_mtime_ns == written
+    outcome = run_tool("calibrate", *small_job(small_videos, tmp_path, "model.sgs.after=stem", f"model.weights={dense}", "model/sgs=uniform"))
+    assert outcome.code == 1 and "holds another experiment: model.sgs" in outcome.err
+
+
+def test_a_training_and_a_calibration_do_not_take_each_others_folder(small_videos, dense, tmp_path):
+    job = small_job(small_videos, tmp_path, "model=x3d_sgs", f"model.weights={dense}", "trainer.max_steps=1", "trainer.test=false")
+    assert run_tool("train", *job).code == 0
+    config = (tmp_path / "config.yaml").read_text()
+    outcome = run_tool("calibrate", *job, "budgets=[0.9]")
+    assert outcome.code == 1 and "holds another experiment" in outcome.err
+    assert (tmp_path / "config.yaml").read_text() == config
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["model=x3d", "model.weights=DENSE"], "this model does not sample"),
+        (["model.weights=null"], "model.weights is not set"),
+        (["model.weights=DENSE", "budgets=[1.5]"], "must be shares of the dense GFLOPs"),
+        (["model.weights=DENSE", "model.sgs.width=0.3", "budgets=[0.9]"], "has no B' to aim at"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused_in_one_line(arguments, message, small_videos, dense, tmp_path):
+    arguments = [argument.replace("DENSE", dense) for argument in arguments]
+    outcome = run_tool("calibrate", *small_job(small_videos, tmp_path, *arguments))
+    assert outcome.code == 1 and message in outcome.err and len(outcome.err.strip().splitlines()) == 1

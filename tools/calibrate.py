@@ -1,0 +1,105 @@
+"""Put SGS into a network that is already trained, without training it, and report accuracy by GFLOPs.
+
+    python tools/calibrate.py model=x3d_sgs model.weights=X3D_S.pyth dataset=kinetics400 dataset.root=/data/k400
+    python tools/calibrate.py ... model/sgs=uniform              # a baseline at the same GFLOPs
+    python tools/calibrate.py ... model.weights=RUN/checkpoints/best.pt budgets=[0.3,0.5,0.8]
+
+For each budget (mean GFLOPs over dense) the bin width is chosen on `trainer.statistics_clips` training
+clips, and the test videos are run. Writes calibration.json, a list with one entry a budget, and for each
+budget checkpoints/budget-B.pt, which tools/test.py and tools/export.py take. The same command run again
+goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from atfr import jobs
+from atfr.configuration import build, check_root, choices, one_line_errors, run_folder
+from atfr.data.records import VideoSource
+from atfr.data.transforms import Normalizer
+from atfr.engine import checkpoint, distributed, results
+from atfr.engine.budgets import set_share, share_for
+from atfr.engine.files import write_text
+from atfr.engine.run_folder import claim_folder
+from atfr.engine.settings import TrainerSettings
+from atfr.engine.statistics import calibrate_width, clips_for_statistics, refresh_statistics
+from atfr.models.network import VideoNet
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="calibrate")
+@one_line_errors
+def main(config: DictConfig) -> None:
+    check_root(config)
+    settings: TrainerSettings = build(config.trainer, "trainer")
+    budgets = [float(budget) for budget in config.budgets]
+    if not budgets or not all(0 < budget <= 1 for budget in budgets):
+        raise ValueError(f"budgets={budgets} must be shares of the dense GFLOPs, above 0 and at most 1")
+    if config.model.get("weights") is None:
+        raise ValueError("model.weights is not set: it names the trained network that SGS is put into")
+    ranks = distributed.start(accelerator=settings.accelerator, devices=settings.devices)
+    try:
+        calibrate(config, settings, ranks, budgets)
+    finally:
+        distributed.stop()
+
+
+def calibrate(config: DictConfig, settings: TrainerSettings, ranks: distributed.Ranks, budgets: list[float]) -> None:
+    folder, clip, source = run_folder(settings.output_dir, under="calibrated"), jobs.clip_settings(config), jobs.load_source(config, ranks)
+    jobs.require_videos(source, "train", "test")
+    model = jobs.build_model(config, num_classes=len(source.class_names), ranks=ranks, seed=settings.seed, pretrained=True)
+    if not model.sgs:
+        raise ValueError("this model does not sample, so there is nothing to calibrate: choose its twin, model=NAME_sgs")
+    path = folder / "calibration.json"
+    done = {entry["budget"]: entry for entry in json.loads(path.read_text())} if path.exists() else {}
+    missing = [budget for budget in budgets if budget not in done]
+    table = jobs.gflops_table(model, clip) if missing else None
+    whole = any(layer.is_baseline for layer in model.sgs.values())
+    shares = {budget: share_for(table, budget, whole=whole) for budget in missing}  # all of them first: one may not be possible
+    plain = OmegaConf.to_container(config, resolve=True)
+    del plain["budgets"]  # other budgets of the same network are no other experiment
+    if ranks.is_main:
+        claim_folder(folder, plain, resume=settings.resume)
+    distributed.barrier()
+    clips = clips_for_statistics(jobs.train_batches(source, clip, settings, ranks)[1](0, 0), settings) if missing else []
+    normalise = Normalizer(clip.mean, clip.std).to(ranks.device)
+    choose = refresh_statistics if config.refresh_batch_norm else calibrate_width
+    for budget in budgets:
+        if budget in missing:
+            set_share(model, shares[budget])
+            choose(model, lambda: (normalise(batch.to(ranks.device)) for batch in clips))
+            evaluation = jobs.run_views(
+                model, source.test, clip, views=clip.views, crops=clip.crops, settings=settings, ranks=ranks, title=f"budget {budget:g}"
+            )
+            saved = folder / "checkpoints" / f"budget-{budget:g}.pt"
+            protocol = jobs.protocol(config, clip, source, settings, ranks, checkpoint=saved)
+            if ranks.is_main:
+                done[budget] = {"budget": budget, "share": shares[budget], **results.summarise(evaluation, table, protocol=protocol)}
+                checkpoint.save(state_of(model, plain, shares[budget], source, whole=whole), saved)
+                write_text(path, json.dumps([done[key] for key in sorted(done)], indent=2) + "\n")
+            distributed.barrier()
+        if ranks.is_main:
+            print(as_line(done[budget]), flush=True)
+
+
+def state_of(model: VideoNet, plain: dict[str, Any], share: float, source: VideoSource, *, whole: bool) -> dict[str, Any]:
+    """What tools/test.py needs to run the network as it is now."""
+    changed = {"target": share, **({"num_bins": None} if whole else {})}
+    config = {**plain, "model": {**plain["model"], "weights": None, "sgs": {**plain["model"]["sgs"], **changed}}}
+    return {"model": model.state_dict(), "config": config, "choices": choices(), "class_names": list(source.class_names)}
+
+
+def as_line(entry: dict[str, Any]) -> str:
+    gflops, bins = entry["gflops"], entry["bins"]
+    return (
+        f"budget {entry['budget']:.2f}: top-1 {entry['top1']:.2f} %, GFLOPs {gflops['mean'] / gflops['dense']:.3f} of dense,"
+        f" B' mean {bins['mean']:.2f}, min {bins['min']}, max {bins['max']} of {bins['frames']}"
+    )
+
+
+if __name__ == "__main__":
+    main()
