@@ -1,0 +1,205 @@
+"""The report of scripts/claim.py: every run as a row of a CSV file, a table over seeds, and a plot."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import defaultdict
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Iterator
+
+import numpy as np
+
+from atfr.engine.files import write_text
+
+DOCUMENT, PLOT, ROWS = Path("docs/claim.md"), Path("docs/claim.svg"), Path("benchmarks/results/claim.csv")
+BEGIN, END = "<!-- claim.py: begin -->", "<!-- claim.py: end -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One test of one trained (or calibrated) network."""
+
+    data: str  # and the network: uneven-x3d
+    method: str
+    seed: int
+    budget: str  # of a calibration; empty for a training
+    top1: float
+    balanced: float  # mean class accuracy
+    gflops: float  # mean over clips, of dense
+    bins: float
+    least: int
+    most: int
+    frames: int
+    follows_change: float  # Spearman's rank correlation of B' with the true amount of change; nan where that is not known
+    clips_per_second: float
+    commit: str
+
+
+def report(runs: Path) -> None:
+    """Read every result under `runs`; write the rows, the table into the document, and the plot."""
+    rows = sorted(read(runs), key=lambda row: (row.data, row.method, row.budget, row.seed))
+    if not rows:
+        print("no run has ended yet, so there is nothing to report")
+        return
+    with open(ROWS, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([field.name for field in fields(Row)])
+        writer.writerows([f"{value:.4g}" if isinstance(value, float) else value for value in asdict(row).values()] for row in rows)
+    groups = grouped(rows)
+    names = sorted({row.data for row in rows})
+    commits = ", ".join(sorted({row.commit[:8] for row in rows if row.commit}))
+    lines = [*(verdict(data, groups) for data in names), "", f"![top-1 over GFLOPs]({PLOT.name})", "", f"{len(rows)} results of commits {commits}.", ""]
+    text = "\n".join([*lines, *(line for data in names for line in table(data, groups))])
+    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    write_text(DOCUMENT, f"{before}{BEGIN}\n{text}\n{END}{after}")
+    plot(groups)
+    print(text)
+    print(f"{len(rows)} rows in {ROWS}; table in {DOCUMENT}, plot in {PLOT}")
+
+
+def read(runs: Path) -> Iterator[Row]:
+    for path in runs.glob("*/*/*/*.json"):
+        if path.name not in ("results.json", "calibration.json"):
+            continue
+        data, method, seed = path.parent.parts[-3:]
+        found = json.loads(path.read_text())
+        for result in found if isinstance(found, list) else [found]:
+            bins, gflops = result["bins"], result["gflops"]
+            yield Row(
+                data, method, int(seed), f"{result['budget']:g}" if "budget" in result else "",
+                result["top1"], result["mean_class_accuracy"], gflops["mean"] / gflops["dense"],
+                bins["mean"], bins["min"], bins["max"], bins["frames"],
+                follows_change(path.with_name("predictions.csv"), Path("data/claim", data.rpartition("-")[0], "truth.csv")) if "budget" not in result else float("nan"),
+                result["clips_per_second"], result["protocol"]["commit"] or "",
+            )  # fmt: skip
+
+
+def follows_change(predictions: Path, truth: Path) -> float:
+    """Spearman's rank correlation, over the test clips, of B' with how much the video changes."""
+    if not truth.exists() or not predictions.exists():
+        return float("nan")
+    change = changes(truth)
+    with open(predictions, newline="") as file:
+        pairs = [(float(row["bins"].split("/")[0]), change["/".join(Path(row["video"]).parts[-3:])]) for row in csv.DictReader(file)]
+    return spearman(*(np.array(values) for values in zip(*pairs)))
+
+
+@cache
+def changes(truth: Path) -> dict[str, float]:
+    """How much each generated video changes from frame to frame; the same file serves all runs on its data."""
+    with open(truth, newline="") as file:
+        return {row["path"]: float(row["change"]) for row in csv.DictReader(file)}
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's correlation of the ranks, equal values sharing their mean rank; nan if one of both never changes."""
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
+def grouped(rows: list[Row]) -> dict[tuple[str, str, str], list[Row]]:
+    """The rows of all seeds, by data, method and budget."""
+    groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.data, row.method, row.budget].append(row)
+    return groups
+
+
+def table(data: str, groups: dict[tuple[str, str, str], list[Row]]) -> list[str]:
+    """One line a method: means over seeds, with the standard error of top-1."""
+    lines = [
+        f"**{data}**", "",
+        "| method | budget | seeds | top-1, % | mean class, % | GFLOPs of dense | B' mean (min-max) of T | B' follows change | clips/s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    own = [(key[1:], rows) for key, rows in groups.items() if key[0] == data]
+    for (method, budget), rows in own:
+        tops = [row.top1 for row in rows]
+        kept = f"{mean(r.bins for r in rows):.1f} ({min(r.least for r in rows)}-{max(r.most for r in rows)}) of {rows[0].frames}"
+        follows = mean(r.follows_change for r in rows)
+        lines.append(
+            f"| {method} | {budget} | {len(rows)} | {with_error(tops)} | {mean(r.balanced for r in rows):.1f} | {mean(r.gflops for r in rows):.3f}"
+            f" | {kept} | {'' if follows != follows else f'{follows:.2f}'} | {mean(r.clips_per_second for r in rows):.0f} |"
+        )
+    return [*lines, ""]
+
+
+def verdict(data: str, groups: dict[tuple[str, str, str], list[Row]]) -> str:
+    """One line: our layer at half the GFLOPs beside the dense network and the best of what keeps equally many for all clips.
+
+    Of each of those families the members that cost no more count, and the next one, which is in its favour. Runs of
+    a seed start from the same weights, so differences are taken within seeds.
+    """
+    trained = {method: {row.seed: row for row in rows} for (at, method, budget), rows in groups.items() if at == data and not budget}
+    cost = {method: mean(row.gflops for row in rows.values()) for method, rows in trained.items()}
+    ours = [method for method in trained if method.startswith("atfr-") and round(cost[method], 2) <= 0.5]
+    if not ours or "dense" not in trained:
+        return f"- **{data}**: not decided, runs are missing."
+    own = max(ours, key=cost.get)
+    fixed: list[str] = []
+    for family in ("uniform-", "stride-", "random-"):
+        members = sorted((method for method in trained if method.startswith(family)), key=cost.get)
+        within = sum(cost[method] <= cost[own] for method in members)
+        fixed += members[: within + 1]
+
+    def against(method: str) -> str:
+        seeds = trained[own].keys() & trained[method].keys()
+        differences = [trained[own][seed].top1 - trained[method][seed].top1 for seed in seeds]
+        tops = mean(trained[method][seed].top1 for seed in seeds)
+        return f"{with_error(differences, sign='+')} against {method} ({tops:.1f} % at {cost[method]:.2f}; {len(seeds)} seeds)"
+
+    comparable = [method for method in fixed if trained[own].keys() & trained[method].keys()]
+    best = against(max(comparable, key=lambda m: mean(row.top1 for row in trained[m].values()))) if comparable else "no fixed-cost run to compare with yet"
+    tops = mean(row.top1 for row in trained[own].values())
+    return f"- **{data}**: {own} {tops:.1f} % at {cost[own]:.2f} of the GFLOPs; {against('dense')}; {best}."
+
+
+def with_error(values: list[float], *, sign: str = "") -> str:
+    """The mean and, of more than one seed, its standard error."""
+    error = f" ± {standard_error(values):.1f}" if len(values) > 1 else ""
+    return f"{mean(values):{sign}.1f}{error}"
+
+
+def standard_error(values: list[float]) -> float:
+    """Of the mean over seeds; nan for a single one."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+
+
+def plot(groups: dict[tuple[str, str, str], list[Row]]) -> None:
+    """Top-1 over GFLOPs, one panel for each dataset."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "claim"  # the same file from the same figures
+    names = sorted({key[0] for key in groups})
+    figure, axes = plt.subplots(1, len(names), figsize=(6 * len(names), 5), squeeze=False)
+    for axis, data in zip(axes[0], names):
+        curves: dict[str, list[list[Row]]] = defaultdict(list)
+        for (at, method, _), rows in groups.items():
+            if at == data:
+                family, _, size = method.rpartition("-")
+                one_family = size.replace(".", "").isdigit() and not method.startswith("budgets")  # each of those is a network of its own
+                curves[family if one_family else method].append(rows)
+        for name, points in sorted(curves.items()):
+            points.sort(key=lambda rows: mean(r.gflops for r in rows))
+            x, y = ([mean(getattr(r, key) for r in rows) for rows in points] for key in ("gflops", "top1"))
+            error = [standard_error([r.top1 for r in rows]) for rows in points]
+            axis.errorbar(x, y, yerr=error, marker="o", markersize=3, capsize=2, linestyle=":" if name.startswith(("untrained", "budgets")) else "-", label=name)
+        axis.set(title=data, xlabel="mean GFLOPs of a clip / dense", ylabel="top-1, %")
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(PLOT, metadata={"Date": None})
+    plt.close(figure)

@@ -1,0 +1,122 @@
+"""The study's bookkeeping: order of runs, failures, and the statistics of its report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+import claim  # noqa: E402
+import claim_report  # noqa: E402
+
+
+def test_rank_correlation_agrees_with_ranks_counted_one_by_one():
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 5, 40).astype(float), rng.normal(size=40)
+
+    def ranks(values):  # half a rank for each equal one: the mean rank of equal values
+        return [sum(other < value for other in values) + sum(other == value for other in values) / 2 for value in values]
+
+    assert claim_report.spearman(x, y) == pytest.approx(np.corrcoef(ranks(x), ranks(y))[0, 1])
+    assert claim_report.spearman(x, np.exp(x)) == pytest.approx(1)
+    assert np.isnan(claim_report.spearman(np.ones(40), y))
+
+
+def test_the_standard_error_is_that_of_a_mean_over_seeds():
+    assert claim_report.standard_error([90.0, 92.0, 94.0]) == pytest.approx(2 / 3**0.5)
+    assert np.isnan(claim_report.standard_error([90.0]))
+
+
+@pytest.fixture
+def stubbed(tmp_path, monkeypatch):
+    """Runs that only leave their result, in a folder of their own; the order in which they came."""
+    monkeypatch.chdir(tmp_path)
+    order = []
+
+    def run(job, through):
+        order.append((job.method, job.seed))
+        if job.method == "stride-4":
+            return "exit code 1"
+        name = "results.json" if claim.METHODS[job.method].tool == "train" else "calibration.json"
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (job.folder / name).write_text(json.dumps([{"budget": budget} for budget in claim.BUDGETS]))
+        return ""
+
+    monkeypatch.setattr(claim, "run", run)
+    return order
+
+
+def test_runs_come_after_those_that_they_start_from_and_only_once(stubbed):
+    wanted = [claim.Job("x3d", "uneven", method, 0) for method in ("budgets-atfr-0.5", "dense", "atfr-0.5")]
+    assert claim.run_all(wanted, parallel=2, through=[]) == []
+    names = [method for method, _ in stubbed]
+    assert sorted(names) == ["atfr-0.5", "budgets-atfr-0.5", "dense", "warm"]
+    assert names[0] == "warm" and names.index("atfr-0.5") < names.index("budgets-atfr-0.5")
+    assert claim.run_all(wanted, parallel=2, through=[]) == [] and len(stubbed) == 4
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(stubbed):
+    wanted = [claim.Job("x3d", "uneven", method, 3) for method in ("stride-4", "dense")]
+    assert claim.run_all(wanted, parallel=1, through=[]) == ["failed: runs/claim/uneven-x3d/stride-4/3: exit code 1"]
+    assert ("dense", 3) in stubbed
+
+
+def test_a_calibration_that_was_interrupted_between_budgets_is_not_done(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = claim.Job("x3d", "uneven", "untrained-atfr", 0)
+    job.folder.mkdir(parents=True)
+    (job.folder / "calibration.json").write_text('[{"budget": 0.4}]')
+    assert not job.done
+
+
+def test_a_launcher_that_is_not_there_is_a_run_that_failed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "no-such-launcher" in claim.run(claim.Job("x3d", "uneven", "warm", 0), ["no-such-launcher"])
+
+
+def row(method: str, seed: int, top1: float, gflops: float) -> claim_report.Row:
+    return claim_report.Row("uneven-x3d", method, seed, "", top1, top1, gflops, 6, 1, 9, 16, 0.5, 10, "abc")
+
+
+def test_a_verdict_compares_within_seeds_and_allows_the_fixed_cost_one_more_feature():
+    rows = [row("atfr-0.3", s, t, 0.48) for s, t in ((0, 90.0), (1, 94.0))] + [row("atfr-0.5", 0, 99.0, 0.6)]
+    rows += [row("dense", s, t, 1.0) for s, t in ((0, 91.0), (1, 96.0), (2, 50.0))]
+    rows += [row(f"uniform-{k}", s, t, cost) for k, cost, t in ((5, 0.45, 70.0), (6, 0.52, 80.0), (8, 0.6, 99.0)) for s in (0, 1)]
+    line = claim_report.verdict("uneven-x3d", claim_report.grouped(rows))
+    assert "atfr-0.3 92.0 % at 0.48 of the GFLOPs" in line
+    assert "-1.5 ± 0.5 against dense (93.5 % at 1.00; 2 seeds)" in line
+    assert "+12.0 ± 2.0 against uniform-6 (80.0 % at 0.52; 2 seeds)" in line
+    assert "not decided" in claim_report.verdict("uneven-x3d", claim_report.grouped(rows[2:]))
+
+
+def test_every_method_has_a_start_that_exists_and_a_command_with_its_seed():
+    for name, method in claim.METHODS.items():
+        assert method.start is None or method.start in claim.METHODS, name
+        assert "trainer.seed=7" in claim.Job("x3d", "even", name, 7).command()
+
+
+def test_a_report_holds_every_run_and_means_over_seeds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("docs", "benchmarks/results", "data/claim/uneven"):
+        Path(folder).mkdir(parents=True)
+    claim_report.DOCUMENT.write_text(f"before\n{claim_report.BEGIN}\nold\n{claim_report.END}\nafter\n")
+    Path("data/claim/uneven/truth.csv").write_text("path,change\ntest/x/a.mp4,0.1\ntest/y/b.mp4,0.5\n")
+    for seed, top1 in ((0, 90.0), (1, 94.0)):
+        folder = Path("runs", "uneven-x3d", "atfr-0.5", str(seed))
+        folder.mkdir(parents=True)
+        result = {
+            "top1": top1, "mean_class_accuracy": top1, "clips_per_second": 10.0, "gflops": {"mean": 0.5, "dense": 1.0},
+            "bins": {"mean": 4.0, "min": 2, "max": 6, "frames": 16}, "protocol": {"commit": None},
+        }  # fmt: skip
+        (folder / "results.json").write_text(json.dumps(result))
+        (folder / "predictions.csv").write_text("video,bins\n/data/test/x/a.mp4,2\n/data/test/y/b.mp4,6\n")
+    pytest.importorskip("matplotlib")
+    claim_report.report(Path("runs"))
+    text = claim_report.DOCUMENT.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| atfr-0.5 |  | 2 | 92.0 ± 2.0 | 92.0 | 0.500 | 4.0 (2-6) of 16 | 1.00 | 10 |" in text
+    assert len(claim_report.ROWS.read_text().splitlines()) == 3 and claim_report.PLOT.stat().st_size > 1000
