@@ -22,10 +22,14 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+from claim_change import RESULT as PROBED
 from claim_report import report
+from claim_videos import shrink
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from atfr.configuration import build
@@ -34,10 +38,11 @@ ROOT = Path(__file__).parent.parent
 RUNS = Path("runs", "claim")
 WARM = "warm"  # the dense network that the other runs of a seed start from
 
-FINE_TUNING = ("trainer.epochs=2", "optimizer.lr=0.02")
+FURTHER = 1 / 3  # epochs of every run that starts from it, of those that it had itself
+FINE_TUNING_LR = 0.02
 NETWORKS = ("x3d", "r2plus1d")  # each in its size `tiny`, sampled after the stem
 SHARES = (0.25, 0.32, 0.36, 0.5)  # target mean B' / T
-KEPT = (4, 5, 6, 8)  # features of 16
+KEPT = (4, 5, 6, 8, 11)  # features of 16
 BUDGETS = (0.4, 0.5, 0.6, 0.7, 0.8)  # mean GFLOPs of dense that tools/calibrate.py aims at
 
 
@@ -48,11 +53,12 @@ class Method:
     overrides: tuple[str, ...]
     tool: str = "train"
     start: str | None = WARM  # the run whose weights it starts from; None: from scratch
-    samples: bool = True
+    after: str | None = "stem"  # the place of the sampling layer; None: the network has none
+    adapts: bool = False  # whether B' has to do with what a clip shows
 
 
-def sampled(preset: str, *more: str) -> Method:
-    return Method((f"model/sgs={preset}", *more, *FINE_TUNING))
+def sampled(preset: str, *more: str, after: str = "stem", start: str | None = WARM) -> Method:
+    return Method((f"model/sgs={preset}", *more), after=after, start=start, adapts=preset in ("atfr", "reference", "frozen"))
 
 
 def untrained(start: str, preset: str, *more: str) -> Method:
@@ -62,9 +68,10 @@ def untrained(start: str, preset: str, *more: str) -> Method:
 AT_HALF = "model.sgs.target=0.32"  # of the features: with stem and sampling about half of the GFLOPs
 ANCHOR = ("model.sgs.similarity=anchor",)
 PATH = ("model.sgs.similarity=path", "model.sgs.noise_floor=true")
+REPAIRED = ("model.sgs.edges=inclusive", "model.sgs.kernel=linear_normalized", "model.sgs.order=time")
 METHODS: dict[str, Method] = {
-    WARM: Method((), start=None, samples=False),
-    "dense": Method(FINE_TUNING, samples=False),
+    WARM: Method((), start=None, after=None),
+    "dense": Method((), after=None),
     **{f"atfr-{share}": sampled("atfr", f"model.sgs.target={share}") for share in SHARES},
     **{f"{name}-{k}": sampled(name, f"model.sgs.num_bins={k}") for name in ("uniform", "stride") for k in KEPT},
     "anchor-0.32": sampled("atfr", *ANCHOR, AT_HALF),
@@ -77,13 +84,23 @@ METHODS: dict[str, Method] = {
     "own-price-0.32": sampled("atfr", "model.sgs.evenness=1", AT_HALF),
     "path-0.32": sampled("atfr", *PATH, AT_HALF),
     "global-0.32": sampled("atfr", "model.sgs.grid=1", AT_HALF),
+    "res2-0.32": sampled("atfr", AT_HALF, after="res2"),
+    "res3-0.32": sampled("atfr", AT_HALF, after="res3"),
+    "scratch-0.32": sampled("atfr", AT_HALF, start=None),
+    "scratch-uniform-6": sampled("uniform", "model.sgs.num_bins=6", start=None),
     "none": sampled("none"),
     "random-6": sampled("random", "model.sgs.num_bins=6"),
     "reference-12": sampled("reference", "model.sgs.num_bins=12"),
+    "reference-D32-12": sampled("reference", "model.sgs.num_bins=12", "model.sgs.embedding_dim=32"),
     "frozen-12": sampled("frozen", "model.sgs.num_bins=12"),
-    "repaired-12": sampled("reference", "model.sgs.num_bins=12", "model.sgs.edges=inclusive", "model.sgs.kernel=linear_normalized", "model.sgs.order=time"),
-    "budgets-atfr-0.32": untrained("atfr-0.32", "atfr"),
-    "budgets-atfr-0.5": untrained("atfr-0.5", "atfr"),
+    "inclusive-12": sampled("reference", "model.sgs.num_bins=12", "model.sgs.edges=inclusive"),
+    "normalized-12": sampled("reference", "model.sgs.num_bins=12", "model.sgs.edges=inclusive", "model.sgs.kernel=linear_normalized"),
+    "repaired-12": sampled("reference", "model.sgs.num_bins=12", *REPAIRED),
+    "repaired-delta-12": sampled("reference", "model.sgs.num_bins=12", *REPAIRED, "model.sgs.kernel=delta_normalized"),
+    "repaired-magnitude-12": sampled("reference", "model.sgs.num_bins=12", *REPAIRED, "model.sgs.similarity=magnitude"),
+    "drawn-0.32": sampled("atfr", "model.sgs.drawn=[0.15,1]", AT_HALF),
+    "budgets-atfr-0.32": untrained("atfr-0.32", "atfr", "refresh_batch_norm=true"),
+    "budgets-drawn-0.32": untrained("drawn-0.32", "atfr", "refresh_batch_norm=true"),
 }
 
 
@@ -101,31 +118,55 @@ class Job:
     @property
     def done(self) -> bool:
         if METHODS[self.method].tool == "train":
-            return (self.folder / "results.json").exists()
+            return (self.folder / "results.json").exists() and (not self.probed or (self.folder / PROBED).exists())
         path = self.folder / "calibration.json"
         return path.exists() and {entry["budget"] for entry in json.loads(path.read_text())} >= set(BUDGETS)
+
+    @property
+    def probed(self) -> bool:
+        """Whether it is asked how B' follows the change of clips of which that is known."""
+        method = METHODS[self.method]
+        return method.tool == "train" and method.adapts and is_generated(self.data)
 
     @property
     def needs(self) -> Job | None:
         start = METHODS[self.method].start
         return None if start is None else Job(self.network, self.data, start, self.seed)
 
-    def command(self) -> list[str]:
+    def commands(self) -> list[list[str]]:
         method = METHODS[self.method]
-        model = (f"model={self.network}_sgs", "model.sgs.after=stem") if method.samples else (f"model={self.network}",)
-        weights = [f"model.weights={self.needs.folder}/checkpoints/last.pt"] if self.needs else []
-        return [
-            sys.executable, f"tools/{method.tool}.py", f"experiment=claim/{self.data}", *model, "model.size=tiny", *method.overrides, *weights,
+        model = (f"model={self.network}_sgs", f"model.sgs.after={method.after}") if method.after else (f"model={self.network}",)
+        epochs = config_of(self.data).trainer.epochs
+        further = max(1, round(epochs * FURTHER))
+        if self.needs:
+            training = (f"model.weights={self.needs.folder}/checkpoints/last.pt", f"trainer.epochs={further}", f"optimizer.lr={FINE_TUNING_LR}")
+        else:  # as many epochs in all
+            training = (f"trainer.epochs={epochs if self.method == WARM else epochs + further}",)
+        main = [
+            sys.executable, f"tools/{method.tool}.py", f"experiment=claim/{self.data}", *model, "model.size=tiny", *method.overrides, *training,
             f"trainer.seed={self.seed}", f"trainer.output_dir={self.folder}",
         ]  # fmt: skip
+        probe = [sys.executable, "scripts/claim_change.py", str(self.folder)]
+        return [main, probe] if self.probed else [main]
+
+
+@cache
+def config_of(data: str) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return compose("train", [f"experiment=claim/{data}"])
+
+
+def is_generated(data: str) -> bool:
+    return "dwell" in config_of(data).dataset
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
-    parser.add_argument("--data", nargs="+", default=["uneven", "brief", "even"], help="files of configs/experiment/claim (default: %(default)s)")
+    parser.add_argument("--data", nargs="+", default=["uneven", "even", "ut_interaction", "surveillance_fight"], help="files of configs/experiment/claim (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD", help=f"of {', '.join(METHODS)} (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--clips", type=Path, default=Path("../shared/data/videos"), help="folder of the sets of real clips (default: %(default)s)")
     parser.add_argument("--parallel", type=int, default=os.cpu_count(), help="runs at a time, one thread each (default: one a core)")
     parser.add_argument("--through", default="", help="a command that each run is started with, such as srun and its options")
     parser.add_argument("--report-only", action="store_true")
@@ -140,18 +181,20 @@ def main() -> None:
             for seed in arguments.seeds for network in arguments.networks for data in arguments.data for method in arguments.methods
         ]  # fmt: skip
         for data in arguments.data:
-            make_data(data)
+            make_data(data, arguments.clips, os.cpu_count() or 1)
         failed = run_all(wanted, parallel=arguments.parallel, through=shlex.split(arguments.through))
     report(RUNS)
     if failed:
         sys.exit("\n".join(failed))
 
 
-def make_data(data: str) -> None:
-    """Generate a dataset that is not there yet, before many runs would at once."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose("train", [f"experiment=claim/{data}"])
-    build(config.dataset, "dataset")
+def make_data(data: str, clips: Path, processes: int) -> None:
+    """Generate or copy a dataset that is not there yet, before many runs would at once."""
+    dataset = config_of(data).dataset
+    if is_generated(data):
+        build(dataset, "dataset")
+    else:
+        shrink(clips / dataset.name, Path(dataset.root), processes=processes)
 
 
 def run_all(wanted: list[Job], *, parallel: int, through: list[str]) -> list[str]:
@@ -188,7 +231,10 @@ def run(job: Job, through: list[str]) -> str:
     log = job.folder / "job.log"
     try:
         with open(log, "w") as file:
-            code = subprocess.run([*through, *job.command()], stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+            for command in job.commands():
+                code = subprocess.run([*through, *command], stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+                if code:
+                    break
     except OSError as error:  # what it is started through is not there
         return str(error)
     lines = log.read_text(errors="replace").split("\n")

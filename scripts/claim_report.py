@@ -12,6 +12,8 @@ from statistics import mean, stdev
 from typing import Iterator
 
 import numpy as np
+from claim_change import RESULT as PROBED
+from claim_change import spearman
 
 from atfr.engine.files import write_text
 
@@ -35,6 +37,9 @@ class Row:
     most: int
     frames: int
     follows_change: float  # Spearman's rank correlation of B' with the true amount of change; nan where that is not known
+    follows_played: float  # the same on the clips of claim_change.py, which differ in it
+    static: float  # mean B' of clips that hold one frame
+    busy: float  # mean B' of clips whose every frame is of another video
     clips_per_second: float
     commit: str
 
@@ -68,6 +73,8 @@ def read(runs: Path) -> Iterator[Row]:
             continue
         data, method, seed = path.parent.parts[-3:]
         found = json.loads(path.read_text())
+        probe = path.with_name(PROBED)
+        played = json.loads(probe.read_text()) if probe.exists() else {}
         for result in found if isinstance(found, list) else [found]:
             bins, gflops = result["bins"], result["gflops"]
             yield Row(
@@ -75,6 +82,7 @@ def read(runs: Path) -> Iterator[Row]:
                 result["top1"], result["mean_class_accuracy"], gflops["mean"] / gflops["dense"],
                 bins["mean"], bins["min"], bins["max"], bins["frames"],
                 follows_change(path.with_name("predictions.csv"), Path("data/claim", data.rpartition("-")[0], "truth.csv")) if "budget" not in result else float("nan"),
+                *(played.get(key, float("nan")) for key in ("spearman", "static", "busy")),
                 result["clips_per_second"], result["protocol"]["commit"] or "",
             )  # fmt: skip
 
@@ -96,18 +104,6 @@ def changes(truth: Path) -> dict[str, float]:
         return {row["path"]: float(row["change"]) for row in csv.DictReader(file)}
 
 
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson's correlation of the ranks, equal values sharing their mean rank; nan if one of both never changes."""
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return float("nan")
-    return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
-
-
 def grouped(rows: list[Row]) -> dict[tuple[str, str, str], list[Row]]:
     """The rows of all seeds, by data, method and budget."""
     groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
@@ -120,19 +116,24 @@ def table(data: str, groups: dict[tuple[str, str, str], list[Row]]) -> list[str]
     """One line a method: means over seeds, with the standard error of top-1."""
     lines = [
         f"**{data}**", "",
-        "| method | budget | seeds | top-1, % | mean class, % | GFLOPs of dense | B' mean (min-max) of T | B' follows change | clips/s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| method | budget | seeds | top-1, % | mean class, % | GFLOPs of dense | B' mean (min-max) of T | B' follows change: test, played | static, busy | clips/s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     own = [(key[1:], rows) for key, rows in groups.items() if key[0] == data]
     for (method, budget), rows in own:
         tops = [row.top1 for row in rows]
         kept = f"{mean(r.bins for r in rows):.1f} ({min(r.least for r in rows)}-{max(r.most for r in rows)}) of {rows[0].frames}"
-        follows = mean(r.follows_change for r in rows)
+        follows = known(mean(r.follows_change for r in rows), mean(r.follows_played for r in rows), digits=2)
+        ends = known(mean(r.static for r in rows), mean(r.busy for r in rows), digits=1)
         lines.append(
             f"| {method} | {budget} | {len(rows)} | {with_error(tops)} | {mean(r.balanced for r in rows):.1f} | {mean(r.gflops for r in rows):.3f}"
-            f" | {kept} | {'' if follows != follows else f'{follows:.2f}'} | {mean(r.clips_per_second for r in rows):.0f} |"
+            f" | {kept} | {follows} | {ends} | {mean(r.clips_per_second for r in rows):.0f} |"
         )
     return [*lines, ""]
+
+
+def known(*values: float, digits: int) -> str:
+    return ", ".join("–" if value != value else f"{value:.{digits}f}" for value in values) if any(value == value for value in values) else ""
 
 
 def verdict(data: str, groups: dict[tuple[str, str, str], list[Row]]) -> str:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+from atfr.data.decode import read_clip
+from atfr.data.synthetic import write_video
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import claim  # noqa: E402
+import claim_change  # noqa: E402
 import claim_report  # noqa: E402
+import claim_videos  # noqa: E402
 
 
 def test_rank_correlation_agrees_with_ranks_counted_one_by_one():
@@ -44,6 +51,7 @@ def stubbed(tmp_path, monkeypatch):
         name = "results.json" if claim.METHODS[job.method].tool == "train" else "calibration.json"
         job.folder.mkdir(parents=True, exist_ok=True)
         (job.folder / name).write_text(json.dumps([{"budget": budget} for budget in claim.BUDGETS]))
+        (job.folder / claim.PROBED).write_text("{}")
         return ""
 
     monkeypatch.setattr(claim, "run", run)
@@ -51,11 +59,11 @@ def stubbed(tmp_path, monkeypatch):
 
 
 def test_runs_come_after_those_that_they_start_from_and_only_once(stubbed):
-    wanted = [claim.Job("x3d", "uneven", method, 0) for method in ("budgets-atfr-0.5", "dense", "atfr-0.5")]
+    wanted = [claim.Job("x3d", "uneven", method, 0) for method in ("budgets-atfr-0.32", "dense", "atfr-0.32")]
     assert claim.run_all(wanted, parallel=2, through=[]) == []
     names = [method for method, _ in stubbed]
-    assert sorted(names) == ["atfr-0.5", "budgets-atfr-0.5", "dense", "warm"]
-    assert names[0] == "warm" and names.index("atfr-0.5") < names.index("budgets-atfr-0.5")
+    assert sorted(names) == ["atfr-0.32", "budgets-atfr-0.32", "dense", "warm"]
+    assert names[0] == "warm" and names.index("atfr-0.32") < names.index("budgets-atfr-0.32")
     assert claim.run_all(wanted, parallel=2, through=[]) == [] and len(stubbed) == 4
 
 
@@ -79,11 +87,11 @@ def test_a_launcher_that_is_not_there_is_a_run_that_failed(tmp_path, monkeypatch
 
 
 def row(method: str, seed: int, top1: float, gflops: float) -> claim_report.Row:
-    return claim_report.Row("uneven-x3d", method, seed, "", top1, top1, gflops, 6, 1, 9, 16, 0.5, 10, "abc")
+    return claim_report.Row("uneven-x3d", method, seed, "", top1, top1, gflops, 6, 1, 9, 16, 0.5, 0.9, 1, 12, 10, "abc")
 
 
 def test_a_verdict_compares_within_seeds_and_allows_the_fixed_cost_one_more_feature():
-    rows = [row("atfr-0.3", s, t, 0.48) for s, t in ((0, 90.0), (1, 94.0))] + [row("atfr-0.5", 0, 99.0, 0.6)]
+    rows = [row("atfr-0.3", s, t, 0.48) for s, t in ((0, 90.0), (1, 94.0))] + [row("atfr-0.32", 0, 99.0, 0.6)]
     rows += [row("dense", s, t, 1.0) for s, t in ((0, 91.0), (1, 96.0), (2, 50.0))]
     rows += [row(f"uniform-{k}", s, t, cost) for k, cost, t in ((5, 0.45, 70.0), (6, 0.52, 80.0), (8, 0.6, 99.0)) for s in (0, 1)]
     line = claim_report.verdict("uneven-x3d", claim_report.grouped(rows))
@@ -96,7 +104,52 @@ def test_a_verdict_compares_within_seeds_and_allows_the_fixed_cost_one_more_feat
 def test_every_method_has_a_start_that_exists_and_a_command_with_its_seed():
     for name, method in claim.METHODS.items():
         assert method.start is None or method.start in claim.METHODS, name
-        assert "trainer.seed=7" in claim.Job("x3d", "even", name, 7).command()
+        first, *probe = claim.Job("x3d", "even", name, 7).commands()
+        assert "trainer.seed=7" in first
+        assert len(probe) == name.startswith(("atfr", "anchor", "path", "one-price", "own-price", "global", "res", "reference", "scratch-0", "drawn", "frozen", "inclusive", "normalized", "repaired"))
+
+
+def test_runs_from_scratch_have_as_many_epochs_as_those_with_a_warm_start():
+    def epochs(method: str, data: str) -> int:
+        (command, *_) = claim.Job("x3d", data, method, 0).commands()
+        return next(int(word.partition("=")[2]) for word in command if word.startswith("trainer.epochs="))
+
+    for data in ("uneven", "brief", "ut_interaction"):
+        assert epochs("scratch-0.32", data) == epochs("warm", data) + epochs("dense", data) > epochs("warm", data)
+
+
+def test_the_probe_holds_some_clips_still_and_knows_how_much_the_others_change():
+    dataset = claim.config_of("uneven").dataset
+    played = list(itertools.islice(claim_change.plays(dataset, frames=16, side=32), 10))
+    assert [index for index, (_, change) in enumerate(played) if change == 0] == [0, 5]
+    still, change = played[0][0].float(), [change for _, change in played]
+    assert 0 < (still[:, 1:] - still[:, :-1]).abs().mean() < 3  # noise alone, in grey levels
+    moving = [float((clip.float()[:, 1:] - clip.float()[:, :-1]).abs().mean()) for clip, _ in played]
+    assert claim_change.spearman(np.array(moving), np.array(change)) > 0.8
+
+
+def test_every_frame_of_a_busy_clip_is_of_another_video():
+    clips = [torch.full((3, 16, 4, 4), index, dtype=torch.uint8) for index in range(50)]
+    for clip in claim_change.shuffled(clips):
+        assert len({int(frame.unique()) for frame in clip.unbind(1)}) == 16
+
+
+def test_small_copies_hold_the_same_frames_and_lists(tmp_path):
+    pixels = np.zeros((5, 200, 130, 3), np.uint8)
+    pixels += np.arange(0, 250, 50, dtype=np.uint8)[:, None, None, None]
+    (tmp_path / "set" / "a b").mkdir(parents=True)
+    write_video(tmp_path / "set" / "a b" / "clip.avi.mp4", pixels)
+    for name in claim_videos.LISTS:
+        (tmp_path / "set" / name).write_text("relative_path,label\na b/clip.avi.mp4,a b\n")
+    claim_videos.shrink(tmp_path / "set", tmp_path / "copy", processes=1)
+    copy = read_clip(str(tmp_path / "copy" / "a b" / "clip.avi.mp4"), np.arange)
+    assert copy.shape == (5, 98, 64, 3) and np.abs(copy.mean((1, 2, 3)) - pixels.mean((1, 2, 3))).max() < 6  # encoded twice
+    assert (tmp_path / "copy" / "test.csv").read_text() == "relative_path,label\na b/clip.avi.mp4,a b\n"
+
+
+def test_a_folder_without_the_lists_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="train.csv is missing: --clips"):
+        claim_videos.shrink(tmp_path / "set", tmp_path / "copy", processes=1)
 
 
 def test_a_report_holds_every_run_and_means_over_seeds(tmp_path, monkeypatch):
@@ -106,7 +159,7 @@ def test_a_report_holds_every_run_and_means_over_seeds(tmp_path, monkeypatch):
     claim_report.DOCUMENT.write_text(f"before\n{claim_report.BEGIN}\nold\n{claim_report.END}\nafter\n")
     Path("data/claim/uneven/truth.csv").write_text("path,change\ntest/x/a.mp4,0.1\ntest/y/b.mp4,0.5\n")
     for seed, top1 in ((0, 90.0), (1, 94.0)):
-        folder = Path("runs", "uneven-x3d", "atfr-0.5", str(seed))
+        folder = Path("runs", "uneven-x3d", "atfr-0.32", str(seed))
         folder.mkdir(parents=True)
         result = {
             "top1": top1, "mean_class_accuracy": top1, "clips_per_second": 10.0, "gflops": {"mean": 0.5, "dense": 1.0},
@@ -114,9 +167,10 @@ def test_a_report_holds_every_run_and_means_over_seeds(tmp_path, monkeypatch):
         }  # fmt: skip
         (folder / "results.json").write_text(json.dumps(result))
         (folder / "predictions.csv").write_text("video,bins\n/data/test/x/a.mp4,2\n/data/test/y/b.mp4,6\n")
+        (folder / "change.json").write_text(json.dumps({"spearman": 0.9, "static": 1.0, "busy": 12.0}))
     pytest.importorskip("matplotlib")
     claim_report.report(Path("runs"))
     text = claim_report.DOCUMENT.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "| atfr-0.5 |  | 2 | 92.0 ± 2.0 | 92.0 | 0.500 | 4.0 (2-6) of 16 | 1.00 | 10 |" in text
+    assert "| atfr-0.32 |  | 2 | 92.0 ± 2.0 | 92.0 | 0.500 | 4.0 (2-6) of 16 | 1.00, 0.90 | 1.0, 12.0 | 10 |" in text
     assert len(claim_report.ROWS.read_text().splitlines()) == 3 and claim_report.PLOT.stat().st_size > 1000

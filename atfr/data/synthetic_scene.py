@@ -41,6 +41,7 @@ DWELLS: tuple[str, ...] = ("uneven", "even", "brief")
 SPLITS: tuple[str, ...] = ("train", "test")
 
 CONCENTRATION = 0.3  # of the Dirichlet that shares out the slack: small means one phase takes most
+NOISE = 0.006  # standard deviation of the sensor noise, of the range of a pixel
 VISIBLE = 0.55  # mean absolute change (grey levels of 255) from which a step counts as a change
 
 
@@ -102,7 +103,7 @@ def render(
     for _ in range(rng.binomial(3, busyness)):
         _draw_distractor(rng, video, busyness=busyness)
     _draw_object(rng, video, order=ORDERS[label], timeline=timeline, busyness=busyness)
-    video += rng.normal(0.0, 0.006, video.shape).astype(np.float32)  # sensor noise
+    video += rng.normal(0.0, NOISE, video.shape).astype(np.float32)  # sensor noise
 
     pixels = np.rint(video.clip(0, 1) * 255).astype(np.uint8)
     steps = step_changes(pixels)

@@ -45,6 +45,7 @@ class SGSOptions:
     grid: int = 4  # cells a side of the pooled embedding
     width: float | None = None  # absolute scale: a fixed bin width; None: held to `target`
     target: float = 0.5  # mean B' / T that a width is held to, and what a baseline keeps without num_bins
+    drawn: Sequence[float] | None = None  # train each batch at a mean B' / T drawn from this range, for all its budgets
     noise_floor: bool = False  # path: take the median step of the training clips off every step
     evenness: float = 0.0  # partition: 0: one price a bin for all clips .. 1: in proportion to the clip's own change
     execution: str = "auto"  # of the network behind: auto | packed | bucketed
@@ -73,6 +74,11 @@ class SGSOptions:
             raise ValueError("sgs width is one bin width for all clips, which scale=relative has not: set scale=absolute")
         if not 0 <= self.evenness <= 1:
             raise ValueError(f"sgs evenness={self.evenness} must be from 0 to 1")
+        if self.drawn is not None:
+            if len(self.drawn) != 2 or not 0 < self.drawn[0] <= self.drawn[1] <= 1:
+                raise ValueError(f"sgs drawn={list(self.drawn)} must be the least and the greatest share of the frames, above 0 and at most 1")
+            if self.scale != "absolute" or self.width is not None:
+                raise ValueError("sgs drawn chooses the width of each training batch: set scale=absolute and width=null")
         if self.noise_floor and self.similarity != "path":
             raise ValueError(f"sgs noise_floor is taken off the steps of similarity=path, not of {self.similarity}")
 
@@ -196,6 +202,11 @@ class SGS(nn.Module):
                 z, finite = z[0][segments.padded], finite[0][segments.padded]
             finite = finite.all(dim=1)
         valid = None if segments is None else torch.tensor(segments.lengths)  # on the host, where it is checked
+        width = self.width if o.scale == "absolute" else None
+        # Not where statistics are taken, and a NaN is for the caller to find (`_on_host`).
+        if o.drawn is not None and self.training and torch.is_grad_enabled() and z.isfinite().all():
+            low, high = o.drawn
+            width = self._width_for(z, valid, low + (high - low) * torch.rand(()).item())
         weights, lengths = sgs.sampling_weights(
             z,
             num_bins=num_bins,
@@ -205,7 +216,7 @@ class SGS(nn.Module):
             scale=o.scale,
             edges=o.edges,
             order=o.order,
-            width=self.width if o.scale == "absolute" else None,
+            width=width,
             valid=valid,
             min_bins=self.min_bins,
             noise_floor=self.floor if o.noise_floor else 0.0,
@@ -219,17 +230,21 @@ class SGS(nn.Module):
         o = self.options
         if o.noise_floor:
             self.floor.fill_(sgs.median_step(z, o.metric, valid))
-        self.width.fill_(
-            sgs.calibrated_width(
-                z,
-                num_bins=self.most_bins(z.shape[1]),
-                mean_bins=o.target * valid.double().mean().item(),
-                valid=valid,
-                similarity=o.similarity,
-                metric=o.metric,
-                noise_floor=self.floor.item() if o.noise_floor else 0.0,
-                evenness=o.evenness,
-            )
+        self.width.fill_(self._width_for(z, valid, o.target))
+
+    @torch.no_grad()
+    def _width_for(self, z: Tensor, valid: Tensor | None, share: float) -> float:
+        """The width at which clips z [N, T, D] keep this share of their features."""
+        o = self.options
+        return sgs.calibrated_width(
+            z,
+            num_bins=self.most_bins(z.shape[1]),
+            mean_bins=share * (z.shape[1] if valid is None else valid.double().mean().item()),
+            valid=valid,
+            similarity=o.similarity,
+            metric=o.metric,
+            noise_floor=self.floor.item() if o.noise_floor else 0.0,
+            evenness=o.evenness,
         )
 
     @torch.no_grad()
@@ -238,7 +253,10 @@ class SGS(nn.Module):
 
         log(width) changes by gain x (ratio - target), so that a deviation of 0.1 is corrected over
         some tens of batches and the noise of one batch moves the width by less than one percent.
+        Batches whose share was drawn say nothing about it.
         """
+        if self.options.drawn is not None:
+            return
         self.width.mul_(torch.exp(gain * (mean_ratio.to(self.width) - self.options.target)))
 
     def extra_repr(self) -> str:

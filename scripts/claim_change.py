@@ -1,0 +1,101 @@
+"""How B' follows the amount of change in clips of which that is known: the probe of the study (scripts/claim.py).
+
+    python scripts/claim_change.py RUN_FOLDER         # of a network trained on the built-in videos; writes change.json
+
+All of the built-in clips go through the same number of events, so this plays other ones: a random share of a test
+video stretched over a whole clip (none of it, in every fifth clip: one frame held), with sensor noise anew for each
+frame, as a camera that films something still would give. And the busiest clips that there can be: every frame of
+another video.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Iterator
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from atfr import jobs
+from atfr.data.synthetic_scene import NOISE, WINDOW, render, step_changes
+from atfr.data.transforms import Normalizer, test_crops
+from atfr.engine import checkpoint
+from atfr.engine.distributed import Ranks
+from atfr.engine.files import write_text
+
+CLIPS, STATIC_EVERY, BATCH = 300, 5, 50
+RESULT = "change.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    path = folder / "checkpoints" / "last.pt"
+    state = checkpoint.load(path)
+    config, ranks = OmegaConf.create(state["config"]), Ranks(0, 1, torch.device("cpu"))
+    model = jobs.build_model(config, num_classes=len(state["class_names"]), ranks=ranks)
+    checkpoint.load_weights(model, state["model"], path)
+    clip = jobs.clip_settings(config)
+    normalise = Normalizer(clip.mean, clip.std)
+
+    def bins(clips: list[Tensor]) -> list[int]:
+        """B' of clips [3, T, H, W]; of several layers the last one's."""
+        found = []
+        for begin in range(0, len(clips), BATCH):
+            with torch.inference_mode():
+                found += model(normalise(torch.stack(clips[begin : begin + BATCH]))).sampled[-1].segments.lengths
+        return found
+
+    model.eval()
+    played = list(plays(config.dataset, frames=clip.frames, side=clip.crop_size))
+    kept = bins([shown for shown, _ in played])
+    busy = bins(shuffled([shown for shown, _ in played]))
+    change = [amount for _, amount in played]
+    result = {
+        "spearman": spearman(np.array(kept), np.array(change)),
+        "static": float(np.mean(kept[::STATIC_EVERY])),
+        "busy": float(np.mean(busy)),
+        "bins": kept,
+        "change": change,
+    }
+    write_text(folder / RESULT, json.dumps(result) + "\n")
+    print({key: value for key, value in result.items() if isinstance(value, float)})
+
+
+def plays(dataset: OmegaConf, *, frames: int, side: int) -> Iterator[tuple[Tensor, float]]:
+    """Clips uint8 [3, T, H, W] and their mean change a step, in grey levels, without the sensor noise."""
+    for index in range(CLIPS):
+        video = render(index, seed=dataset.seed, split="test", dwell=dataset.dwell)[0]
+        random = np.random.default_rng([index, CLIPS])
+        span = 0.0 if index % STATIC_EVERY == 0 else random.uniform() * (WINDOW - 1)
+        start = random.uniform(0, len(video) - 1 - span)
+        shown = video[np.rint(np.linspace(start, start + span, frames)).astype(int)]  # [T, H, W, 3]
+        noisy = np.rint((shown + random.normal(0, 255 * NOISE, shown.shape)).clip(0, 255)).astype(np.uint8)
+        yield test_crops(torch.from_numpy(noisy).permute(0, 3, 1, 2), short_side=side, crop_size=side, crops=1)[0], float(step_changes(shown).mean())
+
+
+def shuffled(clips: list[Tensor]) -> list[Tensor]:
+    """As many clips, every frame of another one of them."""
+    stacked, time = torch.stack(clips), torch.arange(clips[0].shape[1])
+    return [stacked[(begin + 7 * time) % len(clips), :, time].transpose(0, 1) for begin in range(len(clips))]
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's correlation of the ranks, equal values sharing their mean rank; nan if one of both never changes."""
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
+if __name__ == "__main__":
+    main()

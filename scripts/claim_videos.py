@@ -1,0 +1,57 @@
+"""Small copies of a set of real clips, so that reading them is no part of what the study (scripts/claim.py) waits for.
+
+A clip of 300 to 1280 pixels takes longer to decode than the tiny networks take to learn from it. The copies have
+the same frames with a shorter side of 64 pixels, as H.264, and the lists beside them. The originals stay as they
+are; what is copied already is not copied again.
+"""
+
+from __future__ import annotations
+
+import csv
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from atfr.data.decode import read_clip
+from atfr.data.synthetic import write_video
+from atfr.engine.files import write_text
+
+SHORT_SIDE = 64
+LISTS = ("train.csv", "test.csv")
+
+
+def shrink(source: Path, target: Path, *, processes: int) -> None:
+    """Copy the videos that the lists of `source` name, and last the lists."""
+    if all((target / name).exists() for name in LISTS):
+        return
+    rows = {name: read_list(source / name) for name in LISTS}
+    paths = [row[0] for _, *lines in rows.values() for row in lines]
+    with ProcessPoolExecutor(processes) as pool:
+        for _ in tqdm(pool.map(partial(copy, source, target), paths), total=len(paths), unit="video", desc=f"{source.name} -> {target}"):
+            pass
+    for name, (header, *lines) in rows.items():
+        copied = [[copied_path(path), *others] for path, *others in lines]
+        write_text(target / name, "".join(f"{','.join(row)}\n" for row in [header, *copied]))
+
+
+def read_list(path: Path) -> list[list[str]]:
+    try:
+        with open(path, newline="") as file:
+            return list(csv.reader(file))
+    except FileNotFoundError:
+        raise SystemExit(f"{path} is missing: --clips names the folder that has the sets of real clips, each with {' and '.join(LISTS)}") from None
+
+
+def copied_path(path: str) -> str:
+    return str(Path(path).with_suffix(".mp4"))
+
+
+def copy(source: Path, target: Path, path: str) -> None:
+    to = target / copied_path(path)
+    if not to.exists():
+        frames = read_clip(str(source / path), np.arange, short_side=SHORT_SIDE)  # [T, H, W, 3]
+        to.parent.mkdir(parents=True, exist_ok=True)
+        write_video(to, frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2])  # H.264 wants even sides
