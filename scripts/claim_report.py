@@ -184,7 +184,7 @@ def plot(groups: dict[tuple[str, str, str], list[Row]]) -> None:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams["svg.hashsalt"] = "claim"  # the same file from the same figures
+    plt.rcParams.update({"svg.hashsalt": "claim", "svg.fonttype": "none"})  # the same file from the same figures, with words as words
     names = sorted({key[0] for key in groups})
     figure, axes = plt.subplots(1, len(names), figsize=(6 * len(names), 5), squeeze=False)
     for axis, data in zip(axes[0], names):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -143,6 +145,30 @@ def test_steering_narrows_the_width_when_too_few_bins_are_kept():
     assert layer.width > 1
 
 
+def test_training_at_drawn_shares_visits_the_whole_range_and_leaves_the_width_of_evaluation_alone():
+    torch.manual_seed(0)
+    layer = layer_of(replace(ATFR, similarity="partition", drawn=(0.2, 1.0), target=0.3))
+    layer.width.fill_(0.5)
+    clips = features(40, 12)
+    kept = [layer(clips).lengths.float().mean().item() / 12 for _ in range(60)]
+    assert min(kept) < 0.3 and max(kept) > 0.9 and all(0.15 < share <= 1 for share in kept)
+    assert sum(kept) / len(kept) == pytest.approx(0.6, abs=0.1)
+    layer.steer(torch.tensor(0.9))
+    assert layer.width == 0.5
+    with torch.no_grad():  # as where statistics are taken, in training mode
+        counted = layer(clips).lengths
+    assert counted.equal(layer.eval()(clips).lengths)
+
+
+def test_a_nan_while_shares_are_drawn_is_refused_as_ever():
+    layer = layer_of(replace(ATFR, drawn=(0.2, 1.0)))
+    layer.width.fill_(0.5)
+    clips = features()
+    clips[3, 0, 0] = torch.nan
+    with pytest.raises(NonFiniteFeatures, match="clip 3"):
+        sample([layer], [clips], [None])
+
+
 def test_a_frozen_embedding_is_not_learned_and_a_learned_one_gets_gradients():
     for embedding, learned in (("mlp", True), ("frozen", False)):
         layer = layer_of(SGSOptions(embedding=embedding))
@@ -185,6 +211,9 @@ def test_under_autocast_the_sampling_is_the_float32_one(metric):
         ({"scale": "absolute", "width": -1.0}, "width must be above 0, not -1.0"),
         ({"similarity": "uniform", "kernel": "mean", "scale": "absolute"}, "set scale=relative"),
         ({"noise_floor": True}, "noise_floor is taken off the steps of similarity=path"),
+        ({"drawn": [0.5]}, r"drawn=\[0.5\] must be the least and the greatest share"),
+        ({"drawn": [0.0, 1.0]}, "must be the least and the greatest share"),
+        ({"drawn": [0.2, 1.0]}, "drawn chooses the width of each training batch: set scale=absolute"),
         ({"target": 0.0}, "target is a share of the frames"),
         ({"after": []}, "after is empty"),
     ],
