@@ -59,11 +59,11 @@ def stubbed(tmp_path, monkeypatch):
 
 
 def test_runs_come_after_those_that_they_start_from_and_only_once(stubbed):
-    wanted = [claim.Job("x3d", "uneven", method, 0) for method in ("budgets-atfr-0.32", "dense", "atfr-0.32")]
+    wanted = [claim.Job("x3d", "uneven", method, 0) for method in ("budgets-atfr-0.4", "dense", "atfr-0.4")]
     assert claim.run_all(wanted, parallel=2, through=[]) == []
     names = [method for method, _ in stubbed]
-    assert sorted(names) == ["atfr-0.32", "budgets-atfr-0.32", "dense", "warm"]
-    assert names[0] == "warm" and names.index("atfr-0.32") < names.index("budgets-atfr-0.32")
+    assert sorted(names) == ["atfr-0.4", "budgets-atfr-0.4", "dense", "warm"]
+    assert names[0] == "warm" and names.index("atfr-0.4") < names.index("budgets-atfr-0.4")
     assert claim.run_all(wanted, parallel=2, through=[]) == [] and len(stubbed) == 4
 
 
@@ -91,7 +91,7 @@ def row(method: str, seed: int, top1: float, gflops: float) -> claim_report.Row:
 
 
 def test_a_verdict_compares_within_seeds_and_allows_the_fixed_cost_one_more_feature():
-    rows = [row("atfr-0.3", s, t, 0.48) for s, t in ((0, 90.0), (1, 94.0))] + [row("atfr-0.32", 0, 99.0, 0.6)]
+    rows = [row("atfr-0.3", s, t, 0.48) for s, t in ((0, 90.0), (1, 94.0))] + [row("atfr-0.4", 0, 99.0, 0.6)]
     rows += [row("dense", s, t, 1.0) for s, t in ((0, 91.0), (1, 96.0), (2, 50.0))]
     rows += [row(f"uniform-{k}", s, t, cost) for k, cost, t in ((5, 0.45, 70.0), (6, 0.52, 80.0), (8, 0.6, 99.0)) for s in (0, 1)]
     line = claim_report.verdict("uneven-x3d", claim_report.grouped(rows))
@@ -115,7 +115,7 @@ def test_runs_from_scratch_have_as_many_epochs_as_those_with_a_warm_start():
         return next(int(word.partition("=")[2]) for word in command if word.startswith("trainer.epochs="))
 
     for data in ("uneven", "brief", "ut_interaction"):
-        assert epochs("scratch-0.32", data) == epochs("warm", data) + epochs("dense", data) > epochs("warm", data)
+        assert epochs("scratch-0.4", data) == epochs("warm", data) + epochs("dense", data) > epochs("warm", data)
 
 
 def test_the_probe_holds_some_clips_still_and_knows_how_much_the_others_change():
@@ -159,7 +159,7 @@ def test_a_report_holds_every_run_and_means_over_seeds(tmp_path, monkeypatch):
     claim_report.DOCUMENT.write_text(f"before\n{claim_report.BEGIN}\nold\n{claim_report.END}\nafter\n")
     Path("data/claim/uneven/truth.csv").write_text("path,change\ntest/x/a.mp4,0.1\ntest/y/b.mp4,0.5\n")
     for seed, top1 in ((0, 90.0), (1, 94.0)):
-        folder = Path("runs", "uneven-x3d", "atfr-0.32", str(seed))
+        folder = Path("runs", "uneven-x3d", "atfr-0.4", str(seed))
         folder.mkdir(parents=True)
         result = {
             "top1": top1, "mean_class_accuracy": top1, "clips_per_second": 10.0, "gflops": {"mean": 0.5, "dense": 1.0},

@@ -14,14 +14,14 @@ from atfr.models.sgs_layer import SGSOptions
 STAGES = {"stem": "blocks.0", "res2": "blocks.1", "res3": "blocks.2", "res4": "blocks.3", "res5": "blocks.4"}  # of R50
 
 SIZES = {"tiny": STAGES, "R50": STAGES, "18": torchvision3d.STAGES}
-WIDTHS = {"tiny": 8, "R50": 64}  # channels of the stem, to which all others are in proportion
+WIDTHS = {"tiny": 16, "R50": 64}  # channels of the stem, to which all others are in proportion
 
 
 def r2plus1d(*, size: str | int, num_classes: int, dropout: float = 0.5, sgs: SGSOptions | None = None) -> VideoNet:
     """An R(2+1)D that takes clips [N, 3, T, H, W] of any length and size.
 
     R50 is pytorchvideo's `r2plus1d_r50`, without the softmax at its end and with a head that pools
-    over all features that are there; tiny is the same with an eighth of the channels, for the built-in
+    over all features that are there; tiny is the same with a quarter of the channels, for the built-in
     data; res4 and res5 halve T, rounding up. 18 is torchvision's
     `r2plus1d_18`, in which res3 halves T too; it was published without dropout. Parameters keep
     their names.
