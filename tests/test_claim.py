@@ -172,5 +172,5 @@ def test_a_report_holds_every_run_and_means_over_seeds(tmp_path, monkeypatch):
     claim_report.report(Path("runs"))
     text = claim_report.DOCUMENT.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "| atfr-0.32 |  | 2 | 92.0 ± 2.0 | 92.0 | 0.500 | 4.0 (2-6) of 16 | 1.00, 0.90 | 1.0, 12.0 | 10 |" in text
+    assert "| atfr-0.4 |  | 2 | 92.0 ± 2.0 | 92.0 | 0.500 | 4.0 (2-6) of 16 | 1.00, 0.90 | 1.0, 12.0 | 10 |" in text
     assert len(claim_report.ROWS.read_text().splitlines()) == 3 and claim_report.PLOT.stat().st_size > 1000
