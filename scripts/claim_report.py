@@ -57,7 +57,7 @@ def report(runs: Path) -> None:
     groups = grouped(rows)
     names = sorted({row.data for row in rows})
     commits = ", ".join(sorted({row.commit[:8] for row in rows if row.commit}))
-    lines = [*(verdict(data, groups) for data in names), "", f"![top-1 over GFLOPs]({PLOT.name})", "", f"{len(rows)} results of commits {commits}.", ""]
+    lines = [*(line for data in names for line in verdict(data, groups)), "", f"![top-1 over GFLOPs]({PLOT.name})", "", f"{len(rows)} results of commits {commits}.", ""]
     text = "\n".join([*lines, *(line for data in names for line in table(data, groups))])
     before, _, rest = DOCUMENT.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
@@ -136,34 +136,77 @@ def known(*values: float, digits: int) -> str:
     return ", ".join("–" if value != value else f"{value:.{digits}f}" for value in values) if any(value == value for value in values) else ""
 
 
-def verdict(data: str, groups: dict[tuple[str, str, str], list[Row]]) -> str:
-    """One line: our layer at half the GFLOPs beside the dense network and the best of what keeps equally many for all clips.
+def verdict(data: str, groups: dict[tuple[str, str, str], list[Row]]) -> list[str]:
+    """What came out for one dataset and network, in words and figures: our layer at half the GFLOPs against all else.
 
-    Of each of those families the members that cost no more count, and the next one, which is in its favour. Runs of
-    a seed start from the same weights, so differences are taken within seeds.
+    In mean class accuracy, which is top-1 where all classes have as many test videos. Runs of a seed start from the
+    same weights, so differences are taken within seeds.
     """
     trained = {method: {row.seed: row for row in rows} for (at, method, budget), rows in groups.items() if at == data and not budget}
     cost = {method: mean(row.gflops for row in rows.values()) for method, rows in trained.items()}
-    ours = [method for method in trained if method.startswith("atfr-") and round(cost[method], 2) <= 0.5]
+    ours = [method for method in trained if size_of(method, "atfr") and round(cost[method], 2) <= 0.5]
     if not ours or "dense" not in trained:
-        return f"- **{data}**: not decided, runs are missing."
+        return [f"- **{data}**: not decided, runs are missing."]
     own = max(ours, key=cost.get)
-    fixed: list[str] = []
-    for family in ("uniform-", "stride-", "random-"):
-        members = sorted((method for method in trained if method.startswith(family)), key=cost.get)
-        within = sum(cost[method] <= cost[own] for method in members)
-        fixed += members[: within + 1]
 
     def against(method: str) -> str:
         seeds = trained[own].keys() & trained[method].keys()
-        differences = [trained[own][seed].top1 - trained[method][seed].top1 for seed in seeds]
-        tops = mean(trained[method][seed].top1 for seed in seeds)
-        return f"{with_error(differences, sign='+')} against {method} ({tops:.1f} % at {cost[method]:.2f}; {len(seeds)} seeds)"
+        differences = [trained[own][seed].balanced - trained[method][seed].balanced for seed in seeds]
+        level = mean(trained[method][seed].balanced for seed in seeds)
+        return f"**{relation(differences)}** {method}, {level:.1f} % at {cost[method]:.2f}: {with_error(differences, sign='+')} ({len(seeds)} seeds)"
 
-    comparable = [method for method in fixed if trained[own].keys() & trained[method].keys()]
-    best = against(max(comparable, key=lambda m: mean(row.top1 for row in trained[m].values()))) if comparable else "no fixed-cost run to compare with yet"
-    tops = mean(row.top1 for row in trained[own].values())
-    return f"- **{data}**: {own} {tops:.1f} % at {cost[own]:.2f} of the GFLOPs; {against('dense')}; {best}."
+    lines = [f"- **{data}**: {own} {mean(row.balanced for row in trained[own].values()):.1f} % at {cost[own]:.2f} of the GFLOPs", f"  - {against('dense')}"]
+    rivals = [method for method in matched(own, cost) if trained[own].keys() & trained[method].keys()]
+    if rivals:
+        lines.append(f"  - {against(max(rivals, key=lambda method: mean(row.balanced for row in trained[method].values())))}, the best of {', '.join(rivals)}")
+    probed = [row for row in trained[own].values() if row.follows_played == row.follows_played]
+    if probed:
+        follows, static, busy = (mean(getattr(row, name) for row in probed) for name in ("follows_played", "static", "busy"))
+        lines.append(f"  - B' follows the change of clips of which that is known: rank correlation {follows:.2f}; {static:.1f} bins for static clips, {busy:.1f} of {probed[0].frames} for busy ones")
+    return [*lines, *one_network(data, groups, trained)]
+
+
+def one_network(data: str, groups: dict[tuple[str, str, str], list[Row]], trained: dict[str, dict[int, Row]]) -> list[str]:
+    """One trained network at several budgets, each beside what separately trained fixed-cost networks have at these GFLOPs.
+
+    Between two of those, as between the most costly one and the dense network, on the straight line.
+    """
+    curve = [method for method in trained if size_of(method, "uniform") or method == "dense"]
+    found = []
+    for (at, method, budget), rows in groups.items():
+        if at != data or not budget or not method.startswith("budgets-drawn"):
+            continue
+        differences = []
+        for row in rows:
+            points = sorted((trained[other][row.seed].gflops, trained[other][row.seed].balanced) for other in curve if row.seed in trained[other])
+            if points and points[0][0] <= row.gflops:
+                differences.append(row.balanced - float(np.interp(row.gflops, *zip(*points))))
+        if differences:
+            found.append(f"{relation(differences)} at {mean(row.gflops for row in rows):.2f} ({with_error(differences, sign='+')})")
+    return [f"  - one network, many budgets, against separately trained `uniform` ones: {', '.join(found)}"] if found else []
+
+
+def matched(own: str, cost: dict[str, float]) -> list[str]:
+    """The methods that keep equally many features of all clips, for the GFLOPs of `own`: those that cost no more and, in their favour, the next one."""
+    found: list[str] = []
+    for family in ("uniform", "stride", "random"):
+        members = sorted((method for method in cost if size_of(method, family)), key=cost.get)
+        found += members[: sum(cost[method] <= cost[own] for method in members) + 1]
+    return found
+
+
+def size_of(method: str, family: str) -> str:
+    """The number in names such as uniform-6; empty for a method that is none of that family."""
+    begin, _, size = method.rpartition("-")
+    return size if begin == family and size.replace(".", "").isdigit() else ""
+
+
+def relation(differences: list[float]) -> str:
+    """Above: by more than two standard errors; not below: not by more than one; in words."""
+    if len(differences) < 2:
+        return "one seed against"
+    error = standard_error(differences)
+    return "above" if mean(differences) > 2 * error else "not below" if mean(differences) >= -error else "below"
 
 
 def with_error(values: list[float], *, sign: str = "") -> str:
@@ -191,9 +234,8 @@ def plot(groups: dict[tuple[str, str, str], list[Row]]) -> None:
         curves: dict[str, list[list[Row]]] = defaultdict(list)
         for (at, method, _), rows in groups.items():
             if at == data:
-                family, _, size = method.rpartition("-")
-                one_family = size.replace(".", "").isdigit() and not method.startswith("budgets")  # each of those is a network of its own
-                curves[family if one_family else method].append(rows)
+                family = next((name for name in ("atfr", "uniform", "stride") if size_of(method, name)), method)
+                curves[family].append(rows)
         for name, points in sorted(curves.items()):
             points.sort(key=lambda rows: mean(r.gflops for r in rows))
             x, y = ([mean(getattr(r, key) for r in rows) for rows in points] for key in ("gflops", "top1"))

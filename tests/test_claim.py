@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,11 +95,29 @@ def test_a_verdict_compares_within_seeds_and_allows_the_fixed_cost_one_more_feat
     rows = [row("atfr-0.3", s, t, 0.48) for s, t in ((0, 90.0), (1, 94.0))] + [row("atfr-0.4", 0, 99.0, 0.6)]
     rows += [row("dense", s, t, 1.0) for s, t in ((0, 91.0), (1, 96.0), (2, 50.0))]
     rows += [row(f"uniform-{k}", s, t, cost) for k, cost, t in ((5, 0.45, 70.0), (6, 0.52, 80.0), (8, 0.6, 99.0)) for s in (0, 1)]
-    line = claim_report.verdict("uneven-x3d", claim_report.grouped(rows))
-    assert "atfr-0.3 92.0 % at 0.48 of the GFLOPs" in line
-    assert "-1.5 ± 0.5 against dense (93.5 % at 1.00; 2 seeds)" in line
-    assert "+12.0 ± 2.0 against uniform-6 (80.0 % at 0.52; 2 seeds)" in line
-    assert "not decided" in claim_report.verdict("uneven-x3d", claim_report.grouped(rows[2:]))
+    text = "\n".join(claim_report.verdict("uneven-x3d", claim_report.grouped(rows)))
+    assert "atfr-0.3 92.0 % at 0.48 of the GFLOPs" in text
+    assert "**below** dense, 93.5 % at 1.00: -1.5 ± 0.5 (2 seeds)" in text
+    assert "**above** uniform-6, 80.0 % at 0.52: +12.0 ± 2.0 (2 seeds), the best of uniform-5, uniform-6" in text
+    assert "rank correlation 0.90; 1.0 bins for static clips, 12.0 of 16 for busy ones" in text
+    assert "not decided" in "\n".join(claim_report.verdict("uneven-x3d", claim_report.grouped(rows[2:])))
+
+
+def test_above_is_by_two_standard_errors_and_below_by_one():
+    assert claim_report.relation([1.0, 3.0]) == "not below"  # 2 ± 1
+    assert claim_report.relation([1.1, 3.0]) == "above"
+    assert claim_report.relation([-2.0, 0.0]) == "not below"  # -1 ± 1
+    assert claim_report.relation([-2.1, -0.1]) == "below"
+    assert claim_report.relation([5.0]) == "one seed against"
+
+
+def test_one_network_at_several_budgets_is_held_against_the_line_between_fixed_cost_networks():
+    rows = [row(method, s, t + s, cost) for s in (0, 1) for method, t, cost in (("uniform-4", 60.0, 0.4), ("uniform-8", 80.0, 0.6), ("dense", 90.0, 1.0))]
+    rows += [replace(row("budgets-drawn-0.4", s, t + s, cost), budget=b) for s in (0, 1) for b, t, cost in (("0.3", 0.0, 0.3), ("0.5", 71.0, 0.5), ("0.8", 84.0, 0.8))]
+    groups = claim_report.grouped(rows)
+    trained = {method: {s: next(r for r in rows if r.method == method and r.seed == s) for s in (0, 1)} for method in ("uniform-4", "uniform-8", "dense")}
+    (line,) = claim_report.one_network("uneven-x3d", groups, trained)
+    assert line.endswith(": above at 0.50 (+1.0 ± 0.0), below at 0.80 (-1.0 ± 0.0)")  # nothing was trained at 0.3
 
 
 def test_every_method_has_a_start_that_exists_and_a_command_with_its_seed():
@@ -114,8 +133,9 @@ def test_runs_from_scratch_have_as_many_epochs_as_those_with_a_warm_start():
         (command, *_) = claim.Job("x3d", data, method, 0).commands()
         return next(int(word.partition("=")[2]) for word in command if word.startswith("trainer.epochs="))
 
-    for data in ("uneven", "brief", "ut_interaction"):
+    for data in ("uneven", "even", "ut_interaction"):
         assert epochs("scratch-0.4", data) == epochs("warm", data) + epochs("dense", data) > epochs("warm", data)
+        assert epochs("atfr-briefly", data) * 2 == epochs("atfr-0.4", data) == epochs("dense", data)
 
 
 def test_the_probe_holds_some_clips_still_and_knows_how_much_the_others_change():
