@@ -76,7 +76,7 @@ def main() -> None:
 
 def measured(name: str, size: str | None, *, batch: int, rounds: int) -> Row:
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose("flops", [f"model={name}_sgs", "model.sgs.width=1.0", *([f"model.size='{size}'"] if size else [])])
+        config = compose("flops", [f"model={name}_sgs", "model.sgs.after=res2", "model.sgs.width=1.0", *([f"model.size='{size}'"] if size else [])])
     clip = jobs.clip_settings(config)
     model = jobs.build_model(config, num_classes=400, ranks=Ranks(0, 1, torch.device("cpu"))).eval()
     shake(model)
