@@ -10,7 +10,6 @@ import pytest
 from video_files import damage, numbers, write_sound, write_video
 
 from atfr.data import decode
-from atfr.data.decode import read_clip
 from atfr.data.readers import AvVideo, Unsupported, scaled_size
 from atfr.data.records import VideoError
 
@@ -26,8 +25,12 @@ DATA = os.environ.get("ATFR_TEST_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="ATFR_TEST_DATA does not point to the folder of real videos")
 
 
+def read_clip(*arguments, **options):
+    return decode.read_clip(*arguments, **options).frames
+
+
 def chosen(*indices):
-    return lambda num_frames: np.array(indices)
+    return lambda num_frames, fps: np.array(indices)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -35,7 +38,7 @@ def test_the_frames_asked_for_come_out_in_that_order_from_every_format(tmp_path,
     codec, ending = FORMATS[kind]
     path = write_video(tmp_path / f"video.{ending}", 40, codec=codec)
     seen = []
-    clip = read_clip(path, lambda num_frames: seen.append(num_frames) or np.array([31, 5, 5, 0, 39, 17]))
+    clip = read_clip(path, lambda num_frames, fps: seen.append(num_frames) or np.array([31, 5, 5, 0, 39, 17]))
     assert seen == [40]
     assert clip.shape == (6, 48, 64, 3) and clip.dtype == np.uint8
     assert numbers(clip) == [31, 5, 5, 0, 39, 17]
@@ -71,7 +74,7 @@ def test_scaled_size_keeps_the_aspect():
 
 def test_a_video_of_one_frame_can_fill_a_clip(tmp_path):
     path = write_video(tmp_path / "one.mp4", 1, codec="libx264")
-    assert numbers(read_clip(path, lambda num_frames: np.zeros(4, int) + num_frames - 1)) == [0, 0, 0, 0]
+    assert numbers(read_clip(path, lambda num_frames, fps: np.zeros(4, int) + num_frames - 1)) == [0, 0, 0, 0]
 
 
 def promise(monkeypatch, extra):
@@ -88,14 +91,14 @@ def promise(monkeypatch, extra):
 def test_a_few_missing_frames_at_the_end_are_replaced_by_the_last_one(tmp_path, monkeypatch):
     path = write_video(tmp_path / "video.avi", 20)
     promise(monkeypatch, 3)
-    assert numbers(read_clip(path, lambda num_frames: np.array([0, num_frames - 4, num_frames - 1]))) == [0, 19, 19]
+    assert numbers(read_clip(path, lambda num_frames, fps: np.array([0, num_frames - 4, num_frames - 1]))) == [0, 19, 19]
 
 
 def test_when_many_frames_are_missing_the_clip_is_chosen_again(tmp_path, monkeypatch):
     path = write_video(tmp_path / "video.avi", 20)
     promise(monkeypatch, 30)
     asked = []
-    clip = read_clip(path, lambda num_frames: asked.append(num_frames) or np.array([num_frames // 2, num_frames - 1]))
+    clip = read_clip(path, lambda num_frames, fps: asked.append(num_frames) or np.array([num_frames // 2, num_frames - 1]))
     assert asked == [50, 20]
     assert numbers(clip) == [10, 19]
 
@@ -120,7 +123,7 @@ def bad_files(folder):
     return {
         "empty.mp4": "the file is empty (0 bytes)",
         "text.mp4": "Invalid data found",
-        "folder.mp4": "it is a folder",
+        "folder.mp4": "it is a folder without jpg files",
         "cut.mp4": "Invalid data found",
         "sound.mp4": "it has no video stream",
         "nowhere.mp4": "No such file or directory",

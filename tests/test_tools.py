@@ -102,21 +102,6 @@ def test_a_run_interrupted_in_the_middle_of_an_epoch_ends_with_the_same_weights(
         assert torch.equal(value, second[name]), name
 
 
-def test_a_bad_video_is_replaced_and_named_in_training_and_listed_as_failed_in_testing(small_videos, tmp_path, caplog):
-    videos = tmp_path / "videos"
-    shutil.copytree(small_videos, videos)
-    (videos / "right 0.mp4").write_bytes(b"")
-    (videos / "down 9.mp4").write_text("this is no video")
-    outcome = run_tool("train", *small_job(videos, tmp_path / "run"))
-    assert outcome.code == 0, outcome.err
-    assert "right 0.mp4: the file is empty" in caplog.text + outcome.out
-    replaced = [json.loads(line).get("replaced", 0) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert sum(replaced) == 2  # once an epoch
-    results = json.loads((tmp_path / "run/results.json").read_text())
-    assert results["failed"] == [str(videos / "down 9.mp4")] and results["num_videos"] == 3
-    assert "3 (1 more could not be read)" in outcome.out
-
-
 @pytest.mark.parametrize(
     "arguments,message",
     [

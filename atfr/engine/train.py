@@ -66,6 +66,7 @@ class Training:
         self.loss = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
         self.step, self.evaluated, self.best_top1 = 0, 0, -1.0
         self.pending = _Pending()
+        self.named: set[str] = set()  # the bad videos that were told of
 
     def run(self) -> None:
         """Train to the last step. Whatever was saved before stays, however this ends.
@@ -142,7 +143,9 @@ class Training:
         steer_width(self.model, prediction.sampled)
         self.step += 1
         for message in batch.bad:
-            log.warning("replaced in training: %s", message)
+            if message not in self.named:  # it comes again every epoch, and there may be thousands
+                log.warning("replaced in training: %s", message)
+                self.named.add(message)
         kept = {name: sum(bins) / len(bins) for name, bins in zip(("bins", *(f"bins_{key}" for key in list(self.model.sgs)[1:])), zip(*prediction.bins))}
         self.pending.add(loss.detach(), norm, batch.paths, **kept, replaced=len(batch.bad), data_s=data_s, step_s=time.perf_counter() - began)
         self.bar.update()
