@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from video_files import damage, numbers, write_sound, write_video
+from PIL import Image
+from torchvision.io import decode_image
+from video_files import damage, numbers, write_jpgs, write_sound, write_video
 
 from atfr.data import decode
 from atfr.data.readers import AvVideo, Unsupported, scaled_size
@@ -160,6 +162,45 @@ def test_an_unknown_decoder_is_refused():
         read_clip("a.mp4", chosen(0), decoder="opencv")
 
 
+def test_a_folder_of_jpgs_is_read_in_the_order_of_its_numbers(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (12, 48, 64, 3), dtype=np.uint8)
+    path = write_jpgs(tmp_path / "frames", frames)
+    seen = []
+    clip, decoder = decode.read_clip(path, lambda num_frames, fps: seen.append((num_frames, fps)) or np.array([10, 0, 1, 1]))
+    assert seen == [(12, None)] and decoder == "frames" and clip.dtype == np.uint8
+    for frame, number in zip(clip, (11, 1, 2, 2), strict=True):  # img_10 comes after img_9, not after img_1
+        expected = decode_image(os.path.join(path, f"img_{number}.jpg")).permute(1, 2, 0).numpy()
+        assert np.abs(frame.astype(int) - expected).max() <= 2
+
+
+def test_frames_of_a_folder_are_scaled_and_coloured_alike(tmp_path):
+    path = write_jpgs(tmp_path / "frames", np.full((3, 96, 128, 3), 90, dtype=np.uint8))
+    Image.new("L", (200, 100), 90).save(os.path.join(path, "img_3.jpg"))  # gray, and of another size
+    clip = read_clip(path, chosen(0, 2), short_side=24)
+    assert clip.shape == (2, 24, 32, 3) and np.abs(clip.astype(int) - 90).max() <= 2
+
+
+def test_only_the_frames_wanted_are_opened_and_a_bad_one_is_named(tmp_path):
+    path = write_jpgs(tmp_path / "frames", np.zeros((4, 48, 64, 3), dtype=np.uint8))
+    whole = (tmp_path / "frames" / "img_2.jpg").read_bytes()
+    (tmp_path / "frames" / "img_2.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "frames" / "img_3.jpg").write_text("no picture")
+    assert read_clip(path, chosen(0, 3)).shape == (2, 48, 64, 3)
+    for position, name in ((1, "img_2.jpg"), (2, "img_3.jpg")):
+        with pytest.raises(VideoError, match=f"cannot read {path}: frame {name}: "):
+            read_clip(path, chosen(0, position))
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("kind", ["h264_mp4", "mpeg4_avi", "vp9_webm"])
+def test_the_rate_of_a_file_is_known_to_whoever_picks(tmp_path, kind, decoder):
+    pytest.importorskip(decoder.replace("pyav", "av"))
+    codec, ending = FORMATS[kind]
+    rates = []
+    read_clip(write_video(tmp_path / f"video.{ending}", 20, codec=codec), lambda _, fps: rates.append(fps) or [0], decoder=decoder)
+    assert rates == [pytest.approx(10, rel=0.01)]
+
+
 @pytest.mark.parametrize("kind", ["h264_mp4", "mpeg4_avi"])
 def test_decord_reads_the_same_frames(tmp_path, kind):
     pytest.importorskip("decord")
@@ -211,6 +252,7 @@ def test_real_files_have_as_many_frames_as_a_full_decode_found():
         video = AvVideo(path)
         _, end = video.read([video.num_frames - 1], 32)
         assert (end or video.num_frames) == int(row["frames_decoded"]), row["relative_path"]
+        assert video.fps == pytest.approx(float(row["avg_fps"]), rel=0.05), row["relative_path"]
 
 
 @needs_data

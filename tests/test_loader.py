@@ -65,6 +65,37 @@ def test_data_smaller_than_a_batch_goes_around_to_fill_one(world):
     assert sorted(np.bincount([index % 3 for index in indices])) == [2, 3, 3]
 
 
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("videos, batch", [([50, 10, 4], 8), ([5, 5, 5, 5], 4), ([1, 30], 10), ([2, 1], 8)])
+def test_a_balanced_epoch_has_every_class_and_within_it_every_video_equally_often(videos, batch, world):
+    labels = [7 * label for label, count in enumerate(videos) for _ in range(count)]  # some classes have no videos
+    total = max(1, len(labels) // batch) * batch
+    orders = set()
+    for epoch in range(4):
+        indices = []
+        for rank in range(world):
+            sampler = TrainSampler(len(labels), seed=2, global_batch=batch, rank=rank, world=world, labels=labels)
+            sampler.set_epoch(epoch)
+            share = [index for part in sampler for _, index in part]
+            assert len(share) == total // world
+            assert all(len(part) == batch // world for part in sampler)
+            indices += share
+        assert len(set(indices)) == len(indices), "the same clip twice"
+        times = np.bincount([index % len(labels) for index in indices], minlength=len(labels))
+        by_class = [times[[at for at, label in enumerate(labels) if label == 7 * c]] for c in range(len(videos))]
+        assert sorted(part.sum() for part in by_class) == sorted((total + c) // len(videos) for c in range(len(videos)))
+        assert all(part.max() - part.min() <= 1 for part in by_class)
+        orders.add(tuple(indices))
+    assert len(orders) == 4
+
+
+def test_the_ranks_of_a_balanced_epoch_together_read_what_one_process_would():
+    labels = [0] * 20 + [1] * 5
+    samplers = [TrainSampler(25, seed=0, global_batch=6, rank=rank, world=world, labels=labels) for rank, world in ((0, 1), (0, 3), (1, 3), (2, 3))]
+    for whole, *shares in zip(*samplers):
+        assert sorted(whole) == sorted(sum(shares, []))
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -268,7 +268,8 @@ def test_two_processes_train_and_evaluate_each_view_exactly_once(trained, small_
     assert outcome.code == 0, outcome.err
     for row, other in zip(rows(single), rows(tmp_path / "test"), strict=True):
         assert {**row, "score": ""} == {**other, "score": ""}
-    outcome = torchrun(2, "train", *small_job(small_videos, tmp_path / "train"))
+    more = ("trainer.class_balanced=true", "trainer.mixup=0.8", "trainer.cutmix=1.0", "dataset.clip.randaugment=[2,9]", "dataset.clip.fps=30")
+    outcome = torchrun(2, "train", *small_job(small_videos, tmp_path / "train", *more))
     assert outcome.code == 0, outcome.err
     lines = [json.loads(line) for line in (tmp_path / "train/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3, 4]
