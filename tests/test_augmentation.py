@@ -109,7 +109,7 @@ def test_mixup_blends_each_clip_with_the_one_before_it_as_its_targets_say():
 
 def test_cutmix_pastes_the_same_rectangle_into_all_frames_as_its_targets_say():
     for step in range(10):
-        clips, targets = mixing(mixup=None, cutmix=1.0, num_classes=3, seed=0)(CLIPS, LABELS, step)
+        clips, targets = mixing(mixup=None, cutmix=1, num_classes=3, seed=0)(CLIPS, LABELS, step)
         for i in range(5):
             pasted = (clips[i] != CLIPS[i]).flatten(0, 1)  # [C x T, H, W]
             assert torch.equal(pasted, pasted[:1].expand_as(pasted))

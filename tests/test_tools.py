@@ -116,6 +116,7 @@ def test_a_run_interrupted_in_the_middle_of_an_epoch_ends_with_the_same_weights(
         (["trainer.accelerator=tpu"], "trainer.accelerator='tpu' does not exist; choose one of auto, cpu, cuda"),
         (["trainer.devices=3"], "trainer.devices=3, but 1 process"),
         (["optimizer.lr=1e30", "optimizer.momentum=0.0", "optimizer.nesterov=false", "trainer.clip_norm=null"], "step 2: SGS after 'res2': the features of clip"),
+        (["trainer.mixup=0"], "trainer.mixup must be above 0 or null, not 0"),
         (["trainer.eval_every=0"], "trainer.eval_every must be at least 1, not 0"),
         (["dataset.test=null"], "dataset videolist has no val videos"),
         (["+foo=3"], "foo is not an option; there are dataset, model"),

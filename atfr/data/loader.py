@@ -110,7 +110,7 @@ class ClipLoader(DataLoader):
             if "timed out" in str(error):
                 raise TimeoutError(
                     f"no batch came within {self.timeout:g} s; the longest read is that of {files[0]}: if it hangs, leave the file"
-                    " out, and if files are merely slow, raise timeout_s"
+                    " out, and if files are merely slow, raise trainer.timeout_s"
                 ) from error
             raise ChildProcessError(f"{' '.join(str(error).split())}; the loader's processes were reading {', '.join(files)}") from error
 

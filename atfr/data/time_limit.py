@@ -71,5 +71,5 @@ def _in_time(read: Callable[[], T], path: str, seconds: float) -> T:
     if errors:
         raise errors[0]
     if not results:
-        raise TimeoutError(f"cannot read {path}: no answer within {seconds:g} s, its decoder or its disk hangs; leave the file out or raise timeout_s")
+        raise TimeoutError(f"cannot read {path}: no answer within {seconds:g} s, its decoder or its disk hangs; leave the file out or raise trainer.timeout_s")
     return results[0]

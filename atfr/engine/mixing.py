@@ -20,7 +20,7 @@ def mixing(*, mixup: float | None, cutmix: float | None, num_classes: int, seed:
     All clips of a process have the same share of their partner, the clip before them in the batch, and all frames of a
     clip the same rectangle. What is drawn depends on (seed, step) alone; torch's global generator is left as it was.
     """
-    chosen = [make(alpha=alpha, num_classes=num_classes) for make, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha is not None]
+    chosen = [make(alpha=float(alpha), num_classes=num_classes) for make, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha is not None]
     if not chosen:
         return None
     either = v2.RandomChoice(chosen)
