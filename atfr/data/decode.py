@@ -3,7 +3,7 @@
 Two libraries can read; each is the other's fallback. PyAV goes first unless told otherwise: `benchmarks/decoders.py`
 shows that it is about as fast as decord on H.264 and VP9 and faster on MPEG-4, where decord's random access returns
 other frames than were asked for on packed B-frames (UT-Interaction, HMDB51). decord can also spin for ever in native
-code that holds the interpreter lock, out of reach of Python's time limits (github.com/dmlc/decord/issues/373).
+code, out of reach of Python's signals (github.com/dmlc/decord/issues/373): datasets read under a `TimeLimit`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A limit on how long a read may take: a decoder that never comes back ends in an error that names its file.
 
 In the main process a read under a limit runs in a thread of its own, which is left behind when the time is up. That
-works as long as the native code lets go of the interpreter lock, as PyAV and file reads do; decord keeps it, and a
-decord read that hangs in the main process cannot be ended from Python: read with at least one worker to be safe.
+works as long as the native code lets go of the interpreter lock, as PyAV, decord's calls through ctypes and file reads
+do. Code that hangs with the lock held stops the main process, and nothing in Python can end it; in a worker it can.
 
 A worker's read is not stopped here. The worker writes down in shared memory which file it reads, the DataLoader's
 own timeout strikes in the main process, whatever the worker holds, and the file is looked up.
