@@ -67,7 +67,10 @@ def gflops_table(model: VideoNet, clip: ClipSettings) -> GflopsTable:
 
 def train_batches(source: VideoSource, clip: ClipSettings, settings: TrainerSettings, ranks: Ranks) -> tuple[int, Callable[[int, int], Iterable[Any]]]:
     """Steps an epoch, and `batches(epoch, n)`: this process's training batches of an epoch from its n-th on."""
-    sampler = TrainSampler(len(source.train), seed=settings.seed, global_batch=settings.batch_size, rank=ranks.rank, world=ranks.world)
+    labels = [video.label for video in source.train] if settings.class_balanced else None
+    sampler = TrainSampler(
+        len(source.train), seed=settings.seed, global_batch=settings.batch_size, rank=ranks.rank, world=ranks.world, labels=labels
+    )
     loader = train_loader(
         TrainClips(source.train, clip, seed=settings.seed),
         sampler=sampler,

@@ -52,6 +52,6 @@ def copied_path(path: str) -> str:
 def copy(source: Path, target: Path, path: str) -> None:
     to = target / copied_path(path)
     if not to.exists():
-        frames = read_clip(str(source / path), np.arange, short_side=SHORT_SIDE)  # [T, H, W, 3]
+        frames = read_clip(str(source / path), lambda num_frames, fps: np.arange(num_frames), short_side=SHORT_SIDE).frames  # [T, H, W, 3]
         to.parent.mkdir(parents=True, exist_ok=True)
         write_video(to, frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2])  # H.264 wants even sides

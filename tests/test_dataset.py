@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
-from video_files import numbers, write_video
+from video_files import numbers, write_jpgs, write_video
 
 from atfr.data.dataset import ClipSettings, TestClips, TrainClips, collate
 from atfr.data.loader import TrainSampler, test_loader, train_loader
@@ -117,6 +117,22 @@ def test_a_clip_holds_consecutive_strided_frames_of_its_own_video(videos):
         assert item.clip.shape == (3, 4, 24, 24) and item.clip.dtype == torch.uint8 and item.clip.is_contiguous()
         found = numbers(item.clip.permute(1, 0, 2, 3).numpy())
         assert found == [found[0] + 2 * k for k in range(4)] and found[-1] < 10 * (index + 1)
+
+
+def test_at_a_wanted_rate_the_stride_follows_the_files_own(videos, tmp_path):
+    frames = np.stack([np.full((48, 64, 3), 10 + 4 * k, dtype=np.uint8) for k in range(40)])
+    folder = Video(write_jpgs(tmp_path / "folder", frames), 0)
+    wanted = {"frames": 4, "stride": 1, "fps": 5}  # the videos have 10 frames a second
+    for video, options, step in (
+        (videos[5], {}, 2),
+        (videos[5], {"fps": 20, "stride": 4}, 2),
+        (folder, {}, 1),
+        (folder, {"fallback_fps": 15}, 3),
+    ):
+        chosen = settings(**{**wanted, **options})
+        for data, item in ((TrainClips([video], chosen, seed=0), (0, 0)), (TestClips([video], chosen, views=1, crops=1), 0)):
+            found = numbers(data[item].clip.permute(1, 0, 2, 3).numpy())
+            assert found == [found[0] + step * k for k in range(4)]
 
 
 def test_an_index_past_the_end_is_another_clip_of_the_same_video(videos):
@@ -252,16 +268,7 @@ def test_a_bad_test_video_is_reported_and_never_replaced(videos, broken):
     assert all("Invalid data" in reason for _, reason in batch.failed)
     nothing = collate([data[3]])
     assert nothing.clips is None and len(nothing) == 0 and nothing.labels.dtype == torch.int64
-    assert nothing.to("cpu").failed == batch.failed[:1]
-
-
-def test_a_batch_moves_its_tensors_and_keeps_the_rest(videos):
-    data = TrainClips(videos, settings(), seed=0)
-    batch = collate([data[(0, 1)], data[(0, 4)]])
-    moved = batch.to(torch.device("meta"))
-    assert batch.clips.shape == (2, 3, 4, 24, 24) and moved.clips.shape == batch.clips.shape
-    assert {moved.clips.device.type, moved.labels.device.type, moved.videos.device.type} == {"meta"}
-    assert moved.paths == (videos[1].path, videos[4].path)
+    assert nothing.failed == batch.failed[:1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a GPU")

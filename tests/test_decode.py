@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from video_files import damage, numbers, write_sound, write_video
+from PIL import Image
+from torchvision.io import decode_image
+from video_files import damage, numbers, write_jpgs, write_sound, write_video
 
 from atfr.data import decode
-from atfr.data.decode import read_clip
 from atfr.data.readers import AvVideo, Unsupported, scaled_size
 from atfr.data.records import VideoError
 
@@ -26,8 +27,12 @@ DATA = os.environ.get("ATFR_TEST_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="ATFR_TEST_DATA does not point to the folder of real videos")
 
 
+def read_clip(*arguments, **options):
+    return decode.read_clip(*arguments, **options).frames
+
+
 def chosen(*indices):
-    return lambda num_frames: np.array(indices)
+    return lambda num_frames, fps: np.array(indices)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -35,7 +40,7 @@ def test_the_frames_asked_for_come_out_in_that_order_from_every_format(tmp_path,
     codec, ending = FORMATS[kind]
     path = write_video(tmp_path / f"video.{ending}", 40, codec=codec)
     seen = []
-    clip = read_clip(path, lambda num_frames: seen.append(num_frames) or np.array([31, 5, 5, 0, 39, 17]))
+    clip = read_clip(path, lambda num_frames, fps: seen.append(num_frames) or np.array([31, 5, 5, 0, 39, 17]))
     assert seen == [40]
     assert clip.shape == (6, 48, 64, 3) and clip.dtype == np.uint8
     assert numbers(clip) == [31, 5, 5, 0, 39, 17]
@@ -71,7 +76,7 @@ def test_scaled_size_keeps_the_aspect():
 
 def test_a_video_of_one_frame_can_fill_a_clip(tmp_path):
     path = write_video(tmp_path / "one.mp4", 1, codec="libx264")
-    assert numbers(read_clip(path, lambda num_frames: np.zeros(4, int) + num_frames - 1)) == [0, 0, 0, 0]
+    assert numbers(read_clip(path, lambda num_frames, fps: np.zeros(4, int) + num_frames - 1)) == [0, 0, 0, 0]
 
 
 def promise(monkeypatch, extra):
@@ -88,14 +93,14 @@ def promise(monkeypatch, extra):
 def test_a_few_missing_frames_at_the_end_are_replaced_by_the_last_one(tmp_path, monkeypatch):
     path = write_video(tmp_path / "video.avi", 20)
     promise(monkeypatch, 3)
-    assert numbers(read_clip(path, lambda num_frames: np.array([0, num_frames - 4, num_frames - 1]))) == [0, 19, 19]
+    assert numbers(read_clip(path, lambda num_frames, fps: np.array([0, num_frames - 4, num_frames - 1]))) == [0, 19, 19]
 
 
 def test_when_many_frames_are_missing_the_clip_is_chosen_again(tmp_path, monkeypatch):
     path = write_video(tmp_path / "video.avi", 20)
     promise(monkeypatch, 30)
     asked = []
-    clip = read_clip(path, lambda num_frames: asked.append(num_frames) or np.array([num_frames // 2, num_frames - 1]))
+    clip = read_clip(path, lambda num_frames, fps: asked.append(num_frames) or np.array([num_frames // 2, num_frames - 1]))
     assert asked == [50, 20]
     assert numbers(clip) == [10, 19]
 
@@ -120,7 +125,7 @@ def bad_files(folder):
     return {
         "empty.mp4": "the file is empty (0 bytes)",
         "text.mp4": "Invalid data found",
-        "folder.mp4": "it is a folder",
+        "folder.mp4": "it is a folder without jpg files",
         "cut.mp4": "Invalid data found",
         "sound.mp4": "it has no video stream",
         "nowhere.mp4": "No such file or directory",
@@ -155,6 +160,45 @@ def test_a_pick_outside_the_video_is_refused(tmp_path):
 def test_an_unknown_decoder_is_refused():
     with pytest.raises(ValueError, match="decoder is 'opencv'"):
         read_clip("a.mp4", chosen(0), decoder="opencv")
+
+
+def test_a_folder_of_jpgs_is_read_in_the_order_of_its_numbers(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (12, 48, 64, 3), dtype=np.uint8)
+    path = write_jpgs(tmp_path / "frames", frames)
+    seen = []
+    clip, decoder = decode.read_clip(path, lambda num_frames, fps: seen.append((num_frames, fps)) or np.array([10, 0, 1, 1]))
+    assert seen == [(12, None)] and decoder == "frames" and clip.dtype == np.uint8
+    for frame, number in zip(clip, (11, 1, 2, 2), strict=True):  # img_10 comes after img_9, not after img_1
+        expected = decode_image(os.path.join(path, f"img_{number}.jpg")).permute(1, 2, 0).numpy()
+        assert np.abs(frame.astype(int) - expected).max() <= 2
+
+
+def test_frames_of_a_folder_are_scaled_and_coloured_alike(tmp_path):
+    path = write_jpgs(tmp_path / "frames", np.full((3, 96, 128, 3), 90, dtype=np.uint8))
+    Image.new("L", (200, 100), 90).save(os.path.join(path, "img_3.jpg"))  # gray, and of another size
+    clip = read_clip(path, chosen(0, 2), short_side=24)
+    assert clip.shape == (2, 24, 32, 3) and np.abs(clip.astype(int) - 90).max() <= 2
+
+
+def test_only_the_frames_wanted_are_opened_and_a_bad_one_is_named(tmp_path):
+    path = write_jpgs(tmp_path / "frames", np.zeros((4, 48, 64, 3), dtype=np.uint8))
+    whole = (tmp_path / "frames" / "img_2.jpg").read_bytes()
+    (tmp_path / "frames" / "img_2.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "frames" / "img_3.jpg").write_text("no picture")
+    assert read_clip(path, chosen(0, 3)).shape == (2, 48, 64, 3)
+    for position, name in ((1, "img_2.jpg"), (2, "img_3.jpg")):
+        with pytest.raises(VideoError, match=f"cannot read {path}: frame {name}: "):
+            read_clip(path, chosen(0, position))
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("kind", ["h264_mp4", "mpeg4_avi", "vp9_webm"])
+def test_the_rate_of_a_file_is_known_to_whoever_picks(tmp_path, kind, decoder):
+    pytest.importorskip(decoder.replace("pyav", "av"))
+    codec, ending = FORMATS[kind]
+    rates = []
+    read_clip(write_video(tmp_path / f"video.{ending}", 20, codec=codec), lambda _, fps: rates.append(fps) or [0], decoder=decoder)
+    assert rates == [pytest.approx(10, rel=0.01)]
 
 
 @pytest.mark.parametrize("kind", ["h264_mp4", "mpeg4_avi"])
@@ -208,6 +252,7 @@ def test_real_files_have_as_many_frames_as_a_full_decode_found():
         video = AvVideo(path)
         _, end = video.read([video.num_frames - 1], 32)
         assert (end or video.num_frames) == int(row["frames_decoded"]), row["relative_path"]
+        assert video.fps == pytest.approx(float(row["avg_fps"]), rel=0.05), row["relative_path"]
 
 
 @needs_data

@@ -41,23 +41,19 @@ def test_the_order_depends_on_seed_and_epoch():
     assert order(0, 0) != order(0, 1) and order(0, 0) != order(1, 0)
 
 
+@pytest.mark.parametrize("labels", [None, [0] * 12 + [1] * 5])
 @pytest.mark.parametrize("step", [0, 3, 4, 5, 11])
-def test_a_resume_goes_on_with_the_very_next_batch(step):
-    options = {"seed": 5, "global_batch": 4, "rank": 1, "world": 2}
-
-    def all_batches(sampler, epochs):
-        batches = list(sampler)
-        for epoch in range(sampler.epoch + 1, epochs):
-            sampler.set_epoch(epoch)
+def test_a_resume_goes_on_with_the_very_next_batch(step, labels):
+    def batches_from(first):
+        sampler = TrainSampler(17, seed=5, global_batch=4, rank=1, world=2, labels=labels)
+        batches = []
+        for epoch in range(first // 4, 3):  # 4 batches an epoch
+            sampler.set_epoch(epoch, start_batch=first % 4 if epoch == first // 4 else 0)
             batches += list(sampler)
         return batches
 
-    whole = all_batches(TrainSampler(17, **options), 3)  # 4 batches an epoch
-    assert len(whole) == 12
-    assert all_batches(TrainSampler(17, **options, start_step=step), 3) == whole[step:]
-    sampler = TrainSampler(17, **options)
-    sampler.set_epoch(step // 4, start_batch=step % 4)
-    assert all_batches(sampler, 3) == whole[step:]
+    assert len(batches_from(0)) == 12
+    assert batches_from(step) == batches_from(0)[step:]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -69,6 +65,37 @@ def test_data_smaller_than_a_batch_goes_around_to_fill_one(world):
     assert sorted(np.bincount([index % 3 for index in indices])) == [2, 3, 3]
 
 
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("videos, batch", [([50, 10, 4], 8), ([5, 5, 5, 5], 4), ([1, 30], 10), ([2, 1], 8)])
+def test_a_balanced_epoch_has_every_class_and_within_it_every_video_equally_often(videos, batch, world):
+    labels = [7 * label for label, count in enumerate(videos) for _ in range(count)]  # some classes have no videos
+    total = max(1, len(labels) // batch) * batch
+    orders = set()
+    for epoch in range(4):
+        indices = []
+        for rank in range(world):
+            sampler = TrainSampler(len(labels), seed=2, global_batch=batch, rank=rank, world=world, labels=labels)
+            sampler.set_epoch(epoch)
+            share = [index for part in sampler for _, index in part]
+            assert len(share) == total // world
+            assert all(len(part) == batch // world for part in sampler)
+            indices += share
+        assert len(set(indices)) == len(indices), "the same clip twice"
+        times = np.bincount([index % len(labels) for index in indices], minlength=len(labels))
+        by_class = [times[[at for at, label in enumerate(labels) if label == 7 * c]] for c in range(len(videos))]
+        assert sorted(part.sum() for part in by_class) == sorted((total + c) // len(videos) for c in range(len(videos)))
+        assert all(part.max() - part.min() <= 1 for part in by_class)
+        orders.add(tuple(indices))
+    assert len(orders) == 4
+
+
+def test_the_ranks_of_a_balanced_epoch_together_read_what_one_process_would():
+    labels = [0] * 20 + [1] * 5
+    samplers = [TrainSampler(25, seed=0, global_batch=6, rank=rank, world=world, labels=labels) for rank, world in ((0, 1), (0, 3), (1, 3), (2, 3))]
+    for whole, *shares in zip(*samplers):
+        assert sorted(whole) == sorted(sum(shares, []))
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -76,7 +103,7 @@ def test_data_smaller_than_a_batch_goes_around_to_fill_one(world):
         ({"global_batch": 0}, "batch size 0"),
         ({"size": 0}, "there are 0 training videos"),
         ({"rank": 1}, "rank is 1"),
-        ({"start_step": -1}, "start_step is -1"),
+        ({"labels": [0, 1]}, "there are 2 labels for 10 training videos"),
     ],
 )
 def test_a_sampler_refuses_what_cannot_be_shared_out(changes, message):

@@ -50,7 +50,8 @@ def test_top5_counts_a_label_among_the_five_best_of_many_classes():
 
 def evaluation():
     views = [view(0, 0, 0, [0.9, 0.1], 4), view(0, 1, 0, [0.2, 0.8], 16), view(1, 0, 1, [0.3, 0.7], 1)]
-    return Evaluation(views=views, failed={"bad.mp4": "no video stream"}, frames=(16,), batches=[[(4,), (16,)], [(1,)]], network_seconds=1.5)
+    decoders = {"caf\udce9.mp4": "pyav", "v1.mp4": "decord", "bad.mp4": "pyav"}  # one view of the bad one was read
+    return Evaluation(views=views, failed={"bad.mp4": "no video stream"}, decoders=decoders, frames=(16,), batches=[[(4,), (16,)], [(1,)]], network_seconds=1.5)
 
 
 def test_the_results_hold_every_key_of_the_contract(tmp_path):
@@ -62,7 +63,8 @@ def test_the_results_hold_every_key_of_the_contract(tmp_path):
     assert "fvcore" in gflops["convention"]
     assert results["bins"] == {"mean": 7.0, "min": 1, "max": 16, "frames": 16, "histogram": {"1": 1, "4": 1, "16": 1}}
     assert results["clips_per_second"] == pytest.approx(2.0)
-    assert results["protocol"].keys() == {"dataset", "commit"}
+    assert results["protocol"].keys() == {"dataset", "decoders", "commit"}
+    assert results["protocol"]["decoders"] == {"pyav": 1, "decord": 1}
     assert json.loads(write_results(results, tmp_path).read_text()) == results
     text = as_table(results, folder=tmp_path)
     for part in ("2 (1 more could not be read) / 3", "min 1, max 16 of 16", "tensorboard --logdir"):

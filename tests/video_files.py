@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 _FIRST, _STEP = 10, 4
 MOST_FRAMES = 60
@@ -71,3 +72,32 @@ def numbers(clip: np.ndarray) -> list[int]:
     levels = np.asarray(clip).reshape(len(clip), -1).mean(axis=1)
     # Coding and scaling darken a frame, by 0.1 to 0.5 of a step.
     return np.rint((levels - _FIRST) / _STEP + 0.3).astype(int).tolist()
+
+
+def lie_about_duration(path: str, factor: int) -> str:
+    """Multiplies the duration that the header of an mp4 file gives its track."""
+    data = bytearray(Path(path).read_bytes())
+    field = data.index(b"mdhd") + 20  # after version and flags, two dates and the time scale
+    duration = int.from_bytes(data[field : field + 4], "big")
+    data[field : field + 4] = (duration * factor).to_bytes(4, "big")
+    Path(path).write_bytes(data)
+    return path
+
+
+def lay_down(path: str) -> str:
+    """Gives the track of an mp4 file a display rotation by 90 degrees, as phones write it."""
+    data = bytearray(Path(path).read_bytes())
+    matrix = data.index(b"tkhd") + 44
+    quarter = (0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+    data[matrix : matrix + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in quarter)
+    Path(path).write_bytes(data)
+    return path
+
+
+def write_jpgs(folder: Path, frames: np.ndarray) -> str:
+    """A folder with frames uint8 [T, H, W, 3] as img_1.jpg, img_2.jpg, ... and a file that is no frame."""
+    folder.mkdir()
+    for number, frame in enumerate(frames, start=1):
+        Image.fromarray(frame).save(folder / f"img_{number}.jpg", quality=95)
+    (folder / "notes.txt").write_text("not a frame")
+    return str(folder)

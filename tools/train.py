@@ -16,6 +16,7 @@ from atfr import jobs
 from atfr.configuration import build, check_root, choices, one_line_errors, run_folder
 from atfr.data.transforms import Normalizer
 from atfr.engine import checkpoint, distributed
+from atfr.engine.mixing import mixing
 from atfr.engine.results import accuracy
 from atfr.engine.run_folder import claim_folder
 from atfr.engine.settings import TrainerSettings
@@ -62,6 +63,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
         bins = [view.bins[0] for view in evaluation.views]
         return {**accuracy(evaluation.views), "bins": sum(bins) / len(bins), "failed": len(evaluation.failed)}
 
+    mix = mixing(mixup=settings.mixup, cutmix=settings.cutmix, num_classes=len(source.class_names), seed=settings.seed)
     training = Training(
         model=model,
         optimizer=build(config.optimizer, "optimizer", model=model),
@@ -74,6 +76,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
         ranks=ranks,
         folder=folder,
         identity={"config": plain, "choices": choices(), "class_names": list(source.class_names)},
+        mix=mix,
     )
     training.run()
     if settings.test:

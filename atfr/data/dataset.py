@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Optional
 
 import numpy as np
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from atfr.data.decode import DECODERS, read_clip
+from atfr.data.decode import DECODERS, Decoded, Pick, read_clip
 from atfr.data.records import Video, VideoError
-from atfr.data.sampling import random_clip, uniform_views
+from atfr.data.sampling import random_clip, stride_at, uniform_views
+from atfr.data.time_limit import TimeLimit
 from atfr.data.transforms import TrainTransform, test_crops
 
 _ATTEMPTS = 10
@@ -29,10 +31,15 @@ class ClipSettings:
 
     frames: int  # frames in a clip
     stride: int  # one frame of the video in so many
+    fps: Optional[float] = None  # frames a second that `stride` is meant at; None: whatever each file has
+    fallback_fps: Optional[float] = None  # the rate of what states none (frame folders); None: `stride` as it is there
     crop_size: int  # pixels; clips are square
     train_short_side: list[int]  # pixels, (lo, hi): the shorter side is drawn between them
     train_scale: Optional[list[float]] = None  # area range of RandomResizedCrop; None: a plain random crop
     flip: float = 0.5  # probability of a horizontal flip; 0 where left and right have a meaning
+    randaugment: Optional[list[int]] = None  # [operations, magnitude of 30]
+    color_jitter: Optional[list[float]] = None  # [brightness, contrast, saturation, hue]
+    erasing: Optional[float] = None  # probability that a rectangle is filled with the mean colour
     test_short_side: int  # pixels
     views: int = 1  # clips a test video, spread over its length
     crops: int = 1  # 1 or 3 crops a clip
@@ -46,6 +53,10 @@ class ClipSettings:
         self._require(self.crops in (1, 3), "crops", "1 or 3")
         self._require(self.decoder in DECODERS, "decoder", f"one of {', '.join(DECODERS)}")
         self._require(0 <= self.flip <= 1, "flip", "a probability in [0, 1]")
+        for name in ("fps", "fallback_fps"):
+            value = getattr(self, name)
+            self._require(value is None or value > 0, name, "above 0, or null")
+        self._check_augmentation()
         self._require(self.test_short_side >= self.crop_size, "test_short_side", f"at least crop_size={self.crop_size}")
         side = self.train_short_side
         self._require(len(side) == 2 and 1 <= side[0] <= side[1], "train_short_side", "[lo, hi] with 1 <= lo <= hi")
@@ -57,6 +68,22 @@ class ClipSettings:
             self._require(ordered, "train_scale", "[lo, hi] with 0 < lo <= hi <= 1, or null")
         self._require(len(self.mean) == 3, "mean", "three numbers, one a channel")
         self._require(len(self.std) == 3 and min(self.std) > 0, "std", "three positive numbers, one a channel")
+
+    def _check_augmentation(self) -> None:
+        rand, jitter, erasing = self.randaugment, self.color_jitter, self.erasing
+        good = rand is None or (len(rand) == 2 and rand[0] >= 1 and 0 <= rand[1] <= 30)
+        self._require(good, "randaugment", "[operations, magnitude] with operations >= 1 and 0 <= magnitude <= 30, or null")
+        good = jitter is None or (len(jitter) == 4 and min(jitter) >= 0 and jitter[3] <= 0.5)
+        self._require(good, "color_jitter", "[brightness, contrast, saturation, hue], none negative and hue <= 0.5, or null")
+        self._require(erasing is None or 0 <= erasing <= 1, "erasing", "a probability in [0, 1], or null")
+
+    def stride_in(self, fps: float | None) -> float:
+        """The stride in a file of `fps` frames a second (None: not known)."""
+        return stride_at(self.stride, fps=fps or self.fallback_fps, wanted_fps=self.fps)
+
+    def read(self, path: str, pick: Pick, *, short_side: int) -> Decoded:
+        """The frames that `pick` chooses, read as these settings say."""
+        return read_clip(path, pick, short_side=short_side, decoder=self.decoder)
 
     def _require(self, holds: bool, name: str, what: str) -> None:
         if not holds:
@@ -72,6 +99,7 @@ class Clip:
     video: int  # index into the dataset's videos
     view: int  # running index over views x crops; 0 in training
     path: str
+    decoder: str = ""  # what read it; "" for what could not be read
     bad: tuple[str, ...] = ()  # training: what was wrong with the videos that this one stands in for
     error: Optional[str] = None
 
@@ -88,6 +116,7 @@ class Batch:
     videos: Tensor  # int64 [N], indices into the dataset's videos
     views: Tensor  # int64 [N]
     paths: tuple[str, ...]  # N
+    decoders: tuple[str, ...]  # N, what read them
     bad: tuple[str, ...]  # training: one message for each video that was replaced
     failed: tuple[tuple[str, str], ...]  # testing: (path, reason) of each clip that could not be read
 
@@ -96,15 +125,8 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """A copy in page-locked memory; DataLoader calls this when it is asked to pin."""
-        return self._with_tensors(lambda tensor: tensor.pin_memory())
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
-        """A copy whose tensors are on `device`."""
-        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def _with_tensors(self, move) -> Batch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: move(value) for name, value in values.items() if isinstance(value, Tensor)})
+        tensors = {name: getattr(self, name) for name in ("clips", "labels", "videos", "views")}
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors.items() if tensor is not None})
 
 
 class TrainClips(Dataset):
@@ -114,7 +136,7 @@ class TrainClips(Dataset):
     changes the data. `index` may exceed the number of videos: `index % len(videos)` is the video, and the clip is
     another one (the sampler wraps around that way when a batch is larger than the data).
     A video that cannot be read is replaced by another one, drawn from the same seed, and reported in `Clip.bad`;
-    VideoError after 10 of them.
+    VideoError after 10 of them. `limit` is set by the loader.
     """
 
     def __init__(self, videos: Sequence[Video], clip: ClipSettings, *, seed: int) -> None:
@@ -123,11 +145,16 @@ class TrainClips(Dataset):
         self.videos = tuple(videos)
         self.clip = clip
         self.seed = seed
+        self.limit = TimeLimit()
         self.transform = TrainTransform(
             crop_size=clip.crop_size,
-            short_side=(clip.train_short_side[0], clip.train_short_side[1]),
-            scale=None if clip.train_scale is None else (clip.train_scale[0], clip.train_scale[1]),
+            short_side=tuple(clip.train_short_side),
+            scale=clip.train_scale and tuple(clip.train_scale),
             flip=clip.flip,
+            randaugment=clip.randaugment and tuple(clip.randaugment),
+            color_jitter=clip.color_jitter and tuple(clip.color_jitter),
+            erasing=clip.erasing,
+            fill=tuple(round(255 * value) for value in clip.mean),
         )
 
     def __len__(self) -> int:
@@ -142,25 +169,27 @@ class TrainClips(Dataset):
             if attempt > 0:
                 video = int(np.random.default_rng((*seed, 0)).integers(len(self.videos)))
             try:
-                clip = self._read(self.videos[video], seed)
+                clip, decoder = self._read(video, seed)
             except VideoError as error:
                 last = error  # Python forgets `error` after the block
                 bad.append(str(error))
                 continue
             chosen = self.videos[video]
-            return Clip(clip, chosen.label, video, view=0, path=chosen.path, bad=tuple(bad))
+            return Clip(clip, chosen.label, video, view=0, path=chosen.path, decoder=decoder, bad=tuple(bad))
         raise VideoError(last.path, f"{last.reason} (the last of {_ATTEMPTS} training videos, none of them readable)")
 
-    def _read(self, video: Video, seed: tuple[int, ...]) -> Tensor:
-        def pick(num_frames: int) -> np.ndarray:
+    def _read(self, video: int, seed: tuple[int, ...]) -> tuple[Tensor, str]:
+        def pick(num_frames: int, fps: float | None) -> np.ndarray:
             # Its own generator: asked twice, it must not shift what the transform draws.
             time = np.random.default_rng((*seed, 1))
-            return random_clip(num_frames, frames=self.clip.frames, stride=self.clip.stride, rng=time)
+            return random_clip(num_frames, frames=self.clip.frames, stride=self.clip.stride_in(fps), rng=time)
 
         space = np.random.default_rng((*seed, 2))
         short_side = self.transform.draw_short_side(space)
-        frames = _to_tensor(read_clip(video.path, pick, short_side=short_side, decoder=self.clip.decoder))
-        return self.transform(frames, short_side=short_side, rng=space)
+        path = self.videos[video].path
+        read = partial(self.clip.read, path, pick, short_side=short_side)
+        decoded = self.limit.read(read, number=video, path=path)
+        return self.transform(_to_tensor(decoded.frames), short_side=short_side, rng=space), decoded.decoder
 
 
 class TestClips(Dataset):
@@ -181,7 +210,8 @@ class TestClips(Dataset):
         self.views = views
         self.crops = crops
         # The view last read: its other crops, next in order, need not decode it again.
-        self._last: tuple[tuple[int, int], Tensor] | None = None
+        self._last: tuple[tuple[int, int], tuple[Tensor, str]] | None = None
+        self.limit = TimeLimit()
 
     def __len__(self) -> int:
         return len(self.videos) * self.views * self.crops
@@ -192,27 +222,29 @@ class TestClips(Dataset):
         number, view = divmod(item, self.views * self.crops)
         video = self.videos[number]
         try:
-            frames = self._frames(number, view // self.crops)
+            frames, decoder = self._frames(number, view // self.crops)
         except VideoError as error:
             return Clip(None, video.label, number, view, video.path, error=error.reason)
         crops = test_crops(
             frames, short_side=self.clip.test_short_side, crop_size=self.clip.crop_size, crops=self.crops
         )
-        return Clip(crops[view % self.crops], video.label, number, view, video.path)
+        return Clip(crops[view % self.crops], video.label, number, view, video.path, decoder)
 
-    def _frames(self, number: int, view: int) -> Tensor:
-        """uint8 [T, C, H, W] of one view of one video."""
+    def _frames(self, number: int, view: int) -> tuple[Tensor, str]:
+        """uint8 [T, C, H, W] of one view of one video, and what read it."""
         if self._last is not None and self._last[0] == (number, view):
             return self._last[1]
 
-        def pick(num_frames: int) -> np.ndarray:
-            spread = uniform_views(num_frames, frames=self.clip.frames, stride=self.clip.stride, views=self.views)
-            return spread[view]
+        def pick(num_frames: int, fps: float | None) -> np.ndarray:
+            stride = self.clip.stride_in(fps)
+            return uniform_views(num_frames, frames=self.clip.frames, stride=stride, views=self.views)[view]
 
-        path, clip = self.videos[number].path, self.clip
-        frames = _to_tensor(read_clip(path, pick, short_side=clip.test_short_side, decoder=clip.decoder))
-        self._last = ((number, view), frames) if self.crops > 1 else None
-        return frames
+        path = self.videos[number].path
+        read = partial(self.clip.read, path, pick, short_side=self.clip.test_short_side)
+        decoded = self.limit.read(read, number=number, path=path)
+        found = _to_tensor(decoded.frames), decoded.decoder
+        self._last = ((number, view), found) if self.crops > 1 else None
+        return found
 
 
 def collate(clips: Sequence[Clip]) -> Batch:
@@ -224,6 +256,7 @@ def collate(clips: Sequence[Clip]) -> Batch:
         videos=torch.tensor([clip.video for clip in read], dtype=torch.int64),
         views=torch.tensor([clip.view for clip in read], dtype=torch.int64),
         paths=tuple(clip.path for clip in read),
+        decoders=tuple(clip.decoder for clip in read),
         bad=tuple(message for clip in clips for message in clip.bad),
         failed=tuple((clip.path, clip.error or "") for clip in clips if clip.clip is None),
     )

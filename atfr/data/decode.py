@@ -1,22 +1,24 @@
-"""Reads the frames of one clip out of a video file, frame for frame, and never hangs on a bad one.
+"""Reads the frames of one clip out of a video file or a folder of frames, frame for frame.
 
 Two libraries can read; each is the other's fallback. PyAV goes first unless told otherwise: `benchmarks/decoders.py`
 shows that it is about as fast as decord on H.264 and VP9 and faster on MPEG-4, where decord's random access returns
 other frames than were asked for on packed B-frames (UT-Interaction, HMDB51). decord can also spin for ever in native
-code that holds the interpreter lock, out of reach of Python's time limits (github.com/dmlc/decord/issues/373).
+code, out of reach of Python's signals (github.com/dmlc/decord/issues/373): datasets read under a `TimeLimit`.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
+from atfr.data.frame_folder import FrameFolder
 from atfr.data.readers import AvVideo, DecordVideo, Unsupported
 from atfr.data.records import VideoError
 
-Pick = Callable[[int], np.ndarray]
+Pick = Callable[[int, "float | None"], np.ndarray]
 DECODERS = ("pyav", "decord")
 
 # A container may promise frames that do not decode. Up to this many (or this share of the video) are made up for by
@@ -25,24 +27,33 @@ _SPARE_FRAMES = 4
 _SPARE_SHARE = 0.05
 
 
-def read_clip(path: str, pick: Pick, *, short_side: int | None = None, decoder: str = "pyav") -> np.ndarray:
-    """The frames that `pick` chooses, uint8 [T, H, W, 3] in RGB, upright.
+class Decoded(NamedTuple):
+    """Frames, and what read them: "pyav", "decord", or "frames" for a folder of jpg files."""
 
-    `pick(num_frames)` returns frame indices [T] in [0, num_frames); they need not be sorted and may repeat. It must
-    depend on `num_frames` alone, since it can be asked twice: `num_frames` is at first the number of video packets,
+    frames: np.ndarray  # uint8 [T, H, W, 3] in RGB, upright
+    decoder: str
+
+
+def read_clip(path: str, pick: Pick, *, short_side: int | None = None, decoder: str = "pyav") -> Decoded:
+    """The frames that `pick` chooses of a video file, or of a folder of jpg files.
+
+    `pick(num_frames, fps)` returns frame indices [T] in [0, num_frames); they need not be sorted and may repeat. It
+    must depend on these two alone, since it can be asked twice: `num_frames` is at first the number of video packets,
     and a file may decode to fewer frames than that. The rule: when at most 4 frames or 5 % are missing at the end,
     the last frame that decodes stands in for them; when more are, `pick` is asked again with the true number. A
-    frame's index is its position in order of display.
+    frame's index is its position in order of display. `fps` is the file's mean rate, None where it is not known.
 
     With `short_side` (pixels) frames are scaled while decoding so that their shorter side has that length, aspect
     kept; a smaller video is not enlarged. `decoder` names the library that goes first: "pyav", with decord where PyAV
     or its decoder is missing; or "decord", with PyAV for every file that decord cannot read.
 
     Raises VideoError for a file that is missing, empty, no video, or whose frames cannot be decoded (a decoder's
-    error in the last 10 % of the file merely ends the video).
+    error in the last 10 % of the file merely ends the video), and for a folder without jpg files.
     """
     if decoder not in DECODERS:
         raise ValueError(f"decoder is {decoder!r}, it must be one of {', '.join(DECODERS)}")
+    if os.path.isdir(path):
+        return _read(FrameFolder, path, pick, short_side)
     _check_file(path)
     first, second = (AvVideo, DecordVideo) if decoder == "pyav" else (DecordVideo, AvVideo)
     # PyAV tells a library's failure from a file's; decord does not, so what it cannot read is always tried again.
@@ -57,8 +68,6 @@ def read_clip(path: str, pick: Pick, *, short_side: int | None = None, decoder: 
 
 
 def _check_file(path: str) -> None:
-    if os.path.isdir(path):
-        raise VideoError(path, "it is a folder")
     try:
         size = os.path.getsize(path)
     except OSError as error:
@@ -67,19 +76,19 @@ def _check_file(path: str) -> None:
         raise VideoError(path, "the file is empty (0 bytes)")
 
 
-def _read(open_video: type[AvVideo] | type[DecordVideo], path: str, pick: Pick, short_side: int | None) -> np.ndarray:
+def _read(open_video: type[AvVideo] | type[DecordVideo] | type[FrameFolder], path: str, pick: Pick, short_side: int | None) -> Decoded:
     video = open_video(path)
     num_frames = video.num_frames
     for attempt in (1, 2):
-        wanted = np.asarray(pick(num_frames), dtype=np.int64)
+        wanted = np.asarray(pick(num_frames, video.fps), dtype=np.int64)
         if wanted.size == 0 or wanted.min() < 0 or wanted.max() >= num_frames:
             raise ValueError(f"pick({num_frames}) returned {wanted.tolist()}, it must stay in [0, {num_frames})")
         frames, end = video.read(sorted(set(wanted.tolist())), short_side)
         if end is None:
-            return np.stack([frames[index] for index in wanted.tolist()])
+            return Decoded(np.stack([frames[index] for index in wanted.tolist()]), video.name)
         if end == 0:
             raise VideoError(path, f"none of its {video.num_frames} frames can be decoded")
         if attempt == 2 or num_frames - end <= max(_SPARE_FRAMES, _SPARE_SHARE * num_frames):
             break
         num_frames = end
-    return np.stack([frames[min(index, end - 1)] for index in wanted.tolist()])
+    return Decoded(np.stack([frames[min(index, end - 1)] for index in wanted.tolist()]), video.name)

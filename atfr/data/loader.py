@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from atfr.data.dataset import collate
+from atfr.data.dataset import Batch, TestClips, TrainClips, collate
+from atfr.data.time_limit import TimeLimit
+
+Clips = TypeVar("Clips", TrainClips, TestClips)
 
 
 class TrainSampler(Sampler[list[tuple[int, int]]]):
@@ -20,12 +24,14 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
     partial batch of an epoch is dropped. With fewer videos than G an epoch is one batch that goes around the
     permutation as often as needed; an index then grows by `size` a round, so that TrainClips cuts another clip.
 
-    `start_step` (batches since the start of training) sets epoch and place for a resume; `set_epoch` moves on. The
-    epoch travels in the index, so workers may be persistent.
+    With `labels`, the class of each video, the order is `balanced_order`'s instead: every class equally often.
+
+    `set_epoch` moves on, and in a resume to a place within an epoch. The epoch travels in the index, so workers may be
+    persistent.
     """
 
     def __init__(
-        self, size: int, *, seed: int, global_batch: int, rank: int = 0, world: int = 1, start_step: int = 0
+        self, size: int, *, seed: int, global_batch: int, rank: int = 0, world: int = 1, labels: Sequence[int] | None = None
     ) -> None:
         if size < 1:
             raise ValueError(f"there are {size} training videos, at least 1 is needed")
@@ -33,14 +39,15 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
             raise ValueError(f"the batch size {global_batch} does not divide evenly among {world} processes")
         if not 0 <= rank < world:
             raise ValueError(f"rank is {rank}, it must be in [0, {world})")
-        if start_step < 0:
-            raise ValueError(f"start_step is {start_step}, it must not be negative")
+        if labels is not None and len(labels) != size:
+            raise ValueError(f"there are {len(labels)} labels for {size} training videos")
         self.size = size
         self.seed = seed
         self.global_batch = global_batch
         self.rank = rank
         self.world = world
-        self.epoch, self.start_batch = divmod(start_step, len(self))
+        self.labels = None if labels is None else np.asarray(labels)
+        self.epoch, self.start_batch = 0, 0
 
     def __len__(self) -> int:
         """Batches in a whole epoch, wherever this one starts."""
@@ -56,26 +63,71 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         # Copied now: a DataLoader draws ahead, and set_epoch may be called before it is through.
         epoch, first = self.epoch, self.start_batch
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.size)
-        rounds = -(-self.global_batch // self.size)
-        order = np.concatenate([order + turn * self.size for turn in range(rounds)])
+        rng, count = np.random.default_rng((self.seed, epoch)), len(self) * self.global_batch
+        if self.labels is None:
+            order = _repeated(rng.permutation(self.size), count, size=self.size)
+        else:
+            order = balanced_order(self.labels, count, rng=rng)
         for batch in range(first, len(self)):
             chosen = order[batch * self.global_batch : (batch + 1) * self.global_batch]
             yield [(epoch, int(index)) for index in chosen[self.rank :: self.world]]
 
 
+def balanced_order(labels: np.ndarray, count: int, *, rng: np.random.Generator) -> np.ndarray:
+    """`count` indices, int64, in random order, in which every class of `labels` [videos] comes equally often.
+
+    Where that does not divide, some classes, drawn anew each time, come once more than the others; likewise the videos
+    within a class. A video that comes again has its index grown by the number of videos a round.
+    """
+    classes = rng.permutation(np.unique(labels))
+    shares = count // len(classes) + (np.arange(len(classes)) < count % len(classes))
+    parts = [
+        _repeated(rng.permutation(np.flatnonzero(labels == label)), share, size=len(labels)) for label, share in zip(classes, shares)
+    ]
+    return rng.permutation(np.concatenate(parts))
+
+
+def _repeated(order: np.ndarray, count: int, *, size: int) -> np.ndarray:
+    """The first `count` of `order`, gone around as often as needed, with the indices grown by `size` a round."""
+    turns, places = np.divmod(np.arange(count), len(order))
+    return order[places] + turns * size
+
+
+class ClipLoader(DataLoader):
+    """A DataLoader over clips that names the file when a worker hangs or dies over one.
+
+    Raises, from its iteration, TimeoutError or ChildProcessError.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            yield from super().__iter__()
+        except RuntimeError as error:
+            reads = self.dataset.limit.under_way()
+            if not str(error).startswith("DataLoader") or not reads:
+                raise
+            files = [f"{self.dataset.videos[number].path} ({seconds:.0f} s so far)" for number, seconds in reads]
+            if "timed out" in str(error):
+                raise TimeoutError(
+                    f"no batch came within {self.timeout:g} s; the longest read is that of {files[0]}: if it hangs, leave the file"
+                    " out, and if files are merely slow, raise trainer.timeout_s"
+                ) from error
+            raise ChildProcessError(f"{' '.join(str(error).split())}; the loader's processes were reading {', '.join(files)}") from error
+
+
 def train_loader(
-    dataset: Dataset, *, sampler: TrainSampler, workers: int = 0, timeout_s: float = 0.0, pin_memory: bool = False
+    dataset: TrainClips, *, sampler: TrainSampler, workers: int = 0, timeout_s: float = 0.0, pin_memory: bool = False
 ) -> DataLoader:
     """Batches of TrainClips in the order of `sampler`, which also fixes their size in this process.
 
-    With workers, a batch that takes longer than `timeout_s` seconds (0: no limit) raises RuntimeError.
+    A batch of a worker, or without workers a single read, that takes longer than `timeout_s` seconds (0: no limit)
+    raises TimeoutError, which names the file.
     """
-    return DataLoader(dataset, batch_sampler=sampler, **_settings(workers, timeout_s, pin_memory))
+    return ClipLoader(_limited(dataset, workers, timeout_s), batch_sampler=sampler, **_settings(workers, timeout_s, pin_memory))
 
 
 def test_loader(
-    dataset: Dataset,
+    dataset: TestClips,
     *,
     batch_size: int,
     rank: int = 0,
@@ -93,11 +145,19 @@ def test_loader(
         raise ValueError(f"the batch size of a process is {batch_size}, it must be at least 1")
     if not 0 <= rank < world:
         raise ValueError(f"rank is {rank}, it must be in [0, {world})")
-    items = range(rank, len(dataset), world)  # type: ignore[arg-type]
-    return DataLoader(dataset, batch_size=batch_size, sampler=items, **_settings(workers, timeout_s, pin_memory))
+    items = range(rank, len(dataset), world)
+    limited = _limited(dataset, workers, timeout_s)
+    return ClipLoader(limited, batch_size=batch_size, sampler=items, **_settings(workers, timeout_s, pin_memory))
 
 
 test_loader.__test__ = False  # type: ignore[attr-defined]  # not a pytest test
+
+
+def _limited(dataset: Clips, workers: int, timeout_s: float) -> Clips:
+    """The dataset with a limit of its own on how long reads may take; the caller's is left as it is."""
+    limited = copy.copy(dataset)
+    limited.limit = TimeLimit(timeout_s, workers=workers)
+    return limited
 
 
 def _settings(workers: int, timeout_s: float, pin_memory: bool) -> dict[str, Any]:

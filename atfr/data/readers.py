@@ -1,8 +1,8 @@
 """The two libraries that decode videos, behind one small interface.
 
-A reader opens a file in its constructor, says how many frames to expect in `num_frames`, and `read(wanted,
-short_side)` gives back the frames at the positions `wanted` (sorted, in order of display). Nothing is kept open
-between calls by PyAV, and no reader may live through a fork.
+A reader opens a file in its constructor, says how many frames to expect in `num_frames` and how many there are a
+second in `fps` (None: not known), and `read(wanted, short_side)` gives back the frames at the positions `wanted`
+(sorted, in order of display). Nothing is kept open between calls by PyAV, and no reader may live through a fork.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ _WORTH_SEEKING = 8
 # MPEG-4 clips of the DivX era pack two frames into one packet and follow it with a placeholder of a few bytes, which
 # has a timestamp but no frame; such files are counted from the start, never sought in.
 _PLACEHOLDER_BYTES = 16
+# Frames a second; more is a mistake in a header.
+_FASTEST = 1000
 
 
 class Unsupported(VideoError):
@@ -55,6 +57,8 @@ class _Keyframe(NamedTuple):
 
 class AvVideo:
     """A file read with PyAV, one thread: frame threading can hang in FFmpeg on damaged files."""
+
+    name = "pyav"
 
     def __init__(self, path: str) -> None:
         try:
@@ -91,6 +95,7 @@ class AvVideo:
         packets = []
         with self._open() as (container, stream):
             codec = stream.codec_context.name
+            time_base, announced = stream.time_base, stream.average_rate
             try:
                 for packet in container.demux(stream):
                     # The last packet is an empty one that flushes; discarded ones lie outside the edit list.
@@ -114,6 +119,7 @@ class AvVideo:
                 for number, (value, is_key, _) in enumerate(packets)
                 if is_key
             )
+        self.fps = _mean_rate(sorted(self.positions), time_base) or possible_rate(announced)
 
     def read(self, wanted: list[int], short_side: int | None) -> Found:
         before = [key for key in self.keyframes if key.position <= wanted[0]]
@@ -168,6 +174,18 @@ class AvVideo:
                 raise VideoError(self.path, reason) from error
 
 
+def possible_rate(fps: Any) -> float | None:
+    """Frames a second as a float, or None for what no video has: headers hold zeros and nonsense."""
+    return float(fps) if fps and 0 < fps <= _FASTEST else None
+
+
+def _mean_rate(pts: list[int], time_base: Any) -> float | None:
+    """From the timestamps themselves: what a header says about the duration, and the rate with it, can be wrong."""
+    if len(pts) < 2 or not time_base:
+        return None
+    return possible_rate((len(pts) - 1) / ((pts[-1] - pts[0]) * time_base))
+
+
 class _Scaler:
     """Turns decoded frames into upright RGB arrays of one size.
 
@@ -199,6 +217,8 @@ class _Scaler:
 class DecordVideo:
     """A file read with decord, strictly frame after frame: its random access is neither exact nor safe."""
 
+    name = "decord"
+
     def __init__(self, path: str) -> None:
         try:
             import decord
@@ -211,6 +231,7 @@ class DecordVideo:
             # Opened here and not before: a reader that lives through a fork hangs in the worker.
             self.reader = decord.VideoReader(path, num_threads=1)
             self.num_frames = len(self.reader)
+            self.fps = possible_rate(self.reader.get_avg_fps())
         except self.errors as error:
             raise VideoError(path, f"decord: {one_line(error)}") from error
         if self.num_frames == 0:

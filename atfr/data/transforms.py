@@ -18,11 +18,16 @@ from atfr.data.readers import scaled_size
 
 
 class TrainTransform:
-    """Random scale, random crop and random horizontal flip of one clip.
+    """Random scale, crop, flip and, where asked for, colours and erasing of one clip.
 
     With `scale` (least and greatest share of the frame's area) the crop is torchvision's RandomResizedCrop with
     aspect ratios in `ratio`; without it, the shorter side is set to a random length in `short_side` (lo, hi; pixels,
     both included) and a square of `crop_size` is cut out at random. `flip` is a probability.
+
+    Then follow, each left out when None, torchvision's RandAugment with `randaugment` (operations, magnitude in 0 to
+    30), ColorJitter with `color_jitter` (brightness, contrast, saturation, hue) and RandomErasing with the
+    probability `erasing`, which fills a rectangle with `fill` (R, G, B in [0, 255]). What these draw is the same for
+    all frames; operations that measure the picture (contrast, equalize) measure each frame.
     """
 
     def __init__(
@@ -33,12 +38,23 @@ class TrainTransform:
         scale: tuple[float, float] | None = None,
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: float = 0.5,
+        randaugment: tuple[int, int] | None = None,
+        color_jitter: tuple[float, float, float, float] | None = None,
+        erasing: float | None = None,
+        fill: tuple[int, int, int] = (0, 0, 0),
     ) -> None:
         self.short_side = short_side
         self.resized_crop = scale is not None
         crop = v2.RandomResizedCrop(crop_size, scale=scale, ratio=ratio) if scale else v2.RandomCrop(crop_size)
+        steps = [crop, v2.RandomHorizontalFlip(flip)]
+        if randaugment is not None:
+            steps.append(v2.RandAugment(*randaugment, fill=list(fill)))
+        if color_jitter is not None:
+            steps.append(v2.ColorJitter(*color_jitter))
+        if erasing:
+            steps.append(v2.RandomErasing(erasing, value=list(fill)))
         # On one [T, C, H, W] tensor torchvision draws once, for all frames.
-        self.crop_and_flip = v2.Compose([crop, v2.RandomHorizontalFlip(flip)])
+        self.augment = v2.Compose(steps)
 
     def draw_short_side(self, rng: np.random.Generator) -> int:
         """The shorter side of this clip, in pixels, so that the decoder can scale the frames to it."""
@@ -52,7 +68,7 @@ class TrainTransform:
             frames = resize_short_side(frames, short_side)
         with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
             torch.manual_seed(int(rng.integers(2**63)))
-            return _to_clip(self.crop_and_flip(frames))
+            return _to_clip(self.augment(frames))
 
 
 def test_crops(frames: Tensor, *, short_side: int, crop_size: int, crops: int) -> list[Tensor]:

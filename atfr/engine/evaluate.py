@@ -34,6 +34,7 @@ class Evaluation:
 
     views: list[View] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)  # path -> reason
+    decoders: dict[str, str] = field(default_factory=dict)  # path -> what read it
     frames: tuple[int, ...] = ()  # T at each layer
     batches: list[list[tuple[int, ...]]] = field(default_factory=list)  # B' of each clip of each executed batch
     network_seconds: float = 0.0  # spent in the network alone, summed over processes
@@ -78,6 +79,7 @@ def evaluate(
         for path, row in zip(batch.paths, scores):
             if not np.isfinite(row).all():
                 raise FloatingPointError(f"the network's scores for {path} are NaN or infinite: its weights are spoilt")
+        own.decoders.update(zip(batch.paths, batch.decoders))
         own.frames = prediction.frames
         own.batches.append(prediction.bins)
         rows = zip(batch.videos, batch.views, batch.paths, batch.labels, scores, prediction.bins)
@@ -95,6 +97,7 @@ def _merged(parts: list[Evaluation]) -> Evaluation:
     for part in parts:
         whole.views += part.views
         whole.failed.update(part.failed)
+        whole.decoders.update(part.decoders)
         whole.batches += part.batches
         whole.network_seconds += part.network_seconds
     whole.views.sort(key=lambda view: (view.video, view.view))

@@ -50,6 +50,7 @@ def summarise(evaluation: Evaluation, table: GflopsTable, *, protocol: dict[str,
     `gflops.mean`, `min` and `max` are notional: what each clip would cost alone. `executed` is
     what the packed batches ran, per clip. `clips_per_second` is measured, network time only.
     `bins` is of the first SGS layer; where there are several, `bins.layers` has them all.
+    `protocol.decoders` says how many videos each decoder read.
 
     Raises:
         ValueError: not one video of the split could be read.
@@ -61,6 +62,7 @@ def summarise(evaluation: Evaluation, table: GflopsTable, *, protocol: dict[str,
     costs = [table.at(view.bins) for view in views]
     executed = sum(table.executed(batch) for batch in evaluation.batches)
     per_layer = [_bins(kept, frames) for kept, frames in zip(zip(*(view.bins for view in views)), evaluation.frames)]
+    decoders = Counter(decoder for path, decoder in evaluation.decoders.items() if path not in evaluation.failed)
     bins = per_layer[0] if len(per_layer) == 1 else {**per_layer[0], "layers": per_layer}
     return {
         **accuracy(views),
@@ -77,7 +79,7 @@ def summarise(evaluation: Evaluation, table: GflopsTable, *, protocol: dict[str,
         },
         "bins": bins,
         "clips_per_second": evaluation.clips_per_second,
-        "protocol": {**protocol, "commit": _commit()},
+        "protocol": {**protocol, "decoders": decoders, "commit": _commit()},
     }
 
 

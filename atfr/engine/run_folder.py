@@ -28,7 +28,9 @@ def claim_folder(folder: Path, config: Mapping[str, Any], *, resume: bool) -> No
     if trained and path.exists():
         before = _flat(_read(path))
         now = _flat(config)
-        different = [key for key in sorted(before | now) if before.get(key) != now.get(key) and not _is_free(key)]
+        # A key that the folder's version did not have, and that is off now, changes nothing.
+        new = {key for key in now if key not in before and not now[key]}
+        different = [key for key in sorted(before | now) if before.get(key) != now.get(key) and not _is_free(key) and key not in new]
         if different:
             key = different[0]
             more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""

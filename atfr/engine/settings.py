@@ -20,7 +20,7 @@ class TrainerSettings:
     devices: int | None  # processes; None: as many as the launcher started
     precision: str  # auto (bf16 on a GPU that has it) | fp32 | bf16 | fp16
     workers: int  # loader processes of each training process
-    timeout_s: int  # seconds to wait for a batch before a worker counts as stuck
+    timeout_s: int  # seconds to wait for a batch, or without workers for one video; 0: no limit
     label_smoothing: float
     clip_norm: float | None  # largest gradient norm; None: not clipped
     statistics_clips: int  # training clips for precise batch norm and the SGS width; 0: running averages
@@ -29,6 +29,10 @@ class TrainerSettings:
     log_every: int  # steps between log lines
     resume: bool  # go on from checkpoints/last.pt if the run folder has one
     test: bool  # test the best checkpoint when training is done
+    # Off in the configs of runs from before they existed.
+    class_balanced: bool = False  # every class equally often in an epoch
+    mixup: float | None = None  # alpha of its Beta distribution; None: off
+    cutmix: float | None = None
 
     def __post_init__(self) -> None:
         at_least_one = ("batch_size", "epochs", "max_steps", "eval_every", "log_every")
@@ -37,6 +41,9 @@ class TrainerSettings:
             value, least = getattr(self, name), int(name in at_least_one)
             if value is not None and value < least:
                 raise ValueError(f"trainer.{name} must be at least {least}, not {value}")
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"trainer.{name} must be above 0 or null, not {getattr(self, name)}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"trainer.label_smoothing must be at least 0 and below 1, not {self.label_smoothing}")
         if self.clip_norm is not None and not self.clip_norm > 0:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from atfr.engine import checkpoint, distributed
+from atfr.engine.data_wait import DataWait
 from atfr.engine.distributed import Ranks
+from atfr.engine.mixing import Mix
 from atfr.engine.run_log import RunLog
 from atfr.engine.settings import TrainerSettings, precision_dtype
 from atfr.engine.statistics import calibrate_width, clips_for_statistics, refresh_statistics, steer_width
@@ -35,6 +37,7 @@ class Training:
         validate: measures the model on the validation split and returns its values; `top1` decides
             which checkpoint is the best.
         learning_rate_factor: (step, total steps) -> what to multiply the base rate with.
+        mix: blends a batch's clips and labels at a step (`mixing`); None: as they are.
         identity: plain data kept in every checkpoint (config, class names).
     """
 
@@ -52,11 +55,12 @@ class Training:
         ranks: Ranks,
         folder: Path,
         identity: Mapping[str, Any],
+        mix: Mix | None = None,
     ) -> None:
         self.model, self.optimizer, self.factor = model, optimizer, learning_rate_factor
         self.batches, self.steps_per_epoch, self.validate = batches, steps_per_epoch, validate
         self.normalise, self.settings, self.ranks = normalise, settings, ranks
-        self.folder, self.identity = folder, identity
+        self.folder, self.identity, self.mix = folder, identity, mix
         self.last, self.best = folder / "checkpoints" / "last.pt", folder / "checkpoints" / "best.pt"
         self.total_steps = settings.epochs * steps_per_epoch
         if settings.max_steps is not None:
@@ -66,6 +70,8 @@ class Training:
         self.loss = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
         self.step, self.evaluated, self.best_top1 = 0, 0, -1.0
         self.pending = _Pending()
+        self.data_wait = DataWait()
+        self.named: set[str] = set()  # the bad videos that were told of
 
     def run(self) -> None:
         """Train to the last step. Whatever was saved before stays, however this ends.
@@ -96,7 +102,7 @@ class Training:
         """The rest of an epoch."""
         self.model.train()
         waiting = time.perf_counter()
-        for batch in self.batches(epoch, self.step % self.steps_per_epoch):
+        for number, batch in enumerate(self.batches(epoch, self.step % self.steps_per_epoch)):
             data_s = time.perf_counter() - waiting
             try:
                 self.train_step(batch, epoch=epoch, data_s=data_s)
@@ -108,8 +114,19 @@ class Training:
             if self.settings.save_every and self.step % self.settings.save_every == 0:
                 self.check_losses(epoch)
                 self.save(self.last)
+            if number > 0:  # the first batch of an epoch comes with the start of the workers
+                self.check_data_wait(waited=data_s, total=time.perf_counter() - waiting)
             waiting = time.perf_counter()
         self.check_losses(epoch)
+
+    def check_data_wait(self, *, waited: float, total: float) -> None:
+        """Count a step, and warn if too much of the time goes to waiting."""
+        self.data_wait.add(waited=waited, total=total)
+        # Only where the device has been waited for: in between, a GPU's steps seem to take no time.
+        if self.ranks.is_main and self.step % self.settings.log_every == 0:
+            warning = self.data_wait.warning(self.settings)
+            if warning:
+                log.warning("%s", warning)
 
     def end_epoch(self, epoch: int) -> None:
         """Save, validate if it is time, and save again. Does nothing in the middle of an epoch."""
@@ -129,9 +146,12 @@ class Training:
         torch.manual_seed(hash((self.settings.seed, self.step, self.ranks.rank)) % 2**63)
         self.set_learning_rate()
         clips = self.normalise(batch.clips.to(self.ranks.device, non_blocking=True))
+        targets = batch.labels.to(self.ranks.device)
+        if self.mix is not None:
+            clips, targets = self.mix(clips, targets, self.step)
         with torch.autocast(self.ranks.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             prediction = self.network(clips)
-        loss = self.loss(prediction.logits.float(), batch.labels.to(self.ranks.device))
+        loss = self.loss(prediction.logits.float(), targets)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -142,7 +162,9 @@ class Training:
         steer_width(self.model, prediction.sampled)
         self.step += 1
         for message in batch.bad:
-            log.warning("replaced in training: %s", message)
+            if message not in self.named:  # it comes again every epoch, and there may be thousands
+                log.warning("replaced in training: %s", message)
+                self.named.add(message)
         kept = {name: sum(bins) / len(bins) for name, bins in zip(("bins", *(f"bins_{key}" for key in list(self.model.sgs)[1:])), zip(*prediction.bins))}
         self.pending.add(loss.detach(), norm, batch.paths, **kept, replaced=len(batch.bad), data_s=data_s, step_s=time.perf_counter() - began)
         self.bar.update()

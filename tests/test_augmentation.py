@@ -1,0 +1,145 @@
+"""Augmentation: the same for all frames of a clip, a function of its seed, and soft targets that say what was mixed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from video_files import write_video
+
+from atfr.data.dataset import ClipSettings, TrainClips
+from atfr.data.loader import TrainSampler, train_loader
+from atfr.data.records import Video
+from atfr.data.transforms import TrainTransform
+from atfr.engine.mixing import mixing
+
+OPTIONS = {
+    "randaugment": {"randaugment": (2, 15)},
+    "color_jitter": {"color_jitter": (0.4, 0.4, 0.4, 0.2)},
+    "erasing": {"erasing": 1.0},
+    "all": {"randaugment": (1, 9), "color_jitter": (0.3, 0.3, 0.3, 0.1), "erasing": 0.5, "scale": (0.3, 1.0)},
+}
+
+
+def noise(frames):
+    return torch.randint(0, 256, (frames, 3, 40, 52), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def augmented(clip, seed, **options):
+    transform = TrainTransform(crop_size=32, short_side=(40, 40), fill=(100, 110, 120), **options)
+    return transform(clip, short_side=40, rng=np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_clip_comes_out_as_each_of_its_frames_alone_would(name):
+    clip, changed = noise(3), 0
+    for seed in range(12):
+        together = augmented(clip, seed, **OPTIONS[name])
+        assert together.shape == (3, 3, 32, 32) and together.dtype == torch.uint8
+        alone = torch.cat([augmented(frame[None], seed, **OPTIONS[name]) for frame in clip], dim=1)
+        assert (together.int() - alone.int()).abs().max() <= 1  # of 255: a mean over more values is rounded otherwise
+        plain = {"scale": OPTIONS[name]["scale"]} if "scale" in OPTIONS[name] else {}
+        changed += not torch.equal(together, augmented(clip, seed, **plain))
+    assert changed >= 8, "augmentation that does nothing"
+
+
+def test_erasing_fills_one_rectangle_with_the_given_colour():
+    for seed in range(20):
+        plain, erased = augmented(noise(3), seed), augmented(noise(3), seed, erasing=1.0)
+        filled = (erased == torch.tensor([100, 110, 120], dtype=torch.uint8)[:, None, None, None]).all(dim=0)  # [T, H, W]
+        assert torch.equal(filled[0], filled[1]) and torch.equal(filled[0], filled[2])
+        rows, columns = filled[0].any(dim=1).nonzero(), filled[0].any(dim=0).nonzero()
+        height, width = (len(found) for found in (rows, columns))
+        assert filled[0].sum() == height * width and 0.01 < height * width / 32**2 < 0.36
+        assert torch.equal(plain[:, ~filled], erased[:, ~filled])
+
+
+def test_augmented_clips_are_the_same_for_any_number_of_workers_and_ranks(tmp_path):
+    videos = [Video(write_video(tmp_path / f"{label}.avi", 20), label) for label in range(4)]
+    gray = [0.5, 0.5, 0.5]
+    clip = ClipSettings(
+        frames=4, stride=2, crop_size=24, train_short_side=[24, 32], test_short_side=32, mean=gray, std=gray,
+        randaugment=[2, 9], color_jitter=[0.4, 0.4, 0.4, 0.1], erasing=0.5, train_scale=[0.5, 1.0],
+    )  # fmt: skip
+
+    def by_video(workers, world=1):
+        found = {}
+        for rank in range(world):
+            sampler = TrainSampler(4, seed=0, global_batch=4, rank=rank, world=world)
+            sampler.set_epoch(3)
+            for batch in train_loader(TrainClips(videos, clip, seed=0), sampler=sampler, workers=workers, timeout_s=60):
+                found.update(zip(batch.videos.tolist(), batch.clips))
+        return found
+
+    expected = by_video(0)
+    assert sorted(expected) == [0, 1, 2, 3]
+    for other in (by_video(1), by_video(2), by_video(0, world=2)):
+        assert other.keys() == expected.keys() and all(torch.equal(other[video], expected[video]) for video in expected)
+
+
+@pytest.mark.parametrize(
+    "field, wrong",
+    [("randaugment", [2]), ("randaugment", [0, 9]), ("randaugment", [2, 31]), ("color_jitter", [0.4]), ("color_jitter", [0, 0, 0, 0.6]), ("erasing", 1.1), ("fps", 0)],
+)
+def test_settings_that_make_no_sense_are_refused_by_name(field, wrong):
+    with pytest.raises(ValueError, match=rf"^dataset\.clip\.{field} is .*, it must be "):
+        ClipSettings(
+            frames=4, stride=2, crop_size=24, train_short_side=[24, 32], test_short_side=32, mean=[0, 0, 0], std=[1, 1, 1], **{field: wrong}
+        )
+
+
+# ---- mixup and cutmix
+
+CLIPS = torch.randn(5, 3, 4, 12, 16, generator=torch.Generator().manual_seed(1))
+LABELS = torch.tensor([0, 2, 1, 2, 2])
+
+
+def test_mixup_blends_each_clip_with_the_one_before_it_as_its_targets_say():
+    shares = set()
+    for step in range(5):
+        clips, targets = mixing(mixup=0.8, cutmix=None, num_classes=3, seed=0)(CLIPS, LABELS, step)
+        share = targets[1, 2].item()  # of clip 1, the rest is that of clip 0
+        shares.add(share)
+        for i in range(5):
+            torch.testing.assert_close(clips[i], share * CLIPS[i] + (1 - share) * CLIPS[i - 1])
+            torch.testing.assert_close(targets[i], share * F.one_hot(LABELS[i], 3) + (1 - share) * F.one_hot(LABELS[i - 1], 3))
+    assert len(shares) == 5
+
+
+def test_cutmix_pastes_the_same_rectangle_into_all_frames_as_its_targets_say():
+    for step in range(10):
+        clips, targets = mixing(mixup=None, cutmix=1, num_classes=3, seed=0)(CLIPS, LABELS, step)
+        for i in range(5):
+            pasted = (clips[i] != CLIPS[i]).flatten(0, 1)  # [C x T, H, W]
+            assert torch.equal(pasted, pasted[:1].expand_as(pasted))
+            assert torch.equal(clips[i], torch.where(pasted[0], CLIPS[i - 1], CLIPS[i]))
+            rows, columns = pasted[0].any(dim=1).sum(), pasted[0].any(dim=0).sum()
+            assert pasted[0].sum() == rows * columns
+            share = 1 - pasted[0].float().mean()
+            torch.testing.assert_close(targets[i], share * F.one_hot(LABELS[i], 3) + (1 - share) * F.one_hot(LABELS[i - 1], 3))
+
+
+def test_the_loss_of_mixed_clips_is_the_mean_of_both_labels_losses_by_their_shares():
+    _, targets = mixing(mixup=0.8, cutmix=None, num_classes=3, seed=0)(CLIPS, LABELS, 0)
+    share, logits = targets[1, 2].item(), torch.randn(5, 3)
+    loss = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+    expected = share * loss(logits, LABELS) + (1 - share) * loss(logits, LABELS.roll(1))
+    torch.testing.assert_close(loss(logits, targets), expected)
+
+
+def test_mixing_depends_on_seed_and_step_alone_and_takes_either_way_where_both_are_on():
+    state = torch.get_rng_state()
+    mix = mixing(mixup=0.8, cutmix=1.0, num_classes=3, seed=0)
+    blended = []
+    for step in range(30):
+        clips, targets = mix(CLIPS, LABELS, step)
+        again, _ = mixing(mixup=0.8, cutmix=1.0, num_classes=3, seed=0)(CLIPS, LABELS, step)
+        assert torch.equal(clips, again) and type(clips) is torch.Tensor
+        torch.testing.assert_close(targets.sum(dim=1), torch.ones(5))
+        blended.append(bool(((clips[1] != CLIPS[1]) & (clips[1] != CLIPS[0])).any()))
+    assert 5 < sum(blended) < 25
+    other = mixing(mixup=0.8, cutmix=1.0, num_classes=3, seed=1)
+    assert any(not torch.equal(other(CLIPS, LABELS, step)[0], mix(CLIPS, LABELS, step)[0]) for step in range(3))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert mixing(mixup=None, cutmix=None, num_classes=3, seed=0) is None

@@ -1,0 +1,178 @@
+"""A dataset in which files are broken in every usual way: training goes on without them, testing lists them."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import time
+from collections import Counter
+
+import pytest
+import torch
+from run_tools import run_tool, small_job
+from video_files import lay_down, lie_about_duration, write_sound, write_video
+
+from atfr.data import decode
+from atfr.data.dataset import ClipSettings, TestClips, TrainClips
+from atfr.data.decode import read_clip
+from atfr.data.loader import TrainSampler, test_loader, train_loader
+from atfr.data.records import Video
+
+GRAY = [0.5, 0.5, 0.5]
+CLIP = ClipSettings(frames=8, stride=2, crop_size=32, train_short_side=[32, 40], test_short_side=32, mean=GRAY, std=GRAY)
+
+
+def unreadable(folder):
+    """Files of which no clip can be had: name -> a part of the reason."""
+    (folder / "zero bytes.mp4").touch()
+    (folder / "text.mp4").write_text("this is no video\n" * 50)
+    whole = write_video(folder / "whole.mp4", 20, codec="libx264")
+    (folder / "truncated.mp4").write_bytes((folder / "whole.mp4").read_bytes()[:4000])
+    os.remove(whole)
+    write_sound(folder / "sound only.mp4")
+    (folder / "dangling.mp4").symlink_to(folder / "gone.mp4")
+    reasons = {
+        "zero bytes.mp4": "the file is empty",
+        "text.mp4": "Invalid data",
+        "truncated.mp4": "Invalid data",
+        "sound only.mp4": "no video stream",
+        "dangling.mp4": "No such file",
+    }
+    if os.getuid() != 0:  # root may read everything
+        os.chmod(write_video(folder / "forbidden.mp4", 20, codec="libx264"), 0)
+        reasons["forbidden.mp4"] = "Permission denied"
+    return reasons
+
+
+def odd(folder):
+    """Files that are strange and yet to be read: name -> (height, width) that their frames come out with."""
+    write_video(folder / "one frame.mp4", 1, codec="libx264")
+    lie_about_duration(write_video(folder / "long by its header.mp4", 20, codec="libx264"), 50)
+    lay_down(write_video(folder / "rotated.mp4", 20, codec="libx264"))
+    write_video(folder / "odd size.avi", 20, size=(61, 47))
+    write_video(folder / "Größe 動画 🎬.mp4", 20, codec="libx264")
+    end = write_video(folder / "cut off.avi", 20)
+    (folder / "cut off.avi").write_bytes((folder / "cut off.avi").read_bytes()[: os.path.getsize(end) // 2])
+    sizes = dict.fromkeys(("one frame.mp4", "long by its header.mp4", "Größe 動画 🎬.mp4", "cut off.avi"), (48, 64))
+    return {**sizes, "rotated.mp4": (64, 48), "odd size.avi": (47, 61)}
+
+
+@pytest.fixture(scope="module")
+def miniature(small_videos, tmp_path_factory):
+    """The small videos, with broken and strange ones in both lists; the root, and the names of those broken."""
+    root = tmp_path_factory.mktemp("miniature") / "videos"
+    shutil.copytree(small_videos, root)
+    broken, strange = unreadable(root), odd(root)
+    for split in ("train", "test"):
+        with open(root / f"{split}.csv", "a") as file:
+            file.writelines(f"{name},right\n" for name in (*broken, *strange))
+    return root, sorted(broken)
+
+
+def test_strange_files_are_read_upright_and_at_their_size(tmp_path):
+    for name, (height, width) in odd(tmp_path).items():
+        clip = read_clip(str(tmp_path / name), lambda num_frames, fps: [0, num_frames - 1]).frames
+        assert clip.shape == (2, height, width, 3), name
+
+
+def test_a_header_that_lies_about_the_duration_changes_neither_frames_nor_rate(tmp_path):
+    seen = []
+    for name, factor in (("honest.mp4", 1), ("long.mp4", 50)):
+        path = lie_about_duration(write_video(tmp_path / name, 20, codec="libx264"), factor)
+        read_clip(path, lambda num_frames, fps: seen.append((num_frames, fps)) or [0])
+    assert seen == [(20, 10.0), (20, 10.0)]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_bad_files_are_replaced_or_listed_alike_for_any_number_of_workers(tmp_path, split):
+    good = [Video(write_video(tmp_path / f"good {i}.mp4", 20 + i, codec="libx264"), 0) for i in range(8)]
+    reasons = unreadable(tmp_path)
+    videos = [*good, *(Video(str(tmp_path / name), 1) for name in reasons)]
+
+    def batches(workers):
+        if split == "test":
+            return list(test_loader(TestClips(videos, CLIP, views=2, crops=1), batch_size=4, workers=workers, timeout_s=60))
+        sampler = TrainSampler(len(videos), seed=0, global_batch=len(videos))
+        return list(train_loader(TrainClips(videos, CLIP, seed=0), sampler=sampler, workers=workers, timeout_s=60))
+
+    alone = batches(0)
+    for workers in (1, 2):
+        for one, other in zip(alone, batches(workers), strict=True):
+            assert (one.paths, one.bad, one.failed) == (other.paths, other.bad, other.failed)
+            assert torch.equal(one.labels, other.labels)
+            assert one.clips is other.clips is None or torch.equal(one.clips, other.clips)
+    if split == "train":
+        assert len(alone[0]) == len(videos) and set(alone[0].labels.tolist()) == {0}
+        told = "\n".join(alone[0].bad)
+        assert all(f"cannot read {tmp_path / name}: " in told and reason in told for name, reason in reasons.items())
+    else:
+        assert [path for batch in alone for path in batch.paths] == [video.path for video in good for _ in range(2)]
+        failed = [pair for batch in alone for pair in batch.failed]
+        assert Counter(path for path, _ in failed) == {str(tmp_path / name): 2 for name in reasons}
+        assert all(reasons[os.path.basename(path)] in reason for path, reason in failed)
+
+
+def test_training_and_testing_complete_on_a_dataset_with_bad_files(miniature, tmp_path, caplog):
+    root, broken = miniature
+    outcome = run_tool("train", *small_job(root, tmp_path, "trainer.workers=1", "trainer.batch_size=19"))
+    assert outcome.code == 0, outcome.err
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert sorted(os.path.basename(path) for path in results["failed"]) == broken
+    assert results["num_videos"] == 4 + 6 and results["num_views"] == 2 * results["num_videos"]
+    assert results["protocol"]["decoders"] == {"pyav": 10}
+    assert f"10 ({len(broken)} more could not be read)" in outcome.out
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    # An epoch is one batch of all videos; a stand-in may be bad, too.
+    assert all(line["replaced"] >= len(broken) for line in lines if line["split"] == "train")
+    assert all("mean_class_accuracy" in line for line in lines if line["split"] == "val")
+    named = Counter(message.split(": ")[1] for message in (caplog.text + outcome.out).splitlines() if "replaced in training" in message)
+    assert named.keys() == {f"cannot read {root / name}" for name in broken} and set(named.values()) == {1}
+
+
+# ---- decoders that never come back
+
+
+def holds_the_lock(seconds):
+    """As native code does that does not let go of the interpreter lock."""
+    ctypes.PyDLL(None).usleep(int(seconds * 1e6))
+
+
+@pytest.fixture
+def wedged(tmp_path, monkeypatch):
+    """Videos of which reading one never ends, in a way that the test chooses."""
+    videos = [Video(write_video(tmp_path / f"{name}.avi", 10), 0) for name in ("first", "second", "third")]
+
+    def arm(hang):
+        whole = decode.AvVideo.read
+
+        def read(self, *arguments):
+            if self.path == videos[1].path:
+                hang()
+            return whole(self, *arguments)
+
+        monkeypatch.setattr(decode.AvVideo, "read", read)
+        return videos
+
+    return arm
+
+
+@pytest.mark.parametrize("kind, workers, hang", [("train", 0, time.sleep), ("test", 0, time.sleep), ("train", 1, time.sleep), ("test", 1, holds_the_lock)])
+def test_a_decoder_that_hangs_ends_in_an_error_that_names_its_file_in_time(wedged, kind, workers, hang):
+    videos = wedged(lambda: hang(2))
+    if kind == "train":
+        data, sampler = TrainClips(videos, CLIP, seed=0), TrainSampler(3, seed=0, global_batch=3)
+        loader = train_loader(data, sampler=sampler, workers=workers, timeout_s=0.6)
+    else:
+        loader = test_loader(TestClips(videos, CLIP, views=1, crops=1), batch_size=3, workers=workers, timeout_s=0.6)
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"second\.avi"):
+        list(loader)
+    assert time.monotonic() - began < 1.8
+
+
+def test_a_worker_that_dies_over_a_file_names_it(wedged):
+    videos = wedged(lambda: os._exit(1))
+    with pytest.raises(ChildProcessError, match=r"exited unexpectedly.*second\.avi"):
+        list(test_loader(TestClips(videos, CLIP, views=1, crops=1), batch_size=3, workers=1, timeout_s=30))

@@ -1,0 +1,71 @@
+"""The trainer says once when too much of its time goes to waiting for data."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from atfr.engine import data_wait
+from atfr.engine.data_wait import DataWait
+from atfr.engine.distributed import Ranks
+from atfr.engine.optim import sgd
+from atfr.engine.settings import TrainerSettings
+from atfr.engine.train import Training
+from atfr.models.backbones.x3d import x3d
+
+SETTINGS = TrainerSettings(
+    output_dir=None, batch_size=2, epochs=1, max_steps=None, seed=0, accelerator="cpu", devices=None, precision="fp32", workers=3,
+    timeout_s=0, label_smoothing=0.0, clip_norm=None, statistics_clips=0, eval_every=1, save_every=0, log_every=1, resume=False, test=False,
+)  # fmt: skip
+
+
+def test_it_speaks_once_when_more_than_a_fifth_of_at_least_twenty_steps_was_waiting():
+    wait, quick = DataWait(), DataWait()
+    for step in range(1, 40):
+        wait.add(waited=0.25, total=1.0)
+        quick.add(waited=0.19, total=1.0)
+        warning = wait.warning(SETTINGS)
+        assert (warning is not None) == (step == 20) and quick.warning(SETTINGS) is None
+        if warning:
+            assert warning.startswith("25% of the training time goes to waiting for data: set trainer.workers higher (3 for each process now")
+
+
+def test_the_share_is_that_of_the_run_so_far():
+    wait = DataWait()
+    for _ in range(30):
+        wait.add(waited=0.0, total=1.0)
+    spoken = []
+    for step in range(20):  # 30 quick seconds: (step + 1) / (31 + step) passes a fifth with the eighth
+        wait.add(waited=1.0, total=1.0)
+        spoken.append(wait.warning(SETTINGS) is not None)
+    assert spoken.index(True) == 7 and sum(spoken) == 1
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_training_with_a_slow_loader_warns_of_it_and_one_with_a_quick_loader_does_not(tmp_path, monkeypatch, caplog, slow):
+    monkeypatch.setattr(data_wait, "LEAST_STEPS", 2)
+
+    def batches(epoch, start):
+        for step in range(start, 5):
+            if slow:
+                time.sleep(0.3)
+            yield SimpleNamespace(clips=torch.randn(2, 3, 4, 32, 32), labels=torch.tensor([0, 1]), paths=("a", "b"), bad=())
+
+    model = x3d(size="tiny", num_classes=2, dropout=0.0, sgs=None)
+    Training(
+        model=model,
+        optimizer=sgd(model, lr=0.01, momentum=0.9, weight_decay=0.0, nesterov=True),
+        learning_rate_factor=lambda step, total: 1.0,
+        batches=batches,
+        steps_per_epoch=5,
+        validate=lambda: {"top1": 0.0},
+        normalise=torch.nn.Identity(),
+        settings=SETTINGS,
+        ranks=Ranks(0, 1, torch.device("cpu")),
+        folder=tmp_path,
+        identity={"config": {}, "choices": {}, "class_names": []},
+    ).run()
+    assert sum("waiting for data" in message for message in caplog.messages) == int(slow)
