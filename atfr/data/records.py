@@ -21,7 +21,8 @@ class VideoSource:
     """What a dataset factory returns.
 
     A split that was not asked for is an empty tuple. `notes` holds the facts that belong in the protocol of the
-    results (the lists used, how many videos each has).
+    results (the lists used, how many videos each has), `missing` the paths of listed videos that are not there and
+    were left out.
     """
 
     name: str
@@ -30,6 +31,7 @@ class VideoSource:
     test: tuple[Video, ...]
     class_names: tuple[str, ...]
     notes: dict[str, Any]
+    missing: tuple[str, ...] = ()
 
 
 class VideoError(Exception):
