@@ -88,7 +88,7 @@ def video_source(
     `VideoSource.missing`; without `allow_missing`, and where a list has none left, they are a FileNotFoundError.
     """
     there: dict[str, tuple[Video, ...]] = {}
-    missing: dict[str, list[str]] = {}
+    missing: dict[str, tuple[str, ...]] = {}
     folders: dict[str, frozenset[str]] = {}
     for split, wanted in videos.items():
         gone = [video for video in wanted if not _exists(video.path, folders)]
@@ -99,7 +99,7 @@ def video_source(
             )
         left_out = set(gone)
         there[split] = tuple(video for video in wanted if video not in left_out)
-        missing[split] = [video.path for video in gone]
+        missing[split] = tuple(video.path for video in gone)
     counted = {"missing": {split: len(paths) for split, paths in missing.items()}} if allow_missing else {}
     test = there.get("test", ())
     return VideoSource(
@@ -116,7 +116,7 @@ def video_source(
             "validation": "val list" if "val" in videos else "test list",
             **(notes or {}),
         },
-        missing=tuple(path for paths in missing.values() for path in paths),
+        missing=missing,
     )
 
 
