@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ from atfr.data.kinetics import kinetics, locate, read_segments
 from atfr.data.mini_kinetics import mini_kinetics
 from atfr.data.something_something import something_something_v2
 from atfr.data.ucf101 import read_classes, read_list, ucf101
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+import annotation_counts  # noqa: E402
 
 DATASETS = ("kinetics400", "kinetics600", "mini_kinetics", "something_something_v2", "ucf101", "hmdb51")
 
@@ -354,6 +358,14 @@ def test_the_published_mini_kinetics_lists_choose_80000_and_5000_videos_of_200_c
     with open(joined["test"]) as file:
         in_classes = sum(row["label"] in source.class_names for row in csv.DictReader(file))
     assert by_classes.notes["missing"]["test"] == in_classes - 1
+
+
+def test_the_table_of_counts_says_what_differs_and_what_is_in_both_lists():
+    lists = {"UCF101 split 2": annotation_counts.Found(101, ["a", "b"], ["b", "c", "d"]), "Kinetics-600": annotation_counts.Found(600)}
+    lines = {line.split(" | ")[0]: line for line in annotation_counts.table(lists)}
+    assert lines["| UCF101 split 2"] == "| UCF101 split 2 | 101 | 2 | 3 | 1 | yes: classes; NO: train: 9,586 published, test: 3,734 published |"
+    assert lines["| Kinetics-600"] == "| Kinetics-600 | 600 | – | – | – | yes: classes |"
+    assert lines["| Kinetics-400"] == "| Kinetics-400 | – | – | – | – | – |"
 
 
 # ---- from the program
