@@ -17,6 +17,7 @@ from atfr.engine import distributed, results
 from atfr.engine.accounting import GflopsTable
 from atfr.engine.distributed import Ranks
 from atfr.engine.evaluate import Evaluation, evaluate
+from atfr.engine.files import write_text
 from atfr.engine.settings import TrainerSettings, precision_dtype
 from atfr.models.network import VideoNet
 from atfr.models.weights import load_pretrained
@@ -37,6 +38,21 @@ def require_videos(source: VideoSource, *splits: str) -> None:
     for split in splits:
         if not getattr(source, split):
             raise ValueError(f"dataset {source.name} has no {split} videos; set dataset.{split}")
+
+
+def report_missing(source: VideoSource, folder: Path) -> None:
+    """Say in one line how many listed videos are not there, and name all of them in `missing_SPLIT.txt`."""
+    for split, videos in source.missing.items():
+        path = folder / f"missing_{split}.txt"
+        path.unlink(missing_ok=True)
+        if not videos:
+            continue
+        # A list may name files whose names are not UTF-8; they are written back as the bytes they came from.
+        write_text(path, "".join(f"{video}\n" for video in videos), errors="surrogateescape")
+        listed = len(videos) + source.notes["videos"][split]
+        shown = ", ".join(videos[:3]) + (", ..." if len(videos) > 3 else "")
+        line = f"{source.name}: {len(videos)} of the {listed} {split} videos are not there and left out ({shown}); {path} names them all"
+        print(line.encode(errors="backslashreplace").decode(), flush=True)
 
 
 def clip_settings(config: DictConfig) -> ClipSettings:
@@ -134,7 +150,8 @@ def protocol(
     """What was tested and how, as `results.json` has it."""
     return {
         "frames": clip.frames,
-        "stride": clip.stride,
+        "sampling": clip.sampling,
+        "stride": clip.stride if clip.sampling == "dense" else None,
         "views": clip.views,
         "crops": clip.crops,
         "crop_size": clip.crop_size,

@@ -1,9 +1,15 @@
 """Which frames make a clip."""
 
+from fractions import Fraction
+from math import floor
+
 import numpy as np
 import pytest
+from video_files import numbers, write_video
 
-from atfr.data.sampling import random_clip, stride_at, uniform_views
+from atfr.data.dataset import ClipSettings, TestClips, TrainClips
+from atfr.data.records import Video
+from atfr.data.sampling import random_clip, random_segments, segment_views, stride_at, uniform_views
 
 
 @pytest.mark.parametrize("num_frames, frames, stride", [(100, 16, 4), (61, 16, 4), (62, 16, 4), (8, 8, 1), (300, 1, 7)])
@@ -56,3 +62,63 @@ def test_counts_below_one_are_refused_by_name(name):
     settings = {"num_frames": 10, "frames": 4, "stride": 2, "views": 3, name: 0}
     with pytest.raises(ValueError, match=f"{name} is 0"):
         uniform_views(settings.pop("num_frames"), **settings)
+
+
+# ---- segments
+
+
+@pytest.mark.parametrize("num_frames,frames", [(40, 8), (37, 8), (8, 8), (5, 8), (1, 3), (100, 1)])
+def test_a_random_frame_of_each_segment_is_any_of_its_frames_as_often_as_it_lies_in_it(num_frames, frames):
+    rng, draws = np.random.default_rng(0), 4000
+    counts = np.zeros((frames, num_frames))
+    for _ in range(draws):
+        clip = random_segments(num_frames, frames=frames, rng=rng)
+        assert clip.dtype == np.int64 and (np.diff(clip) >= 0).all()
+        counts[np.arange(frames), clip] += 1
+    for segment in range(frames):
+        first, last = Fraction(segment * num_frames, frames), Fraction((segment + 1) * num_frames, frames)
+        for frame in range(num_frames):
+            shared = max(Fraction(0), min(last, frame + 1) - max(first, frame)) / (last - first)
+            assert counts[segment, frame] / draws == pytest.approx(float(shared), abs=0.04)
+            assert (counts[segment, frame] > 0) == (shared > 0)
+
+
+@pytest.mark.parametrize("num_frames,frames,views", [(40, 8, 1), (37, 8, 3), (300, 16, 10), (5, 8, 2), (1, 4, 3), (24, 8, 3)])
+def test_views_of_segments_are_those_of_a_loop_over_them(num_frames, frames, views):
+    found = segment_views(num_frames, frames=frames, views=views)
+    assert len(found) == views
+    for view, clip in enumerate(found):
+        length = Fraction(num_frames, frames)
+        expected = [floor(segment * length + length * (2 * view + 1) / (2 * views)) for segment in range(frames)]
+        assert clip.tolist() == expected
+
+
+def test_one_view_of_segments_has_their_centres_and_several_share_no_frame_where_there_are_enough():
+    assert segment_views(20, frames=4, views=1)[0].tolist() == [2, 7, 12, 17]
+    views = segment_views(24, frames=8, views=3)
+    assert sorted(frame for view in views for frame in view.tolist()) == list(range(24))
+
+
+@pytest.mark.parametrize("name", ["num_frames", "frames", "views"])
+def test_counts_of_segments_below_one_are_refused_by_name(name):
+    settings = {"num_frames": 10, "frames": 4, "views": 3, name: 0}
+    with pytest.raises(ValueError, match=f"{name} is 0"):
+        segment_views(settings.pop("num_frames"), **settings)
+
+
+def test_datasets_read_segments_when_told_to(tmp_path):
+    videos = [Video(write_video(tmp_path / "a.avi", 40), 0)]
+    sizes = {"crop_size": 24, "train_short_side": [24, 24], "test_short_side": 24, "mean": [0.5] * 3, "std": [0.2] * 3}
+    clip = ClipSettings(frames=4, stride=30, sampling="segments", **sizes)
+
+    def shown(item):
+        return numbers(item.clip.permute(1, 0, 2, 3).numpy())
+
+    tests = TestClips(videos, clip, views=2, crops=1)
+    assert [shown(tests[view]) for view in (0, 1)] == [[2, 12, 22, 32], [7, 17, 27, 37]]
+    train = TrainClips(videos, clip, seed=0)
+    drawn = [shown(train[(epoch, 0)]) for epoch in range(6)]
+    assert drawn == [shown(train[(epoch, 0)]) for epoch in range(6)] and len(set(map(tuple, drawn))) == 6
+    assert all([frame // 10 for frame in clip] == [0, 1, 2, 3] for clip in drawn)
+    with pytest.raises(ValueError, match=r"dataset\.clip\.sampling is all, it must be dense or segments"):
+        ClipSettings(frames=4, stride=1, sampling="all", **sizes)

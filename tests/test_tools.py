@@ -105,7 +105,7 @@ def test_a_run_interrupted_in_the_middle_of_an_epoch_ends_with_the_same_weights(
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (["dataset=kinetics400", "model=x3d_sgs", "dataset.root=/nowhere/k400"], "dataset kinetics400: root /nowhere/k400 is not a folder; put the videos"),
+        (["dataset=kinetics400", "model=x3d_sgs", "dataset.root=/nowhere/k400"], "dataset kinetics400: root /nowhere/k400 is not a folder; get the lists"),
         (["trainer.batch_size=many"], "trainer.batch_size='many' is not of type int"),
         (["model.sgs.target=half"], "model.sgs.target='half' is not of type float"),
         (["model.sgs.after=res9"], "model.sgs.after='res9' is not a stage"),

@@ -34,6 +34,8 @@ def main(config: DictConfig) -> None:
     try:
         clip = jobs.clip_settings(config)
         source = checkpoint_config.test_videos(config, state, path, ranks)
+        if ranks.is_main:
+            jobs.report_missing(source, folder)
         model = checkpoint_config.trained_model(config, state, path, ranks)
         jobs.test_and_report(model, source, clip, config=config, settings=settings, ranks=ranks, folder=folder, checkpoint=path)
     finally:

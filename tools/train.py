@@ -52,6 +52,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
             f" {len(source.class_names)} classes; {millions:.2f} M parameters, {model.execution}, on {ranks.device}; run folder {folder}",
             flush=True,
         )
+        jobs.report_missing(source, folder)
     distributed.barrier()
 
     steps_per_epoch, batches = jobs.train_batches(source, clip, settings, ranks)

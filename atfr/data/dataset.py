@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from atfr.data.decode import DECODERS, Decoded, Pick, read_clip
 from atfr.data.records import Video, VideoError
-from atfr.data.sampling import random_clip, stride_at, uniform_views
+from atfr.data.sampling import random_clip, random_segments, segment_views, stride_at, uniform_views
 from atfr.data.time_limit import TimeLimit
 from atfr.data.transforms import TrainTransform, test_crops
 
@@ -30,9 +30,10 @@ class ClipSettings:
     """
 
     frames: int  # frames in a clip
-    stride: int  # one frame of the video in so many
+    stride: int  # one frame of the video in so many; segments need none
     fps: Optional[float] = None  # frames a second that `stride` is meant at; None: whatever each file has
     fallback_fps: Optional[float] = None  # the rate of what states none (frame folders); None: `stride` as it is there
+    sampling: str = "dense"  # dense: frames `stride` apart | segments: a frame of each of `frames` equal parts of the video
     crop_size: int  # pixels; clips are square
     train_short_side: list[int]  # pixels, (lo, hi): the shorter side is drawn between them
     train_scale: Optional[list[float]] = None  # area range of RandomResizedCrop; None: a plain random crop
@@ -50,6 +51,7 @@ class ClipSettings:
     def __post_init__(self) -> None:
         for name in ("frames", "stride", "crop_size", "test_short_side", "views"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
+        self._require(self.sampling in ("dense", "segments"), "sampling", "dense or segments")
         self._require(self.crops in (1, 3), "crops", "1 or 3")
         self._require(self.decoder in DECODERS, "decoder", f"one of {', '.join(DECODERS)}")
         self._require(0 <= self.flip <= 1, "flip", "a probability in [0, 1]")
@@ -182,6 +184,8 @@ class TrainClips(Dataset):
         def pick(num_frames: int, fps: float | None) -> np.ndarray:
             # Its own generator: asked twice, it must not shift what the transform draws.
             time = np.random.default_rng((*seed, 1))
+            if self.clip.sampling == "segments":
+                return random_segments(num_frames, frames=self.clip.frames, rng=time)
             return random_clip(num_frames, frames=self.clip.frames, stride=self.clip.stride_in(fps), rng=time)
 
         space = np.random.default_rng((*seed, 2))
@@ -236,6 +240,8 @@ class TestClips(Dataset):
             return self._last[1]
 
         def pick(num_frames: int, fps: float | None) -> np.ndarray:
+            if self.clip.sampling == "segments":
+                return segment_views(num_frames, frames=self.clip.frames, views=self.views)[view]
             stride = self.clip.stride_in(fps)
             return uniform_views(num_frames, frames=self.clip.frames, stride=stride, views=self.views)[view]
 

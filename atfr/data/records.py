@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 _PREFIX = "cannot read "
@@ -21,7 +22,8 @@ class VideoSource:
     """What a dataset factory returns.
 
     A split that was not asked for is an empty tuple. `notes` holds the facts that belong in the protocol of the
-    results (the lists used, how many videos each has).
+    results (the lists used, how many videos each has), `missing`, by split, the paths of listed videos that
+    are not there and were left out.
     """
 
     name: str
@@ -30,6 +32,7 @@ class VideoSource:
     test: tuple[Video, ...]
     class_names: tuple[str, ...]
     notes: dict[str, Any]
+    missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 class VideoError(Exception):

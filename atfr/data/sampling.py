@@ -1,9 +1,12 @@
 """Which frames of a video make a clip: pure functions on integers.
 
-A clip is `frames` frames taken every `stride` frames, so it spans `(frames - 1) * stride + 1` frames of the video.
+A dense clip is `frames` frames taken every `stride` frames, so it spans `(frames - 1) * stride + 1` frames of the video.
 The stride may be a fraction (`stride_at`): each frame is then the one nearest to where it would fall.
 **A video shorter than the span** is read from its first frame on, at the full stride, and its last frame is repeated
 until the clip is full. PySlowFast does the same, so clips of short videos mean the same thing here and there.
+
+A clip of segments spans the whole video: this is cut into `frames` equal segments, and each gives one frame. In a video
+with fewer frames than segments, some frames stand for several of them.
 """
 
 from __future__ import annotations
@@ -34,8 +37,7 @@ def uniform_views(num_frames: int, *, frames: int, stride: float, views: int) ->
     A single view is the centre of the video. Returns `views` int64 arrays [frames] with values in [0, num_frames).
     Raises ValueError when a count is below 1 or the stride not above 0.
     """
-    if views < 1:
-        raise ValueError(f"views is {views}, it must be at least 1")
+    _require_counts(views=views)
     last_start = _last_start(num_frames, frames=frames, stride=stride)
     if views == 1:
         starts = [last_start // 2]
@@ -44,10 +46,31 @@ def uniform_views(num_frames: int, *, frames: int, stride: float, views: int) ->
     return [_clip_at(start, num_frames, frames=frames, stride=stride) for start in starts]
 
 
+def random_segments(num_frames: int, *, frames: int, rng: np.random.Generator) -> np.ndarray:
+    """A uniformly random frame of each of `frames` equal segments: int64 indices [frames] in [0, num_frames), rising.
+
+    Raises ValueError when a count is below 1.
+    """
+    _require_counts(num_frames=num_frames, frames=frames)
+    positions = (np.arange(frames) + rng.random(frames)) * num_frames / frames
+    return np.minimum(positions.astype(np.int64), num_frames - 1)
+
+
+def segment_views(num_frames: int, *, frames: int, views: int) -> list[np.ndarray]:
+    """`views` clips with a frame of each of `frames` equal segments, the same place in all of them.
+
+    The places are the centres of `views` equal parts of a segment, so a single view has the centres of the segments, and
+    views differ where a segment has as many frames as there are views. Returns `views` int64 arrays [frames] with
+    values in [0, num_frames). Raises ValueError when a count is below 1.
+    """
+    _require_counts(num_frames=num_frames, frames=frames, views=views)
+    # In integers: (segment + (view + 1/2) / views) * num_frames / frames, rounded down.
+    segments = 2 * views * np.arange(frames, dtype=np.int64)
+    return [(segments + 2 * view + 1) * num_frames // (2 * views * frames) for view in range(views)]
+
+
 def _last_start(num_frames: int, *, frames: int, stride: float) -> int:
-    for name, value in (("num_frames", num_frames), ("frames", frames)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}, it must be at least 1")
+    _require_counts(num_frames=num_frames, frames=frames)
     if not stride > 0:
         raise ValueError(f"stride is {stride}, it must be above 0")
     return max(0, num_frames - 1 - int(_offsets(frames, stride)[-1]))
@@ -59,3 +82,9 @@ def _clip_at(start: int, num_frames: int, *, frames: int, stride: float) -> np.n
 
 def _offsets(frames: int, stride: float) -> np.ndarray:
     return np.floor(stride * np.arange(frames) + 0.5).astype(np.int64)
+
+
+def _require_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}, it must be at least 1")

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from atfr.data.annotations import find_file, open_root, read_lines, video_source
 from atfr.data.records import Video, VideoSource
 
 _PATH_COLUMNS = ("relative_path", "path", "video_path", "video", "filename", "file")
@@ -45,10 +46,11 @@ def videolist(
     val: str | None = None,
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
+    allow_missing: bool = False,
     name: str = "videolist",
     prepare_hint: str = "",
 ) -> VideoSource:
-    """Reads the lists of a dataset and checks that every video they name exists.
+    """Reads the lists of a dataset and checks that every video they name exists (`allow_missing` leaves out the others).
 
     - A list has one video a line, `path,label` (csv quoting; an optional header such as `relative_path,label`, which
       may name further columns) or `path label` (label last; quotes around a path with spaces are optional). Blank
@@ -63,52 +65,28 @@ def videolist(
     Raises FileNotFoundError for a missing root, list or video and ValueError for a list that cannot be understood,
     always in one line; `prepare_hint` ("run ... first") ends the messages about missing files.
     """
-    root = os.path.abspath(os.path.expanduser(root))
-    hint = f"; {prepare_hint}" if prepare_hint else ""
     if train is None and test is None:
         raise ValueError(f"dataset {name}: neither a train nor a test list is given")
-    if not os.path.isdir(root):
-        raise FileNotFoundError(f"dataset {name}: root {root} is not a folder{hint}")
+    root = open_root(root, name=name, hint=prepare_hint)
 
     lists: dict[str, _List] = {}
     for split, file in (("train", train), ("val", val), ("test", test)):
         if file is not None:
-            lists[split] = _read_list(_find_list(file, root=root, split=split, name=name, hint=hint))
+            lists[split] = _read_list(find_file(file, root=root, what=f"{split} list", name=name, hint=prepare_hint))
     classes = _class_names(lists, num_classes=num_classes, class_names=class_names, name=name)
-    videos = {split: _videos(listed, root=root, classes=classes) for split, listed in lists.items()}
-    for split, listed in lists.items():
-        _check_exist(listed, videos[split], root=root, hint=hint)
-
-    test_videos = videos.get("test", ())
-    return VideoSource(
+    return video_source(
         name=name,
-        train=videos.get("train", ()),
-        val=videos.get("val", test_videos),
-        test=test_videos,
+        root=root,
+        files={split: listed.file for split, listed in lists.items()},
+        videos={split: _videos(listed, root=root, classes=classes) for split, listed in lists.items()},
         class_names=classes,
-        notes={
-            "root": root,
-            "lists": {split: listed.file for split, listed in lists.items()},
-            "videos": {split: len(found) for split, found in videos.items()},
-            "validation": "val list" if val is not None else "test list",
-        },
+        allow_missing=allow_missing,
+        hint=prepare_hint,
     )
 
 
-def _find_list(file: str, *, root: str, split: str, name: str, hint: str) -> str:
-    places = list(dict.fromkeys(os.path.abspath(os.path.join(start, os.path.expanduser(file))) for start in ("", root)))
-    for place in places:
-        if os.path.isfile(place):
-            return place
-    looked = " and ".join(places)
-    raise FileNotFoundError(f"dataset {name}: the {split} list {file} does not exist (looked for {looked}){hint}")
-
-
 def _read_list(file: str) -> _List:
-    # utf-8-sig drops the byte order mark that spreadsheet programs write; a stray byte must not hide the other lines.
-    with open(file, encoding="utf-8-sig", errors="surrogateescape") as stream:
-        lines = [(number, line.strip()) for number, line in enumerate(stream, start=1)]
-    lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
+    lines = [(number, line) for number, line in read_lines(file) if not line.startswith("#")]
     if not lines:
         raise ValueError(f"{file}: the list is empty")
     split = _split_comma if _is_comma_form(lines[0][1]) else _split_space
@@ -204,20 +182,3 @@ def _videos(listed: _List, *, root: str, classes: tuple[str, ...]) -> tuple[Vide
             )
         videos.append(Video(os.path.join(root, row.path), label))
     return tuple(videos)
-
-
-def _check_exist(listed: _List, videos: tuple[Video, ...], *, root: str, hint: str) -> None:
-    # One listing a folder instead of one stat a video: Kinetics has 240,000 files, often on a network drive.
-    folders: dict[str, frozenset[str]] = {}
-    missing = []
-    for video in videos:
-        folder, base = os.path.split(video.path)
-        if folder not in folders:
-            folders[folder] = frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
-        if base not in folders[folder] and not os.path.exists(video.path):
-            missing.append(video.path)
-    if missing:
-        raise FileNotFoundError(
-            f"{listed.file}: {missing[0]} does not exist ({len(missing)} of {len(videos)} videos are missing;"
-            f" root is {root}){hint}"
-        )

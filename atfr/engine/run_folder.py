@@ -12,6 +12,7 @@ from atfr.engine.files import write_text
 DONE = ("checkpoints/last.pt", "calibration.json")  # what a training and a calibration leave
 # What may change between the runs of one experiment without making it another one.
 FREE = ("output_dir", "max_steps", "accelerator", "devices", "workers", "timeout_s", "save_every", "log_every", "resume", "test")
+_ONCE = {"dataset.clip.sampling": "dense"}  # what there was before there was a choice
 
 
 def claim_folder(folder: Path, config: Mapping[str, Any], *, resume: bool) -> None:
@@ -26,10 +27,10 @@ def claim_folder(folder: Path, config: Mapping[str, Any], *, resume: bool) -> No
     if trained and not resume:
         raise ValueError(f"run folder {folder} already holds a run, and trainer.resume=false; choose another trainer.output_dir or delete it")
     if trained and path.exists():
-        before = _flat(_read(path))
-        now = _flat(config)
-        # A key that the folder's version did not have, and that is off now, changes nothing.
-        new = {key for key in now if key not in before and not now[key]}
+        before = flat(_read(path))
+        now = flat(config)
+        # A key that the folder's version did not have, and that is off now or as it was then, changes nothing.
+        new = {key for key in now if key not in before and (not now[key] or now[key] == _ONCE.get(key))}
         different = [key for key in sorted(before | now) if before.get(key) != now.get(key) and not _is_free(key) and key not in new]
         if different:
             key = different[0]
@@ -55,9 +56,10 @@ def _is_free(key: str) -> bool:
     return key in {f"trainer.{name}" for name in FREE}
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with keys such as `dataset.clip.frames`."""
+    found: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
-        flat.update(_flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
-    return flat
+        found.update(flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
+    return found

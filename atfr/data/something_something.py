@@ -1,0 +1,77 @@
+"""Something-Something V2 (Goyal et al., 2017) from its official files: labels.json, train.json, validation.json."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from atfr.data.annotations import Annotation, check_classes, find_file, labelled, open_root, video_source
+from atfr.data.records import VideoSource
+
+
+def something_something_v2(
+    *,
+    root: str,
+    labels: str,
+    train: str | None,
+    test: str | None,
+    val: str | None = None,
+    videos: str = "20bn-something-something-v2",
+    suffix: str = ".webm",
+    num_classes: int | None = 174,
+    allow_missing: bool = False,
+    name: str = "something_something_v2",
+    prepare_hint: str = "",
+) -> VideoSource:
+    """The videos of the lists, each `videos`/ID`suffix`; `videos` is a folder, from `root` or absolute.
+
+    The published test.json names videos without their classes, so `test` is validation.json as in the literature; it
+    also validates unless there is a `val`. Raises FileNotFoundError for what is not there and ValueError for a file
+    that cannot be understood.
+    """
+    root = open_root(root, name=name, hint=prepare_hint)
+    given = {split: file for split, file in (("train", train), ("val", val), ("test", test)) if file is not None}
+    if not given:
+        raise ValueError(f"dataset {name}: neither a train nor a test list is given")
+    files = {split: find_file(file, root=root, what=f"{split} list", name=name, hint=prepare_hint) for split, file in given.items()}
+    labels = find_file(labels, root=root, what="file of labels", name=name, hint=prepare_hint)
+    classes = read_classes(labels)
+    check_classes(classes, num_classes, where=labels)
+    folder = os.path.join(root, videos)
+    return video_source(
+        name=name,
+        root=root,
+        files=files,
+        videos={split: labelled(read_list(file, suffix), videos=folder, classes=classes, file=file) for split, file in files.items()},
+        class_names=classes,
+        allow_missing=allow_missing,
+        hint=prepare_hint,
+    )
+
+
+def read_classes(file: str) -> tuple[str, ...]:
+    """The classes in the order of their ids, which labels.json has as strings: {"Closing something": "5", ...}."""
+    labels = _load(file)
+    if not isinstance(labels, dict) or sorted(labels.values(), key=str) != sorted(map(str, range(len(labels)))):
+        raise ValueError(f'{file}: expected {{"CLASS": "ID", ...}} with ids from "0" on, as in the official labels.json')
+    return tuple(sorted(labels, key=lambda class_name: int(labels[class_name])))
+
+
+def read_list(file: str, suffix: str = ".webm") -> list[Annotation]:
+    """The videos of train.json or validation.json. A template without its brackets is the name of a class."""
+    entries = _load(file)
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "id" in entry for entry in entries):
+        raise ValueError(f'{file}: expected [{{"id": ..., "template": ...}}, ...], as in the official lists')
+    for entry in entries:
+        if "template" not in entry:
+            raise ValueError(f"{file}: video {entry['id']} has no template: the test list was published without labels; test on validation.json")
+    return [Annotation(f"{entry['id']}{suffix}", entry["template"].replace("[", "").replace("]", "")) for entry in entries]
+
+
+def _load(file: str) -> Any:
+    with open(file, encoding="utf-8-sig") as stream:
+        try:
+            return json.load(stream)
+        except ValueError as error:
+            raise ValueError(f"{file}: not a JSON file ({error})") from error

@@ -1,0 +1,432 @@
+"""The six datasets from their official files: excerpts written here, miniatures, and the whole files where they are."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from miniatures import miniature
+from run_tools import run_tool
+from test_configs import composed
+
+from atfr.configuration import build
+from atfr.data.hmdb51 import hmdb51, read_split
+from atfr.data.kinetics import kinetics, locate, read_segments
+from atfr.data.mini_kinetics import mini_kinetics
+from atfr.data.something_something import something_something_v2
+from atfr.data.ucf101 import read_classes, read_list, ucf101
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+import annotation_counts  # noqa: E402
+
+DATASETS = ("kinetics400", "kinetics600", "mini_kinetics", "something_something_v2", "ucf101", "hmdb51")
+
+
+def listed(videos, root):
+    return [(os.path.relpath(video.path, root), video.label) for video in videos]
+
+
+def touch(root, *paths):
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).touch()
+
+
+def write(root, **files):
+    for name, text in files.items():
+        (root / name.replace("__", ".")).write_text(text)
+
+
+# ---- Kinetics
+
+K400 = """label,youtube_id,time_start,time_end,split,is_cc
+abseiling,0wR5jVB-WPk,417,427,val,0
+"air drumming",-5ScotRN_I4,1,11,val,1
+"massaging person's head",x_y,0,10,val,0
+"""
+LAYOUTS = {
+    "class folders": (
+        "val/abseiling/0wR5jVB-WPk_000417_000427.mp4",
+        "val/air drumming/-5ScotRN_I4_000001_000011.mp4",
+        "val/massaging person's head/x_y_000000_000010.mp4",
+    ),
+    "underscores": (
+        "val/abseiling/0wR5jVB-WPk_000417_000427.mp4",
+        "val/air_drumming/-5ScotRN_I4_000001_000011.mp4",
+        "val/massaging_person's_head/x_y_000000_000010.mp4",
+    ),
+    "flat": ("val/0wR5jVB-WPk_000417_000427.mp4", "val/-5ScotRN_I4_000001_000011.mp4", "val/x_y_000000_000010.mp4"),
+    "ids alone": ("validate/abseiling/0wR5jVB-WPk.mkv", "validate/air drumming/-5ScotRN_I4.webm", "validate/x_y.MP4"),
+    "one folder": ("abseiling/0wR5jVB-WPk_000417_000427.mp4", "-5ScotRN_I4_000001_000011.mp4", "x/x_y_000000_000010.mp4"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kinetics_videos_are_found_in_every_layout(tmp_path, layout):
+    paths = LAYOUTS[layout]
+    folder = Path(paths[0]).parts[0] if "/" in paths[1] else "."
+    # No video, another part of the same YouTube video, and a video of no list.
+    touch(tmp_path, *paths, f"{folder}/x/0wR5jVB-WPk_000417_000427.json", f"{folder}/x/x_y_000099_000109.mp4", f"{folder}/no_000000_000010.mp4")
+    write(tmp_path, val__csv=K400)
+    source = kinetics(root=str(tmp_path), train=None, test="val.csv")
+    assert listed(source.test, tmp_path) == [(path, label) for label, path in enumerate(paths)]
+    assert source.class_names == ("abseiling", "air drumming", "massaging person's head") and source.notes["missing"] == {"test": 0}
+
+
+def test_two_parts_of_one_youtube_video_are_told_apart(tmp_path):
+    header = "label,youtube_id,time_start,time_end,split\n"
+    write(tmp_path, val__csv=header + "peeling apples,abc,14,24,val\ncutting apple,abc,64,74,val\nyarn spinning,d,0,10,val\nzumba,d,0,10,val\n")
+    touch(tmp_path, "val/abc.mp4", "val/abc_000064_000074.mp4", "val/zumba/d_000000_000010.mp4", "val/yarn_spinning/d_000000_000010.mp4")
+    found = [item.path for item in locate(read_segments(str(tmp_path / "val.csv")), str(tmp_path))]
+    assert found == [
+        "val/peeling apples/abc_000014_000024.mp4",  # not there: abc.mp4 could be either
+        "val/abc_000064_000074.mp4",
+        "val/yarn_spinning/d_000000_000010.mp4",
+        "val/zumba/d_000000_000010.mp4",
+    ]
+
+
+def test_missing_kinetics_videos_are_counted_and_named_unless_all_of_a_list_are_missing(tmp_path):
+    write(tmp_path, val__csv=K400)
+    touch(tmp_path, LAYOUTS["class folders"][1])
+    options = {"root": str(tmp_path), "train": None, "test": "val.csv"}
+    source = kinetics(**options)
+    assert listed(source.test, tmp_path) == [(LAYOUTS["class folders"][1], 1)] and len(source.class_names) == 3
+    assert source.notes["missing"] == {"test": 2} and source.notes["videos"] == {"test": 1}
+    assert source.missing == {"test": tuple(str(tmp_path / LAYOUTS["class folders"][i]) for i in (0, 2))}
+    with pytest.raises(FileNotFoundError, match=r"val\.csv: .*0wR5jVB-WPk_000417_000427\.mp4 does not exist \(2 of 3 videos are missing"):
+        kinetics(**options, allow_missing=False)
+    (tmp_path / LAYOUTS["class folders"][1]).unlink()
+    with pytest.raises(FileNotFoundError, match=r"\(3 of 3 videos are missing.*; see the page$"):
+        kinetics(**options, prepare_hint="see the page")
+
+
+def test_the_classes_of_kinetics_come_from_a_file_the_config_or_the_training_list(tmp_path):
+    write(tmp_path, val__csv=K400, train__csv=K400.replace("abseiling", "zumba"), classes__txt="air_drumming\nmassaging person's head\nabseiling\n")
+    touch(tmp_path, "train/x_y_000000_000010.mp4", *LAYOUTS["flat"])
+    options = {"root": str(tmp_path), "test": "val.csv"}
+    assert [video.label for video in kinetics(**options, train=None, classes="classes.txt").test] == [2, 0, 1]
+    names = ["massaging person's head", "abseiling", "air drumming"]
+    assert [video.label for video in kinetics(**options, train=None, class_names=names).test] == [1, 2, 0]
+    with pytest.raises(ValueError, match=r"val\.csv: the class 'abseiling' of .* is none of the 3 classes \(air drumming, massaging person's head, zumba\)"):
+        kinetics(**options, train="train.csv")
+    with pytest.raises(ValueError, match="dataset kinetics: 3 classes, but num_classes is 400"):
+        kinetics(**options, train=None, num_classes=400)
+
+
+def test_pyslowfasts_lists_are_taken_too_and_may_miss_videos(tmp_path):
+    write(tmp_path, train__csv="train/a b/x.mp4 1\ntrain/c/gone.mp4 0\n", val__csv="val/y.mp4 0\n", classes__txt="c\na b\n")
+    touch(tmp_path, "train/a b/x.mp4", "val/y.mp4")
+    source = kinetics(root=str(tmp_path), train="train.csv", test="val.csv", classes="classes.txt", num_classes=2)
+    assert listed(source.train, tmp_path) == [("train/a b/x.mp4", 1)] and source.class_names == ("c", "a b")
+    assert source.notes["missing"] == {"train": 1, "test": 0}
+
+
+WRONG_KINETICS = {
+    "no labels": ("youtube_id,time_start,time_end,split\na,1,2,test\n", "the list has no labels"),
+    "no times": ("label,youtube_id,split\nx,a,test\n", "the header lacks time_start; the official lists begin with label,youtube_id"),
+    "a time in words": (K400.replace("417", "late"), r"val\.csv:2: time_start and time_end must be seconds"),
+    "a short row": (K400 + "abseiling,abc\n", r"val\.csv:5: time_start and time_end must be seconds"),
+    "header only": (K400.splitlines()[0] + "\n", "the list is empty"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG_KINETICS)
+def test_a_kinetics_list_that_is_wrong_is_refused_in_one_line(tmp_path, fault):
+    text, message = WRONG_KINETICS[fault]
+    write(tmp_path, val__csv=text)
+    with pytest.raises(ValueError, match=message) as caught:
+        kinetics(root=str(tmp_path), train=None, test="val.csv")
+    assert "\n" not in str(caught.value) and "val.csv" in str(caught.value)
+
+
+# ---- mini-Kinetics
+
+
+def mini(root, **options):
+    return mini_kinetics(**{"root": str(root), "train": None, "test": "val.csv", "num_classes": None, **options})
+
+
+def test_mini_kinetics_is_chosen_by_videos_by_classes_or_by_its_own_lists_and_says_so(tmp_path):
+    write(tmp_path, val__csv=K400, train_ids__txt="-5ScotRN_I4\n", val_ids__txt="x_y\n0wR5jVB-WPk\nunknown\n", classes__txt="air_drumming\nabseiling\n")
+    touch(tmp_path, *LAYOUTS["flat"])
+    by_videos = mini(tmp_path, subset=["train_ids.txt", "val_ids.txt"])
+    assert listed(by_videos.test, tmp_path) == [(LAYOUTS["flat"][0], 0), (LAYOUTS["flat"][2], 1)]
+    assert by_videos.notes["subset"] == {"by": "videos", "files": [str(tmp_path / "val_ids.txt")], "not_in_kinetics": {"test": 1}}
+    by_classes = mini(tmp_path, subset="classes.txt")
+    assert listed(by_classes.test, tmp_path) == [(LAYOUTS["flat"][0], 1), (LAYOUTS["flat"][1], 0)]
+    assert by_classes.class_names == ("air drumming", "abseiling")
+    assert by_classes.notes["subset"] == {"by": "classes", "files": [str(tmp_path / "classes.txt")]}
+    whole = mini(tmp_path, subset=None)
+    assert len(whole.test) == 3 and whole.notes["subset"] == {"by": "the lists themselves"}
+
+
+def test_both_lists_of_ids_apply_to_their_own_split(tmp_path):
+    write(tmp_path, val__csv=K400, train__csv=K400, train_ids__txt="x_y\n-5ScotRN_I4\n", val_ids__txt="-5ScotRN_I4\n")
+    touch(tmp_path, *LAYOUTS["flat"])
+    source = mini(tmp_path, train="train.csv", subset=["train_ids.txt", "val_ids.txt"])
+    assert listed(source.train, tmp_path) == [(LAYOUTS["flat"][1], 0), (LAYOUTS["flat"][2], 1)]
+    assert listed(source.test, tmp_path) == [(LAYOUTS["flat"][1], 0)]
+
+
+def test_a_subset_that_does_not_fit_is_refused(tmp_path):
+    write(tmp_path, val__csv=K400, ids__txt="nobody\n")
+    touch(tmp_path, *LAYOUTS["flat"])
+    with pytest.raises(ValueError, match=r"val\.csv has none of the videos that dataset\.subset="):
+        mini(tmp_path, subset=["ids.txt", "ids.txt"])
+    with pytest.raises(ValueError, match=r"dataset\.subset=\['ids\.txt'\] must be two files of ids"):
+        mini(tmp_path, subset=["ids.txt"])
+    with pytest.raises(FileNotFoundError, match="the test list of ids gone.txt does not exist"):
+        mini(tmp_path, subset=["ids.txt", "gone.txt"])
+    with pytest.raises(ValueError, match="3 classes, but num_classes is 200"):
+        mini(tmp_path, subset=None, num_classes=200)
+
+
+# ---- Something-Something V2
+
+LABELS = {"Closing something": "1", "Putting something into something": "0"}
+ENTRIES = [
+    {"id": "203", "label": "putting pen into box", "template": "Putting [something] into [something]", "placeholders": ["pen", "box"]},
+    {"id": "17", "label": "closing a box", "template": "Closing [something]", "placeholders": ["a box"]},
+]
+
+
+def something(root, entries=ENTRIES, labels=LABELS, **options):
+    write(root, labels__json=json.dumps(labels), list__json=json.dumps(entries))
+    paths = {"labels": "labels.json", "train": None, "test": "list.json", "videos": "."}
+    return something_something_v2(**{"root": str(root), "num_classes": 2, **paths, **options})
+
+
+def test_a_template_without_its_brackets_is_a_class_of_something_something(tmp_path):
+    touch(tmp_path, "203.webm", "17.webm")
+    source = something(tmp_path)
+    assert listed(source.test, tmp_path) == [("203.webm", 0), ("17.webm", 1)] and source.val == source.test and source.train == ()
+    assert source.class_names == ("Putting something into something", "Closing something")
+
+
+def test_what_is_wrong_in_something_something_is_refused_by_name(tmp_path):
+    touch(tmp_path, "203.webm")
+    with pytest.raises(FileNotFoundError, match=r"list\.json: .*17\.webm does not exist \(1 of 2 videos are missing"):
+        something(tmp_path)
+    assert len(something(tmp_path, allow_missing=True).test) == 1
+    with pytest.raises(ValueError, match=r"list\.json: video 1420 has no template: the test list was published without labels"):
+        something(tmp_path, entries=[{"id": "1420"}])
+    with pytest.raises(ValueError, match=r"list\.json: the class 'Opening something' of 5\.webm is none of the 2 classes"):
+        something(tmp_path, entries=[{"id": "5", "template": "Opening [something]"}])
+    with pytest.raises(ValueError, match=r"labels\.json: expected .* ids from \"0\" on"):
+        something(tmp_path, labels={"Closing something": "1", "Opening something": "2"})
+    with pytest.raises(ValueError, match=r"labels\.json: 2 classes, but num_classes is 174"):
+        something(tmp_path, num_classes=174)
+    (tmp_path / "broken.json").write_text("[{")
+    with pytest.raises(ValueError, match=r"broken\.json: not a JSON file"):
+        something(tmp_path, test="broken.json")
+
+
+# ---- UCF101 and HMDB51
+
+
+def small_ucf101(root, **options):
+    lists = {"classInd__txt": "1 Archery\n2 HandstandPushups\n", "trainlist02__txt": "Archery/v_Archery_g01_c01.avi 1\n"}
+    lists["testlist02__txt"] = "HandstandPushups/v_HandStandPushups_g01_c01.avi\nArchery/v_Archery_g02_c01.avi\n"
+    write(root, **{**lists, **options})
+    return ucf101(root=str(root), split=2, annotations=".", num_classes=2)
+
+
+def test_a_split_of_ucf101_is_its_two_lists(tmp_path):
+    touch(tmp_path, *(f"UCF-101/{path}" for path in ("Archery/v_Archery_g01_c01.avi", "Archery/v_Archery_g02_c01.avi")))
+    touch(tmp_path, "UCF-101/HandstandPushups/v_HandStandPushups_g01_c01.avi")
+    source = small_ucf101(tmp_path)
+    assert listed(source.train, tmp_path) == [("UCF-101/Archery/v_Archery_g01_c01.avi", 0)]
+    assert [label for _, label in listed(source.test, tmp_path)] == [1, 0]
+    assert source.class_names == ("Archery", "HandstandPushups") and source.notes["official_split"] == 2
+
+
+@pytest.mark.parametrize(
+    "files,message",
+    [
+        ({"trainlist02__txt": "v_Archery_g01_c01.avi 1\n"}, r"trainlist02\.txt:1: expected 'Class/video\.avi'"),
+        ({"trainlist02__txt": "\nArchery/v_Archery_g01_c01.avi 2\n"}, r"trainlist02\.txt:2: the number 2 is not that of the class Archery"),
+        ({"testlist02__txt": "Swimming/a.avi\n"}, r"testlist02\.txt: the class 'Swimming' of Swimming/a\.avi is none of the 2 classes"),
+        ({"classInd__txt": "1 Archery\n3 Swimming\n"}, r"classInd\.txt:2: expected '2 CLASS', found '3 Swimming'"),
+        ({"classInd__txt": "1 Archery\n"}, r"classInd\.txt: 1 classes, but num_classes is 2"),
+    ],
+)
+def test_lists_of_ucf101_that_are_wrong_are_refused_in_one_line(tmp_path, files, message):
+    with pytest.raises(ValueError, match=message):
+        small_ucf101(tmp_path, **files)
+
+
+CHEW = ("#2_Gum_chew_h_nm_np1_fr_med_0.avi 1 \n", "[a]_Tom_&_Jerry!_chew_u_1.avi 2 \n", "(Rad)_chew_u_2.avi 0 \n")
+
+
+def small_hmdb51(root, chew="".join(CHEW), **options):
+    write(root, chew_test_split1__txt=chew, climb_test_split1__txt="a_climb.avi 2 \n", climb_stairs_test_split1__txt="b_climb_stairs.avi 1 \n")
+    return hmdb51(**{"root": str(root), "split": 1, "annotations": ".", "num_classes": 3, **options})
+
+
+def test_hmdb51_takes_ones_to_train_and_twos_to_test_whatever_the_names_hold(tmp_path):
+    train = ("chew/#2_Gum_chew_h_nm_np1_fr_med_0.avi", "climb_stairs/b_climb_stairs.avi")
+    test = ("chew/[a]_Tom_&_Jerry!_chew_u_1.avi", "climb/a_climb.avi")
+    touch(tmp_path / "videos", *train, *test)
+    source = small_hmdb51(tmp_path)
+    assert listed(source.train, tmp_path / "videos") == [(train[0], 0), (train[1], 2)]
+    assert listed(source.test, tmp_path / "videos") == [(test[0], 0), (test[1], 1)]
+    assert source.class_names == ("chew", "climb", "climb_stairs")
+
+
+def test_what_is_wrong_in_hmdb51_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"chew_test_split1\.txt:2: expected 'VIDEO 0', 'VIDEO 1' or 'VIDEO 2', found 'b\.avi 3'"):
+        small_hmdb51(tmp_path, chew="a.avi 1 \nb.avi 3 \n")
+    with pytest.raises(ValueError, match=r"_test_split2\.txt: 0 classes, but num_classes is 3"):
+        small_hmdb51(tmp_path, split=2)
+    with pytest.raises(ValueError, match=r"dataset\.split is 4, it must be 1, 2 or 3"):
+        small_hmdb51(tmp_path, split=4)
+    with pytest.raises(FileNotFoundError, match=r"the folder of lists .*/lists does not exist; see the page"):
+        small_hmdb51(tmp_path, annotations="lists", prepare_hint="see the page")
+
+
+# ---- whole files, where there are some
+
+
+@pytest.fixture
+def annotations(test_data):
+    return test_data / "annotations"
+
+
+def test_all_official_lists_of_ucf101_have_the_published_counts_and_the_labels_that_others_read(annotations):
+    classes = read_classes(str(annotations / "ucf101/classInd.txt"))
+    assert len(classes) == 101
+    counts = {1: (9537, 3783), 2: (9586, 3734), 3: (9624, 3696)}
+    for split, expected in counts.items():
+        train, test = (read_list(str(annotations / f"ucf101/{part}list0{split}.txt"), classes) for part in ("train", "test"))
+        assert (len(train), len(test)) == expected
+        assert len({item.path for item in [*train, *test]}) == sum(expected) == 13320
+    rows = [line.split() for line in (annotations / "file_lists/ucf101_rawframes_val_split1.txt").read_text().splitlines()]
+    test = read_list(str(annotations / "ucf101/testlist01.txt"), classes)
+    assert {name: int(label) for name, _, label in rows} == {Path(item.path).stem: classes.index(item.class_name) for item in test}
+
+
+def test_all_official_lists_of_hmdb51_have_the_published_counts_and_the_labels_that_others_read(annotations):
+    for split in (1, 2, 3):
+        parts = read_split(str(annotations / "hmdb51"), split)
+        assert len(parts["train"]) == 3570 and len(parts["test"]) == 1530
+        assert len({item.path for listed in parts.values() for item in listed}) == 5100
+    rows = [line.split() for line in (annotations / "file_lists/hmdb51_rawframes_train_split1.txt").read_text().splitlines()]
+    parts = read_split(str(annotations / "hmdb51"), 1)
+    classes = sorted({item.class_name for item in parts["train"]})
+    assert {name: int(label) for name, _, label in rows} == {Path(item.path).stem: classes.index(item.class_name) for item in parts["train"]}
+
+
+def test_every_template_of_something_something_is_one_of_its_174_classes(annotations, tmp_path):
+    folder = annotations / "something_something_v2"
+    lists = {"labels": str(folder / "labels.json"), "train": str(folder / "train_excerpt.json"), "test": str(folder / "validation.json")}
+    train, test = (json.loads(Path(lists[split]).read_text()) for split in ("train", "test"))
+    touch(tmp_path, *(f"{entry['id']}.webm" for entry in train[:3] + test[:3]))
+    source = something_something_v2(root=str(tmp_path), videos=".", allow_missing=True, **lists)
+    assert len(source.class_names) == 174
+    assert len(source.train) == len(source.test) == 3 and len(source.missing["test"]) == 24777 - 3
+    assert not set(source.missing["train"]) & set(source.missing["test"])
+
+
+@pytest.mark.parametrize("number,rows", [(400, 19906), (600, 30000)])
+def test_the_validation_lists_of_kinetics_have_the_classes_in_their_usual_order(annotations, number, rows):
+    folder = annotations / f"kinetics{number}"
+    segments = read_segments(str(folder / f"kinetics-{number}_val.csv"))
+    names = sorted({segment.class_name for segment in segments})
+    assert len(segments) == rows and len({segment.stem for segment in segments}) == rows
+    assert names == (folder / f"label_map{'_600' if number == 600 else ''}.txt").read_text().splitlines() and len(names) == number
+    if number == 400:
+        ids = json.loads((annotations / "file_lists/kinetics400_path_label_classids.json").read_text())
+        assert {name.strip('"'): index for name, index in ids.items()} == {name: index for index, name in enumerate(names)}
+
+
+@pytest.mark.slow
+def test_the_published_mini_kinetics_lists_choose_80000_and_5000_videos_of_200_classes(annotations, tmp_path):
+    folder = annotations / "mini_kinetics200"
+    joined = {"train": str(folder / "kinetics_200_train.csv"), "test": str(annotations / "kinetics400/kinetics-400_val.csv")}
+    ids = [str(folder / "train_ytid_list.txt"), str(folder / "val_ytid_list.txt")]
+    touch(tmp_path, "train/kIRmvrmc2nM.mp4", "val/zkyy5cC7SL4_000000_000010.mp4")
+    source = mini_kinetics(root=str(tmp_path), subset=ids, **joined)
+    assert source.notes["missing"] == {"train": 79999, "test": 4999} and source.notes["subset"]["not_in_kinetics"] == {"train": 0, "test": 0}
+    assert source.class_names == tuple((folder / "classes_sorted.txt").read_text().splitlines()) and len(source.class_names) == 200
+    by_classes = mini_kinetics(root=str(tmp_path), subset=str(folder / "classes_sorted.txt"), **joined)
+    assert by_classes.class_names == source.class_names
+    with open(joined["test"]) as file:
+        in_classes = sum(row["label"] in source.class_names for row in csv.DictReader(file))
+    assert by_classes.notes["missing"]["test"] == in_classes - 1
+
+
+def test_the_table_of_counts_says_what_differs_and_what_is_in_both_lists():
+    lists = {"UCF101 split 2": annotation_counts.Found(101, ["a", "b"], ["b", "c", "d"]), "Kinetics-600": annotation_counts.Found(600)}
+    lines = {line.split(" | ")[0]: line for line in annotation_counts.table(lists)}
+    assert lines["| UCF101 split 2"] == "| UCF101 split 2 | 101 | 2 | 3 | 1 | yes: classes; NO: train: 9,586 published, test: 3,734 published |"
+    assert lines["| Kinetics-600"] == "| Kinetics-600 | 600 | – | – | – | yes: classes |"
+    assert lines["| Kinetics-400"] == "| Kinetics-400 | – | – | – | – | – |"
+
+
+# ---- from the program
+
+
+SMALL = (
+    "model=x3d_sgs", "model.size=tiny", "model.sgs.width=0.5", "dataset.clip.frames=8", "dataset.clip.crop_size=32", "dataset.clip.train_short_side=[32,40]",
+    "dataset.clip.test_short_side=32", "dataset.clip.views=2", "trainer.batch_size=4", "trainer.epochs=1", "trainer.workers=0", "trainer.statistics_clips=0",
+)  # fmt: skip
+
+
+def trained(folder, *overrides):
+    """The results of a training on few videos, and what it printed."""
+    outcome = run_tool("train", *overrides, *SMALL, f"trainer.output_dir={folder}")
+    assert outcome.code == 0, outcome.err
+    return json.loads((folder / "results.json").read_text()), outcome.out
+
+
+FAST = "something_something_v2"
+
+
+@pytest.mark.parametrize("dataset", [dataset if dataset == FAST else pytest.param(dataset, marks=pytest.mark.slow) for dataset in DATASETS])
+def test_each_dataset_trains_and_tests_on_a_miniature_in_its_official_layout(tmp_path, dataset):
+    root, run = tmp_path / "data", tmp_path / "run"
+    results, printed = trained(run, *miniature(dataset, root))
+    protocol = results["protocol"]
+    crops = 3 if "kinetics" in dataset else 1
+    assert results["num_videos"] == 4 and results["num_views"] == 4 * 2 * crops and results["failed"] == []
+    assert protocol["dataset"] == dataset
+    if dataset in ("ucf101", "hmdb51"):
+        assert protocol["official_split"] == 1 and "missing" not in protocol
+    elif dataset == "something_something_v2":
+        assert protocol["sampling"] == "segments" and protocol["stride"] is None
+    else:
+        assert protocol["missing"] == {"train": dataset != "kinetics600", "test": dataset != "kinetics600"}
+        assert protocol["videos"] == {"train": 5 if dataset == "mini_kinetics" else 6, "test": 4}
+    if dataset == "kinetics400":
+        gone = str(root / "val/abseiling/gone_000001_000011.mp4")
+        assert f"kinetics400: 1 of the 5 test videos are not there and left out ({gone}); {run}/missing_test.txt names them all" in printed
+        assert (run / "missing_test.txt").read_text() == f"{gone}\n" and (run / "missing_train.txt").exists()
+    if dataset == "mini_kinetics":
+        files = [str(root / f"{split}_ytid_list.txt") for split in ("train", "val")]
+        assert protocol["subset"] == {"by": "videos", "files": files, "not_in_kinetics": {"train": 0, "test": 0}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset,train,test", [("ucf101", 2, 17), ("hmdb51", 2, 1), ("kinetics400", 7, 7), ("something_something_v2", 3, 2)])
+def test_real_clips_of_four_datasets_train_and_test_with_the_official_lists(tmp_path, test_data, annotations, dataset, train, test):
+    lists, root = annotations / dataset, test_data / "videos" / dataset
+    own = [f"dataset.annotations={lists}", "dataset.videos=."]
+    if dataset == "kinetics400":  # all of them are validation videos
+        own = [f"dataset.{split}={lists}/kinetics-400_val.csv" for split in ("train", "test")]
+    elif dataset == "something_something_v2":  # their ids are not known, so they take others of their class
+        videos = sorted(root.glob("*/*.webm"))
+        own = [f"dataset.labels={lists}/labels.json", f"dataset.train={lists}/train_excerpt.json", f"dataset.test={lists}/validation.json", "dataset.videos=."]
+        for split, chosen in (("train_excerpt", videos[:1] + videos[-2:]), ("validation", videos[1:3])):
+            entries = json.loads((lists / f"{split}.json").read_text())
+            for number, video in enumerate(chosen):
+                ids = [entry["id"] for entry in entries if entry["template"].replace("[", "").replace("]", "") == video.parent.name]
+                (tmp_path / f"{ids[number]}.webm").symlink_to(video)
+        root = tmp_path
+    results, _ = trained(tmp_path / "run", f"dataset={dataset}", f"dataset.root={root}", "dataset.allow_missing=true", *own)
+    assert results["protocol"]["videos"] == {"train": train, "test": test}
+    assert results["num_videos"] == test and results["failed"] == []
