@@ -71,9 +71,8 @@ def _check_alike(first: dict[str, Any], other: dict[str, Any]) -> None:
     for what, free, one, two in compared:
         for key in sorted(one.keys() | two.keys()):
             if one.get(key) != two.get(key) and key not in free and key.split(".")[0] not in free:
-                raise ValueError(
-                    f"{first['folder']} and {other['folder']} differ in more than the split: {key} is {one.get(key)!r} and {two.get(key)!r} in the {what}"
-                )
+                values = f"{key} is {one.get(key)!r} and {two.get(key)!r} in the {what}"
+                raise ValueError(f"{first['folder']} and {other['folder']} differ in more than the split: {values}")
 
 
 if __name__ == "__main__":

@@ -93,10 +93,13 @@ def test_a_run_folder_of_another_experiment_is_refused_naming_the_key(tmp_path):
         claim_folder(tmp_path, config, resume=False)
 
 
-def test_an_option_that_a_run_folder_does_not_know_yet_must_be_off(tmp_path):
+def test_an_option_that_a_run_folder_does_not_know_yet_must_be_off_or_as_it_was(tmp_path):
     before = {"optimizer": {"lr": 0.1}}
     claim_folder(tmp_path, before, resume=True)
     checkpoint.save(STATE, tmp_path / "checkpoints" / "last.pt")
     with pytest.raises(ValueError, match="holds another experiment: trainer.mixup is None there and 0.8 here"):
         claim_folder(tmp_path, {**before, "trainer": {"mixup": 0.8}}, resume=True)
-    claim_folder(tmp_path, {**before, "trainer": {"mixup": None, "class_balanced": False}}, resume=True)
+    with pytest.raises(ValueError, match="dataset.clip.sampling is None there and 'segments' here"):
+        claim_folder(tmp_path, {**before, "dataset": {"clip": {"sampling": "segments"}}}, resume=True)
+    new = {"trainer": {"mixup": None, "class_balanced": False}, "dataset": {"clip": {"sampling": "dense"}}}
+    claim_folder(tmp_path, {**before, **new}, resume=True)

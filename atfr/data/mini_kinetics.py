@@ -45,8 +45,9 @@ def mini_kinetics(
         chosen: dict[str, object] = {"by": "the lists themselves"}
     elif isinstance(subset, str):
         file = find(subset, "list of classes")
-        class_names = class_names or read_classes(file)
-        classes = set(class_names)
+        listed_classes = read_classes(file)
+        class_names = class_names or listed_classes
+        classes = set(listed_classes)
         segments = {split: [segment for segment in listed if segment.class_name in classes] for split, listed in segments.items()}
         chosen = {"by": "classes", "files": [file]}
     else:
