@@ -20,7 +20,7 @@ TOP1, BALANCED, GFLOPS = (80.0, 83.5, 79.25), (78.0, 83.0, 79.0), (1.5, 1.75, 1.
 def run(folder, split, change=None):
     """A run folder of one split; `change` may edit its results and its config."""
     protocol = {"dataset": "ucf101", "views": 10, "model": {"size": "S"}, "official_split": split, "lists": {"test": f"testlist0{split}.txt"}}
-    protocol |= {"videos": {"test": 100 + split}, "checkpoint": f"{folder}/best.pt", "commit": "abc"}
+    protocol |= {"videos": {"test": 100 + split}, "decoders": {"pyav": 100 + split}, "checkpoint": f"{folder}/best.pt", "commit": "abc"}
     results = {"top1": TOP1[split - 1], "mean_class_accuracy": BALANCED[split - 1], "gflops": {"mean": GFLOPS[split - 1]}, "protocol": protocol}
     config = {"dataset": {"name": "ucf101", "split": split}, "trainer": {"seed": 0, "output_dir": str(folder)}}
     if change:
