@@ -33,7 +33,8 @@ def test_a_run_leaves_everything_that_the_contract_names(trained, small_videos):
     assert list((folder / "tensorboard").glob("events*"))
     results = json.loads((folder / "results.json").read_text())
     assert results["num_videos"] == 4 and results["num_views"] == 8 and results["failed"] == []
-    assert 0 < results["gflops"]["min"] <= results["gflops"]["mean"] <= results["gflops"]["max"]
+    least, mean, most = (results["gflops"][key] for key in ("min", "mean", "max"))
+    assert 0 < least <= mean * (1 + 1e-9) and mean <= most * (1 + 1e-9)  # the mean of equal numbers may differ from them in its last digit
     assert results["bins"]["frames"] == 8 and results["clips_per_second"] > 0
     assert results["protocol"]["views"] == 2 and results["protocol"]["dataset"] == "videolist"
     assert len(rows(folder)) == 8 and {row["label"] for row in rows(folder)} == {"right", "down"}
@@ -115,7 +116,7 @@ def test_a_run_interrupted_in_the_middle_of_an_epoch_ends_with_the_same_weights(
         (["dataset.clip.crops=2"], "dataset.clip.crops is 2, it must be 1 or 3"),
         (["trainer.accelerator=tpu"], "trainer.accelerator='tpu' does not exist; choose one of auto, cpu, cuda"),
         (["trainer.devices=3"], "trainer.devices=3, but 1 process"),
-        (["optimizer.lr=1e30", "optimizer.momentum=0.0", "optimizer.nesterov=false", "trainer.clip_norm=null"], "step 2: SGS after 'res2': the features of clip"),
+        (["optimizer.lr=1e30", "optimizer.momentum=0.0", "optimizer.nesterov=false", "trainer.clip_norm=null"], "step 2: SGS after 'stem': the features of clip"),
         (["trainer.mixup=0"], "trainer.mixup must be above 0 or null, not 0"),
         (["trainer.eval_every=0"], "trainer.eval_every must be at least 1, not 0"),
         (["dataset.test=null"], "dataset videolist has no val videos"),
