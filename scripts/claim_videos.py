@@ -12,14 +12,12 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
-from atfr.data.decode import read_clip
-from atfr.data.synthetic import write_video
+from atfr.data.encode import encode
 from atfr.engine.files import write_text
 
-SHORT_SIDE = 64
+SHORT_SIDE, KEYFRAME = 64, 12
 LISTS = ("train.csv", "test.csv")
 
 
@@ -52,6 +50,5 @@ def copied_path(path: str) -> str:
 def copy(source: Path, target: Path, path: str) -> None:
     to = target / copied_path(path)
     if not to.exists():
-        frames = read_clip(str(source / path), lambda num_frames, fps: np.arange(num_frames), short_side=SHORT_SIDE).frames  # [T, H, W, 3]
         to.parent.mkdir(parents=True, exist_ok=True)
-        write_video(to, frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2])  # H.264 wants even sides
+        encode(str(source / path), to, short_side=SHORT_SIDE, keyframe=KEYFRAME)

@@ -24,8 +24,13 @@ class Outcome:
 
 def run_tool(name: str, *arguments: str) -> Outcome:
     """`python tools/NAME.py ARGUMENTS`: exit code and what it printed."""
+    return run_script(f"tools/{name}.py", *arguments)
+
+
+def run_script(script: str, *arguments: str) -> Outcome:
+    """The same of any program of the repository."""
     out, err = io.StringIO(), io.StringIO()
-    before, sys.argv = sys.argv, [str(ROOT / "tools" / f"{name}.py"), *arguments]
+    before, sys.argv = sys.argv, [str(ROOT / script), *arguments]
     code = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -166,7 +166,7 @@ def test_a_folder_of_jpgs_is_read_in_the_order_of_its_numbers(tmp_path):
     frames = np.random.default_rng(0).integers(0, 256, (12, 48, 64, 3), dtype=np.uint8)
     path = write_jpgs(tmp_path / "frames", frames)
     seen = []
-    clip, decoder = decode.read_clip(path, lambda num_frames, fps: seen.append((num_frames, fps)) or np.array([10, 0, 1, 1]))
+    clip, decoder, *_ = decode.read_clip(path, lambda num_frames, fps: seen.append((num_frames, fps)) or np.array([10, 0, 1, 1]))
     assert seen == [(12, None)] and decoder == "frames" and clip.dtype == np.uint8
     for frame, number in zip(clip, (11, 1, 2, 2), strict=True):  # img_10 comes after img_9, not after img_1
         expected = decode_image(os.path.join(path, f"img_{number}.jpg")).permute(1, 2, 0).numpy()

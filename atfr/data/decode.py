@@ -28,10 +28,12 @@ _SPARE_SHARE = 0.05
 
 
 class Decoded(NamedTuple):
-    """Frames, and what read them: "pyav", "decord", or "frames" for a folder of jpg files."""
+    """Frames, what read them ("pyav", "decord", or "frames" for a folder of jpg files), and what it says of the video."""
 
     frames: np.ndarray  # uint8 [T, H, W, 3] in RGB, upright
     decoder: str
+    num_frames: int  # of the whole video: those that decode, if the last one was asked for, or else the packets
+    fps: float | None  # its mean rate, None where it is not known
 
 
 def read_clip(path: str, pick: Pick, *, short_side: int | None = None, decoder: str = "pyav") -> Decoded:
@@ -85,10 +87,10 @@ def _read(open_video: type[AvVideo] | type[DecordVideo] | type[FrameFolder], pat
             raise ValueError(f"pick({num_frames}) returned {wanted.tolist()}, it must stay in [0, {num_frames})")
         frames, end = video.read(sorted(set(wanted.tolist())), short_side)
         if end is None:
-            return Decoded(np.stack([frames[index] for index in wanted.tolist()]), video.name)
+            return Decoded(np.stack([frames[index] for index in wanted.tolist()]), video.name, num_frames, video.fps)
         if end == 0:
             raise VideoError(path, f"none of its {video.num_frames} frames can be decoded")
         if attempt == 2 or num_frames - end <= max(_SPARE_FRAMES, _SPARE_SHARE * num_frames):
             break
         num_frames = end
-    return Decoded(np.stack([frames[min(index, end - 1)] for index in wanted.tolist()]), video.name)
+    return Decoded(np.stack([frames[min(index, end - 1)] for index in wanted.tolist()]), video.name, end, video.fps)

@@ -34,12 +34,15 @@ class Unsupported(VideoError):
     """The library, not the file, is at fault: another one may read it."""
 
 
-def scaled_size(width: int, height: int, short_side: int | None) -> tuple[int, int]:
-    """(width, height) with the shorter side reduced to `short_side` pixels, aspect kept; never enlarged."""
-    if short_side is None or short_side >= min(width, height):
-        return width, height
-    scale = short_side / min(width, height)
-    return round(width * scale), round(height * scale)
+def scaled_size(width: int, height: int, short_side: int | None, *, multiple: int = 1) -> tuple[int, int]:
+    """(width, height) with the shorter side reduced to `short_side` pixels, aspect kept; never enlarged.
+
+    Both are cut down to a multiple of `multiple`, for encoders that want that.
+    """
+    if short_side is not None and short_side < min(width, height):
+        scale = short_side / min(width, height)
+        width, height = round(width * scale), round(height * scale)
+    return max(multiple, width // multiple * multiple), max(multiple, height // multiple * multiple)
 
 
 def one_line(error: BaseException) -> str:
@@ -119,7 +122,13 @@ class AvVideo:
                 for number, (value, is_key, _) in enumerate(packets)
                 if is_key
             )
+        self.time_base = time_base
         self.fps = _mean_rate(sorted(self.positions), time_base) or possible_rate(announced)
+
+    @property
+    def timed(self) -> bool:
+        """Whether every frame has a timestamp of its own."""
+        return bool(self.positions)
 
     def read(self, wanted: list[int], short_side: int | None) -> Found:
         before = [key for key in self.keyframes if key.position <= wanted[0]]
@@ -130,6 +139,16 @@ class AvVideo:
         found = self._collect(wanted, short_side, None)
         assert found is not None  # counting from the start cannot lose its place
         return found
+
+    def frames(self, short_side: int | None, *, multiple: int = 1) -> Iterator[tuple[np.ndarray, int | None]]:
+        """Every frame from the first on, uint8 [H, W, 3], with its timestamp in units of `time_base` (None: it has none).
+
+        Its sides are a multiple of `multiple`.
+        """
+        to_array = _Scaler(self.av, short_side, multiple)
+        with self._open() as (container, stream):
+            for frame in self._decode(container, stream, packet=0):
+                yield to_array(frame), frame.pts
 
     def _collect(self, wanted: list[int], short_side: int | None, key: _Keyframe | None) -> Found | None:
         """Decodes from `key` (or the start) up to the last frame wanted.
@@ -193,15 +212,16 @@ class _Scaler:
     much as decoding small videos does.
     """
 
-    def __init__(self, av: Any, short_side: int | None) -> None:
+    def __init__(self, av: Any, short_side: int | None, multiple: int = 1) -> None:
         self._short_side = short_side
+        self._multiple = multiple
         self._size: tuple[int, int] | None = None  # the first frame's; a stream may change its own on the way
         self._reformat = av.video.reformatter.VideoReformatter().reformat
         self._threads = {"threads": 1}
 
     def __call__(self, frame: Any) -> np.ndarray:
         """uint8 [H, W, 3]."""
-        self._size = self._size or scaled_size(frame.width, frame.height, self._short_side)
+        self._size = self._size or scaled_size(frame.width, frame.height, self._short_side, multiple=self._multiple)
         width, height = self._size
         try:
             scaled = self._reformat(frame, width=width, height=height, format="rgb24", **self._threads)

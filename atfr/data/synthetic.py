@@ -21,10 +21,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import av
 import numpy as np
 from tqdm import tqdm
 
+from atfr.data.encode import h264_file
+from atfr.data.file_pool import cores
+from atfr.data.files import written_whole
 from atfr.data.records import VideoSource
 from atfr.data.synthetic_scene import CLASSES, DWELLS, PHASES, SPLITS, Timeline, Truth, check_scene, render
 from atfr.data.videolist import videolist
@@ -37,7 +39,6 @@ MARKER = "dataset.json"
 UNFINISHED = "unfinished.json"  # stands in for the marker while files are being written
 TRUTH_COLUMNS = ("path", "label", "phase_starts", "end", "busyness", "change", "changed_steps")
 
-_CRF = 20
 _KEYFRAME_EVERY = 12  # frames: a read from the middle decodes at most this many for nothing
 
 
@@ -88,7 +89,7 @@ def generate(
     a root that holds a dataset with other parameters.
     """
     spec = _checked_spec(seed=seed, train=train, test=test, size=size, frames=frames, dwell=dwell)
-    workers = _cores() if workers is None else _integer("workers", workers, least=1)
+    workers = cores() if workers is None else _integer("workers", workers, least=1)
     root = Path(root).expanduser()
     if _is_complete(root, spec):
         return
@@ -110,22 +111,9 @@ def generate(
 
 def write_video(path: Path, pixels: np.ndarray) -> None:
     """Encode uint8 RGB frames [T, H, W, 3] (H and W even) as H.264; `path` appears only when complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # bitexact leaves out the encoder's version string, the only thing that is not the pictures' doing
-        with av.open(str(temporary), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-            stream = container.add_stream("libx264", rate=FPS)
-            stream.height, stream.width = pixels.shape[1:3]
-            stream.pix_fmt = "yuv420p"
-            stream.gop_size = _KEYFRAME_EVERY
-            # One thread: the others encode other videos, and the bytes do not depend on the machine's cores.
-            stream.options = {"crf": str(_CRF), "preset": "veryfast", "bf": "0", "threads": "1", "flags": "+bitexact"}
-            for frame in pixels:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with h264_file(path, rate=FPS, keyframe=_KEYFRAME_EVERY) as add:
+        for frame in pixels:
+            add(frame)
 
 
 def _make(job: tuple[Path, _Spec, str, int]) -> tuple[str, ...]:
@@ -180,10 +168,6 @@ def _integer(name: str, value: object, *, least: int) -> int:
     return number
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _is_complete(root: Path, spec: _Spec) -> bool:
     """Whether `root` holds the whole dataset; a ValueError if it holds something else."""
     way_out = "give another root or delete this folder"
@@ -207,15 +191,12 @@ def _is_complete(root: Path, spec: _Spec) -> bool:
 
 
 def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
+    with written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
-    os.replace(temporary, path)
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

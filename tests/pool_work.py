@@ -1,0 +1,21 @@
+"""What the processes of a test do, in a module of its own that they are quick to import."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+
+
+def work(item: str, alive) -> str:
+    if item == "crash":
+        os._exit(3)
+    if item == "hang":
+        ctypes.PyDLL(None).usleep(60_000_000)  # with the interpreter lock held
+    if item == "slow":
+        for _ in range(8):
+            time.sleep(0.1)
+            alive()
+    if item == "wrong":
+        raise ValueError("in\ntwo lines")
+    return item.upper()
