@@ -109,7 +109,7 @@ def test_a_training_and_a_calibration_do_not_take_each_others_folder(small_video
     assert run_tool("train", *job).code == 0
     config = (tmp_path / "config.yaml").read_text()
     outcome = run_tool("calibrate", *job, "budgets=[0.9]")
-    assert outcome.code == 1 and "holds another experiment" in outcome.err
+    assert outcome.code == 1 and "holds a training, and this is a calibration" in outcome.err
     assert (tmp_path / "config.yaml").read_text() == config
 
 

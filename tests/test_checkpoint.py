@@ -80,26 +80,26 @@ def test_the_metrics_of_a_run_that_resumes_have_no_step_twice(tmp_path):
 
 def test_a_run_folder_of_another_experiment_is_refused_naming_the_key(tmp_path):
     config = {"model": {"size": "S"}, "optimizer": {"lr": 0.1}, "trainer": {"workers": 2, "seed": 0}}
-    claim_folder(tmp_path, config, resume=True)
+    claim_folder(tmp_path, config, "training", resume=True)
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == config
     checkpoint.save(STATE, tmp_path / "checkpoints" / "last.pt")
-    claim_folder(tmp_path, {**config, "trainer": {"workers": 0, "seed": 0}}, resume=True)
+    claim_folder(tmp_path, {**config, "trainer": {"workers": 0, "seed": 0}}, "training", resume=True)
     with pytest.raises(ValueError, match="holds another experiment: optimizer.lr is 0.1 there and 0.2 here"):
-        claim_folder(tmp_path, {**config, "optimizer": {"lr": 0.2}}, resume=True)
+        claim_folder(tmp_path, {**config, "optimizer": {"lr": 0.2}}, "training", resume=True)
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(ValueError, match="config.yaml is damaged"):
-        claim_folder(tmp_path, config, resume=True)
+        claim_folder(tmp_path, config, "training", resume=True)
     with pytest.raises(ValueError, match="already holds a run, and trainer.resume=false"):
-        claim_folder(tmp_path, config, resume=False)
+        claim_folder(tmp_path, config, "training", resume=False)
 
 
 def test_an_option_that_a_run_folder_does_not_know_yet_must_be_off_or_as_it_was(tmp_path):
     before = {"optimizer": {"lr": 0.1}}
-    claim_folder(tmp_path, before, resume=True)
+    claim_folder(tmp_path, before, "training", resume=True)
     checkpoint.save(STATE, tmp_path / "checkpoints" / "last.pt")
     with pytest.raises(ValueError, match="holds another experiment: trainer.mixup is None there and 0.8 here"):
-        claim_folder(tmp_path, {**before, "trainer": {"mixup": 0.8}}, resume=True)
+        claim_folder(tmp_path, {**before, "trainer": {"mixup": 0.8}}, "training", resume=True)
     with pytest.raises(ValueError, match="dataset.clip.sampling is None there and 'segments' here"):
-        claim_folder(tmp_path, {**before, "dataset": {"clip": {"sampling": "segments"}}}, resume=True)
+        claim_folder(tmp_path, {**before, "dataset": {"clip": {"sampling": "segments"}}}, "training", resume=True)
     new = {"trainer": {"mixup": None, "class_balanced": False}, "dataset": {"clip": {"sampling": "dense"}}}
-    claim_folder(tmp_path, {**before, **new}, resume=True)
+    claim_folder(tmp_path, {**before, **new}, "training", resume=True)

@@ -158,9 +158,10 @@ def test_what_cannot_be_exported_is_named(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained(small_videos, tmp_path_factory):
-    """The run folder of a job of one step."""
+    """The run folder of a job of one step, in which B' differs between clips."""
     folder = tmp_path_factory.mktemp("run")
-    outcome = run_tool("train", *small_job(small_videos, folder, "trainer.max_steps=1", "trainer.test=false"))
+    spread = ["model.sgs.after=res2", "model.sgs.target=0.5"]
+    outcome = run_tool("train", *small_job(small_videos, folder, "trainer.max_steps=1", "trainer.test=false", *spread))
     assert outcome.code == 0, outcome.err
     return folder
 

@@ -63,7 +63,7 @@ def calibrate(config: DictConfig, settings: TrainerSettings, ranks: distributed.
     plain = OmegaConf.to_container(config, resolve=True)
     del plain["budgets"]  # other budgets of the same network are no other experiment
     if ranks.is_main:
-        claim_folder(folder, plain, resume=settings.resume)
+        claim_folder(folder, plain, "calibration", resume=settings.resume)
         jobs.report_missing(source, folder)
     distributed.barrier()
     clips = clips_for_statistics(jobs.train_batches(source, clip, settings, ranks)[1](0, 0), settings) if missing else []

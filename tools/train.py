@@ -45,7 +45,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
     model = jobs.build_model(config, num_classes=len(source.class_names), ranks=ranks, seed=settings.seed, pretrained=starts)
     plain = OmegaConf.to_container(config, resolve=True)
     if ranks.is_main:
-        claim_folder(folder, plain, resume=settings.resume)
+        claim_folder(folder, plain, "training", resume=settings.resume)
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         print(
             f"{source.name}: {len(source.train)} training, {len(source.val)} validation, {len(source.test)} test videos,"

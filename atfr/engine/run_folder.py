@@ -9,24 +9,29 @@ import yaml
 
 from atfr.engine.files import write_text
 
-DONE = ("checkpoints/last.pt", "calibration.json")  # what a training and a calibration leave
+LEFT = {"training": "checkpoints/last.pt", "calibration": "calibration.json"}  # what each kind of job leaves
 # What may change between the runs of one experiment without making it another one.
 FREE = ("output_dir", "max_steps", "accelerator", "devices", "workers", "timeout_s", "save_every", "log_every", "resume", "test")
 _ONCE = {"dataset.clip.sampling": "dense"}  # what there was before there was a choice
 
 
-def claim_folder(folder: Path, config: Mapping[str, Any], *, resume: bool) -> None:
+def claim_folder(folder: Path, config: Mapping[str, Any], kind: str, *, resume: bool) -> None:
     """Write `config.yaml` into the run folder, or check that what is there is the same experiment.
 
+    Args:
+        kind: a key of `LEFT`, what is about to be done here.
+
     Raises:
-        ValueError: the folder holds a training or a calibration of another experiment; names the
-            first key that differs. With `resume` off, if it holds any at all.
+        ValueError: the folder holds the other kind of job, or another experiment; names the first
+            key that differs. With `resume` off, if it holds any at all.
     """
     path = folder / "config.yaml"
-    trained = any((folder / name).exists() for name in DONE)
-    if trained and not resume:
+    held = [name for name, left in LEFT.items() if (folder / left).exists()]
+    if held and not resume:
         raise ValueError(f"run folder {folder} already holds a run, and trainer.resume=false; choose another trainer.output_dir or delete it")
-    if trained and path.exists():
+    if held and held != [kind]:
+        raise ValueError(f"run folder {folder} holds a {held[0]}, and this is a {kind}; choose another trainer.output_dir")
+    if held and path.exists():
         before = flat(_read(path))
         now = flat(config)
         # A key that the folder's version did not have, and that is off now or as it was then, changes nothing.
