@@ -262,7 +262,8 @@ def test_copies_never_take_the_place_of_other_files(tmp_path):
 
 
 def test_copies_of_real_clips_hold_as_many_frames(test_data, tmp_path):
-    for name in ("hmdb51/wave/TrumanShow_wave_f_nm_np1_fr_med_26.avi", "something_something_v2/Closing something/closing_2.webm", "bad_inputs/rotated_90.mov"):
+    names = ("hmdb51/wave/TrumanShow_wave_f_nm_np1_fr_med_26.avi", "something_something_v2/Closing something/closing_2.webm", "bad_inputs/rotated_90.mov")
+    for name in names:
         source, target = test_data / "videos" / name, tmp_path / Path(name).name
         encode(str(source), target, short_side=96, keyframe=12)
         original, copy = probe(str(source)), probe(str(target))
