@@ -115,8 +115,10 @@ def report(videos: list[Listed], manifest: Manifest, name: str, root: Path) -> N
     if not counts:
         raise ValueError(f"dataset {name}: not one of its {len(videos)} videos can be read; {path} says why")
     lists = {split: manifest.folder / f"{split}.csv" for split in SPLITS if counts[split]}
-    say(f"{name}: {', '.join(f'{counts[split]} good {split} videos' for split in lists)}, {len(bad)} bad, {sum(v.missing for v in videos)} missing; {path}")
-    say(f"to train on the good ones: dataset=videolist dataset.root={root} " + " ".join(f"dataset.{split}={file}" for split, file in lists.items()))
+    good = ", ".join(f"{counts[split]} good {split} videos" for split in lists)
+    say(f"{name}: {good}, {len(bad)} bad, {sum(video.missing for video in videos)} missing; {path}")
+    options = [f"dataset.{split}={file}" for split, file in lists.items()]
+    say(f"to train on the good ones: dataset=videolist dataset.root={root} {' '.join(options)}")
 
 
 def say(line: str) -> None:

@@ -26,9 +26,10 @@ from video_files import lay_down, numbers, write_jpgs, write_video
 from atfr.data.decode import read_clip
 from atfr.data.encode import encode
 from atfr.data.file_pool import run_each
-from atfr.data.manifest import Listed, Manifest
+from atfr.data.manifest import Listed, Manifest, listed_videos
 from atfr.data.prepare import copy_all
 from atfr.data.probe import FileState, Probe, probe
+from atfr.data.videolist import videolist
 
 
 def prepare(*arguments: str):
@@ -132,6 +133,23 @@ def test_an_option_that_makes_no_sense_is_named(broken, option, message):
     assert outcome.code == 1 and message in outcome.err and "Traceback" not in outcome.err
 
 
+def test_each_video_is_listed_once_with_the_splits_that_name_it(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("a.mp4", "#b.mp4", "sub/c.mp4"):
+        (tmp_path / name).touch()
+    lists = {"train": "a.mp4,x\nsub/c.mp4,y\n", "val": "./#b.mp4,x\n", "test": "./#b.mp4,x\nsub/c.mp4,y\ngone.mp4,x\n"}
+    for split, text in lists.items():
+        (tmp_path / f"{split}.csv").write_text(text)
+    source = videolist(root=str(tmp_path), **{split: f"{split}.csv" for split in lists}, allow_missing=True)
+    found = [(video.path, video.label, video.split, video.missing) for video in listed_videos(source, str(tmp_path))]
+    assert found == [
+        ("a.mp4", "x", "train", False),
+        ("sub/c.mp4", "y", "train+test", False),
+        ("./#b.mp4", "x", "val+test", False),
+        ("gone.mp4", "", "test", True),
+    ]
+
+
 # ---- going on
 
 
@@ -174,7 +192,7 @@ def test_a_run_that_is_killed_goes_on_where_it_stopped(tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    time.sleep(0.3)  # its worker ends a file that it has begun
+    time.sleep(0.3)  # until its worker has noticed
     done = {path.name: path.stat().st_ino for path in output.glob("*.mp4")}
     assert 1 <= len(done) < 24 and not (output / "prepared/manifest.csv").exists()
     outcome = prepare(*job)
@@ -262,7 +280,8 @@ def test_copies_never_take_the_place_of_other_files(tmp_path):
 
 
 def test_copies_of_real_clips_hold_as_many_frames(test_data, tmp_path):
-    for name in ("hmdb51/wave/TrumanShow_wave_f_nm_np1_fr_med_26.avi", "something_something_v2/Closing something/closing_2.webm", "bad_inputs/rotated_90.mov"):
+    names = ("hmdb51/wave/TrumanShow_wave_f_nm_np1_fr_med_26.avi", "something_something_v2/Closing something/closing_2.webm", "bad_inputs/rotated_90.mov")
+    for name in names:
         source, target = test_data / "videos" / name, tmp_path / Path(name).name
         encode(str(source), target, short_side=96, keyframe=12)
         original, copy = probe(str(source)), probe(str(target))
@@ -282,6 +301,6 @@ def test_files_that_crash_or_wedge_a_process_have_a_reason_and_the_others_a_resu
     assert found == {
         "a": ("A", ""), "b": ("B", ""), "c": ("C", ""), "slow": ("SLOW", ""),
         "crash": (None, "the process that read it ended unexpectedly (exit code 3)"),
-        "hang": (None, "no answer within 0.5 s, its decoder or its disk hangs"),
+        "hang": (None, "no answer within 0.5 s: its decoder or its disk hangs, or timeout_s is too short for it"),
         "wrong": (None, "in two lines"),
     }  # fmt: skip

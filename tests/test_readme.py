@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = "\n".join(re.findall(r"```\n(.*?)```", README, flags=re.S)).replace("\\\n", " ")
-COMMANDS = [line.split("#")[0].strip() for line in BLOCKS.splitlines() if "tools/" in line]
+COMMANDS = [line.split("#")[0].strip() for line in BLOCKS.splitlines() if "tools/" in line or "scripts/prepare" in line]
 
 
 def test_the_two_commands_of_a_newcomer_come_first_and_are_in_the_makefile():
@@ -24,7 +24,7 @@ def test_the_two_commands_of_a_newcomer_come_first_and_are_in_the_makefile():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_of_the_readme_names_a_program_and_options_that_exist(command):
     words = command.split()
-    program = next(word for word in words if word.startswith("tools/"))
+    program = next(word for word in words if word.startswith(("tools/", "scripts/")))
     assert (ROOT / program).is_file()
     overrides = [word for word in words[words.index(program) + 1 :] if "=" in word]
     singles = [re.sub(r"=(\w+),.*", r"=\1", override) for override in overrides]  # a sweep's first job

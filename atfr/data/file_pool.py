@@ -8,6 +8,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -81,10 +82,8 @@ class _Worker:
 
     def give(self, item: Any) -> None:
         self.item, self.busy, self.since = item, True, time.monotonic()
-        try:
+        with suppress(OSError):  # it died while idle, which the next wait will tell
             self.connection.send(item)
-        except OSError:  # it died while idle, which the next wait will tell
-            pass
 
     def hear(self) -> Outcome | None:
         """What it has to say: an outcome, or that it lives, or (`lost`) nothing any more."""
@@ -108,7 +107,7 @@ class _Worker:
         if not (self.busy and timeout_s and time.monotonic() - self.since >= timeout_s):
             return None
         self.lost = True
-        return Outcome(self.item, None, f"no answer within {timeout_s:g} s, its decoder or its disk hangs")
+        return Outcome(self.item, None, f"no answer within {timeout_s:g} s: its decoder or its disk hangs, or timeout_s is too short for it")
 
     def end(self) -> None:
         self.process.kill()
@@ -118,14 +117,12 @@ class _Worker:
 
 def _serve(work: Callable[[Any, Alive], Any], connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
-    connection.send(_READY)
-    while True:
-        try:
+    with suppress(EOFError, OSError):  # the parent is gone
+        connection.send(_READY)
+        while True:
             item = connection.recv()
-        except EOFError:  # the parent is gone
-            return
-        try:
-            said = work(item, lambda: connection.send(_ALIVE)), ""
-        except Exception as error:
-            said = None, getattr(error, "reason", "") or " ".join(str(error).split()) or type(error).__name__
-        connection.send(said)
+            try:
+                said = work(item, lambda: connection.send(_ALIVE)), ""
+            except Exception as error:
+                said = None, getattr(error, "reason", "") or " ".join(str(error).split()) or type(error).__name__
+            connection.send(said)

@@ -23,7 +23,14 @@ COPIES = "copies.json"  # how the copies beside it were made
 
 
 def probe_all(
-    videos: Sequence[Listed], manifest: Manifest, *, root: Path, decoder: str, processes: int, timeout_s: float, bad: Mapping[str, Probe] | None = None
+    videos: Sequence[Listed],
+    manifest: Manifest,
+    *,
+    root: Path,
+    decoder: str,
+    processes: int,
+    timeout_s: float,
+    bad: Mapping[str, Probe] | None = None,
 ) -> None:
     """Bring the manifest up to date, and finish it; `bad` has the videos, by path, that need no look."""
     bad = bad or {}
@@ -31,7 +38,7 @@ def probe_all(
         if video.path in bad:
             manifest.add(video, bad[video.path])
     there = {str(root / video.path): video for video in videos if not video.missing and video.path not in bad}
-    todo = [path for path, video in there.items() if not manifest.knows(video.path, file_state(path))]
+    todo = [path for path, video in there.items() if not (video.path in manifest.probes and manifest.knows(video.path, file_state(path)))]
     outcomes = run_each(partial(_probe, decoder=decoder), todo, processes=processes, timeout_s=timeout_s)
     with closing(outcomes):
         for path, result, reason in _bar(outcomes, todo, there, "probe"):
