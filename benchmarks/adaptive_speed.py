@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from atfr.engine.accounting import GflopsTable
-from atfr.engine.host_memory import keep_freed_memory
+from atfr.host_memory import keep_freed_memory
 from atfr.models.backbones.r2plus1d import r2plus1d
 from atfr.models.backbones.resnet3d import resnet3d
 from atfr.models.backbones.resnets import slow

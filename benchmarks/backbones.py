@@ -26,7 +26,7 @@ from torch import nn
 
 from atfr import jobs
 from atfr.engine.distributed import Ranks
-from atfr.engine.host_memory import keep_freed_memory
+from atfr.host_memory import keep_freed_memory
 from atfr.models.network import VideoNet
 
 ROOT = Path(__file__).parent.parent

@@ -24,7 +24,7 @@ import torch
 from adaptive_speed import OPTIONS, SUBJECTS, distributions
 from torch import fx, nn
 
-from atfr.engine.host_memory import keep_freed_memory
+from atfr.host_memory import keep_freed_memory
 from atfr.models.program import Traced
 
 

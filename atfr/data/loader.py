@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from atfr.data.dataset import Batch, TestClips, TrainClips, collate
 from atfr.data.time_limit import TimeLimit
+from atfr.host_memory import hand_back_freed_memory
 
 Clips = TypeVar("Clips", TrainClips, TestClips)
 
@@ -179,3 +180,4 @@ def _settings(workers: int, timeout_s: float, pin_memory: bool) -> dict[str, Any
 def _init_worker(worker: int) -> None:
     # As many threads as cores in each of as many workers as cores would only get in each other's way.
     torch.set_num_threads(1)
+    hand_back_freed_memory()

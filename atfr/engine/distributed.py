@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from atfr.engine.host_memory import keep_freed_memory
+from atfr.host_memory import keep_freed_memory
 
 T = TypeVar("T")
 
