@@ -17,6 +17,7 @@ from atfr.jobs import clip_settings
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # it trains for minutes, and on a busy machine for many
 def test_a_trained_networks_accuracy_falls_by_more_than_half_when_frames_are_shuffled(tmp_path):
     outcome = run_tool(
         "train",
