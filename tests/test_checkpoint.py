@@ -25,6 +25,15 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
 
 
+def test_as_many_states_as_asked_for_stay_the_newest_first(tmp_path):
+    path = tmp_path / "last.pt"
+    for step in range(5):
+        checkpoint.save({**STATE, "step": step}, path, keep=3)
+    assert {p.name: checkpoint.load(p)["step"] for p in tmp_path.iterdir()} == {"last.pt": 4, "last-1.pt": 3, "last-2.pt": 2}
+    checkpoint.save({**STATE, "step": 5}, path, keep=1)
+    assert {p.name: checkpoint.load(p)["step"] for p in tmp_path.iterdir()} == {"last.pt": 5}
+
+
 def test_a_full_disk_leaves_the_checkpoint_before_it_and_says_so(tmp_path):
     path = tmp_path / "last.pt"
     checkpoint.save(STATE, path)

@@ -85,8 +85,8 @@ def test_a_run_interrupted_in_the_middle_of_an_epoch_ends_with_the_same_weights(
     # Killed right after the checkpoint of step 3: what lies in the folder then is what a resume finds.
     original = checkpoint.save
 
-    def kill_after_step_3(state, path):
-        original(state, path)
+    def kill_after_step_3(state, path, **more):
+        original(state, path, **more)
         if state["step"] == 3:
             raise KeyboardInterrupt
 
@@ -101,6 +101,32 @@ def test_a_run_interrupted_in_the_middle_of_an_epoch_ends_with_the_same_weights(
     first, second = (checkpoint.load(folder / "checkpoints/last.pt")["model"] for folder in (whole, broken))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_it(small_videos, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    more = ("trainer.save_every=1", "trainer.keep=5", "trainer.test=false")
+    assert run_tool("train", *small_job(small_videos, whole, *more)).code == 0
+    shutil.copytree(whole, broken)
+    last = broken / "checkpoints/last.pt"
+    for number in range(2):  # all that were saved after the last step
+        path = checkpoint.earlier(last, number)
+        assert checkpoint.load(path)["step"] == 4
+        path.write_bytes(path.read_bytes()[:-300])
+    outcome = run_tool("train", *small_job(small_videos, broken, *more))
+    assert outcome.code == 0, outcome.err
+    said = outcome.out + outcome.err
+    assert f"checkpoint {last} cannot be read" in said and f"going on from {last.parent}/last-2.pt" in said and "resuming" in said
+    first, second = (checkpoint.load(folder / "checkpoints/last.pt")["model"] for folder in (whole, broken))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    steps = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if line["split"] == "train"] == [1, 2, 3, 4]
+    # None of them can be read: an error, and nothing is begun anew over it.
+    for path in last.parent.glob("last*.pt"):
+        path.write_bytes(b"")
+    outcome = run_tool("train", *small_job(small_videos, broken, *more))
+    assert outcome.code == 1 and f"checkpoint {last} cannot be read" in outcome.err
 
 
 @pytest.mark.parametrize(

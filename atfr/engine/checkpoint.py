@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+log = logging.getLogger(__name__)
+
 REQUIRED = ("model", "config", "choices", "class_names")
 
 
-def save(state: dict[str, Any], path: Path) -> None:
+def save(state: dict[str, Any], path: Path, *, keep: int = 1) -> None:
     """Write `state` so that a kill or a full disk at any moment leaves an existing file as it was.
+
+    With `keep` above 1 that file stays as well, named as `earlier` says, and so on up to `keep` files.
 
     Raises:
         OSError: the file could not be written; the one line says what is still there.
@@ -26,6 +32,8 @@ def save(state: dict[str, Any], path: Path) -> None:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            _shift(path, keep)
         os.replace(partial, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
@@ -34,6 +42,51 @@ def save(state: dict[str, Any], path: Path) -> None:
         cause = _first_os_error(error)
         reason = cause.strerror if cause else str(error).splitlines()[0]
         raise OSError(f"checkpoint {path} could not be written ({reason}); {kept}: make room and run the same command again") from error
+
+
+def earlier(path: Path, number: int) -> Path:
+    """Where `save` keeps the state before the newest: `last.pt` for 0, `last-1.pt` for the one before, and so on."""
+    return path if number == 0 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def _shift(path: Path, keep: int) -> None:
+    """Each kept file takes the name of the next older one; `path` itself never ceases to be there."""
+    for number in range(keep - 1, 1, -1):
+        if earlier(path, number - 1).exists():
+            os.replace(earlier(path, number - 1), earlier(path, number))
+    if keep > 1:
+        copy = path.with_name(path.name + ".copy")
+        copy.unlink(missing_ok=True)
+        try:
+            os.link(path, copy)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, copy)
+        os.replace(copy, earlier(path, 1))
+    number = max(keep, 1)
+    while earlier(path, number).exists():  # more were kept before
+        earlier(path, number).unlink()
+        number += 1
+
+
+def load_newest(path: Path) -> tuple[dict[str, Any], Path]:
+    """What was saved last, and the file that has it: an earlier one, with a warning, where `path` is damaged.
+
+    Raises:
+        ValueError: `path` is damaged, and there is no earlier file that is not.
+    """
+    try:
+        return load(path), path
+    except ValueError as error:
+        number = 1
+        while (older := earlier(path, number)).exists():
+            try:
+                state = load(older)
+            except ValueError:
+                number += 1
+                continue
+            log.warning("%s; going on from %s", error, older)
+            return state, older
+        raise
 
 
 def _first_os_error(error: BaseException | None) -> OSError | None:

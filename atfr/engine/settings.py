@@ -29,13 +29,14 @@ class TrainerSettings:
     log_every: int  # steps between log lines
     resume: bool  # go on from checkpoints/last.pt if the run folder has one
     test: bool  # test the best checkpoint when training is done
+    keep: int = 2  # newest states that stay: last.pt, last-1.pt, ...
     # Off in the configs of runs from before they existed.
     class_balanced: bool = False  # every class equally often in an epoch
     mixup: float | None = None  # alpha of its Beta distribution; None: off
     cutmix: float | None = None
 
     def __post_init__(self) -> None:
-        at_least_one = ("batch_size", "epochs", "max_steps", "eval_every", "log_every")
+        at_least_one = ("batch_size", "epochs", "max_steps", "eval_every", "log_every", "keep")
         at_least_zero = ("seed", "workers", "statistics_clips", "save_every", "timeout_s")
         for name in at_least_one + at_least_zero:
             value, least = getattr(self, name), int(name in at_least_one)

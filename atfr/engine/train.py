@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
@@ -221,25 +222,29 @@ class Training:
                 "best_top1": self.best_top1,
                 **self.identity,
             }
-            checkpoint.save(state, path)
+            checkpoint.save(state, path, keep=self.settings.keep if path == self.last else 1)
         distributed.barrier()
 
     def resume(self) -> None:
-        """Go on from `last.pt`, if there is one and it was not told otherwise."""
+        """Go on from `last.pt`, if there is one and it was not told otherwise; from the one before it if it is damaged."""
         if not (self.settings.resume and self.last.exists()):
             return
-        state = checkpoint.load(self.last)
+        state, found = checkpoint.load_newest(self.last)
         if state["class_names"] != self.identity["class_names"] or state["steps_per_epoch"] != self.steps_per_epoch:
             raise ValueError(
-                f"the training list or its classes changed since {self.last} was written ({len(state['class_names'])} classes and"
+                f"the training list or its classes changed since {found} was written ({len(state['class_names'])} classes and"
                 f" {state['steps_per_epoch']} steps an epoch then, {len(self.identity['class_names'])} and {self.steps_per_epoch} now);"
                 " choose another trainer.output_dir"
             )
-        checkpoint.load_weights(self.model, state["model"], self.last)
+        checkpoint.load_weights(self.model, state["model"], found)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.evaluated, self.best_top1 = state["step"], state["evaluated"], state["best_top1"]
-        log.info("resuming %s at step %d of %d", self.last, self.step, self.total_steps)
+        distributed.barrier()  # every process has read it
+        if found != self.last and self.ranks.is_main:
+            os.replace(self.last, self.last.with_name(self.last.name + ".damaged"))
+            os.replace(found, self.last)
+        log.info("resuming %s at step %d of %d", found, self.step, self.total_steps)
 
     def set_learning_rate(self) -> None:
         """The schedule's rate for the step that comes."""
