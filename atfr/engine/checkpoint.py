@@ -118,7 +118,8 @@ def load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise ValueError(f"checkpoint {path} cannot be read: it is damaged or not a checkpoint ({str(error).splitlines()[0]})") from error
+        reason = (str(error).splitlines() or ["it is empty"])[0]  # the EOFError of an empty file says nothing
+        raise ValueError(f"checkpoint {path} cannot be read: it is damaged or not a checkpoint ({reason})") from error
     if not isinstance(state, dict) or not set(REQUIRED) <= state.keys():
         raise ValueError(f"{path} is not a checkpoint of this project: it lacks one of the keys {', '.join(REQUIRED)}")
     return state
