@@ -1,0 +1,85 @@
+"""Optimizers and schedules, against torch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from run_tools import run_tool, small_job
+from torch import nn
+
+from atfr.engine.optim import adamw, multistep, sgd, step
+
+BETAS = (0.9, 0.99)
+
+
+class Net(nn.Module):
+    """Shaped as a VideoNet: a backbone that ends in its classifier, and other layers after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+        self.sgs = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.backbone[2](self.sgs(self.backbone[:2](x)))
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_every_parameter_takes_the_step_of_torchs_optimizer_with_its_own_rate_and_decay(kind):
+    torch.manual_seed(0)
+    ours, theirs = Net(), Net()
+    theirs.load_state_dict(ours.state_dict())
+    if kind == "sgd":
+        optimizer = sgd(ours, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True, head_lr=10)
+        alone = lambda p, lr, decay: torch.optim.SGD([p], lr=lr, momentum=0.9, weight_decay=decay, nesterov=True)  # noqa: E731
+    else:
+        optimizer = adamw(ours, lr=0.1, betas=BETAS, weight_decay=0.01, head_lr=10)
+        alone = lambda p, lr, decay: torch.optim.AdamW([p], lr=lr, betas=BETAS, weight_decay=decay)  # noqa: E731
+    singles = [alone(p, 1.0 if name.startswith("backbone.2") else 0.1, 0.01 if p.dim() > 1 else 0.0) for name, p in theirs.named_parameters()]
+    for _ in range(3):
+        x = torch.randn(8, 4)
+        for model in (ours, theirs):
+            model.zero_grad()
+            model(x).square().mean().backward()
+        for each in (optimizer, *singles):
+            each.step()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
+        torch.testing.assert_close(p, q, msg=name)
+
+
+def test_without_a_rate_of_its_own_the_head_is_as_the_rest():
+    assert len(sgd(Net(), lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True).param_groups) == 2
+
+
+def test_after_the_warm_up_the_step_schedules_are_torchs():
+    def reference(schedule):
+        factors = []
+        for _ in range(100):
+            factors.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        return factors
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    expected = reference(torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[60, 85], gamma=0.2))
+    got = [multistep(i, 100, warmup=0.0, start_factor=0.1, milestones=[0.6, 0.85], gamma=0.2) for i in range(100)]
+    assert got == pytest.approx(expected)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    expected = reference(torch.optim.lr_scheduler.StepLR(optimizer, step_size=30, gamma=0.2))
+    got = [step(i, 100, warmup=0.0, start_factor=0.1, every=0.3, gamma=0.2) for i in range(100)]
+    assert got == pytest.approx(expected)
+    assert [step(i, 100, warmup=0.1, start_factor=0.5, every=0.3, gamma=0.2) for i in (0, 5, 10, 29, 30)] == pytest.approx([0.5, 0.75, 1, 1, 0.2])
+
+
+def test_a_schedule_that_makes_no_sense_is_refused_by_its_key():
+    with pytest.raises(ValueError, match="schedule.milestones"):
+        multistep(0, 10, warmup=0.0, start_factor=0.1, milestones=[30, 60], gamma=0.1)
+    with pytest.raises(ValueError, match="schedule.every"):
+        step(0, 10, warmup=0.0, start_factor=0.1, every=30, gamma=0.1)
+
+
+@pytest.mark.parametrize("schedule", ["step", "multistep"])
+def test_they_are_chosen_by_name(small_videos, tmp_path, schedule):
+    more = ("optimizer=adamw", "optimizer.head_lr=10", f"schedule={schedule}", "trainer.test=false", "trainer.max_steps=1")
+    outcome = run_tool("train", *small_job(small_videos, tmp_path, *more))
+    assert outcome.code == 0, outcome.err
