@@ -81,7 +81,7 @@ def test_a_fixed_width_and_a_network_without_a_width_are_left_alone():
     fixed = x3d(size="tiny", num_classes=3, sgs=SGSOptions(similarity="anchor", kernel="mean", scale="absolute", embedding="pooled", width=0.5))
     for model in (fixed, x3d(size="tiny", num_classes=3, sgs=SGSOptions()), x3d(size="tiny", num_classes=3)):
         calibrate_width(model, lambda: [torch.randn(2, 3, 16, 32, 32)])
-        steer_width(model, model(torch.randn(2, 3, 16, 32, 32)).sampled)
+        steer_width(model, [model(torch.randn(2, 3, 16, 32, 32)).sampled])
     assert fixed.sgs["res2"].width == 0.5
 
 

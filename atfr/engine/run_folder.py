@@ -12,7 +12,7 @@ from atfr.engine.files import write_text
 LEFT = {"training": "checkpoints/last.pt", "calibration": "calibration.json"}  # what each kind of job leaves
 # What may change between the runs of one experiment without making it another one.
 FREE = ("output_dir", "max_steps", "accelerator", "devices", "workers", "timeout_s", "save_every", "keep", "log_every", "resume", "test")
-_ONCE = {"dataset.clip.sampling": "dense"}  # what there was before there was a choice
+_ONCE = {"dataset.clip.sampling": "dense", "trainer.accumulate": 1}  # what there was before there was a choice
 
 
 def claim_folder(folder: Path, config: Mapping[str, Any], kind: str, *, resume: bool) -> None:

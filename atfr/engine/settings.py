@@ -32,12 +32,15 @@ class TrainerSettings:
     keep: int = 2  # newest states that stay: last.pt, last-1.pt, ...
     # Off in the configs of runs from before they existed.
     class_balanced: bool = False  # every class equally often in an epoch
+    accumulate: int = 1  # parts that a process runs its share of a batch in, one after the other
+    ema: float | None = None  # decay of the averaged weights that are validated and tested; None: off
+    skip_nonfinite: int = 0  # such steps in a row that are left out before it is an error
     mixup: float | None = None  # alpha of its Beta distribution; None: off
     cutmix: float | None = None
 
     def __post_init__(self) -> None:
-        at_least_one = ("batch_size", "epochs", "max_steps", "eval_every", "log_every", "keep")
-        at_least_zero = ("seed", "workers", "statistics_clips", "save_every", "timeout_s")
+        at_least_one = ("batch_size", "epochs", "max_steps", "eval_every", "log_every", "keep", "accumulate")
+        at_least_zero = ("seed", "workers", "statistics_clips", "save_every", "timeout_s", "skip_nonfinite")
         for name in at_least_one + at_least_zero:
             value, least = getattr(self, name), int(name in at_least_one)
             if value is not None and value < least:
@@ -45,6 +48,8 @@ class TrainerSettings:
         for name in ("mixup", "cutmix"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"trainer.{name} must be above 0 or null, not {getattr(self, name)}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"trainer.ema must be above 0 and below 1 or null, not {self.ema}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"trainer.label_smoothing must be at least 0 and below 1, not {self.label_smoothing}")
         if self.clip_norm is not None and not self.clip_norm > 0:

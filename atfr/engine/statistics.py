@@ -99,11 +99,12 @@ def _calibrate(model: VideoNet, layers: list[SGS], batches: Iterable[Tensor], mo
 
 
 @torch.no_grad()
-def steer_width(model: VideoNet, sampled: Sequence[Sampled]) -> None:
-    """After a training step: move the tracked widths towards their target mean B' / T."""
-    for layer, done in zip(model.sgs.values(), sampled):
+def steer_width(model: VideoNet, parts: Sequence[Sequence[Sampled]]) -> None:
+    """After a training step: move the tracked widths towards their target mean B' / T, over all parts of the batch."""
+    for layer, *done in zip(model.sgs.values(), *parts):
         if layer.tracks_width:
-            counts = torch.tensor([float(sum(done.segments.lengths)), float(sum(done.given))], device=layer.width.device)
+            sums = [float(sum(sum(d.segments.lengths) for d in done)), float(sum(sum(d.given) for d in done))]
+            counts = torch.tensor(sums, device=layer.width.device)
             kept, given = distributed.summed(counts)
             layer.steer(kept / given)
 

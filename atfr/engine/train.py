@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -16,11 +17,12 @@ from tqdm import tqdm
 from atfr.engine import checkpoint, distributed
 from atfr.engine.data_wait import DataWait
 from atfr.engine.distributed import Ranks
+from atfr.engine.ema import Ema
 from atfr.engine.mixing import Mix
 from atfr.engine.run_log import RunLog
 from atfr.engine.settings import TrainerSettings, precision_dtype
 from atfr.engine.statistics import calibrate_width, clips_for_statistics, refresh_statistics, steer_width
-from atfr.models.network import VideoNet
+from atfr.models.network import Prediction, VideoNet
 from atfr.models.sgs_layer import NonFiniteFeatures
 
 log = logging.getLogger(__name__)
@@ -70,6 +72,8 @@ class Training:
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
         self.loss = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
         self.step, self.evaluated, self.best_top1 = 0, 0, -1.0
+        self.skipped, self.skipped_in_a_row = 0, 0
+        self.ema = Ema(model, settings.ema) if settings.ema is not None else None
         self.pending = _Pending()
         self.data_wait = DataWait()
         self.named: set[str] = set()  # the bad videos that were told of
@@ -136,7 +140,8 @@ class Training:
             return
         self.save(self.last)  # first, so that whatever goes wrong in the validation costs no training
         if over or (epoch + 1) % self.settings.eval_every == 0:
-            self.evaluate(epoch)
+            with self.ema.in_place(self.model) if self.ema else nullcontext():
+                self.evaluate(epoch)
         self.evaluated = self.step
         self.save(self.last)
 
@@ -146,31 +151,79 @@ class Training:
         # Dropout draws from a generator that depends on the step alone: nothing to save for a resume.
         torch.manual_seed(hash((self.settings.seed, self.step, self.ranks.rank)) % 2**63)
         self.set_learning_rate()
-        clips = self.normalise(batch.clips.to(self.ranks.device, non_blocking=True))
-        targets = batch.labels.to(self.ranks.device)
-        if self.mix is not None:
-            clips, targets = self.mix(clips, targets, self.step)
-        with torch.autocast(self.ranks.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            prediction = self.network(clips)
-        loss = self.loss(prediction.logits.float(), targets)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        limit = self.settings.clip_norm if self.settings.clip_norm is not None else float("inf")
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        steer_width(self.model, prediction.sampled)
+        buffers = [b.clone() for b in self.model.buffers()] if self.settings.skip_nonfinite else []
+        try:
+            loss, norm, parts = self.gradients(batch)
+        except NonFiniteFeatures:
+            if not self.settings.skip_nonfinite or self.ranks.world > 1:  # the others would wait for this one's gradients
+                raise
+            loss, norm, parts = torch.tensor(math.nan), torch.tensor(math.nan), []
+        skipped = bool(self.settings.skip_nonfinite) and self.skips(loss, norm, batch, buffers)
+        if not skipped:
+            self.scaler.step(self.optimizer)
+            steer_width(self.model, [part.sampled for part in parts])
+            if self.ema:
+                self.ema.update()
+        if parts:
+            self.scaler.update()
         self.step += 1
         for message in batch.bad:
             if message not in self.named:  # it comes again every epoch, and there may be thousands
                 log.warning("replaced in training: %s", message)
                 self.named.add(message)
-        kept = {name: sum(bins) / len(bins) for name, bins in zip(("bins", *(f"bins_{key}" for key in list(self.model.sgs)[1:])), zip(*prediction.bins))}
-        self.pending.add(loss.detach(), norm, batch.paths, **kept, replaced=len(batch.bad), data_s=data_s, step_s=time.perf_counter() - began)
+        if not skipped:
+            names = ("bins", *(f"bins_{key}" for key in list(self.model.sgs)[1:]))
+            kept = {name: sum(bins) / len(bins) for name, bins in zip(names, zip(*(clip for part in parts for clip in part.bins)))}
+            self.pending.add(loss, norm, batch.paths, **kept, replaced=len(batch.bad), data_s=data_s, step_s=time.perf_counter() - began)
         self.bar.update()
         if self.step % self.settings.log_every == 0:
             self.check_losses(epoch)
+
+    def gradients(self, batch: Any) -> tuple[Tensor, Tensor, list[Prediction]]:
+        """Mean loss over this process's clips, with its clipped gradient left in the parameters; the gradient's norm; the predictions of each part."""
+        clips = self.normalise(batch.clips.to(self.ranks.device, non_blocking=True))
+        targets = batch.labels.to(self.ranks.device)
+        if self.mix is not None:
+            clips, targets = self.mix(clips, targets, self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        parts, total = [], torch.zeros((), device=self.ranks.device)
+        pieces = list(zip(clips.chunk(self.settings.accumulate), targets.chunk(self.settings.accumulate)))
+        for number, (some, wanted) in enumerate(pieces, start=1):
+            # Gradients are averaged over the processes once, with the last part.
+            waits = self.ranks.world > 1 and number < len(pieces)
+            with self.network.no_sync() if waits else nullcontext():
+                with torch.autocast(self.ranks.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+                    prediction = self.network(some)
+                loss = self.loss(prediction.logits.float(), wanted) * (len(some) / len(clips))  # a part may be smaller than the others
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+            parts.append(prediction)
+        self.scaler.unscale_(self.optimizer)
+        limit = self.settings.clip_norm if self.settings.clip_norm is not None else float("inf")
+        return total, nn.utils.clip_grad_norm_(self.model.parameters(), limit), parts
+
+    def skips(self, loss: Tensor, norm: Tensor, batch: Any, buffers: list[Tensor]) -> bool:
+        """Whether this step's loss or gradient is not finite on some process: all of them leave it out, and it leaves no trace.
+
+        Raises:
+            FloatingPointError: it is one more in a row than may be.
+        """
+        infinite = ~loss.isfinite() if self.scaler.is_enabled() else ~(loss.isfinite() & norm.isfinite())  # fp16 scaling deals with gradients
+        if not distributed.summed(infinite.float()).item():
+            self.skipped_in_a_row = 0
+            return False
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row > self.settings.skip_nonfinite:
+            raise FloatingPointError(
+                f"step {self.step + 1}: the {self.skipped_in_a_row}th step in a row with a loss or gradient that is not finite; {REMEDY}"
+                f" (clips of this process: {_some(batch.paths)})"
+            )
+        self.skipped += 1
+        log.warning("step %d left out: the loss is %s, the gradient's norm %s (clips of this process: %s)", self.step + 1, loss.item(), norm.item(), _some(batch.paths))
+        with torch.no_grad():
+            for buffer, before in zip(self.model.buffers(), buffers):
+                buffer.copy_(before)
+        return True
 
     def check_losses(self, epoch: int) -> None:
         """Fetch the losses since the last check (the one wait for the device) and log their means.
@@ -183,6 +236,8 @@ class Training:
         values = self.pending.means(self.ranks)
         self.pending.check(self.step, scaled=self.scaler.is_enabled())
         self.pending = _Pending()
+        if self.settings.skip_nonfinite:
+            values["skipped"] = self.skipped
         values["lr"] = self.optimizer.param_groups[0]["lr"]
         for key, layer in self.model.sgs.items():
             if layer.tracks_width:
@@ -220,6 +275,8 @@ class Training:
                 "evaluated": self.evaluated,
                 "steps_per_epoch": self.steps_per_epoch,
                 "best_top1": self.best_top1,
+                "skipped": self.skipped,
+                **({"ema": self.ema.state_dict()} if self.ema else {}),
                 **self.identity,
             }
             checkpoint.save(state, path, keep=self.settings.keep if path == self.last else 1)
@@ -240,6 +297,9 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.evaluated, self.best_top1 = state["step"], state["evaluated"], state["best_top1"]
+        self.skipped = state.get("skipped", 0)
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
         distributed.barrier()  # every process has read it
         if found != self.last and self.ranks.is_main:
             os.replace(self.last, self.last.with_name(self.last.name + ".damaged"))

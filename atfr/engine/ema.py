@@ -1,0 +1,53 @@
+"""An exponential moving average of a network's weights."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """Average of a model's parameters after each step (Polyak & Juditsky, 1992; exponential as in Tan & Le, 2019).
+
+    Buffers are not averaged: batch norm's statistics are measured for the averaged weights, as they
+    are for any others. In the first steps the decay is (1 + n) / (10 + n), so that the weights that
+    training began with are soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.parameters, self.decay, self.steps = list(model.parameters()), decay, 0
+        self.averages = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After an optimizer step."""
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1 - decay)
+        self.steps += 1
+
+    @contextmanager
+    def in_place(self, model: nn.Module) -> Iterator[None]:
+        """The model has the averaged weights for a while; then its own, and the buffers that it had."""
+        own, buffers = [p.detach().clone() for p in self.parameters], [b.clone() for b in model.buffers()]
+        try:
+            _copy(self.averages, self.parameters)
+            yield
+        finally:
+            _copy(own, self.parameters)
+            _copy(buffers, list(model.buffers()))
+
+    def state_dict(self) -> dict[str, object]:
+        return {"averages": self.averages, "steps": self.steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        _copy(state["averages"], self.averages)
+        self.steps = state["steps"]
+
+
+@torch.no_grad()
+def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
