@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
@@ -99,7 +100,12 @@ def train_batches(source: VideoSource, clip: ClipSettings, settings: TrainerSett
         sampler.set_epoch(epoch, start)
         return loader
 
-    return len(sampler), batches
+    def first_batches(epoch: int, start: int) -> Iterable[Any]:
+        return islice(batches(0, start), steps - start)
+
+    sampler.set_epoch(0)
+    steps = min(len(sampler), settings.overfit_batches)
+    return (steps, first_batches) if settings.overfit_batches else (len(sampler), batches)
 
 
 def run_views(

@@ -11,6 +11,7 @@ import torch
 from run_tools import run_tool, small_job, torchrun
 
 from atfr.engine import checkpoint
+from atfr.engine.train import Training
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +279,27 @@ def test_the_jobs_of_a_sweep_have_run_folders_of_their_own(small_videos, tmp_pat
     assert outcome.code == 0, outcome.err
     folders = [path for path in (tmp_path / "runs/sweep").iterdir() if path.is_dir()]
     assert len(folders) == 2 and all((folder / "checkpoints/last.pt").exists() for folder in folders)
+
+
+def test_overfitting_sees_the_same_clips_every_epoch_and_a_trace_is_left(small_videos, tmp_path, monkeypatch):
+    seen = []
+    original = Training.train_step
+
+    def noting(self, batch, **more):
+        seen.append((batch.paths, batch.clips.float().mean().item()))
+        return original(self, batch, **more)
+
+    monkeypatch.setattr(Training, "train_step", noting)
+    more = ("trainer.batch_size=2", "trainer.epochs=3", "trainer.overfit_batches=2", "trainer.profile=2", "trainer.test=false", "trainer.deterministic=true")
+    try:
+        outcome = run_tool("train", *small_job(small_videos, tmp_path, *more))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert outcome.code == 0, outcome.err
+    assert len(seen) == 6 and seen[:2] == seen[2:4] == seen[4:] and seen[0] != seen[1]
+    events = json.loads((tmp_path / "profile/trace.json").read_text())["traceEvents"]
+    assert sum(event["name"].startswith("ProfilerStep") and event["ph"] == "X" for event in events) == 2
+    assert any(event["name"] == "aten::convolution_backward" for event in events)
 
 
 def test_flops_prints_a_table_and_json():

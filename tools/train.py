@@ -16,6 +16,7 @@ from atfr import jobs
 from atfr.configuration import build, check_root, choices, one_line_errors, run_folder
 from atfr.data.transforms import Normalizer
 from atfr.engine import checkpoint, distributed
+from atfr.engine.determinism import be_deterministic
 from atfr.engine.mixing import mixing
 from atfr.engine.results import accuracy
 from atfr.engine.run_folder import claim_folder
@@ -28,6 +29,8 @@ from atfr.engine.train import Training
 def main(config: DictConfig) -> None:
     check_root(config)
     settings: TrainerSettings = build(config.trainer, "trainer")
+    if settings.deterministic:
+        be_deterministic()
     ranks = distributed.start(accelerator=settings.accelerator, devices=settings.devices)
     try:
         train_and_test(config, settings, ranks)

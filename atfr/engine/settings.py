@@ -35,12 +35,15 @@ class TrainerSettings:
     accumulate: int = 1  # parts that a process runs its share of a batch in, one after the other
     ema: float | None = None  # decay of the averaged weights that are validated and tested; None: off
     skip_nonfinite: int = 0  # such steps in a row that are left out before it is an error
+    overfit_batches: int = 0  # train on the first so many batches over and over; 0: off
+    profile: int = 0  # steps to record a trace of; 0: off
+    deterministic: bool = False  # only algorithms that give the same result each time
     mixup: float | None = None  # alpha of its Beta distribution; None: off
     cutmix: float | None = None
 
     def __post_init__(self) -> None:
         at_least_one = ("batch_size", "epochs", "max_steps", "eval_every", "log_every", "keep", "accumulate")
-        at_least_zero = ("seed", "workers", "statistics_clips", "save_every", "timeout_s", "skip_nonfinite")
+        at_least_zero = ("seed", "workers", "statistics_clips", "save_every", "timeout_s", "skip_nonfinite", "overfit_batches", "profile")
         for name in at_least_one + at_least_zero:
             value, least = getattr(self, name), int(name in at_least_one)
             if value is not None and value < least:

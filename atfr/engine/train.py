@@ -19,6 +19,7 @@ from atfr.engine.data_wait import DataWait
 from atfr.engine.distributed import Ranks
 from atfr.engine.ema import Ema
 from atfr.engine.mixing import Mix
+from atfr.engine.profiling import profiler
 from atfr.engine.run_log import RunLog
 from atfr.engine.settings import TrainerSettings, precision_dtype
 from atfr.engine.statistics import calibrate_width, clips_for_statistics, refresh_statistics, steer_width
@@ -94,10 +95,11 @@ class Training:
                 calibrate_width(self.model, lambda: self._normalised(clips), untrained=True)
             elif self.evaluated < self.step:
                 self.end_epoch((self.step - 1) // self.steps_per_epoch)  # where the epoch's end was interrupted
-            while self.step < self.total_steps:
-                epoch = self.step // self.steps_per_epoch
-                self.train_epoch(epoch)
-                self.end_epoch(epoch)
+            with profiler(self.folder / "profile", self.settings.profile if self.ranks.is_main else 0) as self.profile:
+                while self.step < self.total_steps:
+                    epoch = self.step // self.steps_per_epoch
+                    self.train_epoch(epoch)
+                    self.end_epoch(epoch)
         finally:
             self.bar.close()
             if self.log:
@@ -114,6 +116,8 @@ class Training:
             except NonFiniteFeatures as error:
                 self.pending.check(self.step, scaled=self.scaler.is_enabled())  # if the loss was the first to go, that is what to say
                 raise FloatingPointError(f"step {self.step + 1}: {error}; {REMEDY} (clips: {_some(batch.paths)})") from error
+            if self.profile:
+                self.profile.step()
             if self.step == self.total_steps:
                 break
             if self.settings.save_every and self.step % self.settings.save_every == 0:
