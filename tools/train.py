@@ -17,6 +17,7 @@ from atfr.configuration import build, check_root, choices, one_line_errors, run_
 from atfr.data.transforms import Normalizer
 from atfr.engine import checkpoint, distributed
 from atfr.engine.determinism import be_deterministic
+from atfr.engine.interruption import Interrupted, StopFlag, end, listening
 from atfr.engine.mixing import mixing
 from atfr.engine.results import accuracy
 from atfr.engine.run_folder import claim_folder
@@ -32,13 +33,16 @@ def main(config: DictConfig) -> None:
     if settings.deterministic:
         be_deterministic()
     ranks = distributed.start(accelerator=settings.accelerator, devices=settings.devices)
-    try:
-        train_and_test(config, settings, ranks)
-    finally:
-        distributed.stop()
+    with listening() as stop:
+        try:
+            train_and_test(config, settings, ranks, stop)
+        except Interrupted as error:
+            end(error, stop, is_main=ranks.is_main)
+        finally:
+            distributed.stop()
 
 
-def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distributed.Ranks) -> None:
+def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distributed.Ranks, stop: StopFlag) -> None:
     folder = run_folder(settings.output_dir)
     clip = jobs.clip_settings(config)
     source = jobs.load_source(config, ranks)
@@ -81,6 +85,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
         folder=folder,
         identity={"config": plain, "choices": choices(), "class_names": list(source.class_names)},
         mix=mix,
+        stop=stop,
     )
     training.run()
     if settings.test:

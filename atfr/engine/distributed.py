@@ -73,6 +73,8 @@ def start(*, accelerator: str, devices: int | None) -> Ranks:
 
 def stop() -> None:
     """Leave the process group, if one was joined."""
+    global _host_group
+    _host_group = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -96,6 +98,21 @@ def summed(value: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
+
+
+_host_group: dist.ProcessGroup | None = None
+
+
+def any_process(flag: bool) -> bool:
+    """Whether it is true on at least one process. Between the hosts' memories, so that no GPU is waited for."""
+    global _host_group
+    if not dist.is_initialized():
+        return flag
+    if _host_group is None:
+        _host_group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    value = torch.tensor([int(flag)])
+    dist.all_reduce(value, group=_host_group)
+    return bool(value.item())
 
 
 def broadcast_buffers(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from atfr.engine import checkpoint, distributed
 from atfr.engine.data_wait import DataWait
 from atfr.engine.distributed import Ranks
 from atfr.engine.ema import Ema
+from atfr.engine.interruption import Interrupted, StopFlag
 from atfr.engine.mixing import Mix
 from atfr.engine.profiling import profiler
 from atfr.engine.run_log import RunLog
@@ -41,6 +42,7 @@ class Training:
         validate: measures the model on the validation split and returns its values; `top1` decides
             which checkpoint is the best.
         learning_rate_factor: (step, total steps) -> what to multiply the base rate with.
+        stop: true once training is to save and end, asked after each step; None: never.
         mix: blends a batch's clips and labels at a step (`mixing`); None: as they are.
         identity: plain data kept in every checkpoint (config, class names).
     """
@@ -60,11 +62,12 @@ class Training:
         folder: Path,
         identity: Mapping[str, Any],
         mix: Mix | None = None,
+        stop: StopFlag | None = None,
     ) -> None:
         self.model, self.optimizer, self.factor = model, optimizer, learning_rate_factor
         self.batches, self.steps_per_epoch, self.validate = batches, steps_per_epoch, validate
         self.normalise, self.settings, self.ranks = normalise, settings, ranks
-        self.folder, self.identity, self.mix = folder, identity, mix
+        self.folder, self.identity, self.mix, self.stop = folder, identity, mix, stop
         self.last, self.best = folder / "checkpoints" / "last.pt", folder / "checkpoints" / "best.pt"
         self.total_steps = settings.epochs * steps_per_epoch
         if settings.max_steps is not None:
@@ -84,6 +87,7 @@ class Training:
 
         Raises:
             FloatingPointError: the loss became NaN or infinite; nothing of it is saved.
+            Interrupted: it was told to stop, and has saved.
         """
         self.resume()
         self.log = RunLog(self.folder, resume_step=self.step, evaluated=self.evaluated) if self.ranks.is_main else None
@@ -98,6 +102,7 @@ class Training:
             with profiler(self.folder / "profile", self.settings.profile if self.ranks.is_main else 0) as self.profile:
                 while self.step < self.total_steps:
                     epoch = self.step // self.steps_per_epoch
+                    self.stop_if_told(epoch)  # a validation may have taken long
                     self.train_epoch(epoch)
                     self.end_epoch(epoch)
         finally:
@@ -120,6 +125,7 @@ class Training:
                 self.profile.step()
             if self.step == self.total_steps:
                 break
+            self.stop_if_told(epoch)
             if self.settings.save_every and self.step % self.settings.save_every == 0:
                 self.check_losses(epoch)
                 self.save(self.last)
@@ -127,6 +133,13 @@ class Training:
                 self.check_data_wait(waited=data_s, total=time.perf_counter() - waiting)
             waiting = time.perf_counter()
         self.check_losses(epoch)
+
+    def stop_if_told(self, epoch: int) -> None:
+        """Save and end, all processes at the same step, if one of them was told to."""
+        if self.stop is not None and distributed.any_process(bool(self.stop)):
+            self.check_losses(epoch)
+            self.save(self.last)
+            raise Interrupted(f"stopped by a signal after step {self.step} of {self.total_steps}, saved in {self.last}")
 
     def check_data_wait(self, *, waited: float, total: float) -> None:
         """Count a step, and warn if too much of the time goes to waiting."""
