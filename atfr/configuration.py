@@ -12,6 +12,7 @@ import inspect
 import os
 import re
 import sys
+import traceback
 import types
 import typing
 from collections import abc
@@ -127,14 +128,18 @@ def run_folder(output_dir: str | None, *, under: str = "") -> Path:
     """
     if output_dir is not None:
         return Path(output_dir)
-    hydra = HydraConfig.get()
-    in_sweep = hydra.mode == RunMode.MULTIRUN
+    hydra, sweep = HydraConfig.get(), in_sweep()
     # In a sweep any key may be what tells the jobs apart, also one that leaves the experiment as it is.
-    full = ",".join(sorted(hydra.overrides.task)) if in_sweep else hydra.job.override_dirname
+    full = ",".join(sorted(hydra.overrides.task)) if sweep else hydra.job.override_dirname
     name = re.sub(r"[^\w.+-]+", "_", full.replace("=", "-"))[:100] or "default"
     if len(full) > 100 or re.search(r"[^\w.+=,-]", full):
         name += "-" + hashlib.sha256(full.encode()).hexdigest()[:8]
-    return Path("runs", under, "sweep", name) if in_sweep else Path("runs", under, name)
+    return Path("runs", under, "sweep", name) if sweep else Path("runs", under, name)
+
+
+def in_sweep() -> bool:
+    """Whether this is a job of a sweep (`-m`)."""
+    return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def choices() -> dict[str, str]:
@@ -142,24 +147,34 @@ def choices() -> dict[str, str]:
     return {group: choice for group, choice in HydraConfig.get().runtime.choices.items() if not group.startswith("hydra") and choice}
 
 
-def one_line_errors(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """End a program with one line and exit code 1 on what its user can mend.
+def as_text(error: Exception) -> str:
+    """What to print of an error: one line if it is something that the user can mend, otherwise the traceback.
 
-    ATFR_TRACEBACK=1 in the environment shows the traceback instead.
+    ATFR_TRACEBACK=1 in the environment makes it the traceback of any.
     """
+    loader = type(error) is RuntimeError and str(error).startswith("DataLoader")
+    mendable = isinstance(error, (ValueError, OSError, FloatingPointError, VideoError, OmegaConfBaseException))
+    if os.environ.get("ATFR_TRACEBACK") == "1" or not (mendable or loader):
+        return "".join(traceback.format_exception(error)).rstrip()
+    hint = "; a video may be stuck or memory short: see trainer.timeout_s and trainer.workers" if loader else ""
+    return f"error: {' '.join(str(error).split())}{hint}"
+
+
+def one_line_errors(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """End a program with exit code 1, and with one line on what its user can mend."""
 
     @functools.wraps(main)
     def guarded(config: DictConfig) -> None:
         try:
             main(config)
-        except (ValueError, OSError, FloatingPointError, VideoError, OmegaConfBaseException, RuntimeError) as error:
-            loader = type(error) is RuntimeError and str(error).startswith("DataLoader")
-            if os.environ.get("ATFR_TRACEBACK") == "1" or (isinstance(error, RuntimeError) and not loader):
-                raise
-            hint = "; a video may be stuck or memory short: see trainer.timeout_s and trainer.workers" if loader else ""
-            print(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr, flush=True)
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
+        except Exception as error:
+            text, alone = as_text(error), "SUBMITIT_EXECUTOR" in os.environ
+            if text.startswith("Traceback") and not alone:
+                raise  # hydra prints it
+            print(text, file=sys.stderr, flush=True)
+            if in_sweep() and not alone:
                 raise  # the other jobs of a sweep still run, and hydra exits with 1 in the end
+            # Submitit runs each job of a sweep alone, and would take an exception for a job that ended well.
             sys.exit(1)
 
     return guarded

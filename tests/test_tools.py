@@ -142,7 +142,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_it(small_video
         (["model._target_=atfr.models.x9d"], "model._target_='atfr.models.x9d' cannot be imported"),
         (["dataset.clip.crops=2"], "dataset.clip.crops is 2, it must be 1 or 3"),
         (["trainer.accelerator=tpu"], "trainer.accelerator='tpu' does not exist; choose one of auto, cpu, cuda"),
-        (["trainer.devices=3"], "trainer.devices=3, but 1 process"),
+        (["trainer.devices=0"], "trainer.devices=0 must be at least 1, or null"),
         (["optimizer.lr=1e30", "optimizer.momentum=0.0", "optimizer.nesterov=false", "trainer.clip_norm=null"], "step 2: SGS after 'stem': the features of clip"),
         (["trainer.mixup=0"], "trainer.mixup must be above 0 or null, not 0"),
         (["trainer.eval_every=0"], "trainer.eval_every must be at least 1, not 0"),

@@ -13,6 +13,7 @@ goes on where it stopped.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -28,6 +29,7 @@ from atfr.engine.files import write_text
 from atfr.engine.run_folder import claim_folder
 from atfr.engine.settings import TrainerSettings
 from atfr.engine.statistics import calibrate_width, clips_for_statistics, refresh_statistics
+from atfr.launch import on_every_process
 from atfr.models.network import VideoNet
 
 
@@ -41,15 +43,12 @@ def main(config: DictConfig) -> None:
         raise ValueError(f"budgets={budgets} must be shares of the dense GFLOPs, above 0 and at most 1")
     if config.model.get("weights") is None:
         raise ValueError("model.weights is not set: it names the trained network that SGS is put into")
-    ranks = distributed.start(accelerator=settings.accelerator, devices=settings.devices)
-    try:
-        calibrate(config, settings, ranks, budgets)
-    finally:
-        distributed.stop()
+    folder = run_folder(settings.output_dir, under="calibrated")
+    on_every_process(lambda ranks: calibrate(config, settings, ranks, budgets, folder), config, settings, program=__file__, folder=folder)
 
 
-def calibrate(config: DictConfig, settings: TrainerSettings, ranks: distributed.Ranks, budgets: list[float]) -> None:
-    folder, clip, source = run_folder(settings.output_dir, under="calibrated"), jobs.clip_settings(config), jobs.load_source(config, ranks)
+def calibrate(config: DictConfig, settings: TrainerSettings, ranks: distributed.Ranks, budgets: list[float], folder: Path) -> None:
+    clip, source = jobs.clip_settings(config), jobs.load_source(config, ranks)
     jobs.require_videos(source, "train", "test")
     model = jobs.build_model(config, num_classes=len(source.class_names), ranks=ranks, seed=settings.seed, pretrained=True)
     if not model.sgs:

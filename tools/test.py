@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
 
 from atfr import checkpoint_config, jobs
 from atfr.configuration import build, check_root, one_line_errors
-from atfr.engine import distributed
+from atfr.engine.distributed import Ranks
 from atfr.engine.settings import TrainerSettings
+from atfr.launch import on_every_process
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="test")
@@ -30,16 +32,16 @@ def main(config: DictConfig) -> None:
     folder = checkpoint_config.results_folder(path, config.trainer.output_dir)
     config = checkpoint_config.with_overrides(state, config)
     settings: TrainerSettings = build(config.trainer, "trainer")
-    ranks = distributed.start(accelerator=settings.accelerator, devices=settings.devices)
-    try:
-        clip = jobs.clip_settings(config)
-        source = checkpoint_config.test_videos(config, state, path, ranks)
-        if ranks.is_main:
-            jobs.report_missing(source, folder)
-        model = checkpoint_config.trained_model(config, state, path, ranks)
-        jobs.test_and_report(model, source, clip, config=config, settings=settings, ranks=ranks, folder=folder, checkpoint=path)
-    finally:
-        distributed.stop()
+    on_every_process(lambda ranks: test(config, state, path, settings, ranks, folder), config, settings, program=__file__, folder=folder)
+
+
+def test(config: DictConfig, state: dict[str, Any], path: Path, settings: TrainerSettings, ranks: Ranks, folder: Path) -> None:
+    clip = jobs.clip_settings(config)
+    source = checkpoint_config.test_videos(config, state, path, ranks)
+    if ranks.is_main:
+        jobs.report_missing(source, folder)
+    model = checkpoint_config.trained_model(config, state, path, ranks)
+    jobs.test_and_report(model, source, clip, config=config, settings=settings, ranks=ranks, folder=folder, checkpoint=path)
 
 
 if __name__ == "__main__":

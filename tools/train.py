@@ -2,12 +2,14 @@
 
     python tools/train.py                                  # built-in data, a tiny X3D with SGS
     python tools/train.py dataset=kinetics400 model=x3d_sgs dataset.root=/data/k400
-    torchrun --nproc_per_node=2 tools/train.py ...         # several processes
+    python tools/train.py ... trainer.devices=2            # two processes; on GPUs, by default one for each
 
-The same command run again goes on from where it stopped. Options: configs/train.yaml.
+torchrun, srun and submitit may start the processes instead. The same command run again goes on from where it stopped. Options: configs/train.yaml.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -23,6 +25,7 @@ from atfr.engine.results import accuracy
 from atfr.engine.run_folder import claim_folder
 from atfr.engine.settings import TrainerSettings
 from atfr.engine.train import Training
+from atfr.launch import on_every_process
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
@@ -32,18 +35,20 @@ def main(config: DictConfig) -> None:
     settings: TrainerSettings = build(config.trainer, "trainer")
     if settings.deterministic:
         be_deterministic()
-    ranks = distributed.start(accelerator=settings.accelerator, devices=settings.devices)
-    with listening() as stop:
-        try:
-            train_and_test(config, settings, ranks, stop)
-        except Interrupted as error:
-            end(error, stop, is_main=ranks.is_main)
-        finally:
-            distributed.stop()
-
-
-def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distributed.Ranks, stop: StopFlag) -> None:
     folder = run_folder(settings.output_dir)
+
+    def work(ranks: distributed.Ranks) -> None:
+        with listening() as stop:
+            try:
+                train_and_test(config, settings, ranks, folder, stop)
+            except Interrupted as error:
+                distributed.stop()
+                end(error, stop, is_main=ranks.is_main)
+
+    on_every_process(work, config, settings, program=__file__, folder=folder)
+
+
+def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distributed.Ranks, folder: Path, stop: StopFlag) -> None:
     clip = jobs.clip_settings(config)
     source = jobs.load_source(config, ranks)
     jobs.require_videos(source, "train", "val", *(["test"] if settings.test else []))

@@ -1,25 +1,32 @@
 """Where this process stands among the others, and the few collectives that the engine needs.
 
-One process needs no launcher. Several are started by `torchrun`, which sets RANK, WORLD_SIZE,
-MASTER_ADDR and MASTER_PORT; each collective below is then over all of them, and does nothing when
-there is only one.
+One process needs no launcher. Where there are several (`place.py`), each collective below is over all
+of them; it does nothing when there is only one.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from atfr.engine.place import Place, find_place
+from atfr.engine.run_folder import flat
 from atfr.host_memory import keep_freed_memory
 
 T = TypeVar("T")
 
-LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+JOIN = timedelta(minutes=5)  # for all processes to be there
+TALK = timedelta(minutes=30)  # for one collective: the main process may generate a dataset while the others wait
+_joined = itertools.count()  # a sweep's jobs under one torchrun join one after another
 
 
 @dataclass(frozen=True)
@@ -47,28 +54,66 @@ def start(*, accelerator: str, devices: int | None) -> Ranks:
 
     Raises:
         ValueError: an unknown accelerator or one that is not there, a part of the launcher's
-            variables missing, or another number of processes than `devices`.
+            variables missing, another number of processes than `devices`, or the others were not
+            there in time.
     """
-    given = [name for name in LAUNCHER if name in os.environ]
-    missing = [name for name in LAUNCHER if name not in os.environ]
-    if given and missing:
-        raise ValueError(f"the environment sets {', '.join(given)} but not {', '.join(sorted(missing))}: start with torchrun, or unset them")
-    rank, world = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if given else (0, 1)
-    if devices is not None and devices != world:
-        raise ValueError(f"trainer.devices={devices}, but {world} process(es) run: start with `torchrun --nproc_per_node={devices} tools/train.py ...`")
+    place = find_place(os.environ)
+    if devices is not None and devices != place.world:
+        raise ValueError(f"trainer.devices={devices}, but {place.world} process(es) run: it counts those of all machines; leave it out under a launcher")
+    device = torch.device("cpu")
+    if uses_gpu(accelerator):
+        device = torch.device("cuda", place.device_index(torch.cuda.device_count()))
+        torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
+    if place.launcher != "none" and not dist.is_initialized():
+        _join(place, device)
+    return Ranks(place.rank, place.world, device)
+
+
+def uses_gpu(accelerator: str) -> bool:
+    """Whether `trainer.accelerator` means a GPU here. Raises ValueError if it asks for one that is not there, or for something else."""
     if accelerator not in ("auto", "cpu", "cuda"):
         raise ValueError(f"trainer.accelerator={accelerator!r} does not exist; choose one of auto, cpu, cuda")
     if accelerator == "cuda" and not torch.cuda.is_available():
         raise ValueError("trainer.accelerator=cuda, but torch sees no GPU; set trainer.accelerator=cpu or auto")
-    device = torch.device("cpu")
-    if accelerator != "cpu" and torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    if given and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world)
-    return Ranks(rank, world, device)
+    return accelerator != "cpu" and torch.cuda.is_available()
+
+
+def _join(place: Place, device: torch.device) -> None:
+    store = dist.PrefixStore(f"{place.attempt}/{next(_joined)}", _store(place))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=place.rank, world_size=place.world, timeout=TALK)
+
+
+@functools.cache
+def _store(place: Place) -> dist.Store:
+    try:
+        return dist.TCPStore(
+            place.address,
+            place.port,
+            world_size=place.world,
+            is_master=place.keeps_store,
+            timeout=JOIN,
+            wait_for_workers=place.launcher == "srun",  # torchrun watches its processes itself
+        )
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"process {place.rank} of {place.world} could not meet the others at {place.address}:{place.port} within {JOIN.seconds} s: {reason};"
+            " another job may use that port, or a process did not start"
+        ) from error
+
+
+def require_same(config: Mapping[str, Any]) -> None:
+    """Raise ValueError on every process, naming the first key, unless all of them have the same config."""
+    configs = [flat(one) for one in gathered([config])]
+    for key in sorted(set().union(*configs)):
+        ranks: dict[str, list[str]] = {}
+        for rank, one in enumerate(configs):
+            ranks.setdefault(repr(one[key]) if key in one else "not there", []).append(str(rank))
+        if len(ranks) > 1:
+            found = ", ".join(f"{value} on rank {','.join(those)}" for value, those in ranks.items())
+            raise ValueError(f"the processes have different configs: {key} is {found}; start all of them with the same command")
 
 
 def stop() -> None:

@@ -1,0 +1,115 @@
+"""Where a process finds itself: started by torchrun, by srun, or alone."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SRUN = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID", "SLURM_STEP_ID")
+FIRST_PORT, PORTS = 20000, 12000  # below 32768, from where on Linux hands ports out to anybody
+
+
+@dataclass(frozen=True)
+class Place:
+    """A process among `world` others, `local_rank` on its own machine, and where they all meet."""
+
+    launcher: str  # torchrun | srun | none
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    address: str = ""
+    port: int = 0
+    keeps_store: bool = False  # the one that the others connect to; torchrun's own process may do it for all of them
+    attempt: int = 0  # torchrun starts all processes anew where it is told to
+
+    def device_index(self, gpus: int) -> int:
+        """Which of the `gpus` that this process sees is its own; srun may show each task just one.
+
+        Raises:
+            ValueError: there are fewer of them than processes on this machine.
+        """
+        index = 0 if self.launcher == "srun" and gpus == 1 else self.local_rank
+        if index >= gpus:
+            raise ValueError(f"process {index} of this machine has no GPU, torch sees {gpus}: start fewer, or set trainer.accelerator=cpu")
+        return index
+
+
+def find_place(environment: Mapping[str, str]) -> Place:
+    """Read the launcher's variables: torchrun's four, else those of an srun step of several tasks, else none.
+
+    A batch script, `salloc` and `srun -n1` are one process, whatever SLURM_NTASKS says.
+
+    Raises:
+        ValueError: a part of a launcher's variables is missing, or one is not a number.
+    """
+    given = [name for name in TORCHRUN if name in environment]
+    missing = [name for name in TORCHRUN if name not in environment]
+    if given and missing:
+        raise ValueError(f"the environment sets {', '.join(given)} but not {', '.join(sorted(missing))}: start with torchrun, or unset them")
+    if given:
+        rank = _number(environment, "RANK")
+        return Place(
+            launcher="torchrun",
+            rank=rank,
+            world=_number(environment, "WORLD_SIZE"),
+            local_rank=_number(environment, "LOCAL_RANK", default=0),
+            address=environment["MASTER_ADDR"],
+            port=_number(environment, "MASTER_PORT"),
+            keeps_store=rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+            attempt=_number(environment, "TORCHELASTIC_RESTART_COUNT", default=0),
+        )
+    tasks = _number(environment, "SLURM_STEP_NUM_TASKS", default=1)
+    return _srun_task(environment, tasks) if tasks > 1 else Place(launcher="none")
+
+
+def _srun_task(environment: Mapping[str, str], tasks: int) -> Place:
+    missing = [name for name in SRUN if name not in environment]
+    if missing:
+        raise ValueError(f"SLURM_STEP_NUM_TASKS={tasks}, so srun started this, but {', '.join(missing)} is not set; start with srun, or unset it")
+    rank = _number(environment, "SLURM_PROCID")
+    # Steps of one job and jobs that follow each other get ports of their own.
+    offset = 16 * _number(environment, "SLURM_JOB_ID") + _number(environment, "SLURM_STEP_ID")
+    return Place(
+        launcher="srun",
+        rank=rank,
+        world=tasks,
+        local_rank=_number(environment, "SLURM_LOCALID"),
+        address=hosts(environment["SLURM_STEP_NODELIST"])[0],
+        port=FIRST_PORT + offset % PORTS,
+        keeps_store=rank == 0,
+    )
+
+
+def hosts(nodelist: str) -> list[str]:
+    """The host names of SLURM's short form: `node[01-03,7],gpu2` is node01, node02, node03, node7 and gpu2.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    names: list[str] = []
+    for item in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", nodelist):
+        parts = [_numbers(part[1:-1], nodelist) if part.startswith("[") else [part] for part in re.findall(r"\[[^\]]*\]|[^\[]+", item)]
+        names += ["".join(chosen) for chosen in itertools.product(*parts)]
+    if not names or nodelist.count("[") != nodelist.count("]"):
+        raise ValueError(f"SLURM_STEP_NODELIST={nodelist!r} is no list of hosts")
+    return names
+
+
+def _numbers(ranges: str, nodelist: str) -> list[str]:
+    found: list[str] = []
+    for one in ranges.split(","):
+        first, _, last = one.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise ValueError(f"SLURM_STEP_NODELIST={nodelist!r} is no list of hosts: {one!r} is no range")
+        found += [f"{number:0{len(first)}}" for number in range(int(first), int(last or first) + 1)]
+    return found
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    value = environment.get(name, None if default is None else str(default))
+    if value is None or not value.isdigit():
+        raise ValueError(f"the environment's {name}={value!r} is not a number; unset it, or start with torchrun or srun")
+    return int(value)

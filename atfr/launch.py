@@ -1,0 +1,146 @@
+"""Do a program's work on every process: those that a launcher started, or some that this one starts.
+
+Without a launcher, `trainer.devices` processes (null: one for each GPU that torch sees) are started on
+this machine by torch's elastic launcher. They run the same program with the same overrides.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Callable
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from atfr.configuration import as_text, in_sweep
+from atfr.engine import distributed
+from atfr.engine.distributed import Ranks
+from atfr.engine.place import find_place
+from atfr.engine.settings import TrainerSettings
+
+PARENT, ERRORS = "ATFR_PARENT", "ATFR_ERRORS"  # a started process's parent, and the folder where it says why it failed
+
+
+def on_every_process(work: Callable[[Ranks], None], config: DictConfig, settings: TrainerSettings, *, program: str, folder: Path) -> None:
+    """Call `work` on every process with its ranks, after they have joined and compared their configs.
+
+    An error in one of several ends its process at once, with exit code 1, so that its launcher ends the others.
+
+    Args:
+        program: the file to run in the processes that are started here.
+        folder: where the results go, which in a sweep depends on more than a process's overrides.
+    """
+    count = processes_to_start(settings.accelerator, settings.devices)
+    if count > 1:
+        start_processes(count, program, folder)
+        return
+    end_with_the_parent()
+    try:
+        ranks = distributed.start(accelerator=settings.accelerator, devices=settings.devices)
+        distributed.require_same(OmegaConf.to_container(config, resolve=True))
+        work(ranks)
+    except Exception as error:
+        if find_place(os.environ).launcher == "none":
+            raise
+        # Nor does it leave the group, for which it might wait for ever.
+        if ERRORS in os.environ:
+            Path(os.environ[ERRORS], str(os.getpid())).write_text(as_text(error), errors="backslashreplace")
+        else:
+            print(as_text(error), file=sys.stderr, flush=True)
+        sys.exit(1)
+    distributed.stop()
+
+
+def processes_to_start(accelerator: str, devices: int | None) -> int:
+    """How many processes are to be started here; 1: none, this one does the work, alone or among those of a launcher.
+
+    Raises:
+        ValueError: an impossible `accelerator` or number of `devices`.
+    """
+    if devices is not None and devices < 1:
+        raise ValueError(f"trainer.devices={devices} must be at least 1, or null for every GPU")
+    if find_place(os.environ).launcher != "none":
+        return 1
+    if not distributed.uses_gpu(accelerator):
+        return devices or 1
+    gpus = torch.cuda.device_count()
+    if devices is not None and devices > gpus:
+        raise ValueError(f"trainer.devices={devices}, but torch sees {gpus} GPU(s) here; ask for fewer, or set trainer.accelerator=cpu")
+    return devices or gpus
+
+
+def start_processes(count: int, program: str, folder: Path) -> None:
+    """Run the program in `count` processes of this machine; the first one's error ends all of them, and is printed once."""
+    hydra = HydraConfig.get()
+    # A job of a sweep is not what the command line says, and the same overrides alone would be another run folder.
+    arguments = [*hydra.overrides.task, f"trainer.output_dir={quoted(folder)}"] if in_sweep() else sys.argv[1:]
+    before, handlers, disabled = dict(os.environ), {s: signal.getsignal(s) for s in signal.valid_signals()}, logging.root.manager.disable
+    with tempfile.TemporaryDirectory(prefix="atfr-") as logs, tempfile.TemporaryDirectory(prefix="atfr-") as errors:
+        os.environ.update({PARENT: str(os.getpid()), ERRORS: errors})
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+        logging.disable(logging.CRITICAL)  # torch's own account of a failure, which is longer than ours
+        try:
+            elastic_launch(
+                LaunchConfig(
+                    min_nodes=1,
+                    max_nodes=1,
+                    nproc_per_node=count,
+                    run_id=str(os.getpid()),
+                    rdzv_backend="c10d",
+                    rdzv_endpoint="localhost:0",
+                    local_addr="localhost",
+                    max_restarts=0,
+                    logs_specs=DefaultLogsSpecs(log_dir=logs),
+                ),
+                sys.executable,
+            )(program, *arguments)
+        except ChildFailedError as error:
+            print(first_error(Path(errors), error), file=sys.stderr, flush=True)
+            if in_sweep() and "SUBMITIT_EXECUTOR" not in os.environ:
+                raise RuntimeError("a process of this job failed, see above") from None  # the sweep's other jobs still run
+            sys.exit(1)
+        except SignalException as stopped:
+            sys.exit(128 + stopped.sigval)
+        finally:
+            logging.disable(disabled)
+            os.environ.clear()
+            os.environ.update(before)
+            for number, handler in handlers.items():
+                if handler is not None and signal.getsignal(number) is not handler:
+                    signal.signal(number, handler)
+
+
+def first_error(folder: Path, error: ChildFailedError) -> str:
+    """What the process that failed first left; the others' errors follow from its."""
+    said = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    if said:
+        return said[0].read_text()
+    rank, failure = error.get_first_failure()
+    how = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with exit code {failure.exitcode}"
+    return f"error: process {rank} {how}, so the others were ended"
+
+
+def quoted(folder: Path) -> str:
+    """The folder as the value of an override, whatever its name has in it."""
+    return "'" + str(folder).replace("'", "\\'") + "'"
+
+
+def end_with_the_parent() -> None:
+    """Have the kernel kill this process as soon as the one that started it is gone, however that ended."""
+    if PARENT not in os.environ:
+        return
+    if sys.platform.startswith("linux"):
+        set_parent_death_signal = 1  # of prctl(2)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != int(os.environ[PARENT]):  # it was gone before that
+        sys.exit(1)

@@ -1,0 +1,262 @@
+"""How processes find each other: the launchers' variables, starting them, and how a job of several ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from run_tools import ROOT, small_job
+
+from atfr import launch
+from atfr.engine import distributed
+from atfr.engine.place import Place, find_place, hosts
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400"}
+# The sixth of eight tasks, the second one of the third of three machines; a batch script's own variables are there too.
+SRUN = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "2",
+    "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_NODELIST": "login,node[07-09]",
+    "SLURM_STEP_NODELIST": "node[07-08],gpu2",
+}
+
+
+def test_torchruns_variables_are_taken_also_inside_a_slurm_step():
+    place = find_place({**SRUN, **TORCHRUN})
+    assert place == Place("torchrun", 3, 4, 1, "10.0.0.1", 29400)
+    assert find_place({**TORCHRUN, "RANK": "0"}).keeps_store
+    assert not find_place({**TORCHRUN, "RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}).keeps_store
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
+def test_a_variable_of_torchrun_that_is_missing_is_named(name):
+    with pytest.raises(ValueError, match=f"but not {name}: start with torchrun"):
+        find_place({key: value for key, value in TORCHRUN.items() if key != name})
+
+
+def test_a_task_of_srun_meets_the_others_on_the_first_host_of_its_step():
+    place = find_place(SRUN)
+    assert (place.launcher, place.rank, place.world, place.local_rank, place.address) == ("srun", 5, 8, 1, "node07")
+    assert not place.keeps_store and find_place({**SRUN, "SLURM_PROCID": "0"}).keeps_store
+
+
+def test_steps_and_jobs_that_run_side_by_side_get_ports_of_their_own():
+    found = {find_place({**SRUN, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}).port for job in range(4700, 4800) for step in range(8)}
+    assert len(found) == 100 * 8 and 1024 < min(found) and max(found) < 32768
+    assert len({find_place({**SRUN, "SLURM_PROCID": str(rank)}).port for rank in range(8)}) == 1
+
+
+@pytest.mark.parametrize("name", ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID", "SLURM_STEP_ID"])
+def test_a_variable_of_srun_that_is_missing_is_named(name):
+    with pytest.raises(ValueError, match=f"but {name} is not set"):
+        find_place({key: value for key, value in SRUN.items() if key != name})
+
+
+def test_a_variable_that_is_no_number_is_named():
+    with pytest.raises(ValueError, match="SLURM_PROCID='first' is not a number"):
+        find_place({**SRUN, "SLURM_PROCID": "first"})
+    with pytest.raises(ValueError, match="WORLD_SIZE='' is not a number"):
+        find_place({**TORCHRUN, "WORLD_SIZE": ""})
+
+
+@pytest.mark.parametrize("environment", [{}, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, {**SRUN, "SLURM_STEP_NUM_TASKS": "1"}])
+def test_no_launcher_a_batch_script_and_a_step_of_one_task_are_one_process(environment):
+    assert find_place(environment) == Place("none", rank=0, world=1, local_rank=0)
+
+
+@pytest.mark.parametrize(
+    "nodelist,expected",
+    [
+        ("node[01-03,7],gpu2", ["node01", "node02", "node03", "node7", "gpu2"]),
+        ("127.0.0.[1-2]", ["127.0.0.1", "127.0.0.2"]),
+        ("n[9-11]", ["n9", "n10", "n11"]),
+        ("n[099-101]-ib", ["n099-ib", "n100-ib", "n101-ib"]),
+        ("rack[1-2]n[3,5]", ["rack1n3", "rack1n5", "rack2n3", "rack2n5"]),
+        ("a-b.c,d", ["a-b.c", "d"]),
+    ],
+)
+def test_a_list_of_hosts_is_written_out(nodelist, expected):
+    assert hosts(nodelist) == expected
+
+
+@pytest.mark.parametrize("nodelist", ["", "node[1-", "node[a-b]", "node[]"])
+def test_what_is_no_list_of_hosts_is_refused(nodelist):
+    with pytest.raises(ValueError, match="SLURM_STEP_NODELIST="):
+        hosts(nodelist)
+
+
+def test_a_process_computes_on_its_own_gpu_and_on_the_only_one_that_srun_shows_it():
+    assert find_place(TORCHRUN).device_index(gpus=2) == 1
+    assert find_place(SRUN).device_index(gpus=4) == 1
+    assert find_place(SRUN).device_index(gpus=1) == 0
+    with pytest.raises(ValueError, match="process 1 of this machine has no GPU, torch sees 1"):
+        find_place(TORCHRUN).device_index(gpus=1)
+
+
+def test_what_torchrun_started_must_be_as_many_as_asked_for(monkeypatch):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"trainer.devices=3, but 4 process\(es\) run"):
+        distributed.start(accelerator="cpu", devices=3)
+
+
+def test_a_port_in_use_is_named(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for name, value in {**TORCHRUN, "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=f"process 0 of 4 could not meet the others at 127.0.0.1:{port} .* another job may use that port"):
+            distributed.start(accelerator="cpu", devices=None)
+
+
+def test_a_task_whose_sibling_never_comes_gives_up_in_time(monkeypatch):
+    monkeypatch.setattr(distributed, "JOIN", timedelta(seconds=1))
+    for name, value in {**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_JOB_ID": str(os.getpid())}.items():
+        monkeypatch.setenv(name, value)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="process 0 of 8 could not meet the others at 127.0.0.1:.* a process did not start"):
+        distributed.start(accelerator="cpu", devices=None)
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    "accelerator,devices,gpus,expected",
+    [("auto", None, 0, 1), ("auto", None, 1, 1), ("auto", None, 4, 4), ("auto", 1, 4, 1), ("cuda", 2, 4, 2), ("cpu", None, 4, 1), ("cpu", 3, 4, 3), ("auto", 3, 0, 3)],
+)
+def test_as_many_processes_start_as_asked_for_or_one_a_gpu(monkeypatch, accelerator, devices, gpus, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert launch.processes_to_start(accelerator, devices) == expected
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert launch.processes_to_start(accelerator, devices) == 1  # torchrun's own work
+
+
+def test_more_gpus_than_there_are_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"trainer.devices=3, but torch sees 2 GPU\(s\) here"):
+        launch.processes_to_start("auto", 3)
+
+
+def start_tool(name: str, *arguments: str, **environment: str) -> subprocess.Popen:
+    """A program of tools/ in a process of its own; `environment` is added to ours."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / f"tools/{name}.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **environment},
+    )
+
+
+def two_tasks(*commands: list[str], job: int) -> list[subprocess.Popen]:
+    """`tools/train.py` with each of the two lists of overrides, as the two tasks of an srun step on this machine."""
+    step = {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.[1-2]"}
+    return [start_tool("train", *command, **step, SLURM_PROCID=str(rank), SLURM_LOCALID="0") for rank, command in enumerate(commands)]
+
+
+def test_tasks_of_srun_that_were_told_different_things_all_end_with_one_line_that_names_the_key(small_videos, tmp_path):
+    jobs = [small_job(small_videos, tmp_path, "trainer.accelerator=cpu", f"optimizer.lr=0.{rank + 1}") for rank in range(2)]
+    for task in two_tasks(*jobs, job=os.getpid()):
+        _, err = task.communicate(timeout=120)
+        assert task.returncode == 1
+        assert err.splitlines()[-1] == (
+            "error: the processes have different configs: optimizer.lr is 0.1 on rank 0, 0.2 on rank 1; start all of them with the same command"
+        )
+        assert "Traceback" not in err
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["split"] == "train"]
+
+
+@pytest.mark.slow
+def test_two_processes_of_any_launcher_learn_what_one_does(small_videos, tmp_path):
+    def job(name: str, *more: str) -> list[str]:
+        return small_job(small_videos, tmp_path / name, "trainer.accelerator=cpu", "trainer.epochs=4", "trainer.statistics_clips=0", "model=x3d", *more)
+
+    def finish(*processes: subprocess.Popen) -> str:
+        outputs = [process.communicate(timeout=300) for process in processes]
+        assert [process.returncode for process in processes] == [0] * len(processes), outputs
+        return outputs[0][0]
+
+    finish(start_tool("train", *job("one")))
+    out = finish(start_tool("train", *job("two", "trainer.devices=2")))
+    assert out.count("run folder") == 1 and out.count("top-1") == 1
+    command = job("srun")
+    finish(*two_tasks(command, command, job=os.getpid() + 1))
+    expected = losses(tmp_path / "one")
+    assert len(expected) == 8
+    for name in ("two", "srun"):
+        assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_the_job_with_its_error_once(small_videos, tmp_path):
+    job = small_job(small_videos, tmp_path, "trainer.accelerator=cpu", "trainer.devices=2")
+    start = time.monotonic()
+    broken = start_tool("train", *job, "optimizer={_target_: failing_rank.optimizer, kind: bug}")
+    out, err = broken.communicate(timeout=120)
+    assert broken.returncode == 1 and err.count("Traceback") == 1 and err.count("RuntimeError: no such thing on rank 1") == 1, err
+    wrong = start_tool("train", *job, "optimizer={_target_: failing_rank.optimizer, kind: mistake}")
+    out, err = wrong.communicate(timeout=120)
+    assert wrong.returncode == 1 and err.splitlines()[-1] == "error: rank 1 was told nonsense" and "Traceback" not in err, err
+    died = start_tool("train", *job, "optimizer={_target_: failing_rank.optimizer, kind: killed}")
+    out, err = died.communicate(timeout=120)
+    assert died.returncode == 1 and err.splitlines()[-1] == "error: process 1 was killed by SIGKILL, so the others were ended", err
+    assert time.monotonic() - start < 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_parent_leaves_no_process_behind(small_videos, tmp_path, number):
+    parent = start_tool("train", *small_job(small_videos, tmp_path, "trainer.accelerator=cpu", "trainer.devices=2", "trainer.epochs=1000"))
+    try:
+        while not (tmp_path / "metrics.jsonl").exists():
+            assert parent.poll() is None, parent.communicate()
+            time.sleep(0.1)
+        children = [int(pid) for pid in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
+        assert len(children) == 2
+    finally:
+        parent.send_signal(number)
+    parent.wait(timeout=60)
+    deadline = time.monotonic() + 20
+    while any(runs(pid) for pid in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def runs(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_a_sweep_starts_the_processes_of_each_job_and_keeps_its_run_folders(small_videos, tmp_path):
+    job = [o for o in small_job(small_videos, tmp_path, "model=x3d", "trainer.max_steps=1", "trainer.test=false") if "output_dir" not in o]
+    command = [sys.executable, str(ROOT / "tools/train.py"), "-m", *job, "trainer.accelerator=cpu", "trainer.devices=2", "trainer.seed=0,1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    sweep = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
+    assert sweep.returncode == 0, sweep.stderr
+    folders = [path.parent.parent for path in tmp_path.glob("runs/sweep/*/checkpoints/last.pt")]
+    assert len(folders) == 2 and sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["sweep"]
+    assert sweep.stdout.count("run folder runs/sweep/") == 2 and all(f"run folder runs/sweep/{folder.name}\n" in sweep.stdout for folder in folders)
