@@ -172,7 +172,7 @@ def one_line_errors(main: Callable[[DictConfig], None]) -> Callable[[DictConfig]
             if text.startswith("Traceback") and not alone:
                 raise  # hydra prints it
             print(text, file=sys.stderr, flush=True)
-            if in_sweep() and not alone:
+            if not alone and in_sweep():
                 raise  # the other jobs of a sweep still run, and hydra exits with 1 in the end
             # Submitit runs each job of a sweep alone, and would take an exception for a job that ended well.
             sys.exit(1)

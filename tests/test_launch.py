@@ -9,14 +9,19 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Optional
 
 import pytest
 import torch
-from run_tools import ROOT, small_job
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from run_tools import ROOT, run_tool, small_job
 
-from atfr import launch
+from atfr import configuration, launch
 from atfr.engine import distributed
 from atfr.engine.place import Place, find_place, hosts
 
@@ -190,7 +195,9 @@ def losses(folder: Path) -> list[float]:
 @pytest.mark.slow
 def test_two_processes_of_any_launcher_learn_what_one_does(small_videos, tmp_path):
     def job(name: str, *more: str) -> list[str]:
-        return small_job(small_videos, tmp_path / name, "trainer.accelerator=cpu", "trainer.epochs=4", "trainer.statistics_clips=0", "model=x3d", *more)
+        own = ("model=custom", "model.backbone._target_=launched_parts.network")
+        overrides = small_job(small_videos, tmp_path / name, "trainer.accelerator=cpu", "trainer.epochs=10", "trainer.statistics_clips=0", *own, *more)
+        return [override for override in overrides if override != "model.size=tiny"]
 
     def finish(*processes: subprocess.Popen) -> str:
         outputs = [process.communicate(timeout=300) for process in processes]
@@ -199,11 +206,11 @@ def test_two_processes_of_any_launcher_learn_what_one_does(small_videos, tmp_pat
 
     finish(start_tool("train", *job("one")))
     out = finish(start_tool("train", *job("two", "trainer.devices=2")))
-    assert out.count("run folder") == 1 and out.count("top-1") == 1
+    assert out.count("8 training, 4 validation") == 1
     command = job("srun")
     finish(*two_tasks(command, command, job=os.getpid() + 1))
     expected = losses(tmp_path / "one")
-    assert len(expected) == 8
+    assert len(expected) == 20 and len(set(expected)) == 20
     for name in ("two", "srun"):
         assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-4)
 
@@ -212,13 +219,13 @@ def test_two_processes_of_any_launcher_learn_what_one_does(small_videos, tmp_pat
 def test_a_process_that_fails_ends_the_job_with_its_error_once(small_videos, tmp_path):
     job = small_job(small_videos, tmp_path, "trainer.accelerator=cpu", "trainer.devices=2")
     start = time.monotonic()
-    broken = start_tool("train", *job, "optimizer={_target_: failing_rank.optimizer, kind: bug}")
+    broken = start_tool("train", *job, "optimizer._target_=launched_parts.failing_optimizer", "+optimizer.kind=bug")
     out, err = broken.communicate(timeout=120)
     assert broken.returncode == 1 and err.count("Traceback") == 1 and err.count("RuntimeError: no such thing on rank 1") == 1, err
-    wrong = start_tool("train", *job, "optimizer={_target_: failing_rank.optimizer, kind: mistake}")
+    wrong = start_tool("train", *job, "optimizer._target_=launched_parts.failing_optimizer", "+optimizer.kind=mistake")
     out, err = wrong.communicate(timeout=120)
     assert wrong.returncode == 1 and err.splitlines()[-1] == "error: rank 1 was told nonsense" and "Traceback" not in err, err
-    died = start_tool("train", *job, "optimizer={_target_: failing_rank.optimizer, kind: killed}")
+    died = start_tool("train", *job, "optimizer._target_=launched_parts.failing_optimizer", "+optimizer.kind=killed")
     out, err = died.communicate(timeout=120)
     assert died.returncode == 1 and err.splitlines()[-1] == "error: process 1 was killed by SIGKILL, so the others were ended", err
     assert time.monotonic() - start < 100
@@ -260,3 +267,51 @@ def test_a_sweep_starts_the_processes_of_each_job_and_keeps_its_run_folders(smal
     folders = [path.parent.parent for path in tmp_path.glob("runs/sweep/*/checkpoints/last.pt")]
     assert len(folders) == 2 and sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["sweep"]
     assert sweep.stdout.count("run folder runs/sweep/") == 2 and all(f"run folder runs/sweep/{folder.name}\n" in sweep.stdout for folder in folders)
+
+
+def test_a_job_of_submitit_that_fails_exits_since_an_exception_would_pass_for_a_good_end(monkeypatch, capsys):
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    outcome = run_tool("train", "-m", "trainer.epochs=0,-1")
+    assert outcome.code == 1 and outcome.err.splitlines() == ["error: trainer.epochs must be at least 1, not 0"]
+
+    @configuration.one_line_errors
+    def main(config):
+        raise KeyError("a bug")
+
+    with pytest.raises(SystemExit, match="1"):
+        main(OmegaConf.create())
+    err = capsys.readouterr().err
+    assert err.count("Traceback") == 1 and "KeyError: 'a bug'" in err
+
+
+@dataclass
+class SubmititOptions:
+    """The plugin's options that configs/hydra/launcher/slurm.yaml sets, with its types; the plugin itself is optional."""
+
+    nodes: int = 1
+    gpus_per_node: Optional[int] = None
+    tasks_per_node: int = 1
+    cpus_per_task: Optional[int] = None
+    timeout_min: int = 60
+    signal_delay_s: int = 120
+    max_num_timeout: int = 0
+    setup: Optional[list[str]] = None
+
+
+def test_the_slurm_launcher_starts_a_task_a_gpu_and_queues_again_what_ran_out_of_time():
+    ConfigStore.instance().store(group="hydra/launcher", name="submitit_slurm", node=SubmititOptions, provider="test")
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        composed = compose("train", ["hydra/launcher=slurm", "hydra.launcher.nodes=2", "hydra.launcher.gpus_per_node=4"], return_hydra_config=True)
+    options = composed.hydra.launcher
+    assert (options.nodes, options.gpus_per_node, options.tasks_per_node) == (2, 4, 4)
+    assert options.timeout_min > 10 and options.max_num_timeout >= 1 and "export SLURM_KILL_BAD_EXIT=1" in options.setup
+
+
+def test_the_batch_script_hands_the_overrides_to_every_task(tmp_path):
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\necho "$OMP_NUM_THREADS $SRUN_CPUS_PER_TASK"; for one in "$@"; do echo "$one"; done; exit 3\n')
+    srun.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "6"}
+    done = subprocess.run(["bash", ROOT / "scripts/slurm/train.sbatch", "model=x3d", "a=b c"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.splitlines() == ["6 6", "--kill-on-bad-exit=1", "python", "tools/train.py", "model=x3d", "a=b c"]

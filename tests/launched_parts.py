@@ -1,0 +1,24 @@
+"""What test_launch.py has its processes train: a network that any number of them trains alike, an optimizer that fails on one."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+from torch import nn
+from torch.optim import SGD
+
+
+def network(num_classes: int) -> nn.Module:
+    """No batch norm and no dropout, whose training depends on which clips a process has."""
+    return nn.Sequential(nn.Conv3d(3, 4, 3, stride=2), nn.ReLU(), nn.Conv3d(4, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8, num_classes))
+
+
+def failing_optimizer(model: nn.Module, lr: float, kind: str, **_: Any) -> SGD:
+    """SGD on rank 0; on rank 1 the process fails: a `bug`, a user's `mistake`, or `killed`."""
+    if os.environ["RANK"] == "1":
+        if kind == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("no such thing on rank 1") if kind == "bug" else ValueError("rank 1 was told nonsense")
+    return SGD(model.parameters(), lr=lr)
