@@ -12,7 +12,9 @@ import os
 import signal
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Callable
 
 import torch
@@ -25,10 +27,11 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from atfr.configuration import as_text, in_sweep
 from atfr.engine import distributed
 from atfr.engine.distributed import Ranks
+from atfr.engine.interruption import SIGNALS, TRY_AGAIN
 from atfr.engine.place import find_place
 from atfr.engine.settings import TrainerSettings
 
-PARENT, ERRORS = "ATFR_PARENT", "ATFR_ERRORS"  # a started process's parent, and the folder where it says why it failed
+PARENT, ERRORS = "ATFR_PARENT", "ATFR_ERRORS"  # a started process's parent, and the folder of its file: empty, or why it failed
 
 
 def on_every_process(work: Callable[[Ranks], None], config: DictConfig, settings: TrainerSettings, *, program: str, folder: Path) -> None:
@@ -44,7 +47,7 @@ def on_every_process(work: Callable[[Ranks], None], config: DictConfig, settings
     if count > 1:
         start_processes(count, program, folder)
         return
-    end_with_the_parent()
+    answer_to_the_parent()
     try:
         ranks = distributed.start(accelerator=settings.accelerator, devices=settings.devices)
         distributed.require_same(OmegaConf.to_container(config, resolve=True))
@@ -89,6 +92,7 @@ def start_processes(count: int, program: str, folder: Path) -> None:
         os.environ.update({PARENT: str(os.getpid()), ERRORS: errors})
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
         logging.disable(logging.CRITICAL)  # torch's own account of a failure, which is longer than ours
+        passed_on = pass_on_signals(Path(errors))
         try:
             elastic_launch(
                 LaunchConfig(
@@ -101,10 +105,14 @@ def start_processes(count: int, program: str, folder: Path) -> None:
                     local_addr="localhost",
                     max_restarts=0,
                     logs_specs=DefaultLogsSpecs(log_dir=logs),
+                    signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # SIGTERM would leave the processes 30 s to save
                 ),
                 sys.executable,
             )(program, *arguments)
         except ChildFailedError as error:
+            if passed_on:
+                saved = all(failure.exitcode == TRY_AGAIN for failure in error.failures.values())
+                sys.exit(TRY_AGAIN if saved else 128 + passed_on[0])
             print(first_error(Path(errors), error), file=sys.stderr, flush=True)
             if in_sweep() and "SUBMITIT_EXECUTOR" not in os.environ:
                 raise RuntimeError("a process of this job failed, see above") from None  # the sweep's other jobs still run
@@ -120,12 +128,28 @@ def start_processes(count: int, program: str, folder: Path) -> None:
                     signal.signal(number, handler)
 
 
+def pass_on_signals(folder: Path) -> list[int]:
+    """From now on the signals that mean "stop soon" go to the started processes, each of which has a file there; those that came."""
+    came: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        for path in folder.iterdir():
+            with suppress(ProcessLookupError):
+                os.kill(int(path.name), number)
+
+    for number in SIGNALS:
+        signal.signal(number, handle)
+    return came
+
+
 def first_error(folder: Path, error: ChildFailedError) -> str:
-    """What the process that failed first left; the others' errors follow from its."""
-    said = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    if said:
+    """The first process's error; the others' follow from it. One that was killed left none, and SIGTERM came after it."""
+    killed = [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM]
+    said = sorted((path for path in folder.iterdir() if path.stat().st_size), key=lambda path: path.stat().st_mtime_ns)
+    if said and not killed:
         return said[0].read_text()
-    rank, failure = error.get_first_failure()
+    rank, failure = (killed or [error.get_first_failure()])[0]
     how = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with exit code {failure.exitcode}"
     return f"error: process {rank} {how}, so the others were ended"
 
@@ -135,8 +159,8 @@ def quoted(folder: Path) -> str:
     return "'" + str(folder).replace("'", "\\'") + "'"
 
 
-def end_with_the_parent() -> None:
-    """Have the kernel kill this process as soon as the one that started it is gone, however that ended."""
+def answer_to_the_parent() -> None:
+    """Have the kernel kill this process as soon as the one that started it is gone, however that ended, and tell that one of it."""
     if PARENT not in os.environ:
         return
     if sys.platform.startswith("linux"):
@@ -144,3 +168,4 @@ def end_with_the_parent() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.getppid() != int(os.environ[PARENT]):  # it was gone before that
         sys.exit(1)
+    Path(os.environ[ERRORS], str(os.getpid())).touch()

@@ -43,7 +43,7 @@ def main(config: DictConfig) -> None:
                 train_and_test(config, settings, ranks, folder, stop)
             except Interrupted as error:
                 distributed.stop()
-                end(error, stop, is_main=ranks.is_main)
+                end(error, is_main=ranks.is_main)
 
     on_every_process(work, config, settings, program=__file__, folder=folder)
 

@@ -148,16 +148,16 @@ def summed(value: Tensor) -> Tensor:
 _host_group: dist.ProcessGroup | None = None
 
 
-def any_process(flag: bool) -> bool:
-    """Whether it is true on at least one process. Between the hosts' memories, so that no GPU is waited for."""
+def largest(number: int) -> int:
+    """The largest of all processes' numbers. Between the hosts' memories, so that no GPU is waited for."""
     global _host_group
     if not dist.is_initialized():
-        return flag
+        return number
     if _host_group is None:
         _host_group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-    value = torch.tensor([int(flag)])
-    dist.all_reduce(value, group=_host_group)
-    return bool(value.item())
+    value = torch.tensor([number])
+    dist.all_reduce(value, dist.ReduceOp.MAX, group=_host_group)
+    return int(value.item())
 
 
 def broadcast_buffers(model: nn.Module) -> None:

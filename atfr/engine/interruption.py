@@ -24,9 +24,6 @@ class StopFlag:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
 
-    def __bool__(self) -> bool:
-        return self.signal is not None
-
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
 
@@ -44,14 +41,18 @@ def listening() -> Iterator[StopFlag]:
 
 
 class Interrupted(Exception):
-    """Training was asked to stop, and everything is saved."""
+    """Training was told to stop, and everything is saved."""
+
+    def __init__(self, number: int, where: str) -> None:
+        self.signal = signal.Signals(number)
+        super().__init__(f"stopped by {self.signal.name} {where}")
 
 
-def end(error: Interrupted, flag: StopFlag, *, is_main: bool) -> None:
+def end(error: Interrupted, *, is_main: bool) -> None:
     """Say so, requeue the SLURM job if it is one that should be, and end with 0 if it was and with TRY_AGAIN if not."""
     job = os.environ.get("SLURM_JOB_ID")
     # TERM: cancelled, or SLURM itself puts it back.
-    requeue = job is not None and flag.signal in (signal.SIGUSR1, signal.SIGUSR2)
+    requeue = job is not None and error.signal in (signal.SIGUSR1, signal.SIGUSR2)
     if is_main:
         print(f"{error}; {'put back into the queue' if requeue else 'the same command goes on'}", file=sys.stderr, flush=True)
         if requeue:

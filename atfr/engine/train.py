@@ -136,10 +136,11 @@ class Training:
 
     def stop_if_told(self, epoch: int) -> None:
         """Save and end, all processes at the same step, if one of them was told to."""
-        if self.stop is not None and distributed.any_process(bool(self.stop)):
+        number = 0 if self.stop is None else distributed.largest(self.stop.signal or 0)
+        if number:
             self.check_losses(epoch)
             self.save(self.last)
-            raise Interrupted(f"stopped by a signal after step {self.step} of {self.total_steps}, saved in {self.last}")
+            raise Interrupted(number, f"after step {self.step} of {self.total_steps}, saved in {self.last}")
 
     def check_data_wait(self, *, waited: float, total: float) -> None:
         """Count a step, and warn if too much of the time goes to waiting."""
