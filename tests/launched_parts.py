@@ -17,7 +17,7 @@ def network(num_classes: int) -> nn.Module:
 
 def failing_optimizer(model: nn.Module, lr: float, kind: str, **_: Any) -> SGD:
     """SGD on rank 0; on rank 1 the process fails: a `bug`, a user's `mistake`, or `killed`."""
-    if os.environ["RANK"] == "1":
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == "1":
         if kind == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("no such thing on rank 1") if kind == "bug" else ValueError("rank 1 was told nonsense")

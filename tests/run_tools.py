@@ -31,6 +31,7 @@ def run_script(script: str, *arguments: str) -> Outcome:
     """The same of any program of the repository."""
     out, err = io.StringIO(), io.StringIO()
     before, sys.argv = sys.argv, [str(ROOT / script), *arguments]
+    level = logging.root.level
     code = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -39,7 +40,8 @@ def run_script(script: str, *arguments: str) -> Outcome:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:
         sys.argv = before
-        for logger in logging.root.manager.loggerDict.values():  # hydra's logging may disable all there are, for good
+        logging.root.setLevel(level)  # hydra sets it, and may disable all loggers there are, for good
+        for logger in logging.root.manager.loggerDict.values():
             if isinstance(logger, logging.Logger):
                 logger.disabled = False
     return Outcome(code, out.getvalue(), err.getvalue())

@@ -9,15 +9,12 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Optional
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from run_tools import ROOT, run_tool, small_job
 
@@ -284,22 +281,7 @@ def test_a_job_of_submitit_that_fails_exits_since_an_exception_would_pass_for_a_
     assert err.count("Traceback") == 1 and "KeyError: 'a bug'" in err
 
 
-@dataclass
-class SubmititOptions:
-    """The plugin's options that configs/hydra/launcher/slurm.yaml sets, with its types; the plugin itself is optional."""
-
-    nodes: int = 1
-    gpus_per_node: Optional[int] = None
-    tasks_per_node: int = 1
-    cpus_per_task: Optional[int] = None
-    timeout_min: int = 60
-    signal_delay_s: int = 120
-    max_num_timeout: int = 0
-    setup: Optional[list[str]] = None
-
-
 def test_the_slurm_launcher_starts_a_task_a_gpu_and_queues_again_what_ran_out_of_time():
-    ConfigStore.instance().store(group="hydra/launcher", name="submitit_slurm", node=SubmititOptions, provider="test")
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         composed = compose("train", ["hydra/launcher=slurm", "hydra.launcher.nodes=2", "hydra.launcher.gpus_per_node=4"], return_hydra_config=True)
     options = composed.hydra.launcher
