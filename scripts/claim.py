@@ -39,7 +39,7 @@ RUNS = Path("runs", "claim")
 WARM = "warm"  # the dense network that the other runs of a seed start from
 
 FURTHER = 1 / 3  # epochs of every run that starts from it, of those that it had itself
-LONGER = {"even": 2 / 3}  # the same where sampled networks would not be trained to the end
+LONGER = {"even": 1}  # the same where sampled networks would not be trained to the end
 FINE_TUNING_LR = 0.02
 NETWORKS = ("x3d", "r2plus1d")  # each in its size `tiny`, sampled after the stem
 SHARES = (0.25, 0.32, 0.4, 0.5)  # target mean B' / T
@@ -56,7 +56,7 @@ class Method:
     start: str | None = WARM  # the run whose weights it starts from; None: from scratch
     after: str | None = "stem"  # the place of the sampling layer; None: the network has none
     adapts: bool = False  # whether B' has to do with what a clip shows
-    briefly: bool = False  # half of the further epochs that the other runs have
+    briefly: bool = False  # a third of the further epochs that the other runs have
 
 
 def sampled(preset: str, *more: str, after: str = "stem", start: str | None = WARM, briefly: bool = False) -> Method:
@@ -142,7 +142,7 @@ class Job:
         method = METHODS[self.method]
         model = (f"model={self.network}_sgs", f"model.sgs.after={method.after}") if method.after else (f"model={self.network}",)
         epochs = config_of(self.data).trainer.epochs
-        further = max(1, round(epochs * LONGER.get(self.data, FURTHER) * (1 / 2 if method.briefly else 1)))
+        further = max(1, round(epochs * LONGER.get(self.data, FURTHER) * (1 / 3 if method.briefly else 1)))
         if self.needs:
             training = (f"model.weights={self.needs.folder}/checkpoints/last.pt", f"trainer.epochs={further}", f"optimizer.lr={FINE_TUNING_LR}")
         else:  # as many epochs in all
