@@ -75,7 +75,7 @@ def test_executed_gflops_of_a_packed_batch_are_those_of_a_direct_analysis_of_it(
     assert table.executed(batch[:1]) == pytest.approx(table.at(batch[0]))
     with torch.no_grad():
         features = model.stem(torch.randn(1, *SHAPE))[0].expand(len(batch), -1, -1, -1, -1)
-    direct = gflops(_Trunk(model, batch), features)
+        direct = gflops(_Trunk(model, batch), features)
     assert table.executed(batch) > sum(table.at(bins) for bins in batch)
     assert table.executed(batch) - len(batch) * table._stem == pytest.approx(direct, rel=1e-6)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
 from typing import Callable, NamedTuple
 
 import pytest
@@ -11,7 +13,7 @@ from pytorchvideo.layers.nonlocal_net import create_nonlocal
 from torch import Tensor, nn
 
 from atfr.models import packed
-from atfr.models.segments import Segments, Window
+from atfr.models.segments import Segments, Window, rows_of
 
 CPU = torch.device("cpu")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}
@@ -97,11 +99,11 @@ CONVS = [
     Conv("pick", (1, 1, 1), (2, 1, 1)),
     Conv("pick", (1, 3, 3), (3, 2, 2), (0, 1, 1), bias=False),
     Conv("pick", (1, 3, 3), (2, 1, 1), (0, 2, 2), (2, 2, 2), groups=4),
-    Conv("taps", (3, 1, 1), padding=(1, 0, 0)),
-    Conv("taps", (5, 1, 1), padding=(2, 0, 0), bias=False),
-    Conv("taps", (7, 1, 1), padding=(3, 0, 0)),
-    Conv("taps", (3, 1, 1), padding=(2, 0, 0), dilation=(2, 1, 1)),
-    Conv("taps", (5, 1, 1), padding=(6, 0, 0), dilation=(3, 1, 1), bias=False),
+    Conv("gaps", (3, 1, 1), padding=(1, 0, 0)),
+    Conv("gaps", (5, 1, 1), padding=(2, 0, 0), bias=False),
+    Conv("gaps", (7, 1, 1), padding=(3, 0, 0)),
+    Conv("gaps", (3, 1, 1), padding=(2, 0, 0), dilation=(2, 1, 1)),
+    Conv("gaps", (5, 1, 1), padding=(6, 0, 0), dilation=(3, 1, 1), bias=False),
     Conv("gaps", (3, 3, 3), padding=(1, 1, 1)),
     Conv("gaps", (3, 3, 3), (1, 2, 2), (1, 1, 1), bias=False),
     Conv("gaps", (3, 3, 3), (1, 2, 1), (1, 2, 1), (1, 2, 1)),
@@ -156,7 +158,7 @@ def test_a_convolution_without_padding_is_that_of_each_clip(conv, memory):
 
 
 @pytest.mark.parametrize("memory", FORMATS)
-@pytest.mark.parametrize("way", ["taps", "mend", "gaps"])
+@pytest.mark.parametrize("way", ["mend", "gaps"])
 def test_all_ways_of_one_convolution_agree(monkeypatch, way, memory):
     """What runs on GPUs is not what runs on CPUs; here each way is taken by force."""
     monkeypatch.setattr(packed, "way_of", lambda *_: way)
@@ -180,7 +182,7 @@ def test_boundaries_that_are_mended_are_those_of_each_clip(monkeypatch, sizes, m
 def test_what_a_convolution_computes_in_vain_is_what_wasted_says(conv):
     module = conv.module()
     computed = []
-    module.register_forward_hook(lambda module, inputs, output: computed.append(output.shape[2]))
+    module.register_forward_hook(lambda module, inputs, output: computed.append(len(output) * output.shape[2]))
     lengths = (4, 1, 6, 2)
     wasted = packed.wasted(module, lengths, CPU)
     out = packed.apart(module, clips_of(lengths), segments_of(lengths), packed.window_of(module))
@@ -190,6 +192,62 @@ def test_what_a_convolution_computes_in_vain_is_what_wasted_says(conv):
         assert wasted == 0
     if module.kernel_size[0] == 3 and module.stride[0] == module.padding[0] == module.dilation[0] == 1:
         assert packed.wasted(module, lengths, torch.device("cuda")) == 4  # two outputs of two taps at each of three boundaries
+
+
+@pytest.mark.parametrize("window", [Window(3, padding=1), Window(5, padding=2), Window(3, 2, 1), Window(7, 4, 3), Window(3, padding=2, dilation=2), Window(2, 2)], ids=str)
+def test_rows_hold_every_clip_once_with_its_gap_and_take_no_more_than_one_row_of_all(window):
+    draw = random.Random(0)
+    for _ in range(200):
+        lengths = tuple(draw.randint(window.kernel - 2 * window.padding, 16) for _ in range(draw.randint(1, 12)))
+        long, rows = rows_of(lengths, window)
+        assert sorted(clip for clips in rows for clip, _ in clips) == list(range(len(lengths)))
+        for clips in rows:
+            for (clip, start), (_, following) in zip(clips, clips[1:]):
+                assert following - (start + lengths[clip]) >= window.padding
+                assert following // window.stride >= start // window.stride + window.out(lengths[clip])
+            assert all(start % window.stride == 0 for _, start in clips)
+            last, start = clips[-1]
+            assert start + lengths[last] <= long
+        one = 0  # the end of one row of all, longest first
+        for length in sorted(lengths, reverse=True):
+            begin = -(-one // window.stride) * window.stride
+            one, end = begin + max(length + window.padding, (window.out(length) - 1) * window.stride + 1), begin + length
+        assert len(rows) * long <= end
+
+
+def with_gaps(x: Tensor, segments: Segments) -> tuple[Tensor, Segments]:
+    """The same clips in rows with gaps of one place, which hold NaN."""
+    parted = replace(segments, gap=1)
+    spaced = x.index_select(2, parted.layout.source).index_fill(2, parted.layout.gaps, torch.nan)
+    return spaced.contiguous(memory_format=torch.channels_last_3d), parted
+
+
+@pytest.mark.parametrize("lengths", [(4, 1, 6, 2), (1, 7, 1, 1, 3), (6, 5, 1)])
+def test_operations_that_share_gaps_give_what_each_clip_gives_alone_whatever_the_gaps_hold(lengths):
+    conv, se = nn.Conv3d(4, 4, 3, padding=1, groups=4).double(), SqueezeExcitation(4, 2, is_3d=True).double()
+    over_time = nn.Conv3d(4, 4, (3, 1, 1), padding=(1, 0, 0), groups=4).double()
+    x = clips_of(lengths)
+    with torch.no_grad():
+        alone = [se(over_time(conv(piece))) for piece in x.split(lengths, dim=2)]
+        y, parted = with_gaps(x, segments_of(lengths))
+        for run, module in ((packed.conv3d, conv), (packed.conv3d, over_time), (packed.squeeze_excitation, se)):
+            y = run(module, y, parted)
+        torch.testing.assert_close(y.index_select(2, parted.layout.kept), torch.cat(alone, dim=2), rtol=1e-10, atol=1e-10)
+        means = packed.mean(y, parted, keepdim=False)
+        torch.testing.assert_close(means, torch.cat([piece.mean(dim=(2, 3, 4)) for piece in alone]), rtol=1e-10, atol=1e-10)
+
+
+def test_the_backward_pass_does_not_keep_the_copy_with_gaps():
+    conv, lengths = nn.Conv3d(4, 4, 3, padding=1, bias=False), (4, 1, 6, 2)
+    x = clips_of(lengths, dtype=torch.float32).requires_grad_()
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        out = packed.conv3d(conv, x, segments_of(lengths))
+    assert max(kept, default=0) <= conv.weight.numel(), "something as large as the features is kept"
+    with torch.no_grad():
+        x.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        out.sum().backward()
 
 
 POOLS = [
@@ -346,7 +404,7 @@ def test_segments_know_which_clip_a_feature_belongs_to():
 
 @pytest.mark.parametrize("run", [packed.conv3d, packed.max_pool, packed.avg_pool])
 def test_lengths_that_do_not_add_up_are_refused(run):
-    with pytest.raises(AssertionError, match="packed length 5 is not the sum of"):
+    with pytest.raises(AssertionError, match="packed length 5 is not 6, the sum of"):
         run(nn.Conv3d(4, 4, 3), clips_of((5,)), segments_of((3, 3)))
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from atfr.models import packed
 from atfr.models.network import VideoNet
 from atfr.models.program import Time
+from atfr.models.segments import Segments, shared_gap
 from atfr.models.sgs_layer import sample
 
 CONVENTION = "fvcore: one multiply-add = one FLOP, batch norm excluded, sampling layer included, one clip (view)"
@@ -61,7 +62,7 @@ class GflopsTable:
         return self._stem + self._by_bins[bins]
 
     def executed(self, batch: Sequence[tuple[int, ...]]) -> float:
-        """GFLOPs that a batch of clips with these B' runs.
+        """GFLOPs that a batch of clips with these B' runs in evaluation.
 
         Beyond their sum these are the gaps between packed clips, and the sampling layer summing
         as many bins for each clip as the longest one has.
@@ -120,7 +121,9 @@ class _Waste(fx.Interpreter):
         self.device = device
         self.times, self.inputs = model.times, model.layer_inputs
         self.names = [layer.name for layer in model.sgs.values()]
-        self.convolutions: list[_Convolution] = []
+        self.gap = next(iter(model.sgs.values())).gap
+        self.convolutions: list[_Convolution] = []  # that look along time
+        self.framewise = 0.0  # GFLOPs of one place in all others, and in means over time
         self.sizes: dict[str, float] = {}  # of one frame that a layer sums into a bin, in billions of values
         _, done = model.trunk(*features, forced=[(b,) for b in bins])
         self.frames = tuple(s.segments.frames for s in done)
@@ -136,14 +139,24 @@ class _Waste(fx.Interpreter):
             module = self.fetch_attr(node.args[0].target)
             cost = module.weight.numel() * result[0, 0, 0].numel() / 1e9
             self.convolutions.append(_Convolution(module, self.times[node.args[1].name], cost))
-        if node.target is sample:
+        elif node.op == "call_module" and isinstance(module := self.fetch_attr(node.target), nn.Conv3d) and node.name in self.times:
+            self.framewise += module.weight.numel() * result[0, 0, 0].numel() / 1e9
+        elif node.target in (packed.squeeze_excitation, packed.global_pool, packed.mean):
+            x = self.env[node.args[0 if node.target is packed.mean else 1]]
+            self.framewise += x[0, :, 0].numel() / 1e9
+        elif node.target is sample:
             layers, features = self.map_nodes_to_values(node.args[:2], node)
             self.sizes.update({layer.name: x[0, :, 0].numel() / 1e9 for layer, x in zip(layers, features)})
         return result
 
     def __call__(self, batch: Sequence[tuple[int, ...]]) -> float:
         bins = dict(zip(self.names, zip(*batch)))
-        total = sum(c.gflops * packed.wasted(c.module, c.time.lengths(bins[c.time.source]), self.device) for c in self.convolutions if c.time.source in bins)
+        gap = shared_gap(bins[self.names[0]], self.gap, self.device)
+        if gap:  # all of the trunk runs on its places
+            shared = Segments(bins[self.names[0]], self.frames[0], torch.zeros(0), gap)
+            total = (shared.places - sum(shared.lengths)) * (self.framewise + sum(c.gflops for c in self.convolutions))
+        else:
+            total = sum(c.gflops * packed.wasted(c.module, c.time.lengths(bins[c.time.source]), self.device) for c in self.convolutions if c.time.source in bins)
         for name, frames in zip(self.names, self.frames):
             time = self.inputs.get(name)
             given = (frames,) * len(batch) if time is None else time.lengths(bins[time.source]) if time.source in bins else bins[name]

@@ -131,6 +131,7 @@ class VideoNet(nn.Module):
                 packed = PackedTrunk(traced, self, PREFIX, lambda name: f"sgs.{_key(name)}")
                 for name, least in packed.least_bins().items():
                     self.sgs[_key(name)].min_bins = least
+                    self.sgs[_key(name)].gap = packed.gap
                 self._self_check(traced, stem, packed, probe)
                 self.execution = "packed"
                 self.times, self.layer_inputs = packed.times, packed.inputs

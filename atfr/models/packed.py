@@ -5,6 +5,9 @@ lengths beside them in `Segments`. Framewise operations (1x1x1 and spatial convo
 norm, activations, residual sums) run as they are, so batch statistics see no padding. An operation
 that looks along time is replaced by one of the functions below.
 
+In evaluation the sampling may leave gaps between clips that all operations behind it share
+(`segments.shared_gap`). What is in them is arbitrary, and nothing of a clip depends on it.
+
 In channels-last memory a frame is one contiguous block, so moving frames is a copy of blocks.
 """
 
@@ -16,20 +19,49 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from atfr.models.segments import Segments, Window, boundaries, centres, layout, neighbours, pack, starts, take, unpadded, window_of
+from atfr.models.segments import Segments, Window, boundaries, centres, layout, pack, rows_of, take, unpadded, window_of
 
 
 def apart(run: Callable[[Tensor], Tensor], x: Tensor, segments: Segments, window: Window, *, fill: float = 0.0) -> Tensor:
     """`run`, an operation with this window along time, on each clip of x alone: [1, C, M, H, W] -> [1, C', M', ...].
 
-    Clips are parted by gaps of `fill` as wide as the operation's padding, each clip starting at a
-    multiple of its stride.
+    Clips are parted by gaps of `fill` as wide as the operation's padding, in rows (`segments.rows_of`).
     """
     plan = layout(segments.lengths, window, x.device)
-    spaced = take(x, plan.source)
-    if plan.gaps is not None:
-        spaced = spaced.index_fill(2, plan.gaps, fill) if spaced.requires_grad else spaced.index_fill_(2, plan.gaps, fill)
-    return take(run(spaced), plan.kept)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        spaced = take(x, plan.source).index_fill_(2, plan.gaps, fill)
+        return take(_by_rows(run, spaced, plan.rows), plan.kept)
+    spaced = take(x, plan.source).index_fill(2, plan.gaps, fill)
+    with _made_again(spaced, x, lambda: take(x.detach(), plan.source).index_fill_(2, plan.gaps, fill)):
+        out = _by_rows(run, spaced, plan.rows)
+    return take(out, plan.kept)
+
+
+def _made_again(spaced: Tensor, x: Tensor, make: Callable[[], Tensor]) -> torch.autograd.graph.saved_tensors_hooks:
+    """Have the backward pass of what runs in this context make `spaced` anew from x, which is kept anyhow, instead of keeping both."""
+    storage, version = spaced.untyped_storage().data_ptr(), x._version
+
+    def pack(tensor: Tensor) -> Tensor | tuple:
+        if tensor.untyped_storage().data_ptr() != storage:
+            return tensor
+        return tensor.size(), tensor.stride(), tensor.storage_offset()
+
+    def unpack(saved: Tensor | tuple) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        if x._version != version:
+            raise RuntimeError("packed features that the backward pass needs were changed in place")
+        return make().as_strided(*saved)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _by_rows(run: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
+    """`run` on x [1, C, rows L, H, W] as a batch of its rows: [1, C', rows L', ...]; no copies in channels-last memory."""
+    if rows == 1:
+        return run(x)
+    frames = x.permute(0, 2, 3, 4, 1)  # [1, rows L, H, W, C]
+    return pack(run(frames.unflatten(1, (rows, -1))[0].permute(0, 4, 1, 2, 3)))
 
 
 def as_batch(run: Callable[[Tensor], Tensor], x: Tensor, segments: Segments) -> Tensor | None:
@@ -37,13 +69,10 @@ def as_batch(run: Callable[[Tensor], Tensor], x: Tensor, segments: Segments) -> 
 
     None where that is not so.
     """
-    n, length = len(segments.lengths), segments.lengths[0]
-    if n == 1:
-        return run(x)
-    frames = x.permute(0, 2, 3, 4, 1)  # [1, M, H, W, C]
-    if segments.lengths != (length,) * n or not frames.is_contiguous():
+    n = len(segments.lengths)
+    if n > 1 and (len(set(segments.lengths)) > 1 or not x.permute(0, 2, 3, 4, 1).is_contiguous()):
         return None
-    return pack(run(frames.view(n, length, *frames.shape[2:]).permute(0, 4, 1, 2, 3)))
+    return _by_rows(run, x, n)
 
 
 def conv3d(module: nn.Conv3d, x: Tensor, segments: Segments) -> Tensor:
@@ -56,10 +85,12 @@ def conv3d(module: nn.Conv3d, x: Tensor, segments: Segments) -> Tensor:
         return nn.functional.conv3d(x, module.weight, module.bias, stride, module.padding, module.dilation, module.groups)
     image = x.device.type == "cpu" and _over_time_alone(module)
     run = (lambda y: _as_image(module, y)) if image else module
+    if segments.layout is not None:
+        return _by_rows(run, x.index_fill_(2, segments.layout.gaps, 0), segments.layout.rows)
+    if way == "mend":
+        return _mended(module, x, segments)
     out = as_batch(run, x, segments) if way == "batch" else None
-    if out is None:
-        out = {"taps": _by_taps, "mend": _mended}[way](module, x, segments) if way in ("taps", "mend") else apart(run, x, segments, window)
-    return out
+    return apart(run, x, segments, window) if out is None else out
 
 
 def way_of(module: nn.Conv3d, lengths: Sequence[int], device: torch.device) -> str:
@@ -67,7 +98,6 @@ def way_of(module: nn.Conv3d, lengths: Sequence[int], device: torch.device) -> s
 
     - pick: a kernel of one feature that skips features: nothing to part.
     - batch: clips of one length are a batch.
-    - taps: on CPUs, a dense kernel over time alone is a matrix product for each of its taps.
     - mend: not on CPUs, where gaps are faster, a kernel of three features runs over the boundaries
       between clips as if there were none, and the two outputs at each boundary are computed again:
       less to move, and no copy of the input to keep for the backward pass.
@@ -78,12 +108,21 @@ def way_of(module: nn.Conv3d, lengths: Sequence[int], device: torch.device) -> s
         return "pick"
     if len(set(lengths)) == 1:
         return "batch"
-    if window.stride == 1 and 2 * window.padding == window.dilation * (window.kernel - 1):
-        if device.type == "cpu" and _over_time_alone(module) and module.groups == 1 and window.kernel % 2 == 1:
-            return "taps"
-        if device.type != "cpu" and window.kernel == 3 and window.dilation == 1:
-            return "mend"
+    if device.type != "cpu" and window == Window(3, padding=1):
+        return "mend"
     return "gaps"
+
+
+def gap_for(module: nn.Conv3d) -> int | None:
+    """The gap between clips that this convolution needs to run on a layout that others share.
+
+    None where it changes the lengths, or where what it costs to move the features is little beside the
+    convolution, so that gaps in all other operations would cost more: a dense one over time.
+    """
+    window = window_of(module)
+    if window.stride != 1 or window.out(1) != 1 or module.groups == 1:
+        return None
+    return window.padding
 
 
 def wasted(module: nn.Conv3d, lengths: Sequence[int], device: torch.device) -> float:
@@ -93,8 +132,8 @@ def wasted(module: nn.Conv3d, lengths: Sequence[int], device: torch.device) -> f
         return 2 * 2 / 3 * (len(lengths) - 1)  # two outputs a boundary, of two taps each
     if way != "gaps":
         return 0
-    begins = starts(lengths, window)
-    return window.out(begins[-1] + lengths[-1]) - sum(window.out(length) for length in lengths)
+    long, rows = rows_of(tuple(lengths), window)
+    return len(rows) * window.out(long) - sum(window.out(length) for length in lengths)
 
 
 def _over_time_alone(module: nn.Conv3d) -> bool:
@@ -109,21 +148,6 @@ def _as_image(module: nn.Conv3d, x: Tensor) -> Tensor:
     image = x.permute(0, 2, 3, 4, 1).flatten(2, 3).permute(0, 3, 1, 2)  # [N, C, T, H W]
     out = nn.functional.conv2d(image, weight, module.bias, stride, padding, dilation, module.groups)
     return out.unflatten(3, (h, w))
-
-
-def _by_taps(module: nn.Conv3d, x: Tensor, segments: Segments) -> Tensor:
-    """A sum over the kernel's taps, each a matrix product added where clip and time allow."""
-    _, _, m, h, w = x.shape
-    rows = x.permute(0, 2, 3, 4, 1).flatten(1, 3)[0]  # [M H W, C]
-    taps = module.weight[..., 0, 0].unbind(2)  # k of [C', C]
-    middle = len(taps) // 2
-    out = nn.functional.linear(rows, taps[middle], module.bias).view(m, -1)  # [M, H W C']
-    for i, tap in enumerate(taps):
-        if i != middle:
-            into, source = neighbours(segments.lengths, (i - middle) * module.dilation[0], x.device)
-            product = nn.functional.linear(rows, tap).view(m, -1)
-            out = out.index_add(0, into, product.index_select(0, source).to(out.dtype))
-    return out.view(1, m, h, w, -1).permute(0, 4, 1, 2, 3)
 
 
 def _mended(module: nn.Conv3d, x: Tensor, segments: Segments) -> Tensor:
@@ -189,6 +213,8 @@ def segment_mean(x: Tensor, segments: Segments) -> Tensor:
     """Each clip's mean over time and space: [1, C, M, H, W] -> [N, C, 1, 1, 1]."""
     _check(x, segments)
     frames = framewise_pool(x, 1)[0].to(torch.promote_types(x.dtype, torch.float32))  # [M, C]
+    if segments.layout is not None:
+        frames = frames.index_select(0, segments.layout.kept)
     sums = frames.new_zeros(len(segments.lengths), frames.shape[1]).index_add(0, segments.owner, frames)
     return (sums / segments.counts[:, None]).to(x.dtype)[:, :, None, None, None]
 
@@ -205,8 +231,9 @@ def mean(x: Tensor, segments: Segments, *, keepdim: bool) -> Tensor:
 
 
 def spread(values: Tensor, segments: Segments) -> Tensor:
-    """One value a clip for each of its features: [N, C, 1, 1, 1] -> [1, C, M, 1, 1]."""
-    return values[:, :, 0, 0, 0].index_select(0, segments.owner).t()[None, :, :, None, None]
+    """One value a clip for each of its features, and any in gaps: [N, C, 1, 1, 1] -> [1, C, M, 1, 1]."""
+    owner = segments.owner if segments.layout is None else segments.owner.index_select(0, segments.layout.source)
+    return values[:, :, 0, 0, 0].index_select(0, owner).t()[None, :, :, None, None]
 
 
 def squeeze_excitation(module: nn.Module, x: Tensor, segments: Segments) -> Tensor:
@@ -241,5 +268,5 @@ def non_local(module: nn.Module, x: Tensor, segments: Segments) -> Tensor:
 
 
 def _check(x: Tensor, segments: Segments) -> None:
-    if x.shape[2] != sum(segments.lengths):
-        raise AssertionError(f"packed length {x.shape[2]} is not the sum of {segments.lengths}")
+    if x.shape[2] != segments.places:
+        raise AssertionError(f"packed length {x.shape[2]} is not {segments.places}, the sum of {segments.lengths} and of gaps")

@@ -41,6 +41,7 @@ class Form(NamedTuple):
     run: Callable | None = None  # (module, x, segments) -> x; None: as it is
     window: Window = Window(1)  # along time
     per_clip: bool = False  # it leaves one value a clip
+    gap: int | None = 0  # between clips, that it needs to keep them apart as it stands; None: it cannot run on a layout with gaps
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -69,7 +70,7 @@ def module_form(module: nn.Module, path: str) -> Form:
             raise NoPackedForm(f"{path} behind SGS has no packed form: a convolution that makes its weight when it is called")
         if module.padding_mode != "zeros":
             raise NoPackedForm(f"{path} behind SGS has no packed form: it pads in time with {module.padding_mode}")
-        return Form(packed.conv3d, window)
+        return Form(packed.conv3d, window, gap=packed.gap_for(module))
     if isinstance(module, (nn.MaxPool3d, nn.AvgPool3d)):
         return _pool_form(module, path)
     if isinstance(module, nn.AdaptiveAvgPool3d):
@@ -78,7 +79,7 @@ def module_form(module: nn.Module, path: str) -> Form:
         if isinstance(module.output_size, tuple) and module.output_size[0] is None:
             return Form()
     if isinstance(module, NonLocal) and (module.pool is None or window_of(module.pool) == Window(1)):
-        return Form(packed.non_local)
+        return Form(packed.non_local, gap=None)
     raise NoPackedForm(f"{path} behind SGS has no packed form: {type(module).__name__} may mix the features of different clips")
 
 
@@ -89,10 +90,10 @@ def _pool_form(module: nn.MaxPool3d | nn.AvgPool3d, path: str) -> Form:
     if module.ceil_mode or getattr(module, "return_indices", False):
         raise NoPackedForm(f"{path} behind SGS has no packed form: a pool in time with ceil_mode or return_indices")
     if isinstance(module, nn.MaxPool3d):
-        return Form(packed.max_pool, window)
+        return Form(packed.max_pool, window, gap=None)
     if window.padding and not module.count_include_pad:
         raise NoPackedForm(f"{path} behind SGS has no packed form: an average in time that leaves its padding out")
-    return Form(packed.avg_pool, window)
+    return Form(packed.avg_pool, window, gap=None)
 
 
 def is_framewise(node: fx.Node) -> bool:

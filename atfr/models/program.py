@@ -136,6 +136,7 @@ class PackedTrunk:
         self.forced = self.graph.placeholder("forced")
         self.done: dict[fx.Node, fx.Node] = {}
         self.times: dict[str, Time] = {}
+        self.needed: list[int | None] = []  # the gaps that the trunk's operations can share, see Form
         self.inputs: dict[str, Time] = {}  # of each layer behind another one
         later = sorted((n for n in traced.nodes if traced.level[n] > 0 or n.op == "get_attr"), key=traced.level.__getitem__)
         levels = {traced.level[cuts[0]]: cuts for cuts in traced.levels}
@@ -164,6 +165,13 @@ class PackedTrunk:
                 while any(time.lengths([least[name]])[0] < need for time, need in needs):
                     least[name] += 1
         return least
+
+    @property
+    def gap(self) -> int:
+        """The gap between clips with which all operations of the trunk keep them apart; 0 where they do not need one, or some cannot use it."""
+        if len(self.traced.cuts) > 1:
+            return 0
+        return 0 if None in self.needed else max(self.needed, default=0)
 
     def _sample(self, cuts: list[fx.Node]) -> None:
         """Sample the features of these nodes together; who reads them from now on reads what was kept."""
@@ -207,6 +215,7 @@ class PackedTrunk:
         return Value(self._copied(node, substitutes), sampled[0].time, sampled[0].segments)
 
     def _write_module(self, node: fx.Node, form: packed_forms.Form, value: Value) -> Value:
+        self.needed.append(form.gap)
         if form.run is None:
             return Value(self._copied(node), value.time, value.segments)
         module = self.graph.get_attr(self.prefix + node.target)
@@ -228,6 +237,7 @@ class PackedTrunk:
                 pairs.append((self.graph.call_function(packed.pack, (value.node,)), self.graph.call_function(_whole, (value.node,))))
             else:
                 pairs.append((value.node, value.segments))
+        self.needed.append(None)
         module = self.graph.get_attr(self.prefix + node.target)
         result = self.graph.call_function(_packed_forward, (module, *pairs))
         out, segments = (self.graph.call_function(operator.getitem, (result, i)) for i in range(2))

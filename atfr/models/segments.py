@@ -34,7 +34,8 @@ class Segments:
 
     lengths: tuple[int, ...]
     frames: int  # T: how many features a clip has here where none is dropped
-    times: Tensor  # [M] float32: each feature's time, in dense features
+    times: Tensor  # [sum B'] float32: each feature's time, in dense features
+    gap: int = 0  # so many places of arbitrary content part the clips (`shared_gap`); 0: one follows on the other
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:
@@ -54,13 +55,23 @@ class Segments:
         return Segments(lengths, window.out(self.frames), self.times.index_select(0, middle) / window.stride)
 
     @property
+    def layout(self) -> Layout | None:
+        """Where the features are if gaps part the clips; None if not."""
+        return layout(self.lengths, Window(2 * self.gap + 1, padding=self.gap), self.times.device) if self.gap else None
+
+    @property
+    def places(self) -> int:
+        """M: how many places the packed tensor has along time."""
+        return sum(self.lengths) if self.layout is None else len(self.layout.source)
+
+    @property
     def owner(self) -> Tensor:
-        """[M] int64: the clip that each packed position belongs to."""
+        """[sum B'] int64: the clip that each feature belongs to."""
         return _owner(self.lengths, self.times.device)
 
     @property
     def padded(self) -> Tensor:
-        """[N, longest] int64: the packed position of each clip's features; 0 where it has no more."""
+        """[N, longest] int64: which feature each clip's are; 0 where it has no more."""
         return _padded(self.lengths, self.times.device)
 
     @property
@@ -91,33 +102,74 @@ def take(x: Tensor, places: Tensor) -> Tensor:
 
 
 class Layout(NamedTuple):
-    source: Tensor  # [G] the packed frame that each place of the parted sequence holds; gaps hold any
-    gaps: Tensor | None  # the places of the gaps
-    kept: Tensor  # [M'] the outputs that belong to a clip
+    """Clips in rows of one length, parted within a row by gaps: a batch for an operation along time."""
 
-
-def starts(lengths: Sequence[int], window: Window) -> list[int]:
-    """Where each clip begins when gaps as wide as the window's padding part them."""
-    begins, end = [], 0
-    for length in lengths:
-        start = -(-end // window.stride) * window.stride
-        begins.append(start)
-        end = start + max(length + window.padding, (window.out(length) - 1) * window.stride + 1)
-    return begins
+    rows: int
+    source: Tensor  # [M] the feature at each place, row after row; places of no clip name any
+    gaps: Tensor  # the places of no clip
+    kept: Tensor  # [M'] the operation's outputs that belong to a clip, in the clips' order
 
 
 @lru_cache(maxsize=1024)
 def layout(lengths: tuple[int, ...], window: Window, device: torch.device) -> Layout:
-    """The parted sequence of `starts`."""
-    begins = starts(lengths, window)
-    source, filled, kept, first = [0] * (begins[-1] + lengths[-1]), set(), [], 0
-    for start, length in zip(begins, lengths):
-        source[start : start + length] = range(first, first + length)
-        filled.update(range(start, start + length))
-        kept += range(start // window.stride, start // window.stride + window.out(length))
-        first += length
-    gaps = [place for place in range(len(source)) if place not in filled]
-    return Layout(_on(source, device), _on(gaps, device) if gaps else None, _on(kept, device))
+    """The rows of `rows_of`, for an operation with this window."""
+    long, rows = rows_of(lengths, window)
+    firsts = [0, *itertools.accumulate(lengths)]
+    source, filled, kept = [0] * (len(rows) * long), [False] * (len(rows) * long), [range(0)] * len(lengths)
+    for row, clips in enumerate(rows):
+        for clip, start in clips:
+            begin = row * long + start
+            source[begin : begin + lengths[clip]] = range(firsts[clip], firsts[clip + 1])
+            filled[begin : begin + lengths[clip]] = [True] * lengths[clip]
+            first = row * window.out(long) + start // window.stride
+            kept[clip] = range(first, first + window.out(lengths[clip]))
+    gaps = [place for place, full in enumerate(filled) if not full]
+    return Layout(len(rows), _on(source, device), _on(gaps, device), _on([place for clip in kept for place in clip], device))
+
+
+@lru_cache(maxsize=1024)
+def rows_of(lengths: tuple[int, ...], window: Window) -> tuple[int, list[list[tuple[int, int]]]]:
+    """The length of the rows, and for each row its clips with where they start in it.
+
+    Within a row a gap as wide as the window's padding follows each clip but the last, whose gap is the
+    operation's own padding, and each clip starts at a multiple of the stride. Clips fill rows longest first,
+    each going where it leaves least (best-fit decreasing); of the lengths of row that hold the longest
+    clip alone or with one other, and of one row of all, the one with the fewest places is taken.
+    """
+    blocks = [-(-max(n + window.padding, (window.out(n) - 1) * window.stride + 1) // window.stride) * window.stride for n in lengths]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    longest = order[0]
+    candidates = {lengths[longest], *(blocks[longest] + length for length in set(lengths)), sum(blocks[i] for i in order[:-1]) + lengths[order[-1]]}
+    best: tuple[int, list[list[tuple[int, int]]]] | None = None
+    for long in sorted(candidates, reverse=True):  # of equals the one with the most rows, which more threads can share
+        rows: list[list[tuple[int, int]]] = []
+        used: list[int] = []
+        for clip in order:
+            fitting = [row for row, end in enumerate(used) if end + lengths[clip] <= long]
+            if fitting:
+                row = max(fitting, key=used.__getitem__)
+            else:
+                row = len(rows)
+                rows.append([])
+                used.append(0)
+            rows[row].append((clip, used[row]))
+            used[row] += blocks[clip]
+        if best is None or len(rows) * long <= best[0] * len(best[1]):
+            best = long, rows
+    return best
+
+
+def shared_gap(lengths: tuple[int, ...], gap: int, device: torch.device) -> int:
+    """The gap to leave between clips once, at the sampling, for all that looks along time behind it; 0: none.
+
+    A gap costs every operation its places; without it each convolution along time moves the features
+    of all clips twice. Measured for X3D on CPUs (`benchmarks/where_time_goes.py`), the gaps are the
+    cheaper while they are less than a quarter of the features. Clips of one length need none.
+    """
+    if not gap or device.type != "cpu" or len(set(lengths)) == 1:
+        return 0
+    long, rows = rows_of(lengths, Window(2 * gap + 1, padding=gap))
+    return gap if 4 * (long * len(rows) - sum(lengths)) <= sum(lengths) else 0
 
 
 @lru_cache(maxsize=1024)
@@ -128,16 +180,6 @@ def centres(lengths: tuple[int, ...], window: Window, device: torch.device) -> T
         middle += [first + min(max(i * window.stride + shift, 0), length - 1) for i in range(window.out(length))]
         first += length
     return _on(middle, device)
-
-
-@lru_cache(maxsize=256)
-def neighbours(lengths: tuple[int, ...], shift: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The features that have another one of their clip `shift` after them, and that other one."""
-    into, first = [], 0
-    for length in lengths:
-        into += [first + i for i in range(length) if 0 <= i + shift < length]
-        first += length
-    return _on(into, device), _on([place + shift for place in into], device)
 
 
 @lru_cache(maxsize=256)

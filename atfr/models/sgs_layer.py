@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from atfr.models import sgs
 from atfr.models.packed import framewise_pool
-from atfr.models.segments import Segments, unpadded
+from atfr.models.segments import Layout, Segments, shared_gap, unpadded
 
 EMBEDDINGS = ("mlp", "pooled", "frozen")
 
@@ -141,6 +141,7 @@ class SGS(nn.Module):
     def __init__(self, channels: int, options: SGSOptions, *, name: str, min_bins: int = 1) -> None:
         super().__init__()
         self.options, self.name, self.min_bins = options, name, min_bins
+        self.gap = 0  # between clips, which in evaluation keeps them apart in all that follows; 0: each operation sees to that
         self.num_bins = options.num_bins  # may be changed between batches
         if self.is_baseline:
             self.embedding = None
@@ -305,8 +306,10 @@ def sample(
         weights, kept = proposal.weights, lengths[i]
         if forced is not None:
             weights, kept = _uniform_weights(start.lengths, tuple(forced[i]), x.device), tuple(forced[i])
-        after = Segments(kept, start.frames, _mean_times(weights, start, kept))
-        packed.append(aggregate(x, weights, kept, before))
+        # Batch norm in training would count the gaps, and a backward pass would keep them.
+        gap = 0 if layer.training or torch.is_grad_enabled() else shared_gap(kept, layer.gap, x.device)
+        after = Segments(kept, start.frames, _mean_times(weights, start, kept), gap)
+        packed.append(aggregate(x, weights, kept, before, layout=after.layout))
         done.append(Sampled(layer.name, start.lengths, after, weights, proposal))
     return tuple(packed), tuple(done)
 
@@ -330,25 +333,26 @@ def _on_host(layers: Sequence[SGS], proposals: Sequence[Proposal], *, checked: b
     return kept
 
 
-def aggregate(x: Tensor, weights: Tensor, lengths: tuple[int, ...], segments: Segments | None = None) -> Tensor:
+def aggregate(x: Tensor, weights: Tensor, lengths: tuple[int, ...], before: Segments | None = None, *, layout: Layout | None = None) -> Tensor:
     """Sum each clip's frames into its kept bins and lay the clips out one after another in time.
 
-    x [N, C, T, H, W], or packed [1, C, M, H, W] with its segments, and weights [N, B, T] (kept
-    bins first) -> [1, C, M' = sum B', H, W] in channels-last memory, summed in float32 even under
-    autocast and returned in the type of x.
+    x [N, C, T, H, W], or packed [1, C, M, H, W] as in `before`, and weights [N, B, T] (kept bins
+    first) -> [1, C, M', H, W] in channels-last memory, summed in float32 even under autocast and
+    returned in the type of x. M' = sum B', or the places of a `layout` of the clips.
     """
     longest = max(lengths)
     _, c, _, h, w = x.shape
     with torch.autocast(x.device.type, enabled=False):
         frames = _at_least_float32(x).permute(0, 2, 3, 4, 1)  # [N, T, H, W, C]
-        if segments is None:
+        if before is None:
             frames = frames.reshape(*frames.shape[:2], h * w * c)
         else:
-            frames = frames.reshape(-1, h * w * c)[segments.padded]  # [N, longest, H W C]
+            frames = frames.reshape(-1, h * w * c)[before.padded]  # [N, longest, H W C]
         bins = torch.bmm(weights[:, :longest].to(frames.dtype), frames).to(x.dtype)  # [N, longest B', H W C]
     rows = bins.flatten(0, 1)
     if min(lengths) < longest:
-        rows = rows.index_select(0, unpadded(lengths, x.device))
+        places = unpadded(lengths, x.device)
+        rows = rows.index_select(0, places if layout is None else places.index_select(0, layout.source))
     return rows.view(1, -1, h, w, c).permute(0, 4, 1, 2, 3)
 
 
