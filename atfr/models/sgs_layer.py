@@ -340,20 +340,31 @@ def aggregate(x: Tensor, weights: Tensor, lengths: tuple[int, ...], before: Segm
     first) -> [1, C, M', H, W] in channels-last memory, summed in float32 even under autocast and
     returned in the type of x. M' = sum B', or the places of a `layout` of the clips.
     """
-    longest = max(lengths)
     _, c, _, h, w = x.shape
+    places = unpadded(lengths, x.device) if layout is None else unpadded(lengths, x.device).index_select(0, layout.source)
     with torch.autocast(x.device.type, enabled=False):
-        frames = _at_least_float32(x).permute(0, 2, 3, 4, 1)  # [N, T, H, W, C]
-        if before is None:
-            frames = frames.reshape(*frames.shape[:2], h * w * c)
+        frames = _at_least_float32(x).permute(0, 2, 3, 4, 1).flatten(2)  # [N, T, H W C] or [1, M, H W C]
+        weights = weights[:, : max(lengths)].to(frames.dtype)
+        # On CPUs a product is three times as slow as sums of the few frames of each bin. Counting and compiling see the product.
+        if x.device.type == "cpu" and not (torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling()):
+            rows = _sums(frames.flatten(0, 1), weights, places, None if before is None else before.padded)
         else:
-            frames = frames.reshape(-1, h * w * c)[before.padded]  # [N, longest, H W C]
-        bins = torch.bmm(weights[:, :longest].to(frames.dtype), frames).to(x.dtype)  # [N, longest B', H W C]
-    rows = bins.flatten(0, 1)
-    if min(lengths) < longest:
-        places = unpadded(lengths, x.device)
-        rows = rows.index_select(0, places if layout is None else places.index_select(0, layout.source))
-    return rows.view(1, -1, h, w, c).permute(0, 4, 1, 2, 3)
+            rows = torch.bmm(weights, frames if before is None else frames[0][before.padded]).flatten(0, 1)
+            if layout is not None or min(lengths) < max(lengths):
+                rows = rows.index_select(0, places)
+    return rows.to(x.dtype).view(1, -1, h, w, c).permute(0, 4, 1, 2, 3)
+
+
+def _sums(frames: Tensor, weights: Tensor, places: Tensor, padded: Tensor | None) -> Tensor:
+    """Sums of rows of frames [M, F], by weights [N, B, T] at `places` [M'] of [N B]; `padded` [N, T] says which row each frame is: [M', F]."""
+    _, bins, steps = weights.shape
+    chosen = weights.flatten(0, 1).index_select(0, places)  # [M', T]
+    place, time = chosen.nonzero(as_tuple=True)
+    frame = places.div(bins, rounding_mode="floor").index_select(0, place) * steps + time  # of [N T]
+    if padded is not None:
+        frame = padded.flatten().index_select(0, frame)
+    counts = chosen.count_nonzero(dim=1)
+    return nn.functional.embedding_bag(frame, frames, counts.cumsum(0) - counts, mode="sum", per_sample_weights=chosen[place, time])
 
 
 def _mean_times(weights: Tensor, before: Segments, kept: tuple[int, ...]) -> Tensor:
