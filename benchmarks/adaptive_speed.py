@@ -38,6 +38,7 @@ from atfr.models.backbones.resnets import slow
 from atfr.models.backbones.x3d import x3d
 from atfr.models.network import VideoNet
 from atfr.models.program import Traced
+from atfr.models.segments import take
 from atfr.models.sgs_layer import SGSOptions, sample
 
 OPTIONS = SGSOptions(similarity="partition", evenness=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=1.0)
@@ -161,7 +162,8 @@ class Ways:
     def _padded(self, clips: Tensor, forced: list[tuple[int, ...]]) -> Tensor:
         """Zeros up to the batch's longest clip, as the released code does."""
         (packed,), (done,) = sample(list(self.model.sgs.values()), self.model.stem(clips), [None], forced)
-        lengths = done.segments.lengths
+        lengths, layout = done.segments.lengths, done.segments.layout
+        packed = packed if layout is None else take(packed, layout.kept)
         padded = packed.new_zeros(len(lengths), max(lengths), *packed.permute(0, 2, 3, 4, 1).shape[2:])
         for clip, piece in zip(padded, packed.permute(0, 2, 3, 4, 1)[0].split(lengths)):
             clip[: len(piece)] = piece

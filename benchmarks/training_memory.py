@@ -1,64 +1,90 @@
-"""What a training step keeps for its backward pass: packed against dense.
+"""The peak memory of a training step: packed against dense.
 
-    python benchmarks/training_memory.py [--models x3d-S resnet3d-18] [--batch 8]
+    python benchmarks/training_memory.py [--models x3d-S resnet3d-18] [--batch 8] [--output FILE]
 
-Sums the storages that autograd saves in one forward in training mode, each once, parameters left
-out: what sets the peak, on any device. `share` is of dense; `linear` is what it would be if every
-byte behind SGS shrank with B', which is more than the FLOPs' share where the early stages, with
-their large frames, hold more of the memory than of the compute.
+One forward and backward pass in training mode on the CPU; the peak is the most that the allocator
+had in use after any operation of it, beyond what was in use before (weights and clips). `share` is of
+dense; `linear` is what it would be if all that the trunk adds to the stem's peak shrank with B'. The
+issue is the early stages: with their large frames they hold more of the memory than of the FLOPs.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import warnings
+from pathlib import Path
+from typing import Any, Callable
 
 import torch
 from adaptive_speed import OPTIONS, SUBJECTS, distributions
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from atfr.engine.accounting import GflopsTable
-from atfr.models.network import VideoNet
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SUBJECTS), choices=SUBJECTS)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--crop", type=int, default=64, help="pixels; memory and FLOPs shrink alike")
+    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    print(f"{'model':<13}{'B-prime':<9}{'dense MB':>10}{'packed MB':>11}{'share':>8}{'linear':>8}{'FLOPs':>8}")
+    lines = [f"{'model':<13}{'B-prime':<9}{'dense MB':>10}{'packed MB':>11}{'share':>8}{'linear':>8}{'FLOPs':>8}"]
+    print(lines[0], flush=True)
     for name in arguments.models:
-        frames, size = SUBJECTS[name].clip[1], arguments.crop
         model = SUBJECTS[name].build(OPTIONS).train()
-        table = GflopsTable(model, (3, frames, size, size))
-        clips = torch.randn(arguments.batch, 3, frames, size, size)
-        dense = saved_bytes(lambda: model.backbone(clips.contiguous(memory_format=torch.channels_last_3d)), model)
-        with torch.enable_grad():
-            stem = saved_bytes(lambda: model.stem(clips.contiguous(memory_format=torch.channels_last_3d)), model)
+        table = GflopsTable(model, SUBJECTS[name].clip)
+        clips = torch.randn(arguments.batch, *SUBJECTS[name].clip).contiguous(memory_format=torch.channels_last_3d)
+        dense = peak(lambda: model.backbone(clips).sum(), model)
+        stem = peak(lambda: sum(x.sum() for x in model.stem(clips)), model)
         for distribution, bins in distributions(arguments.batch, table.frames[0], table.least[0], None):
-            packed = saved_bytes(lambda: model(clips, [bins]), model)
+            packed = peak(lambda: model(clips, [bins]).logits.sum(), model)
             kept = sum(bins) / len(bins) / table.frames[0]
             flops = sum(table.at((b,)) for b in bins) / len(bins) / table.dense
             linear = (stem + (dense - stem) * kept) / dense
-            print(f"{name:<13}{distribution:<9}{dense / 1e6:>10.1f}{packed / 1e6:>11.1f}{packed / dense:>8.3f}{linear:>8.3f}{flops:>8.3f}")
+            lines.append(f"{name:<13}{distribution:<9}{dense / 1e6:>10.1f}{packed / 1e6:>11.1f}{packed / dense:>8.3f}{linear:>8.3f}{flops:>8.3f}")
+            print(lines[-1], flush=True)
+    if arguments.output:
+        arguments.output.write_text("\n".join(lines) + "\n")
 
 
-def saved_bytes(run, model: VideoNet) -> int:
-    """Bytes of the distinct storages that autograd saves while `run` runs."""
-    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}
+def peak(loss: Callable[[], Tensor], model: torch.nn.Module) -> int:
+    """Bytes that the allocator had in use at most during a forward and backward pass, beyond those before it."""
+    for p in model.parameters():  # gradients are there before and after, so that they count for neither
+        p.grad = torch.zeros_like(p)
+    gc.collect()
+    before, watch = in_use(), Watch()
+    with watch:
+        loss().backward()
+    return watch.most - before
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # held, so that no other one takes its place
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        result = run()
-    del result
-    return sum(storage.nbytes() for storage in kept.values())
+class Watch(TorchDispatchMode):
+    """Looks at the allocator after every operation."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.most = max(self.most, in_use())
+        return result
+
+
+def in_use() -> int:
+    """Bytes of the process that are allocated and not freed: mallinfo2(3) of glibc."""
+    info = _libc.mallinfo2()
+    return info.uordblks + info.hblkhd
+
+
+class _Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+
+
+_libc = ctypes.CDLL("libc.so.6")
+_libc.mallinfo2.restype = _Info
 
 
 if __name__ == "__main__":
