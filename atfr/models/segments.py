@@ -195,6 +195,17 @@ def boundaries(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, 
 
 
 @lru_cache(maxsize=256)
+def centred(lengths: tuple[int, ...], wanted: tuple[int, ...], device: torch.device) -> Tensor:
+    """Clips made longer on both sides, the odd place behind: the feature at each place, sum(lengths) at those that are added."""
+    places, first, empty = [], 0, sum(lengths)
+    for length, longer in zip(lengths, wanted):
+        front = (longer - length) // 2
+        places += [empty] * front + list(range(first, first + length)) + [empty] * (longer - length - front)
+        first += length
+    return _on(places, device)
+
+
+@lru_cache(maxsize=256)
 def _owner(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return _on([clip for clip, length in enumerate(lengths) for _ in range(length)], device)
 

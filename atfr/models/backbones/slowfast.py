@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from atfr.models.backbones.common import variant, mended
 from atfr.models import packed
 from atfr.models.network import VideoNet
-from atfr.models.segments import Segments, take, window_of
+from atfr.models.segments import Segments, centred, take, window_of
 from atfr.models.sgs_layer import SGSOptions
 
 _NAMES = ("stem", "res2", "res3", "res4", "res5")
@@ -186,9 +186,4 @@ def _centred(x: Tensor, lengths: tuple[int, ...], wanted: tuple[int, ...]) -> Te
     """Clips made longer by zero features on both sides, the odd one behind: [1, C, M, H, W] -> [1, C, M', H, W]."""
     if lengths == wanted:
         return x
-    places, first, empty = [], 0, sum(lengths)
-    for length, longer in zip(lengths, wanted):
-        front = (longer - length) // 2
-        places += [empty] * front + list(range(first, first + length)) + [empty] * (longer - length - front)
-        first += length
-    return take(torch.cat((x, x.new_zeros(1, x.shape[1], 1, *x.shape[3:])), 2), torch.tensor(places, device=x.device))
+    return take(torch.cat((x, x.new_zeros(1, x.shape[1], 1, *x.shape[3:])), 2), centred(lengths, wanted, x.device))
