@@ -64,10 +64,19 @@ def test_the_reference_preset_spells_out_the_defaults_of_the_layer():
     assert layer.options == SGSOptions()
 
 
-@pytest.mark.parametrize("experiment", names("experiment"))
-def test_every_experiment_composes(experiment):
-    config = composed(f"experiment={experiment}")
-    assert build(config.model, "model", num_classes=3) is not None
+# Each of these groups' files is composed and trained with in test_one_step.py.
+TRAINED = ("experiment", "model", "dataset", "optimizer", "schedule", "trainer")
+PROGRAMS = {"test": ["checkpoint=best.pt"], "export": ["checkpoint=best.pt"], "prepare": ["dataset=ucf101"]}
+
+
+@pytest.mark.parametrize("path", [str(path.relative_to(CONFIGS)) for path in sorted(CONFIGS.rglob("*.yaml"))])
+def test_what_no_training_chooses_composes_too(path):
+    group, _, file = path.rpartition("/")
+    if not group:
+        config = composed(*PROGRAMS.get(Path(file).stem, []), name=Path(file).stem)
+        assert config.dataset._target_.startswith("atfr.data.")
+    elif group.split("/")[0] not in TRAINED:
+        assert OmegaConf.to_container(composed(f"{group}={Path(file).stem}"), resolve=True)
 
 
 @pytest.mark.parametrize("size", SIZES)
