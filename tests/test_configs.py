@@ -64,10 +64,21 @@ def test_the_reference_preset_spells_out_the_defaults_of_the_layer():
     assert layer.options == SGSOptions()
 
 
-@pytest.mark.parametrize("experiment", names("experiment"))
-def test_every_experiment_composes(experiment):
-    config = composed(f"experiment={experiment}")
-    assert build(config.model, "model", num_classes=3) is not None
+# Each of these groups' files is composed and trained with in test_one_step.py.
+TRAINED = ("experiment", "model", "dataset", "optimizer", "schedule", "trainer")
+PROGRAMS = {"test": ["checkpoint=best.pt"], "export": ["checkpoint=best.pt"], "prepare": ["dataset=ucf101"]}
+
+
+REST = [path.relative_to(CONFIGS) for path in sorted(CONFIGS.rglob("*.yaml")) if path.relative_to(CONFIGS).parts[0] not in TRAINED]
+
+
+@pytest.mark.parametrize("path", REST, ids=str)
+def test_what_no_training_chooses_composes_too(path):
+    if path.parent.name:
+        assert OmegaConf.to_container(composed(f"{path.parent}={path.stem}"), resolve=True)
+    else:
+        config = composed(*PROGRAMS.get(path.stem, []), name=path.stem)
+        assert config.dataset._target_.startswith("atfr.data.")
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from run_tools import run_tool, small_job
 from torch import nn
 
-from atfr.engine.optim import adamw, multistep, sgd, step
+from atfr.engine.optim import adamw, cosine, multistep, sgd, step
 
 BETAS = (0.9, 0.99)
 
@@ -69,6 +71,27 @@ def test_after_the_warm_up_the_step_schedules_are_torchs():
     got = [step(i, 100, warmup=0.0, start_factor=0.1, every=0.3, gamma=0.2) for i in range(100)]
     assert got == pytest.approx(expected)
     assert [step(i, 100, warmup=0.1, start_factor=0.5, every=0.3, gamma=0.2) for i in (0, 5, 10, 29, 30)] == pytest.approx([0.5, 0.75, 1, 1, 0.2])
+
+
+def test_the_cosine_after_the_warm_up_is_torchs():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    warm = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=20)
+    falls = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=80, eta_min=0.05)
+    expected, schedule = [], torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, falls], milestones=[20])
+    for _ in range(100):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert [cosine(i, 100, warmup=0.2, start_factor=0.1, end_factor=0.05) for i in range(100)] == pytest.approx(expected)
+
+
+def test_a_cosine_from_the_start_is_slowfasts():
+    """Its paper: base * 0.5 * (cos(n / n_max * pi) + 1); the warm-up leads onto that curve, linearly."""
+    total, warm, base = 196, 34, 0.1
+    curve = [base * 0.5 * (math.cos(n / total * math.pi) + 1) for n in range(total)]
+    expected = [0.01 + (curve[warm] - 0.01) * n / warm for n in range(warm)] + curve[warm:]
+    got = [base * cosine(n, total, warmup=warm / total, start_factor=0.1, end_factor=0.0, from_start=True) for n in range(total)]
+    assert got == pytest.approx(expected) and max(got) < 0.095
 
 
 def test_a_schedule_that_makes_no_sense_is_refused_by_its_key():

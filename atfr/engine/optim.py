@@ -51,17 +51,22 @@ def groups(model: nn.Module, *, lr: float, weight_decay: float, head_lr: float |
     return found
 
 
-def cosine(step: int, total_steps: int, *, warmup: float, start_factor: float, end_factor: float) -> float:
+def cosine(step: int, total_steps: int, *, warmup: float, start_factor: float, end_factor: float, from_start: bool = False) -> float:
     """What to multiply the base learning rate with at `step` of `total_steps`.
 
     A line from `start_factor` to 1 over the first `warmup` (share of all steps), then half a
-    cosine down to `end_factor` (SGDR, Loshchilov & Hutter, ICLR 2017, without restarts).
+    cosine down to `end_factor` (SGDR, Loshchilov & Hutter, ICLR 2017, without restarts). With
+    `from_start` the cosine falls from the first step on, and the line ends on it, below 1, as in
+    SlowFast's training (Feichtenhofer et al., ICCV 2019, and PySlowFast's SOLVER.LR_POLICY).
     """
-    rising = _warming_up(step, total_steps, warmup=warmup, start_factor=start_factor)
-    if rising is not None:
-        return rising
-    done = (step - warmup * total_steps) / max(total_steps - warmup * total_steps, 1)
-    return end_factor + (1 - end_factor) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+    began = 0.0 if from_start else warmup * total_steps
+
+    def falling(at: float) -> float:
+        done = (at - began) / max(total_steps - began, 1)
+        return end_factor + (1 - end_factor) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+    rising = _warming_up(step, total_steps, warmup=warmup, start_factor=start_factor, to=falling(warmup * total_steps))
+    return falling(step) if rising is None else rising
 
 
 def multistep(step: int, total_steps: int, *, warmup: float, start_factor: float, milestones: Sequence[float], gamma: float) -> float:
@@ -84,9 +89,9 @@ def step(step: int, total_steps: int, *, warmup: float, start_factor: float, eve
     return multistep(step, total_steps, warmup=warmup, start_factor=start_factor, milestones=milestones, gamma=gamma)
 
 
-def _warming_up(step: int, total_steps: int, *, warmup: float, start_factor: float) -> float | None:
-    """A line from `start_factor` to 1 over the first `warmup` (share of all steps); None after it."""
+def _warming_up(step: int, total_steps: int, *, warmup: float, start_factor: float, to: float = 1.0) -> float | None:
+    """A line from `start_factor` to `to` over the first `warmup` (share of all steps); None after it."""
     if not 0 <= warmup < 1:
         raise ValueError(f"schedule.warmup is a share of all steps, at least 0 and below 1, not {warmup}")
     warmup_steps = warmup * total_steps
-    return start_factor + (1 - start_factor) * step / warmup_steps if step < warmup_steps else None
+    return start_factor + (to - start_factor) * step / warmup_steps if step < warmup_steps else None
