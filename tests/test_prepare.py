@@ -23,7 +23,7 @@ from pool_work import work
 from run_tools import ROOT, run_script, run_tool, small_job
 from test_bad_files import odd, unreadable
 from torchvision.transforms.v2.functional import resize
-from video_files import lay_down, numbers, write_jpgs, write_video
+from video_files import damage, lay_down, numbers, write_jpgs, write_video
 
 from atfr.data.decode import read_clip
 from atfr.data.encode import encode
@@ -122,6 +122,11 @@ def test_the_copies_of_a_dataset_are_a_root_of_the_same_layout(dataset, tmp_path
     }
     assert {row["height"] for row in found.values()} - {""} == {"32"}
     assert all_bytes(root) == before
+
+
+def test_damage_between_the_frames_looked_at_is_found(tmp_path):
+    path = damage(write_video(tmp_path / "a.mp4", 60, codec="libx264", gop=12), packet=20)
+    assert "packet 21 of 60 cannot be decoded" in probe(path).reason
 
 
 def test_nothing_usable_is_an_error(tmp_path):

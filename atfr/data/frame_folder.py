@@ -33,7 +33,7 @@ class FrameFolder:
         self.files = sorted(files, key=_by_number)
         self.num_frames = len(files)
 
-    def read(self, wanted: list[int], short_side: int | None) -> Found:
+    def read(self, wanted: list[int], short_side: int | None, *, leap: bool = True) -> Found:
         frames: dict[int, np.ndarray] = {}
         size: tuple[int, int] | None = None
         for position in wanted:
