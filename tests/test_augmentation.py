@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from PIL import Image, ImageEnhance, ImageOps
+from torchvision.transforms import v2
 from video_files import write_video
 
 from atfr.data.dataset import ClipSettings, TrainClips
@@ -32,16 +34,42 @@ def augmented(clip, seed, **options):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_clip_comes_out_as_each_of_its_frames_alone_would(name):
-    clip, changed = noise(3), 0
-    for seed in range(12):
-        together = augmented(clip, seed, **OPTIONS[name])
-        assert together.shape == (3, 3, 32, 32) and together.dtype == torch.uint8
+def test_every_frame_of_a_clip_is_treated_the_same(name):
+    """A frame that is in a clip twice comes out the same; each comes out as it would alone, unless the clip is measured."""
+    clip, changed, as_alone = noise(3), 0, 0
+    for seed in range(24):
+        together = augmented(torch.cat([clip, clip[:1]]), seed, **OPTIONS[name])
+        assert together.shape == (3, 4, 32, 32) and together.dtype == torch.uint8 and type(together) is torch.Tensor
+        assert torch.equal(together[:, 0], together[:, 3])
+        together = together[:, :3]
         alone = torch.cat([augmented(frame[None], seed, **OPTIONS[name]) for frame in clip], dim=1)
-        assert (together.int() - alone.int()).abs().max() <= 1  # of 255: a mean over more values is rounded otherwise
+        as_alone += bool((together.int() - alone.int()).abs().max() <= 3)  # of 255
         plain = {"scale": OPTIONS[name]["scale"]} if "scale" in OPTIONS[name] else {}
         changed += not torch.equal(together, augmented(clip, seed, **plain))
-    assert changed >= 8, "augmentation that does nothing"
+    assert changed >= 16, "augmentation that does nothing"
+    assert as_alone >= 10
+
+
+@pytest.mark.parametrize("operation", ["AutoContrast", "Equalize", "Contrast"])
+def test_what_measures_the_picture_measures_the_whole_clip(operation):
+    """Against Pillow, or the formula, on all frames as one picture; measured frame by frame it is another one."""
+    dark = torch.linspace(20, 220, 3).view(3, 1, 1, 1)
+    clip = (noise(3) * 0.1 + dark).to(torch.uint8)  # frames of very different brightness
+    only = v2.RandAugment(1, 15)
+    only._AUGMENTATION_SPACE = {operation: only._AUGMENTATION_SPACE[operation]}
+    transform = TrainTransform(crop_size=40, short_side=(40, 40), flip=0)
+    transform.augment = v2.Compose([v2.CenterCrop(40), only])
+    out = transform(clip, short_side=40, rng=np.random.default_rng(0)).transpose(0, 1)  # [T, C, H, W]
+    cropped = clip[..., 6:46]
+    tall = Image.fromarray(cropped.permute(0, 2, 3, 1).reshape(3 * 40, 40, 3).numpy())
+    if operation == "Contrast":
+        strengths = [1 + sign * 0.9 * 15 / 30 for sign in (1, -1)]
+        candidates = [ImageEnhance.Contrast(tall).enhance(strength) for strength in strengths]
+    else:
+        candidates = [ImageOps.autocontrast(tall) if operation == "AutoContrast" else ImageOps.equalize(tall)]
+    expected = [torch.from_numpy(np.asarray(item).copy()).view(3, 40, 40, 3).permute(0, 3, 1, 2) for item in candidates]
+    assert min((out.int() - item.int()).abs().max() for item in expected) <= 1
+    assert not torch.equal(out, cropped)
 
 
 def test_erasing_fills_one_rectangle_with_the_given_colour():

@@ -12,6 +12,7 @@ from torchvision.io import decode_image
 from video_files import damage, numbers, write_jpgs, write_sound, write_video
 
 from atfr.data import decode
+from atfr.data.frame_folder import FrameFolder
 from atfr.data.readers import AvVideo, Unsupported, scaled_size
 from atfr.data.records import VideoError
 
@@ -212,6 +213,15 @@ def test_a_folder_of_jpgs_is_read_in_the_order_of_its_numbers(tmp_path):
     for frame, number in zip(clip, (11, 1, 2, 2), strict=True):  # img_10 comes after img_9, not after img_1
         expected = decode_image(os.path.join(path, f"img_{number}.jpg")).permute(1, 2, 0).numpy()
         assert np.abs(frame.astype(int) - expected).max() <= 2
+
+
+@pytest.mark.parametrize(
+    "names", [["b2.jpg", "b10.jpg"], ["x_001.jpg", "x_002.jpg", "x_010.jpg"], ["img_1a.jpg", "img_10.jpg"], ["1 x 09.jpg", "1 x 10.JPG", "02 x 1.jpeg"]]
+)
+def test_numbers_in_names_count_by_their_value(tmp_path, names):
+    for name in names:
+        (tmp_path / name).touch()
+    assert FrameFolder(str(tmp_path)).files == names
 
 
 def test_frames_of_a_folder_are_scaled_and_coloured_alike(tmp_path):
