@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from atfr.data.records import VideoError
 
 # Keys of a group that others read, and that its own target does not take.
-SHARED_KEYS = {"model": ("clip", "clips", "weights"), "dataset": ("clip", "model_size")}
+SHARED_KEYS = {"model": ("clip", "clips", "weights"), "dataset": ("clip", "model_size", "manifest")}
 # What a config has at its top.
 ROOT_KEYS = ("dataset", "model", "optimizer", "schedule", "trainer", "experiment", "checkpoint", "format", "json", "num_classes", "budgets", "refresh_batch_norm")
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from atfr.configuration import build
 from atfr.data.dataset import ClipSettings, TestClips, TrainClips
+from atfr.data.known_bad import leave_out_bad
 from atfr.data.loader import TrainSampler, test_loader, train_loader
 from atfr.data.records import Video, VideoSource
 from atfr.data.transforms import Normalizer
@@ -25,13 +26,24 @@ from atfr.models.weights import load_pretrained
 
 
 def load_source(config: DictConfig, ranks: Ranks) -> VideoSource:
-    """The dataset's videos. The main process comes first, since it may have to generate them."""
+    """The dataset's videos, without those for training that `dataset.manifest` knows to be bad.
+
+    The main process comes first, since it may have to generate them.
+    """
     if not ranks.is_main:
         distributed.barrier()
     source = build(config.dataset, "dataset")
     if ranks.is_main:
         distributed.barrier()
-    return source
+    manifest = config.dataset.get("manifest")
+    if manifest is None or not source.train:
+        return source
+    known = leave_out_bad(source, str(manifest), decoder=config.dataset.clip.decoder)
+    if ranks.is_main:
+        noted = known.notes["manifest"]
+        others = f", which does not have {noted['not_in_it']} others" if noted["not_in_it"] else ""
+        print(f"{source.name}: {noted['left_out']} of the {len(source.train)} training videos are left out, bad by {noted['file']}{others}", flush=True)
+    return known
 
 
 def require_videos(source: VideoSource, *splits: str) -> None:

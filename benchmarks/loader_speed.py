@@ -5,10 +5,15 @@
     python benchmarks/loader_speed.py --clips 16 --memory-clips 64 --files 2 --seconds 2    # does it work?
 
 Videos of 340x256 are written to a temporary folder in four forms: H.264 with a keyframe every 12 frames and every 250,
-VP9, and jpg folders. The loader reads, transforms and collates training clips as training does and hands on uint8
-batches; the decoder is `ClipSettings.read` alone, with the same frames of the same files at the same size, in as many
-processes, and drops what it reads. Each figure is the median over the rounds, in which the two take turns; ratio is
-that of the ratios within a round. Start-up is not counted: both read some clips before the clock starts.
+VP9, and jpg folders. Three read the same frames of the same files at the same size, in as many processes:
+
+- the bare library: PyAV, or Pillow for jpg files, in as few lines as it takes and with no check of anything (`Bare`). It
+  trusts the header, seeks once, and decodes on to the last frame; what it decodes is scaled to the size and dropped.
+- our reader: `ClipSettings.read` alone, which counts packets, knows every frame by its timestamp and meets bad files.
+- the loader: reads, transforms and collates training clips as training does, and hands on uint8 batches.
+
+Each figure is the median over the rounds, in which they take turns; loader/bare and loader/reader are those of the ratios
+within a round. Start-up is not counted: all read some clips before the clock starts.
 
 Memory is the resident memory of all processes together, while a loader goes over files of all forms.
 With --save the result is also written to benchmarks/results/loader_speed-cpu.txt.
@@ -32,23 +37,36 @@ from statistics import median
 import av
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 from torch import Tensor
 
 from atfr.data.dataset import ClipSettings, TrainClips
-from atfr.data.decode import read_clip
+from atfr.data.decode import Decoded, Pick, read_clip
 from atfr.data.encode import h264_file
 from atfr.data.loader import TrainSampler, train_loader
+from atfr.data.readers import scaled_size
 from atfr.data.records import Video, VideoError
 
-# The clip of X3D-S in training.
-CLIP = ClipSettings(
-    frames=13, stride=6, crop_size=160, train_short_side=[182, 228], test_short_side=182, mean=[0.45] * 3, std=[0.225] * 3
-)
 RATE, SIZE = 30, (256, 340)  # frames a second; height and width in pixels
 BATCH = 8
 WARM_UP = 2 * BATCH  # clips a worker before the clock starts
 SAVED = Path(__file__).parent / "results" / "loader_speed-cpu.txt"
+
+
+class Bare(ClipSettings):
+    """Reads with the libraries themselves, in files as they are written here."""
+
+    def read(self, path: str, pick: Pick, *, short_side: int) -> Decoded:
+        read = bare_jpgs if os.path.isdir(path) else bare_video
+        return Decoded(read(path, pick, short_side), "bare", 0, RATE)
+
+
+# The clip of X3D-S in training.
+CLIP, BARE = (
+    settings(frames=13, stride=6, crop_size=160, train_short_side=[182, 228], test_short_side=182, mean=[0.45] * 3, std=[0.225] * 3)
+    for settings in (ClipSettings, Bare)
+)
 
 
 def main() -> None:
@@ -66,12 +84,15 @@ def main() -> None:
     say(f"{arguments.files} files a form, {pictures}; {clip}; {arguments.rounds} rounds of {arguments.clips}")
     with tempfile.TemporaryDirectory(prefix="loader_speed") as folder:
         forms = write_forms(Path(folder), arguments.files, round(RATE * arguments.seconds), arguments.videos)
-        say(f"{'form':<14}{'workers':>8}{'decoder clips/s':>17}{'loader clips/s':>16}{'ratio':>8}")
+        say(f"{'clips/s':<14}{'workers':>8}{'bare library':>14}{'our reader':>12}{'loader':>8}{'loader/bare':>13}{'loader/reader':>15}")
         for (form, videos), workers in itertools.product(forms.items(), (1, 2)):
-            rounds = [(bare_speed(videos, arguments.clips, workers), loader_speed(videos, arguments.clips, workers)) for _ in range(arguments.rounds)]
-            ratio = median(loader / bare for bare, loader in rounds)
-            bare, loader = (median(column) for column in zip(*rounds))
-            say(f"{form:<14}{workers:>8}{bare:>17.1f}{loader:>16.1f}{ratio:>8.2f}")
+            rounds = [
+                (*(reading_speed(videos, arguments.clips, workers, clip) for clip in (BARE, CLIP)), loader_speed(videos, arguments.clips, workers))
+                for _ in range(arguments.rounds)
+            ]
+            bare, reader, loader = (median(column) for column in zip(*rounds))
+            ratios = [median(row[2] / row[place] for row in rounds) for place in (0, 1)]
+            say(f"{form:<14}{workers:>8}{bare:>14.1f}{reader:>12.1f}{loader:>8.1f}{ratios[0]:>13.2f}{ratios[1]:>15.2f}")
         if arguments.memory_clips:
             for line in memory([video for videos in forms.values() for video in videos], arguments.memory_clips, workers=2):
                 say(line)
@@ -159,6 +180,33 @@ def write_jpgs(path: Path, pixels: np.ndarray) -> None:
 # ---- speed
 
 
+def bare_jpgs(path: str, pick: Pick, short_side: int) -> np.ndarray:
+    """uint8 [T, H, W, 3]."""
+    files = sorted(os.listdir(path))
+    images = (Image.open(os.path.join(path, files[index])) for index in pick(len(files), None))
+    return np.stack([image.convert("RGB").resize(scaled_size(*image.size, short_side), Image.Resampling.BILINEAR) for image in images])
+
+
+def bare_video(path: str, pick: Pick, short_side: int) -> np.ndarray:
+    """uint8 [T, H, W, 3]."""
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        wanted = pick(stream.frames or round(container.duration / av.time_base * RATE), RATE).tolist()
+        frames_a_tick = RATE * stream.time_base
+        container.seek(int(wanted[0] / frames_a_tick), stream=stream)
+        width, height = scaled_size(stream.width, stream.height, short_side)
+        reformat = VideoReformatter().reformat
+        found: dict[int, np.ndarray] = {}
+        for frame in container.decode(stream):
+            index = round(frame.pts * frames_a_tick)
+            if index in wanted:
+                found[index] = reformat(frame, width=width, height=height, format="rgb24", threads=1).to_ndarray()
+            if index >= wanted[-1]:
+                break
+    return np.stack([found[index] for index in wanted])
+
+
 class OnlyDraws:
     """Stands in for a transform: draws the size at which to read, and drops what was read."""
 
@@ -174,9 +222,9 @@ def order(clips: int) -> TrainSampler:
     return TrainSampler(-(-clips // BATCH) * BATCH, seed=0, global_batch=BATCH)
 
 
-def bare_speed(videos: list[Video], clips: int, workers: int) -> float:
+def reading_speed(videos: list[Video], clips: int, workers: int, settings: ClipSettings) -> float:
     """Clips/s of `workers` processes that read and do nothing else."""
-    dataset = TrainClips(videos, CLIP, seed=0)
+    dataset = TrainClips(videos, settings, seed=0)
     dataset.transform = OnlyDraws(dataset.transform.draw_short_side)
     sampler = order(clips)
     sampler.set_epoch(1)

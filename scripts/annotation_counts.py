@@ -4,7 +4,7 @@
 
 DIR has a folder for each dataset: kinetics400, kinetics600 (train.csv and val.csv, or kinetics-400_val.csv ...),
 mini_kinetics200 (train_ytid_list.txt, val_ytid_list.txt, and kinetics_200_val.csv for the classes),
-something_something_v2 (labels.json, train.json, validation.json), ucf101 and hmdb51 (their lists). Whatever is lacking
+something_something_v2 (labels.json, train.json, validation.json, test-answers.csv), ucf101 and hmdb51 (their lists). Whatever is lacking
 has a dash; an excerpt, as train_excerpt.json, is called one. With --output the table goes between the file's marks.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from atfr.data import hmdb51, something_something, ucf101
 from atfr.data.annotations import read_lines
 from atfr.data.kinetics import read_segments
 
+TESTED = "Something-Something V2, official test"
 START, END = "<!-- table -->", "<!-- end of table -->"
 
 
@@ -40,6 +42,7 @@ class Found:
     train: list[str] | None = None
     test: list[str] | None = None
     excerpt: bool = False  # the training list has only some of its videos
+    twice: int = 0  # YouTube ids that a list has more than once, with other times
 
 
 # Kinetics-600: Carreira et al., 2018, 50 validation clips a class. mini-Kinetics: Xie et al., 2018. Something-Something V2
@@ -49,6 +52,7 @@ PUBLISHED = {
     "Kinetics-600": Counts(600, None, 30_000),
     "mini-Kinetics-200": Counts(200, 80_000, 5_000),
     "Something-Something V2": Counts(174, 168_913, 24_777),
+    TESTED: Counts(174, 168_913, 27_157),
     "UCF101 split 1": Counts(101, 9_537, 3_783),
     "UCF101 split 2": Counts(101, 9_586, 3_734),
     "UCF101 split 3": Counts(101, 9_624, 3_696),
@@ -74,12 +78,14 @@ def main() -> None:
 
 def table(datasets: dict[str, Found]) -> list[str]:
     """A Markdown table with a line a dataset and split."""
-    lines = ["| | classes | training videos | test videos | in both | as published |", "|---|---|---|---|---|---|"]
+    lines = ["| | classes | training videos | test videos | in both | twice | as published |", "|---|---|---|---|---|---|---|"]
     for name, published in PUBLISHED.items():
         there = datasets.get(name, Found())
         counted = Counts(there.classes, *(None if videos is None else len(videos) for videos in (there.train, there.test)))
         both = "–" if there.train is None or there.test is None else f"{len(set(there.train) & set(there.test)):,}"
         cells = [shown(counted.classes), shown(counted.train) + (" (an excerpt)" if there.excerpt else ""), shown(counted.test), both]
+        twice = there.twice + sum(repeated(videos) for videos in (there.train, there.test) if videos)
+        cells.append(f"{twice:,}" if there.train or there.test else "–")
         lines.append(f"| {name} | {' | '.join(cells)} | {verdict(counted, published, excerpt=there.excerpt)} |")
     return lines
 
@@ -105,7 +111,8 @@ def found(folder: Path) -> Iterator[tuple[str, Found]]:
         yield f"Kinetics-{number}", kinetics(folder / f"kinetics{number}", number)
     yield "mini-Kinetics-200", mini_kinetics(folder / "mini_kinetics200")
     if (folder / "something_something_v2").is_dir():
-        yield "Something-Something V2", something(folder / "something_something_v2")
+        yield "Something-Something V2", something(folder / "something_something_v2", "validation.json")
+        yield TESTED, something(folder / "something_something_v2", "test-answers.csv")
     if (folder / "ucf101").is_dir():
         classes = ucf101.read_classes(str(folder / "ucf101/classInd.txt"))
         for split in ucf101.SPLITS:
@@ -126,7 +133,8 @@ def kinetics(folder: Path, number: int) -> Found:
         segments[split] = read_segments(str(file)) if file else None
     classes = {segment.class_name for listed in segments.values() for segment in listed or ()}
     names = {split: None if listed is None else [segment.stem for segment in listed] for split, listed in segments.items()}
-    return Found(len(classes) or None, names["train"], names["val"])
+    twice = sum(repeated([segment.youtube_id for segment in listed]) for listed in segments.values() if listed)
+    return Found(len(classes) or None, names["train"], names["val"], twice=twice)
 
 
 def mini_kinetics(folder: Path) -> Found:
@@ -139,18 +147,23 @@ def mini_kinetics(folder: Path) -> Found:
     return Found(classes, ids["train"], ids["val"])
 
 
-def something(folder: Path) -> Found:
-    """All templates are looked up in labels.json."""
+def something(folder: Path, test: str) -> Found:
+    """With validation.json or test-answers.csv as the test list. All templates are looked up in labels.json."""
     classes = something_something.read_classes(str(folder / "labels.json"))
     lists = []
     train = first_of(folder / "train.json", folder / "train_excerpt.json")
-    for file in (train, first_of(folder / "validation.json")):
+    for file in (train, first_of(folder / test)):
         videos = something_something.read_list(str(file)) if file else []
         strange = next((video for video in videos if video.class_name not in classes), None)
         if strange is not None:
             raise ValueError(f"{file}: {strange.class_name!r} of {strange.path} is not in labels.json")
         lists.append([video.path for video in videos] if file else None)
     return Found(len(classes), *lists, excerpt=train is not None and train.name != "train.json")
+
+
+def repeated(names: list[str]) -> int:
+    """How many names are there more than once."""
+    return sum(count > 1 for count in Counter(names).values())
 
 
 def first_of(*files: Path) -> Path | None:

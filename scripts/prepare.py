@@ -1,12 +1,13 @@
-"""Check a dataset's videos, list those that can be read, and make copies that are quick to train from.
+"""Check a dataset's videos, note which of them can be read, and make copies that are quick to train from.
 
-    python scripts/prepare.py dataset=ucf101 dataset.root=/data/ucf101
-    python scripts/prepare.py dataset=kinetics400 dataset.root=/data/k400 encode=true output=/data/k400_256
+    python scripts/prepare.py dataset=ucf101 root=/data/ucf101
+    python scripts/prepare.py dataset=kinetics400 root=/data/k400 encode=true output=/data/k400_256
 
-Every video is decoded once, in several processes. OUTPUT/prepared (OUTPUT is dataset.root unless it is set) then has
-manifest.csv with a row a video, and train.csv, val.csv and test.csv with the good ones, for dataset=videolist.
+Every video is decoded once, in several processes. OUTPUT/prepared/manifest.csv (OUTPUT is the root unless it is set) then
+has a row a video; with dataset.manifest=FILE a training leaves out those that are bad, and nothing else changes.
 With encode=true OUTPUT gets H.264 copies under the names of the originals (in mp4 format, whatever the suffix says), and the
-lists, so that the same dataset can be read from dataset.root=OUTPUT; the manifest is that of the copies.
+lists, so that the same dataset can be read from dataset.root=OUTPUT; the manifest is that of the copies. What cannot be
+copied is a link to the original there.
 The same command run again goes on where it stopped, and looks again only at what has changed or was bad.
 Options: configs/prepare.yaml.
 """
@@ -14,6 +15,7 @@ Options: configs/prepare.yaml.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from atfr.configuration import build, one_line_errors
@@ -38,6 +41,7 @@ LISTS = (".csv", ".txt", ".json")
 class Settings:
     """The options beside the dataset, as configs/prepare.yaml explains them."""
 
+    root: Optional[str]
     output: Optional[str]
     encode: bool
     short_side: int
@@ -59,7 +63,10 @@ class Settings:
 def main(config: DictConfig) -> None:
     given = OmegaConf.masked_copy(config, [str(key) for key in config if key != "dataset"])
     settings: Settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), given))
-    if "allow_missing" in config.dataset:
+    if settings.root is not None:
+        config.dataset.root = settings.root
+    allowed = config.dataset.get("allow_missing", True)
+    if not allowed:
         config.dataset.allow_missing = True  # they are listed, whatever training will make of them
     source: VideoSource = build(config.dataset, "dataset")
     root = Path(source.notes["root"])
@@ -75,7 +82,12 @@ def main(config: DictConfig) -> None:
     decoder = config.dataset.clip.decoder
     manifest = Manifest(output / FOLDER, {"dataset": source.name, "root": str(root), "decoder": decoder, "copies": settings.encode})
     probe_all(videos, manifest, root=root, decoder=decoder, bad=bad, **run)
-    report(videos, manifest, source.name, root)
+    report(videos, manifest, source.name)
+    # The dataset as it was given here, but for its root.
+    own = [given for given in HydraConfig.get().overrides.task if given.startswith("dataset") and not given.startswith("dataset.root=")]
+    missing = ["dataset.allow_missing=true"] if not allowed and any(video.missing for video in videos) else []
+    options = [*own, f"dataset.root={root}", f"dataset.manifest={output / FOLDER / MANIFEST}", *missing]
+    say(f"to train without the bad ones: {shlex.join(options)}")
 
 
 def say_missing(videos: list[Listed], name: str, *, hint: str | None) -> None:
@@ -102,7 +114,7 @@ def copy_lists(dataset: DictConfig, root: Path, output: Path) -> None:
                 shutil.copyfile(file, target)
 
 
-def report(videos: list[Listed], manifest: Manifest, name: str, root: Path) -> None:
+def report(videos: list[Listed], manifest: Manifest, name: str) -> None:
     """Print how many videos are good and which are bad; ValueError if all are."""
     probes = [(video, manifest.probes.get(video.path)) for video in videos]
     path = manifest.folder / MANIFEST
@@ -114,11 +126,8 @@ def report(videos: list[Listed], manifest: Manifest, name: str, root: Path) -> N
     counts = Counter(split for video, probe in probes if probe is not None and probe.good for split in video.split.split("+"))
     if not counts:
         raise ValueError(f"dataset {name}: not one of its {len(videos)} videos can be read; {path} says why")
-    lists = {split: manifest.folder / f"{split}.csv" for split in SPLITS if counts[split]}
-    good = ", ".join(f"{counts[split]} good {split} videos" for split in lists)
+    good = ", ".join(f"{counts[split]} good {split} videos" for split in SPLITS if counts[split])
     say(f"{name}: {good}, {len(bad)} bad, {sum(video.missing for video in videos)} missing; {path}")
-    options = [f"dataset.{split}={file}" for split, file in lists.items()]
-    say(f"to train on the good ones: dataset=videolist dataset.root={root} {' '.join(options)}")
 
 
 def say(line: str) -> None:

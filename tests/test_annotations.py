@@ -221,6 +221,15 @@ def test_what_is_wrong_in_something_something_is_refused_by_name(tmp_path):
     (tmp_path / "broken.json").write_text("[{")
     with pytest.raises(ValueError, match=r"broken\.json: not a JSON file"):
         something(tmp_path, test="broken.json")
+    (tmp_path / "answers.csv").write_text("203;Closing something\n17,Closing something\n")
+    with pytest.raises(ValueError, match=r"answers\.csv:2: expected 'ID;TEMPLATE' as in the official test-answers.csv"):
+        something(tmp_path, test="answers.csv")
+
+
+def test_the_answers_to_the_test_list_of_something_something_are_a_test_list(tmp_path):
+    touch(tmp_path, "203.webm", "17.webm")
+    (tmp_path / "answers.csv").write_text("17;Putting something into something\n203;Closing something\n")
+    assert listed(something(tmp_path, test="answers.csv").test, tmp_path) == [("17.webm", 0), ("203.webm", 1)]
 
 
 # ---- UCF101 and HMDB51
@@ -329,6 +338,16 @@ def test_every_template_of_something_something_is_one_of_its_174_classes(annotat
     assert not set(source.missing["train"]) & set(source.missing["test"])
 
 
+def test_the_answers_to_the_official_test_list_of_something_something_are_for_its_27157_videos(annotations, tmp_path):
+    folder = annotations / "something_something_v2"
+    ids = [entry["id"] for entry in json.loads((folder / "test.json").read_text())]
+    touch(tmp_path, f"{ids[0]}.webm")
+    answers = str(folder / "test-answers.csv")
+    source = something_something_v2(root=str(tmp_path), videos=".", allow_missing=True, labels=str(folder / "labels.json"), train=None, test=answers)
+    assert sorted([Path(video.path).stem for video in source.test] + [Path(path).stem for path in source.missing["test"]]) == sorted(ids)
+    assert len(set(ids)) == 27157
+
+
 @pytest.mark.parametrize("number,rows", [(400, 19906), (600, 30000)])
 def test_the_validation_lists_of_kinetics_have_the_classes_in_their_usual_order(annotations, number, rows):
     folder = annotations / f"kinetics{number}"
@@ -358,8 +377,18 @@ def test_the_published_mini_kinetics_lists_choose_80000_and_5000_videos_of_200_c
 
 
 def test_the_table_of_counts_says_what_differs_and_what_is_in_both_lists():
-    lists = {"UCF101 split 2": annotation_counts.Found(101, ["a", "b"], ["b", "c", "d"]), "Kinetics-600": annotation_counts.Found(600)}
+    lists = {"UCF101 split 2": annotation_counts.Found(101, ["a", "b"], ["b", "c", "c"]), "Kinetics-600": annotation_counts.Found(600)}
     lines = {line.split(" | ")[0]: line for line in annotation_counts.table(lists)}
-    assert lines["| UCF101 split 2"] == "| UCF101 split 2 | 101 | 2 | 3 | 1 | yes: classes; NO: train: 9,586 published, test: 3,734 published |"
-    assert lines["| Kinetics-600"] == "| Kinetics-600 | 600 | – | – | – | yes: classes |"
-    assert lines["| Kinetics-400"] == "| Kinetics-400 | – | – | – | – | – |"
+    assert lines["| UCF101 split 2"] == "| UCF101 split 2 | 101 | 2 | 3 | 1 | 1 | yes: classes; NO: train: 9,586 published, test: 3,734 published |"
+    assert lines["| Kinetics-600"] == "| Kinetics-600 | 600 | – | – | – | – | yes: classes |"
+    assert lines["| Kinetics-400"] == "| Kinetics-400 | – | – | – | – | – | – |"
+
+
+def test_pyslowfasts_list_of_another_machine_finds_its_videos_under_the_root(annotations, tmp_path):
+    lists = annotations / "file_lists/kinetics400_path_label_val_excerpt.txt"
+    touch(tmp_path, "abseiling/0wR5jVB-WPk.mp4")
+    options = {"root": str(tmp_path), "train": None, "test": str(lists), "num_classes": 400}
+    source = kinetics(**options, strip_prefix="/scratch/xiaolonw/kinetics/data/compress/val_256")
+    assert listed(source.test, tmp_path) == [("abseiling/0wR5jVB-WPk.mp4", 0)] and len(source.missing["test"]) == 2999
+    with pytest.raises(ValueError, match=r"excerpt\.txt:1: /scratch/.* does not begin with dataset\.strip_prefix=/scratch/xiao$"):
+        kinetics(**options, strip_prefix="/scratch/xiao")

@@ -147,10 +147,10 @@ def wedged(tmp_path, monkeypatch):
     def arm(hang):
         whole = decode.AvVideo.read
 
-        def read(self, *arguments):
+        def read(self, *arguments, **options):
             if self.path == videos[1].path:
                 hang()
-            return whole(self, *arguments)
+            return whole(self, *arguments, **options)
 
         monkeypatch.setattr(decode.AvVideo, "read", read)
         return videos

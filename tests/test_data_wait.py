@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+from run_tools import run_script
 
 from atfr.engine import data_wait
 from atfr.engine.data_wait import DataWait
@@ -69,3 +72,12 @@ def test_a_training_with_a_slow_loader_warns_of_it_and_one_with_a_quick_loader_d
         identity={"config": {}, "choices": {}, "class_names": []},
     ).run()
     assert sum("waiting for data" in message for message in caplog.messages) == int(slow)
+
+
+def test_the_share_of_a_run_is_told_from_its_log(tmp_path):
+    """By hand: 4 steps at 1 s and 3 s, 2 at 0.5 s and 1 s; the first line, with the start of the workers, does not count."""
+    values = [(1, 50.0, 1.0), (5, 1.0, 3.0), (7, 0.5, 1.0)]
+    lines = [{"step": step, "split": "train", "data_s": data, "step_s": rest} for step, data, rest in values]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 7, "split": "val", "top1": 1.0}]))
+    outcome = run_script("benchmarks/data_wait.py", "--run", str(tmp_path))
+    assert outcome.code == 0 and "6 steps: 833.33 ms for data and 2333.3 ms for the rest of a step; waiting is 26.32% of the time" in outcome.out

@@ -12,6 +12,7 @@ from torchvision.io import decode_image
 from video_files import damage, numbers, write_jpgs, write_sound, write_video
 
 from atfr.data import decode
+from atfr.data.frame_folder import FrameFolder
 from atfr.data.readers import AvVideo, Unsupported, scaled_size
 from atfr.data.records import VideoError
 
@@ -55,8 +56,48 @@ def test_seeking_finds_the_same_frames_as_counting_from_the_start(tmp_path, kind
     assert len(starts) > 1, "without several keyframes this tests nothing"
     for first in range(0, 36, 3):
         before = [key for key in video.keyframes if key.position <= first][-1]
-        sought, end = video._collect([first, first + 2], None, before)
+        sought, end = video._collect([(before, [first, first + 2])], None)
         assert end is None and numbers([sought[first], sought[first + 2]]) == [first, first + 2]
+
+
+def counted(monkeypatch):
+    """A list that grows with every frame decoded by PyAV."""
+    decoded, decode_all = [], AvVideo._decode
+
+    def count(self, *arguments, **options):
+        for frame in decode_all(self, *arguments, **options):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(AvVideo, "_decode", count)
+    return decoded
+
+
+@pytest.mark.parametrize("kind, gop", [("h264_mp4", 5), ("h264_mkv", 8), ("hevc_mp4", 8), ("vp9_webm", 9), ("mpeg4_avi", 8)])
+def test_leaping_from_keyframe_to_keyframe_finds_the_same_frames_and_decodes_fewer(tmp_path, monkeypatch, kind, gop):
+    codec, ending = FORMATS[kind]
+    video = AvVideo(write_video(tmp_path / f"video.{ending}", 60, codec=codec, gop=gop))
+    decoded, rng = counted(monkeypatch), np.random.default_rng(0)
+    leapt = through = 0
+    for size in (2, 3, 4, 6, 12) * 4:
+        wanted = sorted(rng.choice(60, size, replace=False).tolist())
+        for leap in (True, False):
+            decoded.clear()
+            frames, end = video.read(wanted, None, leap=leap)
+            assert end is None and sorted(frames) == wanted and numbers(np.stack([frames[i] for i in wanted])) == wanted
+            leapt, through = leapt + leap * len(decoded), through + (not leap) * len(decoded)
+    assert leapt < 0.8 * through
+
+
+def test_a_clip_whose_frames_lie_close_is_decoded_in_one_go(tmp_path, monkeypatch):
+    video = AvVideo(write_video(tmp_path / "video.mp4", 40, codec="libx264", gop=12))
+    decoded = counted(monkeypatch)
+    video.read([0, 3, 6, 9, 12, 15], None)
+    assert len(decoded) == 16
+    decoded.clear()
+    video.read([0, 3, 30, 33], None)
+    (*_, before) = [key.position for key in video.keyframes if key.position <= 30]
+    assert len(decoded) == 4 + (33 - before + 1) < 34
 
 
 def test_frames_are_scaled_to_the_short_side_and_never_enlarged(tmp_path):
@@ -108,7 +149,8 @@ def test_when_many_frames_are_missing_the_clip_is_chosen_again(tmp_path, monkeyp
 def test_a_damaged_packet_in_the_middle_is_an_error_and_one_at_the_end_is_the_end(tmp_path):
     middle = damage(write_video(tmp_path / "middle.mp4", 40, codec="libx264"), packet=20)
     with pytest.raises(VideoError, match=r"packet 21 of 40 cannot be decoded"):
-        read_clip(middle, chosen(0, 39))
+        read_clip(middle, chosen(0, 39), leap=False)
+    assert numbers(read_clip(middle, chosen(0, 39))) == [0, 39]  # what is not wanted need not be whole
     end = damage(write_video(tmp_path / "end.mp4", 40, codec="libx264"), packet=38)
     clip = numbers(read_clip(end, chosen(0, 20, 39)))
     assert clip[:2] == [0, 20] and 30 <= clip[2] < 39
@@ -171,6 +213,15 @@ def test_a_folder_of_jpgs_is_read_in_the_order_of_its_numbers(tmp_path):
     for frame, number in zip(clip, (11, 1, 2, 2), strict=True):  # img_10 comes after img_9, not after img_1
         expected = decode_image(os.path.join(path, f"img_{number}.jpg")).permute(1, 2, 0).numpy()
         assert np.abs(frame.astype(int) - expected).max() <= 2
+
+
+@pytest.mark.parametrize(
+    "names", [["b2.jpg", "b10.jpg"], ["x_001.jpg", "x_002.jpg", "x_010.jpg"], ["img_1a.jpg", "img_10.jpg"], ["1 x 09.jpg", "1 x 10.JPG", "02 x 1.jpeg"]]
+)
+def test_numbers_in_names_count_by_their_value(tmp_path, names):
+    for name in names:
+        (tmp_path / name).touch()
+    assert FrameFolder(str(tmp_path)).files == names
 
 
 def test_frames_of_a_folder_are_scaled_and_coloured_alike(tmp_path):
@@ -253,6 +304,25 @@ def test_real_files_have_as_many_frames_as_a_full_decode_found():
         _, end = video.read([video.num_frames - 1], 32)
         assert (end or video.num_frames) == int(row["frames_decoded"]), row["relative_path"]
         assert video.fps == pytest.approx(float(row["avg_fps"]), rel=0.05), row["relative_path"]
+
+
+@needs_data
+def test_leaping_in_real_files_finds_the_frames_that_decoding_all_of_them_does(monkeypatch):
+    decoded, rng = counted(monkeypatch), np.random.default_rng(0)
+    sets = ("kinetics400", "something", "ucf101", "hmdb51", "tennis", "stock", "hd_phone")
+    with open(os.path.join(DATA, "videos", "decode_stats.csv")) as stream:
+        paths = [row["relative_path"] for row in csv.DictReader(stream)]
+    fewer = 0
+    for path in [path for name in sets for path in [path for path in paths if path.startswith(name)][:2]]:
+        video = AvVideo(os.path.join(DATA, "videos", path))
+        wanted = sorted(set(rng.integers(0, video.num_frames - 2, 6).tolist()))
+        decoded.clear()
+        leapt, _ = video.read(wanted, 64)
+        count = len(decoded)
+        through, _ = video.read(wanted, 64, leap=False)
+        fewer += count < len(decoded) - count
+        assert all(np.array_equal(leapt[i], through[i]) for i in wanted), path
+    assert fewer >= 4
 
 
 @needs_data

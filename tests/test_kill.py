@@ -19,7 +19,7 @@ from atfr.engine import checkpoint
 
 KILLS = int(os.environ.get("ATFR_KILLS", 3))  # of one process; ATFR_KILLS=20 for an evening
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-MORE = ("trainer.batch_size=2", "trainer.epochs=6", "trainer.save_every=1", "trainer.eval_every=3", "trainer.test=false", "trainer.mixup=0.8", "trainer.accumulate=2", "trainer.ema=0.9")
+MORE = ("trainer.batch_size=4", "trainer.epochs=12", "trainer.save_every=1", "trainer.eval_every=6", "trainer.test=false", "trainer.mixup=0.8", "trainer.accumulate=2", "trainer.ema=0.9")
 
 
 @pytest.mark.slow

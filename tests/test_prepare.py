@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,7 +23,7 @@ from pool_work import work
 from run_tools import ROOT, run_script, run_tool, small_job
 from test_bad_files import odd, unreadable
 from torchvision.transforms.v2.functional import resize
-from video_files import lay_down, numbers, write_jpgs, write_video
+from video_files import damage, lay_down, numbers, write_jpgs, write_video
 
 from atfr.data.decode import read_clip
 from atfr.data.encode import encode
@@ -41,9 +43,9 @@ def rows(folder: Path) -> dict[str, dict[str, str]]:
         return {row["path"]: row for row in csv.DictReader(line for line in file if not line.startswith("#"))}
 
 
-def listed(folder: Path, split: str) -> list[list[str]]:
-    with open(folder / f"prepared/{split}.csv", newline="", encoding="utf-8") as file:
-        return list(csv.reader(file))[1:]
+def command(outcome) -> list[str]:
+    """The overrides that the last line says to train with."""
+    return shlex.split(outcome.out.splitlines()[-1].removeprefix("to train without the bad ones: "))
 
 
 def all_bytes(root: Path) -> dict[str, str]:
@@ -87,13 +89,19 @@ def test_bad_and_missing_files_are_listed_with_reasons_and_the_good_ones_can_be_
     assert [found["right 0.mp4"][key] for key in facts] == ["right", "train", "24", "10", "64", "48", "2.400", str(state)]
     assert [found["rotated.mp4"][key] for key in facts[:6]] == ["right", "train+test", "20", "10", "48", "64"]
     assert 0 < int(found["cut off.avi"]["frames"]) < 20
-    assert len(listed(tmp_path, "train")) == 8 + 6 and len(listed(tmp_path, "test")) == 4 + 6
     assert all_bytes(root) == before
 
-    lists = [f"dataset.{split}={tmp_path}/prepared/{split}.csv" for split in ("train", "test")]
-    trained = run_tool("train", *small_job(root, tmp_path / "run", *lists, "trainer.max_steps=1", "model=x3d"))
+    trained = run_tool("train", *small_job(root, tmp_path / "run", *command(outcome), "trainer.max_steps=1", "model=x3d"))
     assert trained.code == 0, trained.err
-    assert "14 training, 10 validation, 10 test videos, 2 classes" in trained.out
+    bad, there = len(reasons), 12 + len(reasons)
+    assert f"14 training, {4 + 6 + bad} validation, {4 + 6 + bad} test videos, 2 classes" in trained.out
+    said = f"videolist: {bad} of the {14 + bad} training videos are left out, bad by {tmp_path}/prepared/manifest.csv\n"
+    assert trained.out.count(said) == 1
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["num_videos"] == 10 and [Path(path).name for path in results["failed"]] == sorted(reasons)
+    protocol = results["protocol"]
+    assert protocol["manifest"] == {"file": f"{tmp_path}/prepared/manifest.csv", "left_out": bad, "not_in_it": 0}
+    assert protocol["missing"] == {"train": 1, "test": 1} and protocol["videos"] == {"train": 14 + bad, "test": 10 + bad}
 
 
 @pytest.mark.parametrize("dataset", ["kinetics400", "something_something_v2", "hmdb51"])
@@ -116,10 +124,15 @@ def test_the_copies_of_a_dataset_are_a_root_of_the_same_layout(dataset, tmp_path
     assert all_bytes(root) == before
 
 
+def test_damage_between_the_frames_looked_at_is_found(tmp_path):
+    path = damage(write_video(tmp_path / "a.mp4", 60, codec="libx264", gop=12), packet=20)
+    assert "packet 21 of 60 cannot be decoded" in probe(path).reason
+
+
 def test_nothing_usable_is_an_error(tmp_path):
     (tmp_path / "a.mp4").touch()
     (tmp_path / "list.csv").write_text("a.mp4,x\n")
-    outcome = prepare("dataset=videolist", f"dataset.root={tmp_path}", "dataset.train=list.csv", "dataset.test=null")
+    outcome = prepare("dataset=videolist", f"root={tmp_path}", "dataset.train=list.csv", "dataset.test=null")
     assert outcome.code == 1 and "not one of its 1 videos can be read" in outcome.err and outcome.err.count("\n") <= 3
     assert rows(tmp_path)["a.mp4"]["reason"] == "the file is empty (0 bytes)"
 
@@ -173,7 +186,7 @@ def test_a_run_that_was_cut_off_goes_on_with_what_is_new_or_changed(tmp_path):
     again.finish(videos)
     lines = (tmp_path / "manifest.csv").read_text().splitlines()
     assert lines[2] == "0.mp4,x,train,5,2.5,6,4,2.000,10,20,ab,good," and lines[5] == '3.mp4,x,train,,,,,,10,20,,bad,"no, ""it"" cannot"'
-    assert (tmp_path / "train.csv").read_text() == "path,label\n0.mp4,x\n1.mp4,x\n2.mp4,x\n" and not unfinished.exists()
+    assert not unfinished.exists()
     assert [Manifest(tmp_path, settings).knows(name, state) for name in names] == [True, True, True, False]  # bad: looked at again
 
 
@@ -264,11 +277,8 @@ def test_copies_never_take_the_place_of_other_files(tmp_path):
     options = {"root": root, "keyframe": 12, "processes": 1, "timeout_s": 60}
     with pytest.raises(ValueError, match="a.mp4 is there already, and is no copy"):
         copy_all(videos, output=root, short_side=32, **options)
-    bad = copy_all(videos, output=output, short_side=32, **options)
-    assert {path: found.reason for path, found in bad.items()} == {
-        "frames": "not copied: a folder of frames is not re-encoded",
-        f"{tmp_path}/outside.mp4": "not copied: it lies outside the root, so that it has no place in the output",
-    }
+    assert copy_all(videos, output=output, short_side=32, **options) == {}
+    assert os.readlink(output / "frames") == str(root / "frames") and sorted(path.name for path in output.iterdir()) == ["a.mp4", "frames", "prepared"]
     with pytest.raises(ValueError, match="were made with .*32.*, not .*48.*; give another output"):
         copy_all(videos, output=output, short_side=48, **options)
     (output / "a.mp4").unlink()

@@ -168,3 +168,14 @@ def test_missing_files_are_named_together_with_the_way_out(root, monkeypatch):
         f"{root}/list.csv: {root}/run/x.mp4 does not exist (2 of 3 videos are missing; root is {root});"
         " run scripts/prepare.sh first"
     )
+
+
+def test_the_root_stands_for_the_folder_of_whoever_wrote_the_list(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/a.mp4").touch()
+    (tmp_path / "list.txt").write_text("/home/somebody/videos/x/a.mp4 0\n")
+    for prefix in ("/home/somebody/videos", "/home/somebody/videos/"):
+        source = videolist(root=str(tmp_path), train=None, test="list.txt", strip_prefix=prefix)
+        assert [video.path for video in source.test] == [str(tmp_path / "x/a.mp4")]
+    with pytest.raises(ValueError, match=r"list\.txt:1: /home/somebody/videos/x/a\.mp4 does not begin with dataset\.strip_prefix=/home/nobody"):
+        videolist(root=str(tmp_path), train=None, test="list.txt", strip_prefix="/home/nobody")

@@ -10,7 +10,7 @@ from typing import Optional
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from atfr.data.decode import DECODERS, Decoded, Pick, read_clip
 from atfr.data.records import Video, VideoError
@@ -254,10 +254,13 @@ class TestClips(Dataset):
 
 
 def collate(clips: Sequence[Clip]) -> Batch:
-    """Clips -> Batch; those without frames are in `failed` only."""
+    """Clips -> Batch; those without frames are in `failed` only.
+
+    default_collate stacks a worker's clips straight into the memory that it shares with the main process.
+    """
     read = [clip for clip in clips if clip.clip is not None]
     return Batch(
-        clips=torch.stack([clip.clip for clip in read]) if read else None,
+        clips=default_collate([clip.clip for clip in read]) if read else None,
         labels=torch.tensor([clip.label for clip in read], dtype=torch.int64),
         videos=torch.tensor([clip.video for clip in read], dtype=torch.int64),
         views=torch.tensor([clip.view for clip in read], dtype=torch.int64),

@@ -36,7 +36,7 @@ class Decoded(NamedTuple):
     fps: float | None  # its mean rate, None where it is not known
 
 
-def read_clip(path: str, pick: Pick, *, short_side: int | None = None, decoder: str = "pyav") -> Decoded:
+def read_clip(path: str, pick: Pick, *, short_side: int | None = None, decoder: str = "pyav", leap: bool = True) -> Decoded:
     """The frames that `pick` chooses of a video file, or of a folder of jpg files.
 
     `pick(num_frames, fps)` returns frame indices [T] in [0, num_frames); they need not be sorted and may repeat. It
@@ -47,7 +47,8 @@ def read_clip(path: str, pick: Pick, *, short_side: int | None = None, decoder: 
 
     With `short_side` (pixels) frames are scaled while decoding so that their shorter side has that length, aspect
     kept; a smaller video is not enlarged. `decoder` names the library that goes first: "pyav", with decord where PyAV
-    or its decoder is missing; or "decord", with PyAV for every file that decord cannot read.
+    or its decoder is missing; or "decord", with PyAV for every file that decord cannot read. Without `leap` everything up
+    to the last frame picked is decoded, so that damage anywhere is met.
 
     Raises VideoError for a file that is missing, empty, no video, or whose frames cannot be decoded (a decoder's
     error in the last 10 % of the file merely ends the video), and for a folder without jpg files.
@@ -55,16 +56,16 @@ def read_clip(path: str, pick: Pick, *, short_side: int | None = None, decoder: 
     if decoder not in DECODERS:
         raise ValueError(f"decoder is {decoder!r}, it must be one of {', '.join(DECODERS)}")
     if os.path.isdir(path):
-        return _read(FrameFolder, path, pick, short_side)
+        return _read(FrameFolder, path, pick, short_side, leap)
     _check_file(path)
     first, second = (AvVideo, DecordVideo) if decoder == "pyav" else (DecordVideo, AvVideo)
     # PyAV tells a library's failure from a file's; decord does not, so what it cannot read is always tried again.
     lacking = Unsupported if first is AvVideo else VideoError
     try:
-        return _read(first, path, pick, short_side)
+        return _read(first, path, pick, short_side, leap)
     except lacking as error:
         try:
-            return _read(second, path, pick, short_side)
+            return _read(second, path, pick, short_side, leap)
         except Unsupported:
             raise VideoError(path, error.reason) from error
 
@@ -78,14 +79,14 @@ def _check_file(path: str) -> None:
         raise VideoError(path, "the file is empty (0 bytes)")
 
 
-def _read(open_video: type[AvVideo] | type[DecordVideo] | type[FrameFolder], path: str, pick: Pick, short_side: int | None) -> Decoded:
+def _read(open_video: type[AvVideo] | type[DecordVideo] | type[FrameFolder], path: str, pick: Pick, short_side: int | None, leap: bool) -> Decoded:
     video = open_video(path)
     num_frames = video.num_frames
     for attempt in (1, 2):
         wanted = np.asarray(pick(num_frames, video.fps), dtype=np.int64)
         if wanted.size == 0 or wanted.min() < 0 or wanted.max() >= num_frames:
             raise ValueError(f"pick({num_frames}) returned {wanted.tolist()}, it must stay in [0, {num_frames})")
-        frames, end = video.read(sorted(set(wanted.tolist())), short_side)
+        frames, end = video.read(sorted(set(wanted.tolist())), short_side, leap=leap)
         if end is None:
             return Decoded(np.stack([frames[index] for index in wanted.tolist()]), video.name, num_frames, video.fps)
         if end == 0:

@@ -82,6 +82,8 @@ def encode(source: str, target: Path, *, short_side: int, keyframe: int, alive: 
 
 def is_copied(source: str, target: Path) -> bool:
     """Whether `encode` has copied `source`, as it is now, to `target`."""
+    if target.is_symlink():
+        return False
     try:
         # Some file systems keep times to two seconds only.
         return abs(os.stat(source).st_mtime_ns - os.stat(target).st_mtime_ns) <= 2e9

@@ -11,6 +11,7 @@ from atfr.data.readers import Found, one_line, scaled_size
 from atfr.data.records import VideoError
 
 _ENDINGS = (".jpg", ".jpeg")
+_DIGITS = str.maketrans("123456789", "000000000")
 
 
 class FrameFolder:
@@ -30,10 +31,12 @@ class FrameFolder:
             raise VideoError(path, error.strerror or str(error)) from error
         if not files:
             raise VideoError(path, "it is a folder without jpg files")
-        self.files = sorted(files, key=_by_number)
+        # Where digits stand in the same places in all names, as in img_00001.jpg, order by letters is order by value.
+        alike = len({file.translate(_DIGITS) for file in files}) == 1
+        self.files = sorted(files, key=None if alike else _by_number)
         self.num_frames = len(files)
 
-    def read(self, wanted: list[int], short_side: int | None) -> Found:
+    def read(self, wanted: list[int], short_side: int | None, *, leap: bool = True) -> Found:
         frames: dict[int, np.ndarray] = {}
         size: tuple[int, int] | None = None
         for position in wanted:

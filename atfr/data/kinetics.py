@@ -44,6 +44,7 @@ def kinetics(
     classes: str | None = None,
     class_names: Sequence[str] | None = None,
     num_classes: int | None = None,
+    strip_prefix: str | None = None,
     allow_missing: bool = True,
     name: str = "kinetics",
     prepare_hint: str = "",
@@ -56,7 +57,7 @@ def kinetics(
     - Videos vanish from the web, so those that are not there are left out, and named in `VideoSource.missing`.
     - The classes are `class_names`, or the lines of the file `classes`, or the sorted names of the training list (of
       the test list without one); there must be `num_classes` of them.
-    - Where the lists are PySlowFast's `path label`, `atfr.data.videolist` reads them.
+    - Where the lists are PySlowFast's `path label`, `atfr.data.videolist` reads them; only there `strip_prefix` counts.
 
     Raises FileNotFoundError for what is not there and ValueError for a list that cannot be understood.
     """
@@ -70,7 +71,9 @@ def kinetics(
     common = {"root": root, "class_names": class_names, "num_classes": num_classes, "allow_missing": allow_missing, "name": name}
     if not any(is_official(file) for file in files.values()):
         lists = {split: files.get(split) for split in ("train", "val", "test")}
-        return videolist(**lists, **common, prepare_hint=prepare_hint)
+        return videolist(**lists, **common, strip_prefix=strip_prefix, prepare_hint=prepare_hint)
+    if strip_prefix is not None:
+        raise ValueError(f"dataset.strip_prefix={strip_prefix} is for lists of paths; {next(iter(files.values()))} has YouTube ids")
     return from_segments({split: read_segments(file) for split, file in files.items()}, files=files, **common, hint=prepare_hint)
 
 

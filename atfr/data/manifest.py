@@ -1,8 +1,7 @@
-"""A table of a dataset's videos and whether each can be read, and lists of those that can.
+"""A table of a dataset's videos, and whether each can be read.
 
-    manifest.csv                    a row a video; there only when all the rest is
-    train.csv, val.csv, test.csv    path,label of the good ones, for `atfr.data.videolist`
-    unfinished.csv                  rows as they come, until the run is through
+    manifest.csv      a row a video; there only when all of them are known
+    unfinished.csv    rows as they come, until the run is through
 
 Paths are relative to the dataset's root where the video lies under it, and labels are names of classes.
 """
@@ -25,6 +24,7 @@ from atfr.data.records import VideoSource
 VERSION = 1  # raise it when rows come to mean something else: old ones are then made anew
 MANIFEST, UNFINISHED = "manifest.csv", "unfinished.csv"
 SPLITS = ("train", "val", "test")
+_MARK = "# "  # begins the first line
 COLUMNS = (
     "path", "label", "split", "frames", "fps", "width", "height", "seconds", "bytes", "mtime_ns", "quick_hash", "status", "reason",
 )  # fmt: skip
@@ -72,7 +72,7 @@ class Manifest:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder = folder
-        self.header = f"# {json.dumps({'version': VERSION, **settings}, ensure_ascii=True)}\n"
+        self.settings = {"version": VERSION, **settings}
         self._stream: TextIO | None = None
         self.probes: dict[str, Probe] = {path: probe for path, probe in self._read(MANIFEST).items() if probe.good}
         self.probes |= self._read(UNFINISHED)
@@ -94,18 +94,9 @@ class Manifest:
         self._stream.flush()
 
     def finish(self, videos: Sequence[Listed]) -> None:
-        """Write manifest.csv, which has all of `videos` (those not added are missing), and the lists of the good ones."""
+        """Write manifest.csv, which has all of `videos` (those not added are missing)."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        rows = [(video, self.probes.get(video.path, Probe(None, reason="No such file"))) for video in videos]
-        for split in SPLITS:
-            good = [(video.path, video.label) for video, probe in rows if probe.good and split in video.split.split("+")]
-            path = self.folder / f"{split}.csv"
-            if good:
-                with written_whole(path) as temporary, _open(temporary, "w") as file:
-                    csv.writer(file, lineterminator="\n").writerows([("path", "label"), *good])
-            else:
-                path.unlink(missing_ok=True)
-        self._write(MANIFEST, rows)
+        self._write(MANIFEST, [(video, self.probes.get(video.path, Probe(None, reason="No such file"))) for video in videos])
         self.close()
         (self.folder / UNFINISHED).unlink(missing_ok=True)
 
@@ -116,23 +107,36 @@ class Manifest:
 
     def _write(self, name: str, rows: Iterable[tuple[Listed, Probe]]) -> None:
         with written_whole(self.folder / name) as temporary, _open(temporary, "w") as file:
-            file.write(self.header)
+            file.write(f"{_MARK}{json.dumps(self.settings, ensure_ascii=True)}\n")
             csv.writer(file, lineterminator="\n").writerows([COLUMNS, *(_row(video, probe) for video, probe in rows)])
 
     def _read(self, name: str) -> dict[str, Probe]:
         try:
-            with _open(self.folder / name, "r") as file:
-                lines = file.readlines()
-        except FileNotFoundError:
+            settings, probes = read_manifest(self.folder / name)
+        except (FileNotFoundError, ValueError):
             return {}
-        if not lines or lines[0] != self.header:
-            return {}
-        whole = [line for line in lines[1:] if line.endswith("\n")]  # a kill may have left half a row
-        probes = {}
-        for row in csv.DictReader(whole):
-            with suppress(ValueError, TypeError):  # a missing video, or what somebody has edited
-                probes[row["path"]] = _probe(row)
-        return probes
+        return probes if settings == self.settings else {}
+
+
+def read_manifest(path: Path) -> tuple[dict[str, Any], dict[str, Probe]]:
+    """What a manifest's rows depend on (`version`, `dataset`, `root`, `decoder`, `copies`), and its videos by path.
+
+    The state of those that were missing is None. Raises ValueError for a file that is no manifest.
+    """
+    with _open(path, "r") as file:
+        first, *lines = file.readlines() or [""]
+    try:
+        settings = json.loads(first.removeprefix(_MARK)) if first.startswith(_MARK) else None
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is not a manifest of scripts/prepare.py")
+    whole = [line for line in lines if line.endswith("\n")]  # a kill may have left half a row
+    probes = {}
+    for row in csv.DictReader(whole):
+        with suppress(ValueError, TypeError):  # what somebody has edited
+            probes[row["path"]] = _probe(row)
+    return settings, probes
 
 
 def _open(path: Path, mode: str) -> TextIO:
@@ -154,7 +158,7 @@ def _probe(row: Mapping[str, str]) -> Probe:
         return int(row[column]) if row[column] else None
 
     return Probe(
-        FileState(int(row["bytes"]), int(row["mtime_ns"])),
+        FileState(int(row["bytes"]), int(row["mtime_ns"])) if row["bytes"] else None,
         frames=number("frames"),
         fps=float(row["fps"]) if row["fps"] else None,
         width=number("width"),

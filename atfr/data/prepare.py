@@ -49,25 +49,29 @@ def probe_all(
 def copy_all(
     videos: Sequence[Listed], *, root: Path, output: Path, short_side: int, keyframe: int, processes: int, timeout_s: float
 ) -> dict[str, Probe]:
-    """Encode copies of the videos in the same places under `output`; by path, those of which there is none, and why.
+    """Encode copies of the videos in the same places under `output`; by path, those that cannot be read, and why.
 
+    These have a link to the original in their place, as have folders of frames, so that `output` has the same videos as
+    `root`. Those outside `root`, which the lists name by their whole paths, stay where they are.
     Raises ValueError where `output` has other files in these places.
     """
-    there = [video.path for video in videos if not video.missing]
-    reason = "not copied: it lies outside the root, so that it has no place in the output"
-    bad = {path: Probe(file_state(path), reason=reason) for path in there if os.path.isabs(path)}
-    places = [(path, str(root / path), output / path) for path in there if path not in bad]
+    places = [(video.path, str(root / video.path), output / video.path) for video in videos if not video.missing and not os.path.isabs(video.path)]
     _claim(output, {"short_side": short_side, "keyframe": keyframe}, (target for _, _, target in places))
     for folder in {target.parent for _, _, target in places}:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".*.tmp"):  # by a run that was killed
             left.unlink()
-    todo = [place for place in places if not is_copied(place[1], place[2])]
+    bad: dict[str, Probe] = {}
+    todo = [place for place in places if not os.path.isdir(place[1]) and not is_copied(place[1], place[2])]
     outcomes = run_each(partial(_copy, short_side=short_side, keyframe=keyframe), todo, processes=processes, timeout_s=timeout_s)
     with closing(outcomes):
         for (path, original, _), _, reason in _bar(outcomes, todo, places, "encode"):
             if reason:
                 bad[path] = Probe(file_state(original), reason=f"not copied: {reason}")
+    for path, original, target in places:
+        if (path in bad or os.path.isdir(original)) and not target.is_symlink():
+            target.unlink(missing_ok=True)  # the copy of what the original was before
+            target.symlink_to(original)
     return bad
 
 
@@ -98,5 +102,7 @@ def _probe(path: str, alive: Alive, *, decoder: str) -> Probe:
 
 def _copy(place: tuple[str, str, Path], alive: Alive, *, short_side: int, keyframe: int) -> bool:
     _, source, target = place
+    if target.is_symlink():  # it could not be copied before
+        target.unlink()
     encode(source, target, short_side=short_side, keyframe=keyframe, alive=alive)
     return True

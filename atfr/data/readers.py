@@ -7,6 +7,7 @@ second in `fps` (None: not known), and `read(wanted, short_side)` gives back the
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -21,8 +22,8 @@ Found = tuple[dict[int, np.ndarray], "int | None"]
 
 # A decoder's error this close to the end of the file is the end of the video; before that the video is bad.
 _TAIL_SHARE = 0.1
-# Seeking pays only when it saves decoding this many frames.
-_WORTH_SEEKING = 8
+# Seeking pays when it saves decoding this many frames: it costs about as much as one or two.
+_WORTH_SEEKING = 4
 # MPEG-4 clips of the DivX era pack two frames into one packet and follow it with a placeholder of a few bytes, which
 # has a timestamp but no frame; such files are counted from the start, never sought in.
 _PLACEHOLDER_BYTES = 16
@@ -56,6 +57,10 @@ class _Keyframe(NamedTuple):
     position: int  # in order of display
     packet: int  # in order of decoding
     pts: int
+
+
+# Frames that are decoded one after the other: the keyframe to begin at (None: the start of the file), those wanted.
+_Run = tuple["_Keyframe | None", list[int]]
 
 
 class AvVideo:
@@ -130,13 +135,12 @@ class AvVideo:
         """Whether every frame has a timestamp of its own."""
         return bool(self.positions)
 
-    def read(self, wanted: list[int], short_side: int | None) -> Found:
-        before = [key for key in self.keyframes if key.position <= wanted[0]]
-        if before and before[-1].position >= _WORTH_SEEKING:
-            found = self._collect(wanted, short_side, before[-1])
-            if found is not None:
-                return found
-        found = self._collect(wanted, short_side, None)
+    def read(self, wanted: list[int], short_side: int | None, *, leap: bool = True) -> Found:
+        """`leap`: over what is not wanted, from keyframe to keyframe, where this saves decoding."""
+        runs = self._runs(wanted) if leap else [(None, wanted)]
+        found = self._collect(runs, short_side)
+        if found is None:
+            found = self._collect([(None, wanted)], short_side)
         assert found is not None  # counting from the start cannot lose its place
         return found
 
@@ -150,37 +154,53 @@ class AvVideo:
             for frame in self._decode(container, stream, packet=0):
                 yield to_array(frame), frame.pts
 
-    def _collect(self, wanted: list[int], short_side: int | None, key: _Keyframe | None) -> Found | None:
-        """Decodes from `key` (or the start) up to the last frame wanted.
+    def _runs(self, wanted: list[int]) -> list[_Run]:
+        runs: list[_Run] = []
+        last = -1
+        for position in wanted:
+            before = bisect_right(self.keyframes, position, key=lambda key: key.position)
+            key = self.keyframes[before - 1] if before else None
+            if key is not None and key.position - last - 1 >= _WORTH_SEEKING:
+                runs.append((key, [position]))
+            elif runs:
+                runs[-1][1].append(position)
+            else:
+                runs.append((None, [position]))
+            last = position
+        return runs
+
+    def _collect(self, runs: list[_Run], short_side: int | None) -> Found | None:
+        """Decodes each run from its keyframe (None: from where the file begins) up to the last frame wanted of it.
 
         After a seek a frame is known by its timestamp; None if the timestamps do not lead from frame to frame.
         """
-        missing = set(wanted)
         to_array = _Scaler(self.av, short_side)
         frames: dict[int, np.ndarray] = {}
-        position, frame = -1, None
         with self._open() as (container, stream):
-            if key is not None:
-                container.seek(key.pts, stream=stream)
-            for frame in self._decode(container, stream, packet=key.packet if key else 0):
-                if key is None:
-                    position += 1
+            for key, wanted in runs:
+                if key is not None:
+                    container.seek(key.pts, stream=stream)
+                position, frame = -1, None
+                for frame in self._decode(container, stream, packet=key.packet if key else 0):
+                    if key is None:
+                        position += 1
+                    else:
+                        here = self.positions.get(frame.pts)
+                        # Frames shown before the keyframe may have holes; from there on each must follow the other.
+                        if here is None or not position < here <= max(position + 1, key.position):
+                            return None
+                        position = here
+                    if position in wanted:
+                        frames[position] = to_array(frame)
+                        if position == wanted[-1]:
+                            break
                 else:
-                    here = self.positions.get(frame.pts)
-                    # Frames shown before the keyframe may have holes; from there on each must follow the other.
-                    if here is None or not position < here <= max(position + 1, key.position):
-                        return None
-                    position = here
-                if position in missing:
-                    frames[position] = to_array(frame)
-                    missing.discard(position)
-                    if not missing:
-                        return frames, None
-            if frame is None:
-                return None if key else ({}, 0)
-            if position not in frames:
-                frames[position] = to_array(frame)
-        return frames, position + 1
+                    if frame is None:
+                        return None if key else ({}, 0)
+                    if position not in frames:
+                        frames[position] = to_array(frame)
+                    return frames, position + 1
+        return frames, None
 
     def _decode(self, container: Any, stream: Any, *, packet: int) -> Iterator[Any]:
         try:
@@ -257,7 +277,7 @@ class DecordVideo:
         if self.num_frames == 0:
             raise VideoError(path, "it has a video stream, but no frames")
 
-    def read(self, wanted: list[int], short_side: int | None) -> Found:
+    def read(self, wanted: list[int], short_side: int | None, *, leap: bool = True) -> Found:
         frames: dict[int, np.ndarray] = {}
         position, frame = -1, None
         try:

@@ -6,7 +6,7 @@ import json
 import os
 from typing import Any
 
-from atfr.data.annotations import Annotation, check_classes, find_file, labelled, open_root, video_source
+from atfr.data.annotations import Annotation, check_classes, find_file, labelled, open_root, read_lines, video_source
 from atfr.data.records import VideoSource
 
 
@@ -26,8 +26,8 @@ def something_something_v2(
 ) -> VideoSource:
     """The videos of the lists, each `videos`/ID`suffix`; `videos` is a folder, from `root` or absolute.
 
-    The published test.json names videos without their classes, so `test` is validation.json as in the literature; it
-    also validates unless there is a `val`. Raises FileNotFoundError for what is not there and ValueError for a file
+    The published test.json names videos without their classes, so `test` is validation.json as in the literature, or
+    the answers to it that came later, test-answers.csv; it also validates unless there is a `val`. Raises FileNotFoundError for what is not there and ValueError for a file
     that cannot be understood.
     """
     root = open_root(root, name=name, hint=prepare_hint)
@@ -59,14 +59,25 @@ def read_classes(file: str) -> tuple[str, ...]:
 
 
 def read_list(file: str, suffix: str = ".webm") -> list[Annotation]:
-    """The videos of train.json or validation.json. A template without its brackets is the name of a class."""
-    entries = _load(file)
+    """The videos of train.json, validation.json or test-answers.csv. A template without its brackets is the name of a class."""
+    entries = _answers(file) if file.endswith(".csv") else _load(file)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and "id" in entry for entry in entries):
         raise ValueError(f'{file}: expected [{{"id": ..., "template": ...}}, ...], as in the official lists')
     for entry in entries:
         if "template" not in entry:
-            raise ValueError(f"{file}: video {entry['id']} has no template: the test list was published without labels; test on validation.json")
+            raise ValueError(f"{file}: video {entry['id']} has no template: the test list was published without labels; test on validation.json or test-answers.csv")
     return [Annotation(f"{entry['id']}{suffix}", entry["template"].replace("[", "").replace("]", "")) for entry in entries]
+
+
+def _answers(file: str) -> list[dict[str, str]]:
+    """The lines `ID;TEMPLATE` of test-answers.csv."""
+    entries = []
+    for number, line in read_lines(file):
+        video, _, template = line.partition(";")
+        if not video.isdigit() or not template:
+            raise ValueError(f"{file}:{number}: expected 'ID;TEMPLATE' as in the official test-answers.csv, found {line!r}")
+        entries.append({"id": video, "template": template})
+    return entries
 
 
 def _load(file: str) -> Any:

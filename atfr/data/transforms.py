@@ -6,15 +6,35 @@ generator's seed; torch's global generator is left as it was. All frames of a cl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from atfr.data.readers import scaled_size
+
+
+class _Frames(tv_tensors.Video):
+    """uint8 [T, C, H, W]: frames of one clip, which torchvision treats as one picture where it measures it."""
+
+
+def _on_the_whole(function: Callable[..., Tensor]) -> None:
+    """Let `function` see all frames of _Frames as one picture: below each other, since it looks at values, not places."""
+
+    @F.register_kernel(function, _Frames)
+    def whole(frames: _Frames, *arguments: float, **options: float) -> _Frames:
+        steps, channels, height, width = frames.shape
+        picture = frames.as_subclass(Tensor).transpose(0, 1).reshape(channels, steps * height, width)
+        changed = function(picture, *arguments, **options)
+        return changed.reshape(channels, steps, height, width).transpose(0, 1).as_subclass(_Frames)
+
+
+for _function in (F.adjust_contrast, F.autocontrast, F.equalize):
+    _on_the_whole(_function)
 
 
 class TrainTransform:
@@ -26,8 +46,8 @@ class TrainTransform:
 
     Then follow, each left out when None, torchvision's RandAugment with `randaugment` (operations, magnitude in 0 to
     30), ColorJitter with `color_jitter` (brightness, contrast, saturation, hue) and RandomErasing with the
-    probability `erasing`, which fills a rectangle with `fill` (R, G, B in [0, 255]). What these draw is the same for
-    all frames; operations that measure the picture (contrast, equalize) measure each frame.
+    probability `erasing`, which fills a rectangle with `fill` (R, G, B in [0, 255]). All frames are treated the same:
+    what is drawn is drawn once, and operations that measure the picture (contrast, equalize) measure the whole clip.
     """
 
     def __init__(
@@ -67,8 +87,9 @@ class TrainTransform:
         if not self.resized_crop:
             frames = resize_short_side(frames, short_side)
         with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
-            torch.manual_seed(int(rng.integers(2**63)))
-            return _to_clip(self.augment(frames))
+            # torch.manual_seed would also look after other devices, which takes longer than all the rest.
+            torch.default_generator.manual_seed(int(rng.integers(2**63)))
+            return _to_clip(self.augment(frames.as_subclass(_Frames)).as_subclass(Tensor))
 
 
 def test_crops(frames: Tensor, *, short_side: int, crop_size: int, crops: int) -> list[Tensor]:

@@ -46,6 +46,7 @@ def videolist(
     val: str | None = None,
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
+    strip_prefix: str | None = None,
     allow_missing: bool = False,
     name: str = "videolist",
     prepare_hint: str = "",
@@ -56,7 +57,8 @@ def videolist(
       may name further columns) or `path label` (label last; quotes around a path with spaces are optional). Blank
       lines and lines that begin with `#` are skipped.
     - A list is looked for as given, relative to the working directory, then relative to `root`. Paths in a list are
-      absolute or relative to `root`.
+      absolute or relative to `root`, which also stands for `strip_prefix`, the folder that they begin with on the
+      machine of whoever wrote the list.
     - A list whose labels are all integers holds class ids, counted from 0; there are `num_classes` classes, or the
       largest id of all the lists plus one. Otherwise labels are names; the classes are `class_names` in that order,
       or the sorted names of the training list.
@@ -78,7 +80,7 @@ def videolist(
         name=name,
         root=root,
         files={split: listed.file for split, listed in lists.items()},
-        videos={split: _videos(listed, root=root, classes=classes) for split, listed in lists.items()},
+        videos={split: _videos(listed, root=root, classes=classes, strip_prefix=strip_prefix) for split, listed in lists.items()},
         class_names=classes,
         allow_missing=allow_missing,
         hint=prepare_hint,
@@ -163,7 +165,10 @@ def _class_names(
     return names
 
 
-def _videos(listed: _List, *, root: str, classes: tuple[str, ...]) -> tuple[Video, ...]:
+def _videos(listed: _List, *, root: str, classes: tuple[str, ...], strip_prefix: str | None) -> tuple[Video, ...]:
+    folder = None if strip_prefix is None else strip_prefix.rstrip("/") + "/"
+    if folder is not None and not listed.rows[0].path.startswith(folder):
+        raise ValueError(f"{listed.file}:{listed.rows[0].line}: {listed.rows[0].path} does not begin with dataset.strip_prefix={strip_prefix}")
     ids = {label: index for index, label in enumerate(classes)}
     # Classes may themselves be called "0", "1", ...: labels that are all names of classes are names.
     as_ids = listed.has_ids and not all(row.label in ids for row in listed.rows)
@@ -180,5 +185,5 @@ def _videos(listed: _List, *, root: str, classes: tuple[str, ...]) -> tuple[Vide
             raise ValueError(
                 f"{listed.file}:{row.line}: label {row.label!r} is none of the {len(classes)} classes ({shown})"
             )
-        videos.append(Video(os.path.join(root, row.path), label))
+        videos.append(Video(os.path.join(root, row.path.removeprefix(folder or "")), label))
     return tuple(videos)
