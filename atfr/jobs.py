@@ -9,7 +9,7 @@ from typing import Any, Callable, Iterable, Sequence
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from atfr.configuration import build
+from atfr.configuration import build, warn_of_ignored
 from atfr.data.dataset import ClipSettings, TestClips, TrainClips
 from atfr.data.loader import TrainSampler, test_loader, train_loader
 from atfr.data.records import Video, VideoSource
@@ -68,6 +68,8 @@ def build_model(config: DictConfig, *, num_classes: int, ranks: Ranks, seed: int
     With `pretrained` the weights of `model.weights`, if it is set, are loaded into it, and the main
     process prints what came of them. A network whose own checkpoint is read next needs none.
     """
+    if ranks.is_main:
+        warn_of_ignored(config)
     torch.manual_seed(seed)
     model = build(config.model, "model", num_classes=num_classes)
     weights = config.model.get("weights")

@@ -281,6 +281,23 @@ def test_the_jobs_of_a_sweep_have_run_folders_of_their_own(small_videos, tmp_pat
     assert len(folders) == 2 and all((folder / "checkpoints/last.pt").exists() for folder in folders)
 
 
+def test_a_dense_network_ignores_the_options_of_a_layer_and_says_so(small_videos, tmp_path):
+    job = small_job(small_videos, tmp_path, "model=x3d", "trainer.max_steps=1", "trainer.test=false")
+    outcome = run_tool("train", *job, "model.sgs.num_bins=4")
+    assert outcome.code == 0 and (outcome.out + outcome.err).count("model=x3d does not sample: model.sgs.num_bins=4 ignored") == 1, outcome.err
+    assert checkpoint.load(tmp_path / "checkpoints/last.pt")["config"]["model"]["sgs"] is None
+    again = run_tool("train", *job, "model.sgs.num_bins=8")  # the same experiment
+    assert again.code == 0, again.err
+    tested = run_tool("test", f"checkpoint={tmp_path}/checkpoints/best.pt", "model.sgs.num_bins=4")
+    assert tested.code == 0 and (tested.out + tested.err).count("model=x3d does not sample") == 1, tested.err
+
+
+def test_a_sweep_of_slurm_jobs_without_slurm_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    outcome = run_tool("train", "-m", "hydra/launcher=slurm", "trainer.seed=0,1")
+    assert outcome.code == 1 and len(outcome.err.splitlines()) == 1 and "there is no srun on this machine" in outcome.err, outcome.err
+
+
 def test_overfitting_sees_the_same_clips_every_epoch_and_a_trace_is_left(small_videos, tmp_path, monkeypatch):
     seen = []
     original = Training.train_step
