@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
@@ -19,6 +20,7 @@ from atfr.engine.accounting import GflopsTable
 from atfr.engine.distributed import Ranks
 from atfr.engine.evaluate import Evaluation, evaluate
 from atfr.engine.files import write_text
+from atfr.engine.interruption import StopFlag
 from atfr.engine.settings import TrainerSettings, precision_dtype
 from atfr.models.network import VideoNet
 from atfr.models.weights import load_pretrained
@@ -111,7 +113,7 @@ def train_batches(source: VideoSource, clip: ClipSettings, settings: TrainerSett
 
 
 def run_views(
-    model: VideoNet, videos: Sequence[Video], clip: ClipSettings, *, views: int, crops: int, settings: TrainerSettings, ranks: Ranks, title: str
+    model: VideoNet, videos: Sequence[Video], clip: ClipSettings, *, views: int, crops: int, settings: TrainerSettings, ranks: Ranks, title: str, stop: StopFlag | None = None
 ) -> Evaluation:
     """Evaluate `views` x `crops` clips of each video, over all processes."""
     loader = test_loader(
@@ -125,7 +127,7 @@ def run_views(
     )
     normalise = Normalizer(clip.mean, clip.std).to(ranks.device)
     precision = precision_dtype(settings.precision, ranks.device)
-    return evaluate(model, loader, normalise=normalise, ranks=ranks, precision=precision, title=title)
+    return evaluate(model, loader, normalise=normalise, ranks=ranks, precision=precision, title=title, stop=stop)
 
 
 def test_and_report(
@@ -138,15 +140,17 @@ def test_and_report(
     ranks: Ranks,
     folder: Path,
     checkpoint: Path,
+    stop: StopFlag | None = None,
 ) -> None:
     """Test with all views; write `results.json` and `predictions.csv`, and print the table."""
-    evaluation = run_views(model, source.test, clip, views=clip.views, crops=clip.crops, settings=settings, ranks=ranks, title="test")
+    evaluation = run_views(model, source.test, clip, views=clip.views, crops=clip.crops, settings=settings, ranks=ranks, title="test", stop=stop)
     if not ranks.is_main:
         return
-    table = gflops_table(model, clip)
-    summary = results.summarise(evaluation, table, protocol=protocol(config, clip, source, settings, ranks, checkpoint=checkpoint))
-    results.write_results(summary, folder)
-    results.write_predictions(evaluation, table, folder, class_names=source.class_names)
+    with stop.at_once("during the test") if stop else nullcontext():
+        table = gflops_table(model, clip)
+        summary = results.summarise(evaluation, table, protocol=protocol(config, clip, source, settings, ranks, checkpoint=checkpoint))
+        results.write_results(summary, folder)
+        results.write_predictions(evaluation, table, folder, class_names=source.class_names)
     for path, reason in evaluation.failed.items():
         print(f"failed: {path}: {reason}".encode(errors="backslashreplace").decode())
     print(results.as_table(summary, folder=folder))

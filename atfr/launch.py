@@ -32,6 +32,7 @@ from atfr.engine.place import find_place
 from atfr.engine.settings import TrainerSettings
 
 PARENT, ERRORS = "ATFR_PARENT", "ATFR_ERRORS"  # a started process's parent, and the folder of its file: empty, or why it failed
+TOLD = "told"  # the file there with the signal that came
 
 
 def on_every_process(work: Callable[[Ranks], None], config: DictConfig, settings: TrainerSettings, *, program: str, folder: Path) -> None:
@@ -111,7 +112,7 @@ def start_processes(count: int, program: str, folder: Path) -> None:
             )(program, *arguments)
         except ChildFailedError as error:
             if passed_on:
-                saved = all(failure.exitcode == TRY_AGAIN for failure in error.failures.values())
+                saved = any(failure.exitcode == TRY_AGAIN for failure in error.failures.values())
                 sys.exit(TRY_AGAIN if saved else 128 + passed_on[0])
             print(first_error(Path(errors), error), file=sys.stderr, flush=True)
             if in_sweep() and "SUBMITIT_EXECUTOR" not in os.environ:
@@ -129,12 +130,16 @@ def start_processes(count: int, program: str, folder: Path) -> None:
 
 
 def pass_on_signals(folder: Path) -> list[int]:
-    """From now on the signals that mean "stop soon" go to the started processes, each of which has a file there; those that came."""
+    """From now on the signals that mean "stop soon" go to the started processes, each of which has a file there; those that came.
+
+    A process that has none yet finds the signal in the file `TOLD`.
+    """
     came: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
         came.append(number)
-        for path in folder.iterdir():
+        (folder / TOLD).write_text(str(number))
+        for path in _files(folder):
             with suppress(ProcessLookupError):
                 os.kill(int(path.name), number)
 
@@ -146,12 +151,16 @@ def pass_on_signals(folder: Path) -> list[int]:
 def first_error(folder: Path, error: ChildFailedError) -> str:
     """The first process's error; the others' follow from it. One that was killed left none, and SIGTERM came after it."""
     killed = [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM]
-    said = sorted((path for path in folder.iterdir() if path.stat().st_size), key=lambda path: path.stat().st_mtime_ns)
+    said = sorted((path for path in _files(folder) if path.stat().st_size), key=lambda path: path.stat().st_mtime_ns)
     if said and not killed:
         return said[0].read_text()
     rank, failure = (killed or [error.get_first_failure()])[0]
     how = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with exit code {failure.exitcode}"
     return f"error: process {rank} {how}, so the others were ended"
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name != TOLD]
 
 
 def quoted(folder: Path) -> str:
@@ -168,4 +177,7 @@ def answer_to_the_parent() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.getppid() != int(os.environ[PARENT]):  # it was gone before that
         sys.exit(1)
-    Path(os.environ[ERRORS], str(os.getpid())).touch()
+    folder = Path(os.environ[ERRORS])
+    (folder / str(os.getpid())).touch()
+    with suppress(FileNotFoundError, ValueError):  # ValueError: it is being written, and its writer will see our file
+        os.kill(os.getpid(), int((folder / TOLD).read_text()))

@@ -9,23 +9,29 @@ torchrun, srun and submitit may start the processes instead. The same command ru
 
 from __future__ import annotations
 
-from pathlib import Path
+from atfr.engine.interruption import Interrupted, StopFlag, end, listen
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
+if __name__ == "__main__":
+    listen()  # before the imports that take seconds, in which a signal would end the program
 
-from atfr import jobs
-from atfr.configuration import build, check_root, choices, one_line_errors, run_folder
-from atfr.data.transforms import Normalizer
-from atfr.engine import checkpoint, distributed
-from atfr.engine.determinism import be_deterministic
-from atfr.engine.interruption import Interrupted, StopFlag, end, listening
-from atfr.engine.mixing import mixing
-from atfr.engine.results import accuracy
-from atfr.engine.run_folder import claim_folder
-from atfr.engine.settings import TrainerSettings
-from atfr.engine.train import Training
-from atfr.launch import on_every_process
+import os  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import hydra  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
+
+from atfr import jobs  # noqa: E402
+from atfr.configuration import build, check_root, choices, one_line_errors, run_folder  # noqa: E402
+from atfr.data.transforms import Normalizer  # noqa: E402
+from atfr.engine import checkpoint, distributed  # noqa: E402
+from atfr.engine.determinism import be_deterministic  # noqa: E402
+from atfr.engine.mixing import mixing  # noqa: E402
+from atfr.engine.place import find_place  # noqa: E402
+from atfr.engine.results import accuracy  # noqa: E402
+from atfr.engine.run_folder import claim_folder  # noqa: E402
+from atfr.engine.settings import TrainerSettings  # noqa: E402
+from atfr.engine.train import Training  # noqa: E402
+from atfr.launch import on_every_process  # noqa: E402
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
@@ -35,22 +41,19 @@ def main(config: DictConfig) -> None:
     settings: TrainerSettings = build(config.trainer, "trainer")
     if settings.deterministic:
         be_deterministic()
-    folder = run_folder(settings.output_dir)
-
-    def work(ranks: distributed.Ranks) -> None:
-        with listening() as stop:
-            try:
-                train_and_test(config, settings, ranks, folder, stop)
-            except Interrupted as error:
-                distributed.stop()
-                end(error, is_main=ranks.is_main)
-
-    on_every_process(work, config, settings, program=__file__, folder=folder)
+    folder, stop = run_folder(settings.output_dir), listen()
+    try:
+        with stop.at_once("before training"):
+            on_every_process(lambda ranks: train_and_test(config, settings, ranks, folder, stop), config, settings, program=__file__, folder=folder)
+    except Interrupted as error:
+        distributed.stop()
+        end(error, is_main=find_place(os.environ).rank == 0)
 
 
 def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distributed.Ranks, folder: Path, stop: StopFlag) -> None:
     clip = jobs.clip_settings(config)
-    source = jobs.load_source(config, ranks)
+    with stop.at_once("before training"):
+        source = jobs.load_source(config, ranks)
     jobs.require_videos(source, "train", "val", *(["test"] if settings.test else []))
     # Pretrained weights are where training starts from: a run that goes on has its own.
     starts = not (folder / "checkpoints" / "last.pt").exists()
@@ -71,7 +74,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
 
     def validate() -> dict[str, float]:
         evaluation = jobs.run_views(
-            model, source.val, clip, views=1, crops=1, settings=settings, ranks=ranks, title="validate"
+            model, source.val, clip, views=1, crops=1, settings=settings, ranks=ranks, title="validation", stop=stop
         )
         bins = [view.bins[0] for view in evaluation.views]
         return {**accuracy(evaluation.views), "bins": sum(bins) / len(bins), "failed": len(evaluation.failed)}
@@ -92,11 +95,12 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
         mix=mix,
         stop=stop,
     )
-    training.run()
-    if settings.test:
-        best = training.best
-        checkpoint.load_weights(model, checkpoint.load(best)["model"], best)
-        jobs.test_and_report(model, source, clip, config=config, settings=settings, ranks=ranks, folder=folder, checkpoint=best)
+    with stop.only_noted():
+        training.run()
+        if settings.test:
+            best = training.best
+            checkpoint.load_weights(model, checkpoint.load(best)["model"], best)
+            jobs.test_and_report(model, source, clip, config=config, settings=settings, ranks=ranks, folder=folder, checkpoint=best, stop=stop)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from atfr.engine.interruption import Interrupted, StopFlag
 from atfr.engine.place import Place, find_place
 from atfr.engine.run_folder import flat
 from atfr.host_memory import keep_freed_memory
@@ -158,6 +159,13 @@ def largest(number: int) -> int:
     value = torch.tensor([number])
     dist.all_reduce(value, dist.ReduceOp.MAX, group=_host_group)
     return int(value.item())
+
+
+def stop_together(stop: StopFlag | None, where: str) -> None:
+    """Raise Interrupted on every process if one of them was told to stop. All of them come here."""
+    number = 0 if stop is None else largest(stop.signal or 0)
+    if number:
+        raise Interrupted(number, where)
 
 
 def broadcast_buffers(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from atfr.models.network import Prediction, VideoNet
 from atfr.models.sgs_layer import NonFiniteFeatures
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 REMEDY = "what was saved before is intact; lower optimizer.lr or trainer.clip_norm, with another trainer.output_dir"
 
@@ -95,7 +96,7 @@ class Training:
         self.bar = tqdm(initial=self.step, total=self.total_steps, unit="step", desc="train", disable=not self.ranks.is_main)
         try:
             if self.step == 0:
-                clips = clips_for_statistics(self.batches(0, 0), self.settings)
+                clips = clips_for_statistics(self.until_told(self.batches(0, 0)), self.settings)
                 calibrate_width(self.model, lambda: self._normalised(clips), untrained=True)
             elif self.evaluated < self.step:
                 self.end_epoch((self.step - 1) // self.steps_per_epoch)  # where the epoch's end was interrupted
@@ -141,6 +142,12 @@ class Training:
             self.check_losses(epoch)
             self.save(self.last)
             raise Interrupted(number, f"after step {self.step} of {self.total_steps}, saved in {self.last}")
+
+    def until_told(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, as many on every process; between them all end if one was told to: what was trained is saved already."""
+        for item in items:
+            distributed.stop_together(self.stop, f"in the statistics after step {self.step}")
+            yield item
 
     def check_data_wait(self, *, waited: float, total: float) -> None:
         """Count a step, and warn if too much of the time goes to waiting."""
@@ -269,7 +276,7 @@ class Training:
     def evaluate(self, epoch: int) -> None:
         """Refresh the statistics, validate, and keep the checkpoint if it is the best so far."""
         if self.settings.statistics_clips:
-            clips = clips_for_statistics(self.batches(epoch, 0), self.settings)
+            clips = clips_for_statistics(self.until_told(self.batches(epoch, 0)), self.settings)
             refresh_statistics(self.model, lambda: self._normalised(clips))
         else:
             distributed.broadcast_buffers(self.model)  # each process has the running averages of its own clips
@@ -331,7 +338,7 @@ class Training:
             group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
 
     def _normalised(self, clips: Iterable[Tensor]) -> Iterator[Tensor]:
-        for batch in clips:
+        for batch in self.until_told(clips):
             yield self.normalise(batch.to(self.ranks.device))
 
 
