@@ -28,12 +28,8 @@ from atfr.models.weights import load_pretrained
 
 def load_source(config: DictConfig, ranks: Ranks) -> VideoSource:
     """The dataset's videos. The main process comes first, since it may have to generate them."""
-    if not ranks.is_main:
-        distributed.barrier()
-    source = build(config.dataset, "dataset")
-    if ranks.is_main:
-        distributed.barrier()
-    return source
+    with distributed.main_first(ranks):
+        return build(config.dataset, "dataset")
 
 
 def require_videos(source: VideoSource, *splits: str) -> None:

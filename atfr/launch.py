@@ -57,10 +57,14 @@ def on_every_process(work: Callable[[Ranks], None], config: DictConfig, settings
         if find_place(os.environ).launcher == "none":
             raise
         # Nor does it leave the group, for which it might wait for ever.
+        text = as_text(error)
+        if distributed.is_others_fault(error) and os.environ.get("ATFR_TRACEBACK") != "1":
+            text = "error: another process of this job ended, see its output"
+        distributed.tell_failure()
         if ERRORS in os.environ:
-            Path(os.environ[ERRORS], str(os.getpid())).write_text(as_text(error), errors="backslashreplace")
+            Path(os.environ[ERRORS], str(os.getpid())).write_text(text, errors="backslashreplace")
         else:
-            print(as_text(error), file=sys.stderr, flush=True)
+            print(text, file=sys.stderr, flush=True)
         sys.exit(1)
     distributed.stop()
 

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from run_tools import ROOT, run_tool, small_job
 
 from atfr import configuration, launch
-from atfr.engine import distributed
+from atfr.engine import distributed, meeting
 from atfr.engine.place import Place, find_place, hosts
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400"}
@@ -106,6 +106,11 @@ def test_a_process_computes_on_its_own_gpu_and_on_the_only_one_that_srun_shows_i
     assert find_place(SRUN).device_index(gpus=1) == 0
     with pytest.raises(ValueError, match="process 1 of this machine has no GPU, torch sees 1"):
         find_place(TORCHRUN).device_index(gpus=1)
+    # Torchrun's four variables set by hand: whose GPU it is must be said as well, unless there is one process.
+    by_hand = {name: value for name, value in TORCHRUN.items() if name != "LOCAL_RANK"}
+    with pytest.raises(ValueError, match="does not set LOCAL_RANK"):
+        find_place(by_hand).device_index(gpus=2)
+    assert find_place({**by_hand, "RANK": "0", "WORLD_SIZE": "1"}).device_index(gpus=2) == 0
 
 
 def test_what_torchrun_started_must_be_as_many_as_asked_for(monkeypatch):
@@ -122,18 +127,68 @@ def test_a_port_in_use_is_named(monkeypatch):
         port = taken.getsockname()[1]
         for name, value in {**TORCHRUN, "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(ValueError, match=f"process 0 of 4 could not meet the others at 127.0.0.1:{port} .* another job may use that port"):
+        with pytest.raises(ValueError, match=f"process 0 of 4 cannot wait for the others at 127.0.0.1:{port}: .*; another program may use that port"):
+            distributed.start(accelerator="cpu", devices=None)
+        # It listens, but never answers.
+        monkeypatch.setattr(meeting, "ANSWER", timedelta(seconds=1))
+        monkeypatch.setenv("RANK", "1")
+        with pytest.raises(ValueError, match=f"process 1 of 4 met something else than its job at 127.0.0.1:{port}: another program uses that port"):
             distributed.start(accelerator="cpu", devices=None)
 
 
 def test_a_task_whose_sibling_never_comes_gives_up_in_time(monkeypatch):
-    monkeypatch.setattr(distributed, "JOIN", timedelta(seconds=1))
-    for name, value in {**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_JOB_ID": str(os.getpid())}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(meeting, "JOIN_S", 1.0)
+    task = {**SRUN, "SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_JOB_ID": str(os.getpid())}
     start = time.monotonic()
-    with pytest.raises(ValueError, match="process 0 of 8 could not meet the others at 127.0.0.1:.* a process did not start"):
-        distributed.start(accelerator="cpu", devices=None)
+    for rank, message in (("0", "process 0 of 3 waited 1 s for process 1, 2, which did not start"), ("1", "process 1 of 3 found nobody at 127.0.0.1:.* within 1 s")):
+        for name, value in {**task, "SLURM_PROCID": rank, "SLURM_STEP_ID": rank}.items():  # another step, another port
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=message):
+            distributed.start(accelerator="cpu", devices=None)
     assert time.monotonic() - start < 10
+
+
+def test_processes_on_different_devices_or_on_one_gpu_do_not_begin():
+    def account(device: str, host: str, gpu: str | None = None) -> dict:
+        return {"device": device, "host": host, "gpu": gpu}
+
+    meeting._require_devices([account("cuda", "a", "1"), account("cuda", "a", "2"), account("cuda", "b", "1")])
+    meeting._require_devices([account("cpu", "a"), account("cpu", "a")])
+    with pytest.raises(ValueError, match=r"different devices: cpu on rank 1 \(b\); cuda on rank 0 \(a\), 2 \(a\)"):
+        meeting._require_devices([account("cuda", "a", "1"), account("cpu", "b"), account("cuda", "a", "2")])
+    with pytest.raises(ValueError, match="ranks 0, 2 have one GPU of a together"):
+        meeting._require_devices([account("cuda", "a", "1"), account("cuda", "a", "2"), account("cuda", "a", "1")])
+
+
+@pytest.mark.slow
+def test_a_task_of_srun_whose_sibling_is_killed_says_so_in_one_line(small_videos, tmp_path):
+    """As under an srun without --kill-on-bad-exit."""
+    job = small_job(small_videos, tmp_path, "trainer.accelerator=cpu", "optimizer._target_=launched_parts.failing_optimizer", "+optimizer.kind=killed")
+    first, second = two_tasks(job, job, job=os.getpid() + 2)
+    assert second.wait(timeout=120) == -signal.SIGKILL
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 1 and err.splitlines()[-1] == "error: another process of this job ended, see its output" and "Traceback" not in err, err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", ["0", "1"])
+def test_a_task_that_fails_before_any_collective_ends_the_others_while_they_wait_for_the_data(failing):
+    script = (
+        "import os; from atfr.engine import distributed, meeting; ranks = distributed.start(accelerator='cpu', devices=None)\n"
+        "try:\n"
+        "    with distributed.main_first(ranks):\n"
+        f"        if os.environ['SLURM_PROCID'] == '{failing}': raise ValueError('no data')\n"
+        "    distributed.barrier()\n"
+        "except Exception as error:\n"
+        "    distributed.tell_failure(); print(distributed.is_others_fault(error), flush=True); os._exit(1)\n"
+    )
+    step = {"SLURM_JOB_ID": str(os.getpid() + 3 + int(failing)), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_LOCALID": "0"}
+    tasks = [
+        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env={**os.environ, **step, "PYTHONPATH": str(ROOT), "SLURM_PROCID": rank})
+        for rank in "01"
+    ]
+    said = [task.communicate(timeout=100)[0].strip() for task in tasks]
+    assert said[int(failing)] == "False" and said[1 - int(failing)] == "True"
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ of them; it does nothing when there is only one.
 
 from __future__ import annotations
 
-import functools
 import itertools
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,15 +20,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from atfr.engine.interruption import Interrupted, StopFlag
+from atfr.engine.meeting import FAILED, OtherFailed, meet, wait_until
 from atfr.engine.place import Place, find_place
 from atfr.engine.run_folder import flat
 from atfr.host_memory import keep_freed_memory
 
 T = TypeVar("T")
 
-JOIN = timedelta(minutes=5)  # for all processes to be there
-TALK = timedelta(minutes=30)  # for one collective: the main process may generate a dataset while the others wait
-_joined = itertools.count()  # a sweep's jobs under one torchrun join one after another
+TALK = timedelta(minutes=10)  # for one collective; what may take longer is in `main_first`
+_joined, _turns = itertools.count(), itertools.count()  # a sweep's jobs under one torchrun join one after another
+_store: dist.Store | None = None  # of the processes that have joined
 
 
 @dataclass(frozen=True)
@@ -82,27 +84,40 @@ def uses_gpu(accelerator: str) -> bool:
 
 
 def _join(place: Place, device: torch.device) -> None:
-    store = dist.PrefixStore(f"{place.attempt}/{next(_joined)}", _store(place))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=place.rank, world_size=place.world, timeout=TALK)
+    global _store
+    _store = meet(place, device, next(_joined))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore("group", _store), rank=place.rank, world_size=place.world, timeout=TALK)
 
 
-@functools.cache
-def _store(place: Place) -> dist.Store:
-    try:
-        return dist.TCPStore(
-            place.address,
-            place.port,
-            world_size=place.world,
-            is_master=place.keeps_store,
-            timeout=JOIN,
-            wait_for_workers=place.launcher == "srun",  # torchrun watches its processes itself
-        )
-    except dist.DistError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"process {place.rank} of {place.world} could not meet the others at {place.address}:{place.port} within {JOIN.seconds} s: {reason};"
-            " another job may use that port, or a process did not start"
-        ) from error
+@contextmanager
+def main_first(ranks: Ranks) -> Iterator[None]:
+    """The main process is through with this block before any other begins it, however long it takes.
+
+    Raises:
+        OtherFailed: it failed there.
+    """
+    key = f"through/{next(_turns)}"
+    if _store is not None and not ranks.is_main:
+        wait_until(lambda: _store.check([key]) or _store.check([FAILED]), math.inf)
+        if not _store.check([key]):
+            raise OtherFailed
+    yield
+    if _store is not None and ranks.is_main:
+        _store.set(key, "")
+
+
+def tell_failure() -> None:
+    """Let those who wait in `main_first` know that this process is about to end with an error."""
+    if _store is not None:
+        with suppress(dist.DistError):
+            _store.set(FAILED, "")
+
+
+def is_others_fault(error: BaseException) -> bool:
+    """Whether a collective failed since another process is gone, which has said why."""
+    lost = isinstance(error, (dist.DistError, RuntimeError)) and any(word in str(error) for word in ("gloo", "NCCL", "TCPStore", "Connection"))
+    return isinstance(error, (OtherFailed, dist.DistNetworkError, dist.DistBackendError)) or lost
 
 
 def require_same(config: Mapping[str, Any]) -> None:
@@ -119,8 +134,8 @@ def require_same(config: Mapping[str, Any]) -> None:
 
 def stop() -> None:
     """Leave the process group, if one was joined."""
-    global _host_group
-    _host_group = None
+    global _host_group, _store
+    _host_group = _store = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
