@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -27,9 +28,17 @@ from atfr.models.weights import load_pretrained
 
 
 def load_source(config: DictConfig, ranks: Ranks) -> VideoSource:
-    """The dataset's videos. The main process comes first, since it may have to generate them."""
+    """The dataset's videos, the same on all processes. The main process comes first, since it may have to generate them."""
     with distributed.main_first(ranks):
-        return build(config.dataset, "dataset")
+        source = build(config.dataset, "dataset")
+    lists = {f"{split} videos": _fingerprint(getattr(source, split)) for split in ("train", "val", "test")}
+    classes = {f"class {number}": name for number, name in enumerate(source.class_names)}
+    distributed.require_same({**lists, **classes}, of="videos or classes", remedy=f"{source.name} must be the same on all machines")
+    return source
+
+
+def _fingerprint(videos: Sequence[Video]) -> str:
+    return f"{len(videos)} (crc {zlib.crc32(repr([(video.path, video.label) for video in videos]).encode(errors='surrogateescape')):08x})"
 
 
 def require_videos(source: VideoSource, *splits: str) -> None:

@@ -51,7 +51,7 @@ def on_every_process(work: Callable[[Ranks], None], config: DictConfig, settings
     answer_to_the_parent()
     try:
         ranks = distributed.start(accelerator=settings.accelerator, devices=settings.devices)
-        distributed.require_same(OmegaConf.to_container(config))
+        distributed.require_same(OmegaConf.to_container(config), of="configs", remedy="start all of them with the same command")
         work(ranks)
     except Exception as error:
         if find_place(os.environ).launcher == "none":

@@ -211,10 +211,11 @@ def test_more_gpus_than_there_are_is_one_line(monkeypatch):
         launch.processes_to_start("auto", 3)
 
 
-def start_tool(name: str, *arguments: str, **environment: str) -> subprocess.Popen:
+def start_tool(name: str, *arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.Popen:
     """A program of tools/ in a process of its own; `environment` is added to ours."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / f"tools/{name}.py"), *arguments],
+        cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -237,6 +238,20 @@ def test_tasks_of_srun_that_were_told_different_things_all_end_with_one_line_tha
             "error: the processes have different configs: optimizer.lr is 0.1 on rank 0, 0.2 on rank 1; start all of them with the same command"
         )
         assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_tasks_whose_run_folder_is_not_shared_both_end_with_a_line(small_videos, tmp_path):
+    jobs = small_job(small_videos, "run", "trainer.accelerator=cpu")
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    step = {"SLURM_JOB_ID": str(os.getpid() + 5), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.[1-2]"}
+    tasks = [start_tool("train", *jobs, cwd=tmp_path / str(rank), **step, SLURM_PROCID=str(rank), SLURM_LOCALID="0") for rank in range(2)]
+    for task in tasks:
+        _, err = task.communicate(timeout=120)
+        line = "error: rank 1 does not see the run folder run of rank 0: it must be on a disk that all machines share; set trainer.output_dir"
+        assert task.returncode == 1 and err.splitlines()[-1] == line and "Traceback" not in err, err
+    assert not list(tmp_path.glob("*/run/checkpoints")) and not list(tmp_path.glob("*/run/.seen*"))
 
 
 def losses(folder: Path) -> list[float]:

@@ -48,6 +48,7 @@ def main(config: DictConfig) -> None:
 
 
 def calibrate(config: DictConfig, settings: TrainerSettings, ranks: distributed.Ranks, budgets: list[float], folder: Path) -> None:
+    distributed.require_shared(folder, ranks)
     clip, source = jobs.clip_settings(config), jobs.load_source(config, ranks)
     jobs.require_videos(source, "train", "test")
     model = jobs.build_model(config, num_classes=len(source.class_names), ranks=ranks, seed=settings.seed, pretrained=True)

@@ -51,6 +51,7 @@ def main(config: DictConfig) -> None:
 
 
 def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distributed.Ranks, folder: Path, stop: StopFlag) -> None:
+    distributed.require_shared(folder, ranks)
     clip = jobs.clip_settings(config)
     with stop.at_once("before training"):
         source = jobs.load_source(config, ranks)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -120,16 +122,31 @@ def is_others_fault(error: BaseException) -> bool:
     return isinstance(error, (OtherFailed, dist.DistNetworkError, dist.DistBackendError)) or lost
 
 
-def require_same(config: Mapping[str, Any]) -> None:
-    """Raise ValueError on every process, naming the first key, unless all of them have the same config."""
-    configs = [flat(one) for one in gathered([config])]
-    for key in sorted(set().union(*configs)):
+def require_same(values: Mapping[str, Any], *, of: str, remedy: str) -> None:
+    """Raise ValueError on every process, naming the first key, unless all of them have the same values (`of` what they are)."""
+    all_of_them = [flat(one) for one in gathered([values])]
+    for key in sorted(set().union(*all_of_them)):
         ranks: dict[str, list[str]] = {}
-        for rank, one in enumerate(configs):
+        for rank, one in enumerate(all_of_them):
             ranks.setdefault(repr(one[key]) if key in one else "not there", []).append(str(rank))
         if len(ranks) > 1:
             found = ", ".join(f"{value} on rank {','.join(those)}" for value, those in ranks.items())
-            raise ValueError(f"the processes have different configs: {key} is {found}; start all of them with the same command")
+            raise ValueError(f"the processes have different {of}: {key} is {found}; {remedy}")
+
+
+def require_shared(folder: Path, ranks: Ranks) -> None:
+    """Make the folder, and raise ValueError on every process unless all of them see the same one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # A name that no machine has asked for before, so that none remembers that it was not there.
+    (token,) = gathered([folder / f".seen-{uuid.uuid4().hex}"] if ranks.is_main else [])
+    if ranks.is_main:
+        token.touch()
+    barrier()
+    blind = [str(rank) for rank, sees in enumerate(gathered([token.exists()])) if not sees]
+    if ranks.is_main:
+        token.unlink()
+    if blind:
+        raise ValueError(f"rank {', '.join(blind)} does not see the run folder {folder} of rank 0: it must be on a disk that all machines share; set trainer.output_dir")
 
 
 def stop() -> None:

@@ -309,9 +309,11 @@ class Training:
 
     def resume(self) -> None:
         """Go on from `last.pt`, if there is one and it was not told otherwise; from the one before it if it is damaged."""
-        if not (self.settings.resume and self.last.exists()):
+        state, found = checkpoint.load_newest(self.last) if self.settings.resume and self.last.exists() else (None, None)
+        start = {"file": str(found), **({key: state[key] for key in ("step", "evaluated", "steps_per_epoch")} if state else {})}
+        distributed.require_same(start, of="states to go on from", remedy=f"{self.folder} must be on a disk that all machines share")
+        if state is None:
             return
-        state, found = checkpoint.load_newest(self.last)
         if state["class_names"] != self.identity["class_names"] or state["steps_per_epoch"] != self.steps_per_epoch:
             raise ValueError(
                 f"the training list or its classes changed since {found} was written ({len(state['class_names'])} classes and"
