@@ -6,6 +6,7 @@ import pytest
 import torch
 from run_tools import torchrun_script
 
+from atfr.data.loader import TrainSampler
 from atfr.engine import distributed
 from atfr.engine.distributed import Ranks
 
@@ -22,11 +23,14 @@ def test_a_part_of_the_launchers_variables_is_refused_naming_the_others(monkeypa
         distributed.start(accelerator="cpu", devices=None)
 
 
-def test_a_global_batch_must_divide_evenly():
-    ranks = Ranks(0, 3, torch.device("cpu"))
-    assert ranks.share(12) == 4
-    with pytest.raises(ValueError, match="trainer.batch_size=8 .* multiple of the 3 process"):
-        ranks.share(8)
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_the_shares_of_a_global_batch_that_does_not_divide_are_the_batch_and_differ_by_one_clip(world):
+    samplers = [TrainSampler(20, seed=0, global_batch=8, rank=rank, world=world) for rank in range(world)]
+    (alone,) = [list(TrainSampler(20, seed=0, global_batch=8))]
+    for batch, shares in zip(alone, zip(*samplers), strict=True):
+        assert sorted(index for share in shares for index in share) == sorted(batch)
+        sizes = [len(share) for share in shares]
+        assert max(sizes) - min(sizes) <= 1 and max(sizes) == Ranks(0, world, torch.device("cpu")).share(8)
 
 
 def test_one_process_needs_no_launcher(monkeypatch):

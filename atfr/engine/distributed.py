@@ -48,10 +48,8 @@ class Ranks:
         return self.rank == 0
 
     def share(self, batch_size: int) -> int:
-        """This process's part of a global batch. Raises ValueError if it cannot be cut evenly."""
-        if batch_size < 1 or batch_size % self.world:
-            raise ValueError(f"trainer.batch_size={batch_size} is the global batch: it must be a positive multiple of the {self.world} process(es)")
-        return batch_size // self.world
+        """The most clips of a global batch that a process has: where it does not divide, some have one fewer."""
+        return -(-batch_size // self.world)
 
 
 def start(*, accelerator: str, devices: int | None) -> Ranks:

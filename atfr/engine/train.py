@@ -205,7 +205,7 @@ class Training:
             self.check_losses(epoch)
 
     def gradients(self, batch: Any) -> tuple[Tensor, Tensor, list[Prediction]]:
-        """Mean loss over this process's clips, with its clipped gradient left in the parameters; the gradient's norm; the predictions of each part."""
+        """This process's addend of the mean loss, with its clipped gradient left in the parameters; the gradient's norm; the predictions of each part."""
         clips = self.normalise(batch.clips.to(self.ranks.device, non_blocking=True))
         targets = batch.labels.to(self.ranks.device)
         if self.mix is not None:
@@ -219,7 +219,8 @@ class Training:
             with self.network.no_sync() if waits else nullcontext():
                 with torch.autocast(self.ranks.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
                     prediction = self.network(some)
-                loss = self.loss(prediction.logits.float(), wanted) * (len(some) / len(clips))  # a part may be smaller than the others
+                # The mean over the global batch, once averaged over processes: parts, and the shares of processes, may be of different sizes.
+                loss = self.loss(prediction.logits.float(), wanted) * (len(some) * self.ranks.world / self.settings.batch_size)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
             parts.append(prediction)
