@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from atfr.engine import checkpoint
+from atfr.engine.files import write_text
 from atfr.engine.run_folder import claim_folder
 from atfr.engine.run_log import RunLog
 
@@ -70,6 +72,24 @@ def test_weights_of_another_model_are_refused_naming_what_does_not_fit(tmp_path)
     model = torch.nn.Linear(3, 2)
     with pytest.raises(ValueError, match=r"1 missing \(first: bias\), 1 unexpected \(first: gamma\), 1 of another shape \(first: weight\)"):
         checkpoint.load_weights(model, {"weight": torch.zeros(2, 4), "gamma": torch.zeros(1)}, tmp_path)
+
+
+def test_a_text_file_is_on_the_disk_before_it_takes_its_name_and_a_full_disk_names_it(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *arguments, name=name, original=original: (calls.append(name), original(*arguments)))
+    path = tmp_path / "run" / "results.json"
+    write_text(path, "one")
+    assert calls == ["fsync", "replace", "fsync"] and path.read_text() == "one"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limit[1]))  # a full disk, as far as this process can tell
+    try:
+        with pytest.raises(OSError, match=f"{path} could not be written .*; make room"):
+            write_text(path, "x" * 20000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_text() == "one"
 
 
 def test_the_metrics_of_a_run_that_resumes_have_no_step_twice(tmp_path):
