@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 
 import pytest
@@ -128,6 +129,29 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_it(small_video
         path.write_bytes(b"")
     outcome = run_tool("train", *small_job(small_videos, broken, *more))
     assert outcome.code == 1 and f"checkpoint {last} cannot be read" in outcome.err
+
+
+@pytest.mark.parametrize("killed_in", ["copyfile", "replace"])
+def test_a_kill_while_the_state_before_a_damaged_one_takes_its_place_does_not_begin_anew(small_videos, tmp_path, monkeypatch, killed_in):
+    job = small_job(small_videos, tmp_path, "trainer.save_every=1", "trainer.keep=5", "trainer.test=false")
+    assert run_tool("train", *job, "trainer.max_steps=2").code == 0
+    last = tmp_path / "checkpoints/last.pt"
+    last.write_bytes(last.read_bytes()[:-300])
+
+    def kill(source, target):
+        if str(target).startswith(str(last)):
+            raise KeyboardInterrupt
+        return original(source, target)
+
+    module = {"copyfile": shutil, "replace": os}[killed_in]
+    original = getattr(module, killed_in)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, killed_in, kill)
+        run_tool("train", *job)
+    outcome = run_tool("train", *job)
+    assert outcome.code == 0 and f"going on from {last.parent}/last-1.pt" in outcome.out + outcome.err, outcome.err
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if line["split"] == "train"] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -330,7 +331,7 @@ class Training:
             self.ema.load_state_dict(state["ema"])
         distributed.barrier()  # every process has read it
         if found != self.last and self.ranks.is_main:
-            os.replace(self.last, self.last.with_name(self.last.name + ".damaged"))
+            shutil.copyfile(self.last, self.last.with_name(self.last.name + ".damaged"))  # no moment without a last.pt, which would begin anew
             os.replace(found, self.last)
         log.info("resuming %s at step %d of %d", found, self.step, self.total_steps)
 
