@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Job
 from run_tools import ROOT, run_tool, small_job
-from test_kill import family, logged, wait_for_steps
-from test_kill import start as start_training
+from test_kill import logged, wait_for_steps
 
 from atfr import jobs
 from atfr.engine import checkpoint
@@ -21,7 +21,7 @@ from atfr.engine.distributed import Ranks
 from atfr.engine.evaluate import LOOK_EVERY, evaluate
 from atfr.engine.interruption import SIGNALS, TRY_AGAIN, Interrupted, end, listen
 
-MORE = ("trainer.batch_size=2", "trainer.epochs=6", "trainer.eval_every=6", "trainer.test=false", "trainer.workers=1")
+MORE = ("trainer.batch_size=2", "trainer.epochs=6", "trainer.eval_every=6", "trainer.test=false", "trainer.workers=1", "trainer.accelerator=cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -32,37 +32,47 @@ def _own_handlers():
         signal.signal(number, handler)
 
 
+@pytest.fixture(scope="module")
+def whole(small_videos, tmp_path_factory):
+    """The weights of a training that nothing stopped, by its number of processes."""
+    folders = {processes: tmp_path_factory.mktemp("whole") for processes in (1, 2)}
+    jobs = {processes: Job("train", *small_job(small_videos, folder, *MORE), processes=processes) for processes, folder in folders.items()}
+    assert {code for job in jobs.values() for code in job.wait()} == {0}
+    return {processes: checkpoint.load(folder / "checkpoints/last.pt")["model"] for processes, folder in folders.items()}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("processes,launcher,number", [(1, "none", signal.SIGUSR1), (1, "none", signal.SIGTERM), (2, "ours", signal.SIGTERM), (2, "torchrun", signal.SIGUSR2)])
-def test_a_signal_saves_at_the_next_step_and_the_same_command_goes_on_from_there(small_videos, tmp_path, processes, launcher, number):
-    def start(folder: Path) -> subprocess.Popen:
-        own = [f"trainer.devices={processes}"] if launcher == "ours" else []
-        return start_training(processes if launcher == "torchrun" else 1, small_job(small_videos, folder, "trainer.accelerator=cpu", *own, *MORE))
-
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert start(whole).wait(timeout=300) == 0
-    job = start(broken)
-    wait_for_steps(broken, 2, job)
-    # torchrun, which is the first of the family, would take it for a failure: one of its two processes is told.
-    told = job.pid if launcher != "torchrun" else next(pid for pid in family(job.pid) if is_rank_1(pid))
-    os.kill(told, number)
-    code = job.wait(timeout=120)
-    assert code == TRY_AGAIN if launcher != "torchrun" else code != 0
-    stopped = checkpoint.load(broken / "checkpoints/last.pt")["step"]
-    assert 2 <= stopped < 24 and stopped == len(logged(broken)["train"]), "it saved nowhere but at the end of an epoch"
-    assert start(broken).wait(timeout=300) == 0
-    first, second = (checkpoint.load(folder / "checkpoints/last.pt")["model"] for folder in (whole, broken))
-    torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+@pytest.mark.parametrize("processes,number", [(1, signal.SIGUSR1), (1, signal.SIGTERM), (2, signal.SIGUSR2)])
+def test_a_signal_saves_at_the_next_step_and_the_same_command_goes_on_from_there(small_videos, tmp_path, whole, processes, number):
+    training = small_job(small_videos, tmp_path, *MORE)
+    job = Job("train", *training, processes=processes)
+    wait_for_steps(tmp_path, 2, job)
+    os.kill(job.processes[-1].pid, number)  # one of two is told
+    assert set(job.wait()) == {TRY_AGAIN}
+    check_stopped_and_finish(training, tmp_path, whole[processes], processes)
 
 
-def is_rank_1(pid: int) -> bool:
-    with open(f"/proc/{pid}/environ", "rb") as file:
-        variables = file.read().split(b"\0")
-    with open(f"/proc/{pid}/stat") as file:
-        parent = int(file.read().rsplit(")", 1)[1].split()[1])
-    with open(f"/proc/{parent}/environ", "rb") as file:
-        inherited = b"RANK=1" in file.read().split(b"\0")  # a loader's worker
-    return b"RANK=1" in variables and not inherited
+@pytest.mark.slow
+def test_processes_that_we_started_are_told_by_the_one_that_started_them(small_videos, tmp_path, whole):
+    training = small_job(small_videos, tmp_path, *MORE)
+    job = Job("train", *training, "trainer.devices=2")
+    wait_for_steps(tmp_path, 2, job)
+    os.kill(job.processes[0].pid, signal.SIGTERM)
+    assert job.wait() == [TRY_AGAIN]
+    check_stopped_and_finish(training, tmp_path, whole[2], 2)
+
+
+def check_stopped_and_finish(training: list[str], folder: Path, whole: dict[str, torch.Tensor], processes: int) -> None:
+    stopped = checkpoint.load(folder / "checkpoints/last.pt")["step"]
+    assert 2 <= stopped < 24 and stopped == len(logged(folder)["train"]), "it saved nowhere but at the end of an epoch"
+    assert set(Job("train", *training, processes=processes).wait()) == {0}
+    torch.testing.assert_close(checkpoint.load(folder / "checkpoints/last.pt")["model"], whole, rtol=0, atol=0, equal_nan=True)
+
+
+def family(pid: int) -> list[int]:
+    """A process and its descendants, wherever their sessions are: torchrun gives each worker one of its own."""
+    children = (Path(f"/proc/{pid}/task/{task}/children").read_text().split() for task in os.listdir(f"/proc/{pid}/task"))
+    return [pid, *(member for child in children for number in child for member in family(int(number)))]
 
 
 @pytest.mark.parametrize("number,answer,code", [("SIGUSR1", 0, 0), ("SIGUSR1", 1, TRY_AGAIN), ("SIGTERM", 0, TRY_AGAIN)])
