@@ -59,7 +59,8 @@ def on_every_process(work: Callable[[Ranks], None], config: DictConfig, settings
         # Nor does it leave the group, for which it might wait for ever.
         text = as_text(error)
         if distributed.is_others_fault(error) and os.environ.get("ATFR_TRACEBACK") != "1":
-            text = "error: another process of this job ended, see its output"
+            reason = str(error).strip().splitlines()
+            text = "error: another process of this job ended, see its output" + (f", or cannot be reached: {reason[0]}" if reason else "")
         distributed.tell_failure()
         if ERRORS in os.environ:
             Path(os.environ[ERRORS], str(os.getpid())).write_text(text, errors="backslashreplace")

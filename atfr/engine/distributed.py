@@ -115,9 +115,8 @@ def tell_failure() -> None:
 
 
 def is_others_fault(error: BaseException) -> bool:
-    """Whether a collective failed since another process is gone, which has said why."""
-    lost = isinstance(error, (dist.DistError, RuntimeError)) and any(word in str(error) for word in ("gloo", "NCCL", "TCPStore", "Connection"))
-    return isinstance(error, (OtherFailed, dist.DistNetworkError, dist.DistBackendError)) or lost
+    """Whether a collective failed, most often since another process is gone, which has said why."""
+    return isinstance(error, (OtherFailed, dist.DistError)) or (type(error) is RuntimeError and "gloo" in str(error))
 
 
 def require_same(values: Mapping[str, Any], *, of: str, remedy: str) -> None:
