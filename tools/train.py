@@ -14,24 +14,25 @@ from atfr.engine.interruption import Interrupted, StopFlag, end, listen
 if __name__ == "__main__":
     listen()  # before the imports that take seconds, in which a signal would end the program
 
-import os  # noqa: E402
-from pathlib import Path  # noqa: E402
+# ruff: noqa: E402
+import os
+from pathlib import Path
 
-import hydra  # noqa: E402
-from omegaconf import DictConfig, OmegaConf  # noqa: E402
+import hydra
+from omegaconf import DictConfig, OmegaConf
 
-from atfr import jobs  # noqa: E402
-from atfr.configuration import build, check_root, choices, one_line_errors, run_folder  # noqa: E402
-from atfr.data.transforms import Normalizer  # noqa: E402
-from atfr.engine import checkpoint, distributed  # noqa: E402
-from atfr.engine.determinism import be_deterministic  # noqa: E402
-from atfr.engine.mixing import mixing  # noqa: E402
-from atfr.engine.place import find_place  # noqa: E402
-from atfr.engine.results import accuracy  # noqa: E402
-from atfr.engine.run_folder import claim_folder  # noqa: E402
-from atfr.engine.settings import TrainerSettings  # noqa: E402
-from atfr.engine.train import Training  # noqa: E402
-from atfr.launch import on_every_process  # noqa: E402
+from atfr import jobs
+from atfr.configuration import build, check_root, choices, one_line_errors, run_folder
+from atfr.data.transforms import Normalizer
+from atfr.engine import checkpoint, distributed
+from atfr.engine.determinism import be_deterministic
+from atfr.engine.mixing import mixing
+from atfr.engine.place import find_place
+from atfr.engine.results import accuracy
+from atfr.engine.run_folder import claim_folder
+from atfr.engine.settings import TrainerSettings
+from atfr.engine.train import Training
+from atfr.launch import on_every_process
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")

@@ -132,7 +132,9 @@ def require_same(values: Mapping[str, Any], *, of: str, remedy: str) -> None:
 
 
 def require_shared(folder: Path, ranks: Ranks) -> None:
-    """Make the folder, and raise ValueError on every process unless all of them see the same one."""
+    """Raise ValueError on every process unless all of them see the same folder, which is made for that."""
+    if ranks.world == 1:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     # A name that no machine has asked for before, so that none remembers that it was not there.
     (token,) = gathered([folder / f".seen-{uuid.uuid4().hex}"] if ranks.is_main else [])

@@ -29,14 +29,14 @@ class OtherFailed(Exception):
     """Another process of this job ended, so that this one cannot go on. What was wrong is in the other's output."""
 
 
-def meet(place: Place, device: torch.device, round: int) -> dist.Store:
-    """The store of all processes, once all of them are there and fit together. `round` counts the meetings of one launch.
+def meet(place: Place, device: torch.device, number: int) -> dist.Store:
+    """The store of all processes, once all of them are there and fit together. `number` counts the meetings of one launch.
 
     Raises:
         ValueError: a port in use, a process that does not come, different kinds of devices, or two
             processes on one GPU.
     """
-    store = dist.PrefixStore(f"{place.attempt}/{round}", _store(place))
+    store = dist.PrefixStore(f"{place.attempt}/{number}", _store(place))
     store.set(f"process/{place.rank}", json.dumps(_account(device)))
     keys = [f"process/{rank}" for rank in range(place.world)]
     if not wait_until(lambda: store.check(keys), JOIN_S):
