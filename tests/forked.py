@@ -78,7 +78,7 @@ def _run(function: Callable[..., None], arguments: tuple, output: Path | None, c
     file = os.open(output or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
-    os.environ.update(environment)
+    os.environ.update({"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **environment})  # for those that it starts itself
     multiprocessing.set_start_method("fork", force=True)  # of what it starts itself: as in a process that was not forked
     if cwd is not None:
         os.chdir(cwd)
