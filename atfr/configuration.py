@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib
 import inspect
+import logging
 import os
 import re
 import sys
@@ -27,6 +28,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from atfr.data.records import VideoError
+
+log = logging.getLogger(__name__)
 
 # Keys of a group that others read, and that its own target does not take.
 SHARED_KEYS = {"model": ("clip", "clips", "weights"), "dataset": ("clip", "model_size", "manifest")}
@@ -61,10 +64,24 @@ def _unset(values: dict[str, Any]) -> list[str]:
 
 
 def check_root(config: DictConfig) -> None:
-    """Raise ValueError for a key at the top of the config that nothing reads."""
+    """Raise ValueError for a key at the top of the config that nothing reads. A dense network's `model.sgs` becomes null."""
     unknown = [str(key) for key in config if key not in ROOT_KEYS]
     if unknown:
         raise ValueError(f"{unknown[0]} is not an option; there are {', '.join(ROOT_KEYS)}")
+    if OmegaConf.select(config, "model.sgs._target_") == f"{__name__}.{nothing.__name__}":
+        config.model.sgs = None  # so that a run folder has no options that mean nothing
+
+
+def nothing(**options: Any) -> None:
+    """What `model.sgs` makes for a dense network, whatever it says there."""
+
+
+def warn_of_ignored(config: DictConfig) -> None:
+    """Say in one line that the command's `model.sgs.*` are for nothing, where they are."""
+    given = [override for override in HydraConfig.get().overrides.task if override.lstrip("+").startswith("model.sgs.")]
+    if given and config.model.get("sgs") is None:
+        name = HydraConfig.get().runtime.choices.get("model")
+        log.warning("model=%s does not sample: %s ignored, and jobs of a sweep that differ only in it are one experiment", name, ", ".join(given))
 
 
 def _check(values: dict[str, Any], key: str, given: typing.Collection[str] = ()) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
@@ -9,7 +11,7 @@ from typing import Any, Callable, Iterable, Sequence
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from atfr.configuration import build
+from atfr.configuration import build, warn_of_ignored
 from atfr.data.dataset import ClipSettings, TestClips, TrainClips
 from atfr.data.known_bad import leave_out_bad
 from atfr.data.loader import TrainSampler, test_loader, train_loader
@@ -20,30 +22,35 @@ from atfr.engine.accounting import GflopsTable
 from atfr.engine.distributed import Ranks
 from atfr.engine.evaluate import Evaluation, evaluate
 from atfr.engine.files import write_text
+from atfr.engine.interruption import StopFlag
 from atfr.engine.settings import TrainerSettings, precision_dtype
 from atfr.models.network import VideoNet
 from atfr.models.weights import load_pretrained
 
 
 def load_source(config: DictConfig, ranks: Ranks) -> VideoSource:
-    """The dataset's videos, without those for training that `dataset.manifest` knows to be bad.
+    """The dataset's videos, the same on all processes, without those for training that `dataset.manifest` knows to be bad.
 
     The main process comes first, since it may have to generate them.
     """
-    if not ranks.is_main:
-        distributed.barrier()
-    source = build(config.dataset, "dataset")
-    if ranks.is_main:
-        distributed.barrier()
+    with distributed.main_first(ranks):
+        source = build(config.dataset, "dataset")
     manifest = config.dataset.get("manifest")
-    if manifest is None or not source.train:
-        return source
-    known = leave_out_bad(source, str(manifest), decoder=config.dataset.clip.decoder)
-    if ranks.is_main:
-        noted = known.notes["manifest"]
-        others = f", which does not have {noted['not_in_it']} others" if noted["not_in_it"] else ""
-        print(f"{source.name}: {noted['left_out']} of the {len(source.train)} training videos are left out, bad by {noted['file']}{others}", flush=True)
-    return known
+    if manifest is not None and source.train:
+        listed = len(source.train)
+        source = leave_out_bad(source, str(manifest), decoder=config.dataset.clip.decoder)
+        if ranks.is_main:
+            noted = source.notes["manifest"]
+            others = f", which does not have {noted['not_in_it']} others" if noted["not_in_it"] else ""
+            print(f"{source.name}: {noted['left_out']} of the {listed} training videos are left out, bad by {noted['file']}{others}", flush=True)
+    lists = {f"{split} videos": _fingerprint(getattr(source, split)) for split in ("train", "val", "test")}
+    classes = {f"class {number}": name for number, name in enumerate(source.class_names)}
+    distributed.require_same({**lists, **classes}, of="videos or classes", remedy=f"{source.name} must be the same on all machines")
+    return source
+
+
+def _fingerprint(videos: Sequence[Video]) -> str:
+    return f"{len(videos)} (crc {zlib.crc32(repr([(video.path, video.label) for video in videos]).encode(errors='surrogateescape')):08x})"
 
 
 def require_videos(source: VideoSource, *splits: str) -> None:
@@ -80,6 +87,8 @@ def build_model(config: DictConfig, *, num_classes: int, ranks: Ranks, seed: int
     With `pretrained` the weights of `model.weights`, if it is set, are loaded into it, and the main
     process prints what came of them. A network whose own checkpoint is read next needs none.
     """
+    if ranks.is_main:
+        warn_of_ignored(config)
     torch.manual_seed(seed)
     model = build(config.model, "model", num_classes=num_classes)
     weights = config.model.get("weights")
@@ -121,7 +130,7 @@ def train_batches(source: VideoSource, clip: ClipSettings, settings: TrainerSett
 
 
 def run_views(
-    model: VideoNet, videos: Sequence[Video], clip: ClipSettings, *, views: int, crops: int, settings: TrainerSettings, ranks: Ranks, title: str
+    model: VideoNet, videos: Sequence[Video], clip: ClipSettings, *, views: int, crops: int, settings: TrainerSettings, ranks: Ranks, title: str, stop: StopFlag | None = None
 ) -> Evaluation:
     """Evaluate `views` x `crops` clips of each video, over all processes."""
     loader = test_loader(
@@ -135,7 +144,7 @@ def run_views(
     )
     normalise = Normalizer(clip.mean, clip.std).to(ranks.device)
     precision = precision_dtype(settings.precision, ranks.device)
-    return evaluate(model, loader, normalise=normalise, ranks=ranks, precision=precision, title=title)
+    return evaluate(model, loader, normalise=normalise, ranks=ranks, precision=precision, title=title, stop=stop)
 
 
 def test_and_report(
@@ -148,15 +157,17 @@ def test_and_report(
     ranks: Ranks,
     folder: Path,
     checkpoint: Path,
+    stop: StopFlag | None = None,
 ) -> None:
     """Test with all views; write `results.json` and `predictions.csv`, and print the table."""
-    evaluation = run_views(model, source.test, clip, views=clip.views, crops=clip.crops, settings=settings, ranks=ranks, title="test")
+    evaluation = run_views(model, source.test, clip, views=clip.views, crops=clip.crops, settings=settings, ranks=ranks, title="test", stop=stop)
     if not ranks.is_main:
         return
-    table = gflops_table(model, clip)
-    summary = results.summarise(evaluation, table, protocol=protocol(config, clip, source, settings, ranks, checkpoint=checkpoint))
-    results.write_results(summary, folder)
-    results.write_predictions(evaluation, table, folder, class_names=source.class_names)
+    with stop.at_once("during the test") if stop else nullcontext():
+        table = gflops_table(model, clip)
+        summary = results.summarise(evaluation, table, protocol=protocol(config, clip, source, settings, ranks, checkpoint=checkpoint))
+        results.write_results(summary, folder)
+        results.write_predictions(evaluation, table, folder, class_names=source.class_names)
     for path, reason in evaluation.failed.items():
         print(f"failed: {path}: {reason}".encode(errors="backslashreplace").decode())
     print(results.as_table(summary, folder=folder))

@@ -32,6 +32,7 @@ from atfr.engine.place import find_place
 from atfr.engine.settings import TrainerSettings
 
 PARENT, ERRORS = "ATFR_PARENT", "ATFR_ERRORS"  # a started process's parent, and the folder of its file: empty, or why it failed
+TOLD = "told"  # the file there with the signal that came
 
 
 def on_every_process(work: Callable[[Ranks], None], config: DictConfig, settings: TrainerSettings, *, program: str, folder: Path) -> None:
@@ -50,16 +51,21 @@ def on_every_process(work: Callable[[Ranks], None], config: DictConfig, settings
     answer_to_the_parent()
     try:
         ranks = distributed.start(accelerator=settings.accelerator, devices=settings.devices)
-        distributed.require_same(OmegaConf.to_container(config))
+        distributed.require_same(OmegaConf.to_container(config), of="configs", remedy="start all of them with the same command")
         work(ranks)
     except Exception as error:
         if find_place(os.environ).launcher == "none":
             raise
         # Nor does it leave the group, for which it might wait for ever.
+        text = as_text(error)
+        if distributed.is_others_fault(error) and os.environ.get("ATFR_TRACEBACK") != "1":
+            reason = str(error).strip().splitlines()
+            text = "error: another process of this job ended, see its output" + (f", or cannot be reached: {reason[0]}" if reason else "")
+        distributed.tell_failure()
         if ERRORS in os.environ:
-            Path(os.environ[ERRORS], str(os.getpid())).write_text(as_text(error), errors="backslashreplace")
+            Path(os.environ[ERRORS], str(os.getpid())).write_text(text, errors="backslashreplace")
         else:
-            print(as_text(error), file=sys.stderr, flush=True)
+            print(text, file=sys.stderr, flush=True)
         sys.exit(1)
     distributed.stop()
 
@@ -111,7 +117,7 @@ def start_processes(count: int, program: str, folder: Path) -> None:
             )(program, *arguments)
         except ChildFailedError as error:
             if passed_on:
-                saved = all(failure.exitcode == TRY_AGAIN for failure in error.failures.values())
+                saved = any(failure.exitcode == TRY_AGAIN for failure in error.failures.values())
                 sys.exit(TRY_AGAIN if saved else 128 + passed_on[0])
             print(first_error(Path(errors), error), file=sys.stderr, flush=True)
             if in_sweep() and "SUBMITIT_EXECUTOR" not in os.environ:
@@ -129,12 +135,16 @@ def start_processes(count: int, program: str, folder: Path) -> None:
 
 
 def pass_on_signals(folder: Path) -> list[int]:
-    """From now on the signals that mean "stop soon" go to the started processes, each of which has a file there; those that came."""
+    """From now on the signals that mean "stop soon" go to the started processes, each of which has a file there; those that came.
+
+    A process that has none yet finds the signal in the file `TOLD`.
+    """
     came: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
         came.append(number)
-        for path in folder.iterdir():
+        (folder / TOLD).write_text(str(number))
+        for path in _files(folder):
             with suppress(ProcessLookupError):
                 os.kill(int(path.name), number)
 
@@ -146,12 +156,16 @@ def pass_on_signals(folder: Path) -> list[int]:
 def first_error(folder: Path, error: ChildFailedError) -> str:
     """The first process's error; the others' follow from it. One that was killed left none, and SIGTERM came after it."""
     killed = [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM]
-    said = sorted((path for path in folder.iterdir() if path.stat().st_size), key=lambda path: path.stat().st_mtime_ns)
+    said = sorted((path for path in _files(folder) if path.stat().st_size), key=lambda path: path.stat().st_mtime_ns)
     if said and not killed:
         return said[0].read_text()
     rank, failure = (killed or [error.get_first_failure()])[0]
     how = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with exit code {failure.exitcode}"
     return f"error: process {rank} {how}, so the others were ended"
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name != TOLD]
 
 
 def quoted(folder: Path) -> str:
@@ -168,4 +182,7 @@ def answer_to_the_parent() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.getppid() != int(os.environ[PARENT]):  # it was gone before that
         sys.exit(1)
-    Path(os.environ[ERRORS], str(os.getpid())).touch()
+    folder = Path(os.environ[ERRORS])
+    (folder / str(os.getpid())).touch()
+    with suppress(FileNotFoundError, ValueError):  # ValueError: it is being written, and its writer will see our file
+        os.kill(os.getpid(), int((folder / TOLD).read_text()))

@@ -14,6 +14,12 @@ from video_files import write_video
 torch.set_num_threads(1)  # the networks are small, and the tests run in parallel
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow tests first: one that starts last would be waited for alone."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     random.seed(0)

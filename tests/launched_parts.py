@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
 
 from torch import nn
 from torch.optim import SGD
+
+from atfr.engine import distributed
 
 
 def network(num_classes: int) -> nn.Module:
@@ -22,3 +25,30 @@ def failing_optimizer(model: nn.Module, lr: float, kind: str, **_: Any) -> SGD:
             os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("no such thing on rank 1") if kind == "bug" else ValueError("rank 1 was told nonsense")
     return SGD(model.parameters(), lr=lr)
+
+
+class DawdlingSGD(SGD):
+    """SGD in whose first start, in a SLURM job, a step takes a second: it is still training when the job has to stop."""
+
+    def step(self, *arguments: Any) -> Any:
+        if os.environ.get("SLURM_JOB_ID") and not int(os.environ.get("SLURM_RESTART_COUNT", 0)):
+            time.sleep(1)
+        return super().step(*arguments)
+
+
+def dawdling_optimizer(model: nn.Module, lr: float, **_: Any) -> DawdlingSGD:
+    return DawdlingSGD(model.parameters(), lr=lr, momentum=0.9)
+
+
+def wait_for_data(failing: str) -> None:
+    """Two tasks of srun, of which the one of rank `failing` fails where the first comes before the second."""
+    try:
+        ranks = distributed.start(accelerator="cpu", devices=None)
+        with distributed.main_first(ranks):
+            if ranks.rank == int(failing):
+                raise ValueError("no data")
+        distributed.barrier()
+    except Exception as error:
+        distributed.tell_failure()
+        print("another's fault" if distributed.is_others_fault(error) else error, flush=True)
+        os._exit(1)

@@ -7,10 +7,13 @@ import io
 import logging
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from atfr.engine.interruption import SIGNALS
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,7 +34,7 @@ def run_script(script: str, *arguments: str) -> Outcome:
     """The same of any program of the repository."""
     out, err = io.StringIO(), io.StringIO()
     before, sys.argv = sys.argv, [str(ROOT / script), *arguments]
-    level = logging.root.level
+    level, handlers = logging.root.level, {number: signal.getsignal(number) for number in SIGNALS}
     code = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -40,6 +43,8 @@ def run_script(script: str, *arguments: str) -> Outcome:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:
         sys.argv = before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         logging.root.setLevel(level)  # hydra sets it, and may disable all loggers there are, for good
         for logger in logging.root.manager.loggerDict.values():
             if isinstance(logger, logging.Logger):

@@ -137,6 +137,21 @@ class Cluster:
         """What `scontrol show job` knows of it."""
         return dict(word.partition("=")[::2] for word in self.ask("scontrol", "show", "job", "-o", job).split())
 
+    def numbered(self, name: str) -> str:
+        """The number of the job of that name, once it is there."""
+        deadline = time.monotonic() + 100
+        while not (found := self.ask("squeue", "-h", "-t", "all", "-n", name, "-o", "%A").split()):
+            assert time.monotonic() < deadline, f"there is no job {name}"
+            time.sleep(0.3)
+        return found[0]
+
+    def wait_for_restart(self, job: str, seconds: float = 150) -> None:
+        """Until it was put back into the queue."""
+        deadline = time.monotonic() + seconds
+        while self.facts(job)["Restarts"] == "0":
+            assert time.monotonic() < deadline and self.facts(job)["JobState"] not in ENDED, self.facts(job)
+            time.sleep(0.3)
+
     def wait(self, job: str, seconds: float = 200) -> str:
         """The state in which a job has ended."""
         deadline = time.monotonic() + seconds

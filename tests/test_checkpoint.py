@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import resource
 
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from atfr.engine import checkpoint
+from atfr.engine.files import write_text
 from atfr.engine.run_folder import claim_folder
 from atfr.engine.run_log import RunLog
 
@@ -70,6 +74,24 @@ def test_weights_of_another_model_are_refused_naming_what_does_not_fit(tmp_path)
         checkpoint.load_weights(model, {"weight": torch.zeros(2, 4), "gamma": torch.zeros(1)}, tmp_path)
 
 
+def test_a_text_file_is_on_the_disk_before_it_takes_its_name_and_a_full_disk_names_it(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *arguments, name=name, original=original: (calls.append(name), original(*arguments)))
+    path = tmp_path / "run" / "results.json"
+    write_text(path, "one")
+    assert calls == ["fsync", "replace", "fsync"] and path.read_text() == "one"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limit[1]))  # a full disk, as far as this process can tell
+    try:
+        with pytest.raises(OSError, match=f"{path} could not be written .*; make room"):
+            write_text(path, "x" * 20000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_text() == "one"
+
+
 def test_the_metrics_of_a_run_that_resumes_have_no_step_twice(tmp_path):
     log = RunLog(tmp_path, resume_step=0, evaluated=0)
     for step in (10, 20, 30):
@@ -85,6 +107,27 @@ def test_the_metrics_of_a_run_that_resumes_have_no_step_twice(tmp_path):
     found = [(line["step"], line["epoch"], line["split"]) for line in lines]
     # The validation after step 20 was not in the checkpoint: it will be done again.
     assert found == [(10, 0, "train"), (10, 0, "val"), (20, 0, "train"), (30, 1, "train")]
+
+
+def test_tensorboard_shows_no_step_twice_and_loses_none_after_a_resume(tmp_path):
+    def shown(tag: str) -> list[tuple[int, float]]:
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        return [(event.step, event.value) for event in events.Scalars(tag)]
+
+    log = RunLog(tmp_path, resume_step=0, evaluated=0)
+    for step in (5, 10, 15, 20, 25):
+        log.write(step=step, epoch=0, split="train", values={"loss": 1.0 / step if step != 15 else math.inf})
+        if step % 10 == 0:
+            log.write(step=step, epoch=0, split="val", values={"top1": 50.0 + step})
+    log.close()
+    log = RunLog(tmp_path, resume_step=20, evaluated=10)  # killed in step 25, and the validation of step 20 was not saved
+    log.write(step=20, epoch=0, split="val", values={"top1": 99.0})
+    log.write(step=25, epoch=1, split="train", values={"loss": 0.5})
+    log.close()
+    assert shown("val/top1") == [(10, 60.0), (20, 99.0)]
+    losses = shown("train/loss")
+    assert [step for step, _ in losses] == [5, 10, 15, 20, 25] and losses[-1][1] == 0.5 and losses[3][1] == pytest.approx(0.05)
 
 
 def test_a_run_folder_of_another_experiment_is_refused_naming_the_key(tmp_path):

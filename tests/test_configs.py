@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from atfr.configuration import build
+from atfr.configuration import build, check_root
 from atfr.jobs import clip_settings
 from atfr.models.sgs_layer import SGSOptions
 from atfr.models.backbones.x3d import SIZES
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+README = (CONFIGS.parent / "README.md").read_text()
 
 
 def composed(*overrides, name="train"):
@@ -51,7 +53,7 @@ def test_every_model_can_be_built_for_the_built_in_data(model):
         assert network(clip).logits.shape == (1, 3)
 
 
-@pytest.mark.parametrize("preset", names("model/sgs"))
+@pytest.mark.parametrize("preset", [name for name in names("model/sgs") if name != "dense"])
 def test_every_preset_of_the_layer_can_be_built(preset):
     config = composed("model=x3d_sgs", f"model/sgs={preset}")
     (layer,) = build(config.model, "model", num_classes=3).sgs.values()
@@ -79,6 +81,21 @@ def test_what_no_training_chooses_composes_too(path):
     else:
         config = composed(*PROGRAMS.get(path.stem, []), name=path.stem)
         assert config.dataset._target_.startswith("atfr.data.")
+
+
+def test_the_sweep_of_the_readme_composes_and_its_dense_networks_are_built_without_a_layer():
+    (command,) = [line for line in README.splitlines() if "hydra/launcher=slurm" in line]
+    words = [word.partition("=") for word in command.split("#")[0].split() if "=" in word]
+    assert ("model", "=", "x3d_sgs,x3d") in words and ("model.sgs.num_bins", "=", "4,8,13") in words
+    jobs = list(itertools.product(*([f"{key}={value}" for value in values.split(",")] for key, _, values in words)))
+    assert len(jobs) == 6
+    for job in jobs:
+        config = composed(*job)
+        network = build(config.model, "model", num_classes=3)
+        sampled = [layer.num_bins for layer in network.sgs.values()]
+        assert sampled == ([config.model.sgs.num_bins] if "model=x3d_sgs" in job else [])
+        check_root(config)  # what a run folder will hold
+        assert (config.model.sgs is None) == ("model=x3d" in job)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from run_tools import torchrun_script
 
+from atfr.data.loader import TrainSampler
 from atfr.engine import distributed
 from atfr.engine.distributed import Ranks
 
 
-def test_two_processes_agree_on_statistics_and_both_stop_at_a_nan(tmp_path):
+def test_two_processes_agree_on_statistics_and_both_stop_where_one_has_to(tmp_path):
     outcome = torchrun_script(2, "tests/two_processes.py", str(tmp_path))
     assert outcome.code == 0, outcome.err
 
@@ -22,11 +23,14 @@ def test_a_part_of_the_launchers_variables_is_refused_naming_the_others(monkeypa
         distributed.start(accelerator="cpu", devices=None)
 
 
-def test_a_global_batch_must_divide_evenly():
-    ranks = Ranks(0, 3, torch.device("cpu"))
-    assert ranks.share(12) == 4
-    with pytest.raises(ValueError, match="trainer.batch_size=8 .* multiple of the 3 process"):
-        ranks.share(8)
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_the_shares_of_a_global_batch_that_does_not_divide_are_the_batch_and_differ_by_one_clip(world):
+    samplers = [TrainSampler(20, seed=0, global_batch=8, rank=rank, world=world) for rank in range(world)]
+    (alone,) = [list(TrainSampler(20, seed=0, global_batch=8))]
+    for batch, shares in zip(alone, zip(*samplers), strict=True):
+        assert sorted(index for share in shares for index in share) == sorted(batch)
+        sizes = [len(share) for share in shares]
+        assert max(sizes) - min(sizes) <= 1 and max(sizes) == Ranks(0, world, torch.device("cpu")).share(8)
 
 
 def test_one_process_needs_no_launcher(monkeypatch):

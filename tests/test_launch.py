@@ -7,19 +7,20 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
+import launched_parts
 import pytest
 import torch
+from forked import Job, ended, srun_places, start, start_tool
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from run_tools import ROOT, run_tool, small_job
 
 from atfr import configuration, launch
-from atfr.engine import distributed
+from atfr.engine import distributed, meeting
 from atfr.engine.place import Place, find_place, hosts
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400"}
@@ -106,6 +107,11 @@ def test_a_process_computes_on_its_own_gpu_and_on_the_only_one_that_srun_shows_i
     assert find_place(SRUN).device_index(gpus=1) == 0
     with pytest.raises(ValueError, match="process 1 of this machine has no GPU, torch sees 1"):
         find_place(TORCHRUN).device_index(gpus=1)
+    # Torchrun's four variables set by hand: whose GPU it is must be said as well, unless there is one process.
+    by_hand = {name: value for name, value in TORCHRUN.items() if name != "LOCAL_RANK"}
+    with pytest.raises(ValueError, match="does not set LOCAL_RANK"):
+        find_place(by_hand).device_index(gpus=2)
+    assert find_place({**by_hand, "RANK": "0", "WORLD_SIZE": "1"}).device_index(gpus=2) == 0
 
 
 def test_what_torchrun_started_must_be_as_many_as_asked_for(monkeypatch):
@@ -122,18 +128,56 @@ def test_a_port_in_use_is_named(monkeypatch):
         port = taken.getsockname()[1]
         for name, value in {**TORCHRUN, "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(ValueError, match=f"process 0 of 4 could not meet the others at 127.0.0.1:{port} .* another job may use that port"):
+        with pytest.raises(ValueError, match=f"process 0 of 4 cannot wait for the others at 127.0.0.1:{port}: .*; another program may use that port"):
+            distributed.start(accelerator="cpu", devices=None)
+        # It listens, but never answers.
+        monkeypatch.setattr(meeting, "ANSWER", timedelta(seconds=1))
+        monkeypatch.setenv("RANK", "1")
+        with pytest.raises(ValueError, match=f"process 1 of 4 met something else than its job at 127.0.0.1:{port}: another program uses that port"):
             distributed.start(accelerator="cpu", devices=None)
 
 
 def test_a_task_whose_sibling_never_comes_gives_up_in_time(monkeypatch):
-    monkeypatch.setattr(distributed, "JOIN", timedelta(seconds=1))
-    for name, value in {**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_JOB_ID": str(os.getpid())}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(meeting, "JOIN_S", 1.0)
+    task = {**SRUN, "SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_JOB_ID": str(os.getpid())}
     start = time.monotonic()
-    with pytest.raises(ValueError, match="process 0 of 8 could not meet the others at 127.0.0.1:.* a process did not start"):
-        distributed.start(accelerator="cpu", devices=None)
+    for rank, message in (("0", "process 0 of 3 waited 1 s for process 1, 2, which did not start"), ("1", "process 1 of 3 found nobody at 127.0.0.1:.* within 1 s")):
+        for name, value in {**task, "SLURM_PROCID": rank, "SLURM_STEP_ID": rank}.items():  # another step, another port
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=message):
+            distributed.start(accelerator="cpu", devices=None)
     assert time.monotonic() - start < 10
+
+
+def test_processes_on_different_devices_or_on_one_gpu_do_not_begin():
+    def account(device: str, host: str, gpu: str | None = None) -> dict:
+        return {"device": device, "host": host, "gpu": gpu}
+
+    meeting._require_devices([account("cuda", "a", "1"), account("cuda", "a", "2"), account("cuda", "b", "1")])
+    meeting._require_devices([account("cpu", "a"), account("cpu", "a")])
+    with pytest.raises(ValueError, match=r"different devices: cpu on rank 1 \(b\); cuda on rank 0 \(a\), 2 \(a\)"):
+        meeting._require_devices([account("cuda", "a", "1"), account("cpu", "b"), account("cuda", "a", "2")])
+    with pytest.raises(ValueError, match="ranks 0, 2 have one GPU of a together"):
+        meeting._require_devices([account("cuda", "a", "1"), account("cuda", "a", "2"), account("cuda", "a", "1")])
+
+
+@pytest.mark.slow
+def test_a_task_of_srun_whose_sibling_is_killed_says_so_in_one_line(small_videos, tmp_path):
+    """As under an srun without --kill-on-bad-exit."""
+    job = small_job(small_videos, tmp_path, "trainer.accelerator=cpu", "optimizer._target_=launched_parts.failing_optimizer", "+optimizer.kind=killed")
+    first, second = two_tasks(job, job, job=os.getpid() + 2)
+    assert second.wait(timeout=120) == -signal.SIGKILL
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 1 and err.splitlines()[-1].startswith("error: another process of this job ended, see its output") and "Traceback" not in err, err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", ["0", "1"])
+def test_a_task_that_fails_before_any_collective_ends_the_others_while_they_wait_for_the_data(tmp_path, failing):
+    tasks = [start(launched_parts.wait_for_data, failing, output=tmp_path / str(rank), **place) for rank, place in enumerate(srun_places(2))]
+    assert [ended(task, 100) for task in tasks] == [1, 1]
+    said = [(tmp_path / str(rank)).read_text().splitlines()[-1] for rank in range(2)]
+    assert said[int(failing)] == "no data" and said[1 - int(failing)] == "another's fault"
 
 
 @pytest.mark.parametrize(
@@ -156,32 +200,45 @@ def test_more_gpus_than_there_are_is_one_line(monkeypatch):
         launch.processes_to_start("auto", 3)
 
 
-def start_tool(name: str, *arguments: str, **environment: str) -> subprocess.Popen:
-    """A program of tools/ in a process of its own; `environment` is added to ours."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / f"tools/{name}.py"), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **environment},
-    )
-
-
-def two_tasks(*commands: list[str], job: int) -> list[subprocess.Popen]:
-    """`tools/train.py` with each of the two lists of overrides, as the two tasks of an srun step on this machine."""
-    step = {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.[1-2]"}
-    return [start_tool("train", *command, **step, SLURM_PROCID=str(rank), SLURM_LOCALID="0") for rank, command in enumerate(commands)]
+def last_line(path: Path) -> str:
+    text = path.read_text()
+    assert "Traceback" not in text, text
+    return text.splitlines()[-1]
 
 
 def test_tasks_of_srun_that_were_told_different_things_all_end_with_one_line_that_names_the_key(small_videos, tmp_path):
-    jobs = [small_job(small_videos, tmp_path, "trainer.accelerator=cpu", f"optimizer.lr=0.{rank + 1}") for rank in range(2)]
-    for task in two_tasks(*jobs, job=os.getpid()):
-        _, err = task.communicate(timeout=120)
-        assert task.returncode == 1
-        assert err.splitlines()[-1] == (
+    tasks = [
+        start_tool("train", *small_job(small_videos, tmp_path / "run", "trainer.accelerator=cpu", f"optimizer.lr=0.{rank + 1}"), output=tmp_path / str(rank), **place)
+        for rank, place in enumerate(srun_places(2))
+    ]
+    for rank, task in enumerate(tasks):
+        assert ended(task) == 1
+        assert last_line(tmp_path / str(rank)) == (
             "error: the processes have different configs: optimizer.lr is 0.1 on rank 0, 0.2 on rank 1; start all of them with the same command"
         )
-        assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_task_of_srun_whose_sibling_is_killed_says_so_in_one_line(small_videos, tmp_path):
+    """As under an srun without --kill-on-bad-exit."""
+    killed = ("optimizer._target_=launched_parts.failing_optimizer", "+optimizer.kind=killed")
+    job = Job("train", *small_job(small_videos, tmp_path / "run", "trainer.accelerator=cpu", *killed), processes=2, launcher="srun", output=tmp_path / "said")
+    assert job.wait() == [1, -signal.SIGKILL]
+    assert last_line(tmp_path / "said").startswith("error: another process of this job ended, see its output")
+
+
+@pytest.mark.slow
+def test_tasks_whose_run_folder_is_not_shared_both_end_with_a_line(small_videos, tmp_path):
+    tasks = []
+    for rank, place in enumerate(srun_places(2)):
+        (tmp_path / str(rank)).mkdir()
+        tasks.append(start_tool("train", *small_job(small_videos, Path("run"), "trainer.accelerator=cpu"), cwd=tmp_path / str(rank), output=tmp_path / f"{rank}.txt", **place))
+    for rank, task in enumerate(tasks):
+        assert ended(task) == 1
+        assert last_line(tmp_path / f"{rank}.txt") == (
+            "error: rank 1 does not see the run folder run of rank 0: it must be on a disk that all machines share; set trainer.output_dir"
+        )
+    assert not list(tmp_path.glob("*/run/checkpoints")) and not list(tmp_path.glob("*/run/.seen*"))
 
 
 def losses(folder: Path) -> list[float]:
@@ -190,57 +247,49 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_two_processes_of_any_launcher_learn_what_one_does(small_videos, tmp_path):
-    def job(name: str, *more: str) -> list[str]:
-        own = ("model=custom", "model.backbone._target_=launched_parts.network")
-        overrides = small_job(small_videos, tmp_path / name, "trainer.accelerator=cpu", "trainer.epochs=10", "trainer.statistics_clips=0", *own, *more)
-        return [override for override in overrides if override != "model.size=tiny"]
-
-    def finish(*processes: subprocess.Popen) -> str:
-        outputs = [process.communicate(timeout=300) for process in processes]
-        assert [process.returncode for process in processes] == [0] * len(processes), outputs
-        return outputs[0][0]
-
-    finish(start_tool("train", *job("one")))
-    out = finish(start_tool("train", *job("two", "trainer.devices=2")))
-    assert out.count("8 training, 4 validation") == 1
-    command = job("srun")
-    finish(*two_tasks(command, command, job=os.getpid() + 1))
-    expected = losses(tmp_path / "one")
+def test_any_number_of_processes_of_any_launcher_learns_what_one_does(small_videos, tmp_path):
+    """Over 20 steps of four clips, which three processes do not share evenly."""
+    own = ("trainer.accelerator=cpu", "trainer.epochs=10", "trainer.statistics_clips=0", "model=custom", "model.backbone._target_=launched_parts.network")
+    launchers = {"alone": {}, "ours": {}, "srun": {"processes": 2, "launcher": "srun"}, "torchrun": {"processes": 3}}
+    for name, how in launchers.items():
+        devices = ["trainer.devices=2"] if name == "ours" else []
+        overrides = [one for one in small_job(small_videos, tmp_path / name, *own, *devices) if one != "model.size=tiny"]
+        assert set(Job("train", *overrides, output=tmp_path / f"{name}.txt", **how).wait()) == {0}, (tmp_path / f"{name}.txt").read_text()
+        assert (tmp_path / f"{name}.txt").read_text().count("8 training, 4 validation") == 1
+    expected = losses(tmp_path / "alone")
     assert len(expected) == 20 and len(set(expected)) == 20
-    for name in ("two", "srun"):
+    for name in launchers:
         assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.slow
 def test_a_process_that_fails_ends_the_job_with_its_error_once(small_videos, tmp_path):
-    job = small_job(small_videos, tmp_path, "trainer.accelerator=cpu", "trainer.devices=2")
-    start = time.monotonic()
-    broken = start_tool("train", *job, "optimizer._target_=launched_parts.failing_optimizer", "+optimizer.kind=bug")
-    out, err = broken.communicate(timeout=120)
-    assert broken.returncode == 1 and err.count("Traceback") == 1 and err.count("RuntimeError: no such thing on rank 1") == 1, err
-    wrong = start_tool("train", *job, "optimizer._target_=launched_parts.failing_optimizer", "+optimizer.kind=mistake")
-    out, err = wrong.communicate(timeout=120)
-    assert wrong.returncode == 1 and err.splitlines()[-1] == "error: rank 1 was told nonsense" and "Traceback" not in err, err
-    died = start_tool("train", *job, "optimizer._target_=launched_parts.failing_optimizer", "+optimizer.kind=killed")
-    out, err = died.communicate(timeout=120)
-    assert died.returncode == 1 and err.splitlines()[-1] == "error: process 1 was killed by SIGKILL, so the others were ended", err
-    assert time.monotonic() - start < 100
+    failing = ("trainer.accelerator=cpu", "trainer.devices=2", "optimizer._target_=launched_parts.failing_optimizer")
+    began = time.monotonic()
+    kinds = ("bug", "mistake", "killed")
+    jobs = {kind: Job("train", *small_job(small_videos, tmp_path / kind, *failing, f"+optimizer.kind={kind}"), output=tmp_path / f"{kind}.txt") for kind in kinds}
+    assert [jobs[kind].wait(120) for kind in kinds] == [[1], [1], [1]]
+    bug = (tmp_path / "bug.txt").read_text()
+    assert bug.count("Traceback") == 1 and bug.count("RuntimeError: no such thing on rank 1") == 1, bug
+    assert last_line(tmp_path / "mistake.txt") == "error: rank 1 was told nonsense"
+    assert last_line(tmp_path / "killed.txt") == "error: process 1 was killed by SIGKILL, so the others were ended"
+    assert time.monotonic() - began < 150
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_parent_leaves_no_process_behind(small_videos, tmp_path, number):
-    parent = start_tool("train", *small_job(small_videos, tmp_path, "trainer.accelerator=cpu", "trainer.devices=2", "trainer.epochs=1000"))
+    job = Job("train", *small_job(small_videos, tmp_path, "trainer.accelerator=cpu", "trainer.devices=2", "trainer.epochs=1000"))
+    (parent,) = job.processes
     try:
         while not (tmp_path / "metrics.jsonl").exists():
-            assert parent.poll() is None, parent.communicate()
+            assert not job.over()
             time.sleep(0.1)
         children = [int(pid) for pid in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
         assert len(children) == 2
     finally:
-        parent.send_signal(number)
-    parent.wait(timeout=60)
+        os.kill(parent.pid, number)
+    job.wait(60)
     deadline = time.monotonic() + 20
     while any(runs(pid) for pid in children):
         assert time.monotonic() < deadline
@@ -256,14 +305,13 @@ def runs(pid: int) -> bool:
 
 @pytest.mark.slow
 def test_a_sweep_starts_the_processes_of_each_job_and_keeps_its_run_folders(small_videos, tmp_path):
-    job = [o for o in small_job(small_videos, tmp_path, "model=x3d", "trainer.max_steps=1", "trainer.test=false") if "output_dir" not in o]
-    command = [sys.executable, str(ROOT / "tools/train.py"), "-m", *job, "trainer.accelerator=cpu", "trainer.devices=2", "trainer.seed=0,1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    sweep = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
-    assert sweep.returncode == 0, sweep.stderr
+    overrides = [o for o in small_job(small_videos, tmp_path, "model=x3d", "trainer.max_steps=1", "trainer.test=false") if "output_dir" not in o]
+    sweep = start_tool("train", "-m", *overrides, "trainer.accelerator=cpu", "trainer.devices=2", "trainer.seed=0,1", cwd=tmp_path, output=tmp_path / "said")
+    assert ended(sweep) == 0, (tmp_path / "said").read_text()
     folders = [path.parent.parent for path in tmp_path.glob("runs/sweep/*/checkpoints/last.pt")]
     assert len(folders) == 2 and sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["sweep"]
-    assert sweep.stdout.count("run folder runs/sweep/") == 2 and all(f"run folder runs/sweep/{folder.name}\n" in sweep.stdout for folder in folders)
+    said = (tmp_path / "said").read_text()
+    assert said.count("run folder runs/sweep/") == 2 and all(f"run folder runs/sweep/{folder.name}\n" in said for folder in folders)
 
 
 def test_a_job_of_submitit_that_fails_exits_since_an_exception_would_pass_for_a_good_end(monkeypatch, capsys):

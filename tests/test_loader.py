@@ -99,8 +99,8 @@ def test_the_ranks_of_a_balanced_epoch_together_read_what_one_process_would():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"global_batch": 5, "world": 2}, "the batch size 5 does not divide evenly among 2 processes"),
-        ({"global_batch": 0}, "batch size 0"),
+        ({"global_batch": 2, "world": 3}, "trainer.batch_size=2 is the global batch, too small for 3 process"),
+        ({"global_batch": 0}, "trainer.batch_size=0"),
         ({"size": 0}, "there are 0 training videos"),
         ({"rank": 1}, "rank is 1"),
         ({"labels": [0, 1]}, "there are 2 labels for 10 training videos"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,12 @@ from test_kill import logged
 
 from atfr.engine import checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]  # together in one process: one cluster
 BATCH = "scripts/slurm/train.sbatch"
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")
+LAUNCHER = ("hydra/launcher=slurm", "hydra.launcher.nodes=2", "hydra.launcher.gpus_per_node=null", "hydra.launcher.tasks_per_node=1", "hydra.launcher.cpus_per_task=1")
+PARTS = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}  # for launched_parts
+SLOW = ("optimizer._target_=launched_parts.dawdling_optimizer",)
 
 
 @pytest.fixture(scope="module")
@@ -35,58 +39,72 @@ def cluster():
 
 def overrides(videos: Path, folder: Path, *more: str) -> list[str]:
     return small_job(
-        videos, folder, "trainer.accelerator=cpu", "trainer.batch_size=2", "trainer.epochs=40", "trainer.eval_every=40", "trainer.test=false", "trainer.workers=0", *more
+        videos, folder, "trainer.accelerator=cpu", "trainer.batch_size=2", "trainer.epochs=25", "trainer.eval_every=25", "trainer.test=false", "trainer.workers=0", *more
     )
 
 
 def wait_for_step(folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 200
     while len(logged(folder)["train"]) < step:
         assert time.monotonic() < deadline, "the training does not get on"
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("how", ["told", "preempted"])
-def test_a_job_on_two_nodes_that_has_to_stop_is_queued_again_and_ends_with_the_same_weights(cluster, small_videos, tmp_path, how):
-    folder, output = tmp_path / "job", tmp_path / "output.txt"
-    job = cluster.submit("--partition=low", *TWO_NODES, f"--output={output}", BATCH, *overrides(small_videos, folder))
-    wait_for_step(folder, 5)
-    if how == "told":
-        cluster.ask("scancel", "--signal=USR1", job)  # as before the end of its time
-    else:
-        urgent = cluster.submit("--partition=high", "--nodes=2", "--exclusive", f"--output={tmp_path / 'urgent.txt'}", "--wrap=sleep 1")
-        assert cluster.wait(urgent) == "COMPLETED"
-    assert cluster.wait(job) == "COMPLETED"
-    text = output.read_text()
-    assert cluster.facts(job)["Restarts"] == "1"
-    assert text.count("put back into the queue") == 1 and "saved in" in text and "Traceback" not in text, text
-    # Wherever it stopped, no step was lost or done twice.
-    assert [line["step"] for line in logged(folder)["train"]] == list(range(1, 161))
-    assert sorted(path.name for path in tmp_path.glob("job*")) == ["job"]
-
-    alone = tmp_path / "alone"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "tools/train.py"), *overrides(small_videos, alone)]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200)
-    ours, theirs = (checkpoint.load(one / "checkpoints/last.pt")["model"] for one in (folder, alone))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+@pytest.fixture(scope="module")
+def undisturbed(small_videos, tmp_path_factory):
+    """The weights of the training that the tests below stop."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "tools/train.py"), *overrides(small_videos, folder, *SLOW)]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **PARTS, "OMP_NUM_THREADS": "1"}, timeout=300)
+    return checkpoint.load(folder / "checkpoints/last.pt")["model"]
 
 
-def test_a_process_that_fails_ends_the_job_as_failed_with_its_error(cluster, small_videos, tmp_path):
+@pytest.mark.parametrize("how", ["told", "preempted", "time limit"])
+def test_jobs_on_two_nodes_that_have_to_stop_are_queued_again_and_end_with_the_same_weights(cluster, small_videos, tmp_path, undisturbed, how):
+    """One through sbatch and one through submitit, at the same time."""
+    # SLURM looks every half a minute at what time is left.
+    limits = {"time limit": (["--time=1", "--signal=USR1@50"], ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=50"])}.get(how, ([], []))
+    batch, swept, output, name = tmp_path / "batch", tmp_path / "swept", tmp_path / "output.txt", how.replace(" ", "-")
+    job = cluster.submit("--partition=low", *TWO_NODES, *limits[0], "--export=ALL,PYTHONPATH=" + PARTS["PYTHONPATH"], f"--output={output}", BATCH, *overrides(small_videos, batch, *SLOW))
+    launcher = [*LAUNCHER, *limits[1], "hydra.launcher.partition=low", f"hydra.launcher.name={name}", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    command = [sys.executable, str(ROOT / "tools/train.py"), "-m", *overrides(small_videos, swept, *SLOW), *launcher]
+    with open(tmp_path / "sweep.txt", "w") as said, subprocess.Popen(command, cwd=tmp_path, env={**cluster.environment, **PARTS}, stdout=said, stderr=said) as sweep, ExitStack() as at_the_end:
+        at_the_end.callback(sweep.kill)
+        for folder in (batch, swept):
+            wait_for_step(folder, 2 if how != "time limit" else 0)
+        jobs = [job, cluster.numbered(name)]
+        if how == "told":
+            cluster.ask("scancel", "--signal=USR1", *jobs)
+        elif how == "preempted":
+            urgent = cluster.submit("--partition=high", "--nodes=2", "--exclusive", f"--output={tmp_path / 'urgent.txt'}", "--wrap=sleep 1")
+            assert cluster.wait(urgent) == "COMPLETED"
+        for one in jobs:
+            cluster.wait_for_restart(one)
+            cluster.ask("scontrol", "update", f"JobId={one}", "TimeLimit=60")  # the next half a minute is not to stop it as well
+        assert [cluster.wait(one) for one in jobs] == ["COMPLETED", "COMPLETED"]
+        assert sweep.wait(timeout=100) == 0, (tmp_path / "sweep.txt").read_text()
+    texts = [output.read_text(), "".join(path.read_text() for path in tmp_path.glob("sweep/.submitit/*/*_0_log.err"))]
+    for one, folder, text in zip(jobs, (batch, swept), texts, strict=True):
+        assert cluster.facts(one)["Restarts"] == "1"
+        assert text.count("put back into the queue") == 1 and "Traceback" not in text, text
+        # Wherever it stopped, no step was lost or done twice.
+        assert [line["step"] for line in logged(folder)["train"]] == list(range(1, 101))
+        torch.testing.assert_close(checkpoint.load(folder / "checkpoints/last.pt")["model"], undisturbed, rtol=0, atol=0)
+
+
+def test_jobs_that_fail_say_why_and_so_does_the_sweep_of_one_that_does(cluster, small_videos, tmp_path):
     output = tmp_path / "output.txt"
     broken = overrides(small_videos, tmp_path / "job", "optimizer._target_=launched_parts.failing_optimizer", "+optimizer.kind=mistake")
-    job = cluster.submit(*TWO_NODES, f"--export=ALL,PYTHONPATH={ROOT / 'tests'}", f"--output={output}", BATCH, *broken)
+    job = cluster.submit(*TWO_NODES, "--export=ALL,PYTHONPATH=" + PARTS["PYTHONPATH"], f"--output={output}", BATCH, *broken)
+    own = [one for one in overrides(small_videos, tmp_path / "unused") if not one.startswith("trainer.output_dir=")]
+    sweep = [*own, *LAUNCHER, f"hydra.sweep.dir={tmp_path / 'sweep'}", "trainer.max_steps=2", "trainer.statistics_clips=0"]
+    command = [sys.executable, str(ROOT / "tools/train.py"), "-m", *sweep, "trainer.seed=0,-1"]
+    done = subprocess.run(command, cwd=tmp_path, env=cluster.environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0, done.stdout
+    assert len(list(tmp_path.glob("runs/sweep/*/checkpoints/last.pt"))) == 1
+    errors = [path.read_text() for path in tmp_path.glob("sweep/.submitit/*/*.err")]
+    assert sum("error: trainer.seed" in text for text in errors) >= 1, errors
+
     assert cluster.wait(job, seconds=60) == "FAILED"
     assert output.read_text().count("error: rank 1 was told nonsense") == 1
     assert cluster.facts(job)["Restarts"] == "0"
-
-
-def test_a_sweep_runs_its_jobs_on_the_nodes_and_fails_if_one_of_them_does(cluster, small_videos, tmp_path):
-    launcher = ("hydra/launcher=slurm", "hydra.launcher.nodes=2", "hydra.launcher.gpus_per_node=null", "hydra.launcher.tasks_per_node=1", "hydra.launcher.cpus_per_task=1")
-    own = [one for one in overrides(small_videos, tmp_path / "unused") if not one.startswith("trainer.output_dir=")]
-    job = [*own, *launcher, f"hydra.sweep.dir={tmp_path / 'sweep'}", "trainer.epochs=2", "trainer.eval_every=2"]
-    command = [sys.executable, str(ROOT / "tools/train.py"), "-m", *job, "trainer.seed=0,1,-1"]
-    done = subprocess.run(command, cwd=tmp_path, env=cluster.environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0, done.stdout
-    assert len(list(tmp_path.glob("runs/sweep/*/checkpoints/last.pt"))) == 2
-    errors = [path.read_text() for path in tmp_path.glob("sweep/.submitit/*/*.err")]
-    assert sum("error: trainer.seed" in text for text in errors) >= 1, errors

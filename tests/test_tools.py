@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 
 import pytest
 import torch
+from forked import Job
 from run_tools import run_tool, small_job, torchrun
 
 from atfr.engine import checkpoint
@@ -128,6 +130,29 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_it(small_video
         path.write_bytes(b"")
     outcome = run_tool("train", *small_job(small_videos, broken, *more))
     assert outcome.code == 1 and f"checkpoint {last} cannot be read" in outcome.err
+
+
+@pytest.mark.parametrize("killed_in", ["copyfile", "replace"])
+def test_a_kill_while_the_state_before_a_damaged_one_takes_its_place_does_not_begin_anew(small_videos, tmp_path, monkeypatch, killed_in):
+    job = small_job(small_videos, tmp_path, "trainer.save_every=1", "trainer.keep=5", "trainer.test=false")
+    assert run_tool("train", *job, "trainer.max_steps=2").code == 0
+    last = tmp_path / "checkpoints/last.pt"
+    last.write_bytes(last.read_bytes()[:-300])
+
+    def kill(source, target):
+        if str(target).startswith(str(last)):
+            raise KeyboardInterrupt
+        return original(source, target)
+
+    module = {"copyfile": shutil, "replace": os}[killed_in]
+    original = getattr(module, killed_in)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, killed_in, kill)
+        run_tool("train", *job)
+    outcome = run_tool("train", *job)
+    assert outcome.code == 0 and f"going on from {last.parent}/last-1.pt" in outcome.out + outcome.err, outcome.err
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if line["split"] == "train"] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -281,6 +306,23 @@ def test_the_jobs_of_a_sweep_have_run_folders_of_their_own(small_videos, tmp_pat
     assert len(folders) == 2 and all((folder / "checkpoints/last.pt").exists() for folder in folders)
 
 
+def test_a_dense_network_ignores_the_options_of_a_layer_and_says_so(small_videos, tmp_path):
+    job = small_job(small_videos, tmp_path, "model=x3d", "trainer.max_steps=1", "trainer.test=false")
+    outcome = run_tool("train", *job, "model.sgs.num_bins=4")
+    assert outcome.code == 0 and (outcome.out + outcome.err).count("model=x3d does not sample: model.sgs.num_bins=4 ignored") == 1, outcome.err
+    assert checkpoint.load(tmp_path / "checkpoints/last.pt")["config"]["model"]["sgs"] is None
+    again = run_tool("train", *job, "model.sgs.num_bins=8")  # the same experiment
+    assert again.code == 0, again.err
+    tested = run_tool("test", f"checkpoint={tmp_path}/checkpoints/best.pt", "model.sgs.num_bins=4")
+    assert tested.code == 0 and (tested.out + tested.err).count("model=x3d does not sample") == 1, tested.err
+
+
+def test_a_sweep_of_slurm_jobs_without_slurm_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    outcome = run_tool("train", "-m", "hydra/launcher=slurm", "trainer.seed=0,1")
+    assert outcome.code == 1 and len(outcome.err.splitlines()) == 1 and "there is no srun on this machine" in outcome.err, outcome.err
+
+
 def test_overfitting_sees_the_same_clips_every_epoch_and_a_trace_is_left(small_videos, tmp_path, monkeypatch):
     seen = []
     original = Training.train_step
@@ -312,15 +354,29 @@ def test_flops_prints_a_table_and_json():
     assert "dense GFLOPs" in outcome.out and "one multiply-add = one FLOP" in outcome.out
 
 
-def test_two_processes_train_and_evaluate_each_view_exactly_once(trained, small_videos, tmp_path):
-    single, _ = trained
-    outcome = torchrun(2, "test", f"checkpoint={single}/checkpoints/best.pt", f"trainer.output_dir={tmp_path / 'test'}")
-    assert outcome.code == 0, outcome.err
-    for row, other in zip(rows(single), rows(tmp_path / "test"), strict=True):
-        assert {**row, "score": ""} == {**other, "score": ""}
+def test_any_number_of_processes_evaluates_each_view_exactly_once_and_alike(trained, small_videos, tmp_path):
+    """Eight views of four videos, which three processes cannot share evenly, and two of two videos, of which the third has none."""
+    best = f"checkpoint={trained[0]}/checkpoints/best.pt"
+    entries = (small_videos / "test.csv").read_text().splitlines()
+    (tmp_path / "two.csv").write_text("\n".join(entries[:3]) + "\n")
+    for name, more, count in (("whole", [], 8), ("few", [f"dataset.test={tmp_path / 'two.csv'}", "dataset.clip.views=1"], 2)):
+        folders = {world: tmp_path / name / str(world) for world in (1, 2, 3)}
+        jobs = [Job("test", best, *more, f"trainer.output_dir={folder}", processes=world, output=tmp_path / f"{name}.txt") for world, folder in folders.items()]
+        assert {code for job in jobs for code in job.wait()} == {0}, (tmp_path / f"{name}.txt").read_text()
+        results = {world: json.loads((folder / "results.json").read_text()) for world, folder in folders.items()}
+        assert len(rows(folders[1])) == results[1]["num_views"] == count
+        for world in (2, 3):
+            for row, other in zip(rows(folders[1]), rows(folders[world]), strict=True):
+                assert {**row, "score": ""} == {**other, "score": ""}
+                assert float(row["score"]) == pytest.approx(float(other["score"]), abs=2e-4)  # clips that are packed with others: float32 sums in another order
+            for key in ("top1", "top5", "mean_class_accuracy", "num_videos", "num_views", "failed", "bins"):
+                assert results[1][key] == results[world][key]
+
+
+def test_two_processes_train_with_everything_that_augments(small_videos, tmp_path):
     more = ("trainer.class_balanced=true", "trainer.mixup=0.8", "trainer.cutmix=1.0", "dataset.clip.randaugment=[2,9]", "dataset.clip.fps=30")
-    outcome = torchrun(2, "train", *small_job(small_videos, tmp_path / "train", *more))
+    outcome = torchrun(2, "train", *small_job(small_videos, tmp_path, *more))
     assert outcome.code == 0, outcome.err
-    lines = [json.loads(line) for line in (tmp_path / "train/metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3, 4]
-    assert len(rows(tmp_path / "train")) == 8
+    assert len(rows(tmp_path)) == 8

@@ -48,6 +48,7 @@ def main(config: DictConfig) -> None:
 
 
 def calibrate(config: DictConfig, settings: TrainerSettings, ranks: distributed.Ranks, budgets: list[float], folder: Path) -> None:
+    distributed.require_shared(folder, ranks)
     clip, source = jobs.clip_settings(config), jobs.load_source(config, ranks)
     jobs.require_videos(source, "train", "test")
     model = jobs.build_model(config, num_classes=len(source.class_names), ranks=ranks, seed=settings.seed, pretrained=True)
@@ -77,11 +78,11 @@ def calibrate(config: DictConfig, settings: TrainerSettings, ranks: distributed.
             )
             saved = folder / "checkpoints" / f"budget-{budget:g}.pt"
             protocol = jobs.protocol(config, clip, source, settings, ranks, checkpoint=saved)
-            if ranks.is_main:
-                done[budget] = {"budget": budget, "share": shares[budget], **results.summarise(evaluation, table, protocol=protocol)}
-                checkpoint.save(state_of(model, plain, shares[budget], source, whole=whole), saved)
-                write_text(path, json.dumps([done[key] for key in sorted(done)], indent=2) + "\n")
-            distributed.barrier()
+            with distributed.main_first(ranks):  # the others wait: counting a network's GFLOPs may take long
+                if ranks.is_main:
+                    done[budget] = {"budget": budget, "share": shares[budget], **results.summarise(evaluation, table, protocol=protocol)}
+                    checkpoint.save(state_of(model, plain, shares[budget], source, whole=whole), saved)
+                    write_text(path, json.dumps([done[key] for key in sorted(done)], indent=2) + "\n")
         if ranks.is_main:
             print(as_line(done[budget]), flush=True)
 

@@ -9,6 +9,13 @@ torchrun, srun and submitit may start the processes instead. The same command ru
 
 from __future__ import annotations
 
+from atfr.engine.interruption import Interrupted, StopFlag, end, listen
+
+if __name__ == "__main__":
+    listen()  # before the imports that take seconds, in which a signal would end the program
+
+# ruff: noqa: E402
+import os
 from pathlib import Path
 
 import hydra
@@ -19,8 +26,8 @@ from atfr.configuration import build, check_root, choices, one_line_errors, run_
 from atfr.data.transforms import Normalizer
 from atfr.engine import checkpoint, distributed
 from atfr.engine.determinism import be_deterministic
-from atfr.engine.interruption import Interrupted, StopFlag, end, listening
 from atfr.engine.mixing import mixing
+from atfr.engine.place import find_place
 from atfr.engine.results import accuracy
 from atfr.engine.run_folder import claim_folder
 from atfr.engine.settings import TrainerSettings
@@ -35,22 +42,20 @@ def main(config: DictConfig) -> None:
     settings: TrainerSettings = build(config.trainer, "trainer")
     if settings.deterministic:
         be_deterministic()
-    folder = run_folder(settings.output_dir)
-
-    def work(ranks: distributed.Ranks) -> None:
-        with listening() as stop:
-            try:
-                train_and_test(config, settings, ranks, folder, stop)
-            except Interrupted as error:
-                distributed.stop()
-                end(error, is_main=ranks.is_main)
-
-    on_every_process(work, config, settings, program=__file__, folder=folder)
+    folder, stop = run_folder(settings.output_dir), listen()
+    try:
+        with stop.at_once("before training"):
+            on_every_process(lambda ranks: train_and_test(config, settings, ranks, folder, stop), config, settings, program=__file__, folder=folder)
+    except Interrupted as error:
+        distributed.stop()
+        end(error, is_main=find_place(os.environ).rank == 0)
 
 
 def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distributed.Ranks, folder: Path, stop: StopFlag) -> None:
+    distributed.require_shared(folder, ranks)
     clip = jobs.clip_settings(config)
-    source = jobs.load_source(config, ranks)
+    with stop.at_once("before training"):
+        source = jobs.load_source(config, ranks)
     jobs.require_videos(source, "train", "val", *(["test"] if settings.test else []))
     # Pretrained weights are where training starts from: a run that goes on has its own.
     starts = not (folder / "checkpoints" / "last.pt").exists()
@@ -71,7 +76,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
 
     def validate() -> dict[str, float]:
         evaluation = jobs.run_views(
-            model, source.val, clip, views=1, crops=1, settings=settings, ranks=ranks, title="validate"
+            model, source.val, clip, views=1, crops=1, settings=settings, ranks=ranks, title="validation", stop=stop
         )
         bins = [view.bins[0] for view in evaluation.views]
         return {**accuracy(evaluation.views), "bins": sum(bins) / len(bins), "failed": len(evaluation.failed)}
@@ -92,11 +97,12 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
         mix=mix,
         stop=stop,
     )
-    training.run()
-    if settings.test:
-        best = training.best
-        checkpoint.load_weights(model, checkpoint.load(best)["model"], best)
-        jobs.test_and_report(model, source, clip, config=config, settings=settings, ranks=ranks, folder=folder, checkpoint=best)
+    with stop.only_noted():
+        training.run()
+        if settings.test:
+            best = training.best
+            checkpoint.load_weights(model, checkpoint.load(best)["model"], best)
+            jobs.test_and_report(model, source, clip, config=config, settings=settings, ranks=ranks, folder=folder, checkpoint=best, stop=stop)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index) for one process, to be used as a DataLoader's batch_sampler.
 
     The order depends on the seed and the epoch alone: the k-th global batch of an epoch is
-    `permutation[k * G : (k + 1) * G]`, of which process r of `world` takes every world-th, from the r-th on. The last
+    `permutation[k * G : (k + 1) * G]`, of which process r of `world` takes every world-th, from the r-th on: where G
+    does not divide, the last processes have one clip less. The last
     partial batch of an epoch is dropped. With fewer videos than G an epoch is one batch that goes around the
     permutation as often as needed; an index then grows by `size` a round, so that TrainClips cuts another clip.
 
@@ -36,8 +37,8 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
     ) -> None:
         if size < 1:
             raise ValueError(f"there are {size} training videos, at least 1 is needed")
-        if global_batch < 1 or global_batch % world:
-            raise ValueError(f"the batch size {global_batch} does not divide evenly among {world} processes")
+        if global_batch < world:
+            raise ValueError(f"trainer.batch_size={global_batch} is the global batch, too small for {world} process(es): each of them needs a clip")
         if not 0 <= rank < world:
             raise ValueError(f"rank is {rank}, it must be in [0, {world})")
         if labels is not None and len(labels) != size:

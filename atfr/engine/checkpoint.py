@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from atfr.engine.files import sync_folder
+
 log = logging.getLogger(__name__)
 
 REQUIRED = ("model", "config", "choices", "class_names")
@@ -35,7 +37,7 @@ def save(state: dict[str, Any], path: Path, *, keep: int = 1) -> None:
         if path.exists():
             _shift(path, keep)
         os.replace(partial, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         partial.unlink(missing_ok=True)
         kept = "the one before it is intact" if path.exists() else "there was none before it"
@@ -96,14 +98,6 @@ def _first_os_error(error: BaseException | None) -> OSError | None:
         found = error if isinstance(error, OSError) else found
         error = error.__context__
     return found
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # makes the rename itself durable
-    finally:
-        os.close(descriptor)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -6,27 +6,32 @@ of them; it does nothing when there is only one.
 
 from __future__ import annotations
 
-import functools
 import itertools
+import math
 import os
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from atfr.engine.interruption import Interrupted, StopFlag
+from atfr.engine.meeting import FAILED, OtherFailed, meet, wait_until
 from atfr.engine.place import Place, find_place
 from atfr.engine.run_folder import flat
 from atfr.host_memory import keep_freed_memory
 
 T = TypeVar("T")
 
-JOIN = timedelta(minutes=5)  # for all processes to be there
-TALK = timedelta(minutes=30)  # for one collective: the main process may generate a dataset while the others wait
-_joined = itertools.count()  # a sweep's jobs under one torchrun join one after another
+TALK = timedelta(minutes=10)  # for one collective; what may take longer is in `main_first`
+_joined, _turns = itertools.count(), itertools.count()  # a sweep's jobs under one torchrun join one after another
+_store: dist.Store | None = None  # of the processes that have joined
 
 
 @dataclass(frozen=True)
@@ -43,10 +48,8 @@ class Ranks:
         return self.rank == 0
 
     def share(self, batch_size: int) -> int:
-        """This process's part of a global batch. Raises ValueError if it cannot be cut evenly."""
-        if batch_size < 1 or batch_size % self.world:
-            raise ValueError(f"trainer.batch_size={batch_size} is the global batch: it must be a positive multiple of the {self.world} process(es)")
-        return batch_size // self.world
+        """The most clips of a global batch that a process has: where it does not divide, some have one fewer."""
+        return -(-batch_size // self.world)
 
 
 def start(*, accelerator: str, devices: int | None) -> Ranks:
@@ -81,45 +84,74 @@ def uses_gpu(accelerator: str) -> bool:
 
 
 def _join(place: Place, device: torch.device) -> None:
-    store = dist.PrefixStore(f"{place.attempt}/{next(_joined)}", _store(place))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=place.rank, world_size=place.world, timeout=TALK)
+    global _store
+    _store = meet(place, device, next(_joined))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore("group", _store), rank=place.rank, world_size=place.world, timeout=TALK)
 
 
-@functools.cache
-def _store(place: Place) -> dist.Store:
-    try:
-        return dist.TCPStore(
-            place.address,
-            place.port,
-            world_size=place.world,
-            is_master=place.keeps_store,
-            timeout=JOIN,
-            wait_for_workers=place.launcher == "srun",  # torchrun watches its processes itself
-        )
-    except dist.DistError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"process {place.rank} of {place.world} could not meet the others at {place.address}:{place.port} within {JOIN.seconds} s: {reason};"
-            " another job may use that port, or a process did not start"
-        ) from error
+@contextmanager
+def main_first(ranks: Ranks) -> Iterator[None]:
+    """The main process is through with this block before any other begins it, however long it takes.
+
+    Raises:
+        OtherFailed: it failed there.
+    """
+    key = f"through/{next(_turns)}"
+    if _store is not None and not ranks.is_main:
+        wait_until(lambda: _store.check([key]) or _store.check([FAILED]), math.inf)
+        if not _store.check([key]):
+            raise OtherFailed
+    yield
+    if _store is not None and ranks.is_main:
+        _store.set(key, "")
 
 
-def require_same(config: Mapping[str, Any]) -> None:
-    """Raise ValueError on every process, naming the first key, unless all of them have the same config."""
-    configs = [flat(one) for one in gathered([config])]
-    for key in sorted(set().union(*configs)):
+def tell_failure() -> None:
+    """Let those who wait in `main_first` know that this process is about to end with an error."""
+    if _store is not None:
+        with suppress(dist.DistError):
+            _store.set(FAILED, "")
+
+
+def is_others_fault(error: BaseException) -> bool:
+    """Whether a collective failed, most often since another process is gone, which has said why."""
+    return isinstance(error, (OtherFailed, dist.DistError)) or (type(error) is RuntimeError and "gloo" in str(error))
+
+
+def require_same(values: Mapping[str, Any], *, of: str, remedy: str) -> None:
+    """Raise ValueError on every process, naming the first key, unless all of them have the same values (`of` what they are)."""
+    all_of_them = [flat(one) for one in gathered([values])]
+    for key in sorted(set().union(*all_of_them)):
         ranks: dict[str, list[str]] = {}
-        for rank, one in enumerate(configs):
+        for rank, one in enumerate(all_of_them):
             ranks.setdefault(repr(one[key]) if key in one else "not there", []).append(str(rank))
         if len(ranks) > 1:
             found = ", ".join(f"{value} on rank {','.join(those)}" for value, those in ranks.items())
-            raise ValueError(f"the processes have different configs: {key} is {found}; start all of them with the same command")
+            raise ValueError(f"the processes have different {of}: {key} is {found}; {remedy}")
+
+
+def require_shared(folder: Path, ranks: Ranks) -> None:
+    """Raise ValueError on every process unless all of them see the same folder, which is made for that."""
+    if ranks.world == 1:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    # A name that no machine has asked for before, so that none remembers that it was not there.
+    (token,) = gathered([folder / f".seen-{uuid.uuid4().hex}"] if ranks.is_main else [])
+    if ranks.is_main:
+        token.touch()
+    barrier()
+    blind = [str(rank) for rank, sees in enumerate(gathered([token.exists()])) if not sees]
+    if ranks.is_main:
+        token.unlink()
+    if blind:
+        raise ValueError(f"rank {', '.join(blind)} does not see the run folder {folder} of rank 0: it must be on a disk that all machines share; set trainer.output_dir")
 
 
 def stop() -> None:
     """Leave the process group, if one was joined."""
-    global _host_group
-    _host_group = None
+    global _host_group, _store
+    _host_group = _store = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -158,6 +190,13 @@ def largest(number: int) -> int:
     value = torch.tensor([number])
     dist.all_reduce(value, dist.ReduceOp.MAX, group=_host_group)
     return int(value.item())
+
+
+def stop_together(stop: StopFlag | None, where: str) -> None:
+    """Raise Interrupted on every process if one of them was told to stop. All of them come here."""
+    number = 0 if stop is None else largest(stop.signal or 0)
+    if number:
+        raise Interrupted(number, where)
 
 
 def broadcast_buffers(model: nn.Module) -> None:

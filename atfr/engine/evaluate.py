@@ -13,7 +13,10 @@ from tqdm import tqdm
 
 from atfr.engine import distributed
 from atfr.engine.distributed import Ranks
+from atfr.engine.interruption import StopFlag
 from atfr.models.network import VideoNet
+
+LOOK_EVERY = 4  # batches between two looks, of all processes together, at whether to stop
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ def evaluate(
     ranks: Ranks,
     precision: torch.dtype = torch.float32,
     title: str = "test",
+    stop: StopFlag | None = None,
 ) -> Evaluation:
     """Run `model` over this process's share of a split and gather the views of all processes.
 
@@ -61,10 +65,14 @@ def evaluate(
 
     Raises:
         FloatingPointError: the scores of a clip are NaN or infinite; names its file.
+        Interrupted: on every process, if `stop` says so on one.
     """
     model.eval()
     own = Evaluation()
-    for batch in tqdm(loader, desc=title, unit="batch", leave=False, disable=not ranks.is_main):
+    in_all = -distributed.largest(-len(loader)) if stop else 0  # one process may have a batch more than another
+    for number, batch in enumerate(tqdm(loader, desc=title, unit="batch", leave=False, disable=not ranks.is_main)):
+        if number < in_all and number % LOOK_EVERY == 0:
+            distributed.stop_together(stop, f"during the {title}")
         own.failed.update(batch.failed)
         if batch.clips is None:
             continue

@@ -7,9 +7,28 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
-    """Write a UTF-8 file so that a kill or a full disk leaves what was there; `errors` as in `open`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a UTF-8 file so that a kill, a full disk or a power cut leaves what was there; `errors` as in `open`.
+
+    Raises:
+        OSError: it could not be written; names it.
+    """
     partial = path.with_suffix(".partial")
-    with open(partial, "w", newline="", encoding="utf-8", errors=errors) as file:
-        file.write(text)
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "w", newline="", encoding="utf-8", errors=errors) as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error.strerror}); make room, or choose another trainer.output_dir") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

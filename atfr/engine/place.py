@@ -19,7 +19,7 @@ class Place:
     launcher: str  # torchrun | srun | none
     rank: int = 0
     world: int = 1
-    local_rank: int = 0
+    local_rank: int | None = 0  # None: the launcher does not say
     address: str = ""
     port: int = 0
     keeps_store: bool = False  # the one that the others connect to; torchrun's own process may do it for all of them
@@ -29,8 +29,10 @@ class Place:
         """Which of the `gpus` that this process sees is its own; srun may show each task just one.
 
         Raises:
-            ValueError: there are fewer of them than processes on this machine.
+            ValueError: there are fewer of them than processes on this machine, or it cannot be told which.
         """
+        if self.local_rank is None:
+            raise ValueError("the environment does not set LOCAL_RANK, which says what GPU of its machine a process has: start with torchrun, or set it")
         index = 0 if self.launcher == "srun" and gpus == 1 else self.local_rank
         if index >= gpus:
             raise ValueError(f"process {index} of this machine has no GPU, torch sees {gpus}: start fewer, or set trainer.accelerator=cpu")
@@ -50,12 +52,12 @@ def find_place(environment: Mapping[str, str]) -> Place:
     if given and missing:
         raise ValueError(f"the environment sets {', '.join(given)} but not {', '.join(sorted(missing))}: start with torchrun, or unset them")
     if given:
-        rank = _number(environment, "RANK")
+        rank, world = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
         return Place(
             launcher="torchrun",
             rank=rank,
-            world=_number(environment, "WORLD_SIZE"),
-            local_rank=_number(environment, "LOCAL_RANK", default=0),
+            world=world,
+            local_rank=_number(environment, "LOCAL_RANK", default=0) if "LOCAL_RANK" in environment or world == 1 else None,
             address=environment["MASTER_ADDR"],
             port=_number(environment, "MASTER_PORT"),
             keeps_store=rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",

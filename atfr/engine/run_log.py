@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Mapping
+from typing import Any, Mapping
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -22,10 +22,15 @@ class RunLog:
     def __init__(self, folder: Path, *, resume_step: int, evaluated: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.metrics = folder / "metrics.jsonl"
-        self._keep_until(train=resume_step, val=evaluated)
+        kept = self._keep_until(train=resume_step, val=evaluated)
         self._file = open(self.metrics, "ab", buffering=0)  # unbuffered: what cannot be written is not tried again
         self.tensorboard = folder / "tensorboard"
-        self._writer = SummaryWriter(str(self.tensorboard), purge_step=resume_step + 1)
+        # TensorBoard can only drop whole steps, of all splits: from the first that lost something, and what stays is written again.
+        first = min(resume_step, evaluated) + 1
+        self._writer = SummaryWriter(str(self.tensorboard), purge_step=first)
+        for entry in kept:
+            if entry["step"] >= first:
+                self._draw(entry.pop("step"), entry.pop("split"), {name: value for name, value in entry.items() if name != "epoch"})
 
     def write(self, *, step: int, epoch: int, split: str, values: Mapping[str, float]) -> None:
         """Log values measured after `step` optimizer steps, in (0-based) `epoch`."""
@@ -36,22 +41,28 @@ class RunLog:
         except OSError as error:
             reason = f"{self.metrics} could not be written ({error.strerror}); make room and run the same command again"
             raise OSError(reason) from error
-        for name, value in values.items():
-            self._writer.add_scalar(f"{split}/{name}", value, step)
+        self._draw(step, split, values)
 
     def close(self) -> None:
         self._file.close()
         self._writer.close()
 
-    def _keep_until(self, **last: int) -> None:
+    def _draw(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"{split}/{name}", math.nan if value is None else value, step)
+
+    def _keep_until(self, **last: int) -> list[dict[str, Any]]:
+        """Drop the entries of each split after its last step; those that stay."""
         if not self.metrics.exists():
-            return
-        kept = []
+            return []
+        kept, entries = [], []
         for line in self.metrics.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(line)
                 if entry["step"] <= last[entry["split"]]:
                     kept.append(line + "\n")
+                    entries.append(entry)
             except (json.JSONDecodeError, KeyError):
                 continue  # the last line of a killed run
         write_text(self.metrics, "".join(kept))
+        return entries

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from atfr.models.network import Prediction, VideoNet
 from atfr.models.sgs_layer import NonFiniteFeatures
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 REMEDY = "what was saved before is intact; lower optimizer.lr or trainer.clip_norm, with another trainer.output_dir"
 
@@ -95,7 +97,7 @@ class Training:
         self.bar = tqdm(initial=self.step, total=self.total_steps, unit="step", desc="train", disable=not self.ranks.is_main)
         try:
             if self.step == 0:
-                clips = clips_for_statistics(self.batches(0, 0), self.settings)
+                clips = clips_for_statistics(self.until_told(self.batches(0, 0)), self.settings)
                 calibrate_width(self.model, lambda: self._normalised(clips), untrained=True)
             elif self.evaluated < self.step:
                 self.end_epoch((self.step - 1) // self.steps_per_epoch)  # where the epoch's end was interrupted
@@ -141,6 +143,12 @@ class Training:
             self.check_losses(epoch)
             self.save(self.last)
             raise Interrupted(number, f"after step {self.step} of {self.total_steps}, saved in {self.last}")
+
+    def until_told(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, as many on every process; between them all end if one was told to: what was trained is saved already."""
+        for item in items:
+            distributed.stop_together(self.stop, f"in the statistics after step {self.step}")
+            yield item
 
     def check_data_wait(self, *, waited: float, total: float) -> None:
         """Count a step, and warn if too much of the time goes to waiting."""
@@ -198,7 +206,7 @@ class Training:
             self.check_losses(epoch)
 
     def gradients(self, batch: Any) -> tuple[Tensor, Tensor, list[Prediction]]:
-        """Mean loss over this process's clips, with its clipped gradient left in the parameters; the gradient's norm; the predictions of each part."""
+        """This process's addend of the mean loss, with its clipped gradient left in the parameters; the gradient's norm; the predictions of each part."""
         clips = self.normalise(batch.clips.to(self.ranks.device, non_blocking=True))
         targets = batch.labels.to(self.ranks.device)
         if self.mix is not None:
@@ -212,7 +220,8 @@ class Training:
             with self.network.no_sync() if waits else nullcontext():
                 with torch.autocast(self.ranks.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
                     prediction = self.network(some)
-                loss = self.loss(prediction.logits.float(), wanted) * (len(some) / len(clips))  # a part may be smaller than the others
+                # The mean over the global batch, once averaged over processes: parts, and the shares of processes, may be of different sizes.
+                loss = self.loss(prediction.logits.float(), wanted) * (len(some) * self.ranks.world / self.settings.batch_size)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
             parts.append(prediction)
@@ -269,7 +278,7 @@ class Training:
     def evaluate(self, epoch: int) -> None:
         """Refresh the statistics, validate, and keep the checkpoint if it is the best so far."""
         if self.settings.statistics_clips:
-            clips = clips_for_statistics(self.batches(epoch, 0), self.settings)
+            clips = clips_for_statistics(self.until_told(self.batches(epoch, 0)), self.settings)
             refresh_statistics(self.model, lambda: self._normalised(clips))
         else:
             distributed.broadcast_buffers(self.model)  # each process has the running averages of its own clips
@@ -302,9 +311,11 @@ class Training:
 
     def resume(self) -> None:
         """Go on from `last.pt`, if there is one and it was not told otherwise; from the one before it if it is damaged."""
-        if not (self.settings.resume and self.last.exists()):
+        state, found = checkpoint.load_newest(self.last) if self.settings.resume and self.last.exists() else (None, None)
+        start = {"file": str(found), **({key: state[key] for key in ("step", "evaluated", "steps_per_epoch")} if state else {})}
+        distributed.require_same(start, of="states to go on from", remedy=f"{self.folder} must be on a disk that all machines share")
+        if state is None:
             return
-        state, found = checkpoint.load_newest(self.last)
         if state["class_names"] != self.identity["class_names"] or state["steps_per_epoch"] != self.steps_per_epoch:
             raise ValueError(
                 f"the training list or its classes changed since {found} was written ({len(state['class_names'])} classes and"
@@ -320,7 +331,7 @@ class Training:
             self.ema.load_state_dict(state["ema"])
         distributed.barrier()  # every process has read it
         if found != self.last and self.ranks.is_main:
-            os.replace(self.last, self.last.with_name(self.last.name + ".damaged"))
+            shutil.copyfile(self.last, self.last.with_name(self.last.name + ".damaged"))  # no moment without a last.pt, which would begin anew
             os.replace(found, self.last)
         log.info("resuming %s at step %d of %d", found, self.step, self.total_steps)
 
@@ -331,7 +342,7 @@ class Training:
             group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
 
     def _normalised(self, clips: Iterable[Tensor]) -> Iterator[Tensor]:
-        for batch in clips:
+        for batch in self.until_told(clips):
             yield self.normalise(batch.to(self.ranks.device))
 
 
