@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from atfr.engine import checkpoint, distributed
 from atfr.engine.optim import sgd
 from atfr.engine.settings import TrainerSettings
-from atfr.engine.statistics import calibrate_width, refresh_statistics
 from atfr.engine.train import Training
 from atfr.models.sgs_layer import SGSOptions
 from atfr.models.backbones.x3d import x3d
@@ -36,20 +35,6 @@ def network() -> nn.Module:
 def clips(seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(4, 3, 8, 32, 32, generator=generator).cumsum(dim=2) / 4
-
-
-def statistics_of_all(model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
-    calibrate_width(model, lambda: batches, untrained=True)
-    refresh_statistics(model, lambda: batches)
-    return model.state_dict()
-
-
-def check_statistics(expected: dict[str, Tensor], ranks: distributed.Ranks) -> None:
-    found = statistics_of_all(network(), [clips(seed) for seed in range(ranks.rank, 4, 2)])
-    for name, value in expected.items():
-        if name.endswith("num_batches_tracked"):  # each process saw its own half
-            continue
-        torch.testing.assert_close(found[name], value, msg=name)
 
 
 def check_a_nan_on_one_process_stops_both(folder: Path, ranks: distributed.Ranks) -> None:
@@ -90,10 +75,8 @@ def check_a_nan_on_one_process_stops_both(folder: Path, ranks: distributed.Ranks
 
 def main() -> None:
     torch.set_num_threads(1)
-    expected = statistics_of_all(network(), [clips(seed) for seed in range(4)])  # before there is a group: alone
     ranks = distributed.start(accelerator="cpu", devices=2)
     assert ranks.world == 2
-    check_statistics(expected, ranks)
     check_a_nan_on_one_process_stops_both(Path(sys.argv[1]), ranks)
     distributed.stop()
 

@@ -132,6 +132,11 @@ def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model, device_ids=ids)
 
 
+def is_joined() -> bool:
+    """Whether there are other processes to talk to."""
+    return dist.is_initialized()
+
+
 def barrier() -> None:
     """Wait for every process."""
     if dist.is_initialized():

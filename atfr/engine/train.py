@@ -24,6 +24,7 @@ from atfr.engine.profiling import profiler
 from atfr.engine.run_log import RunLog
 from atfr.engine.settings import TrainerSettings, precision_dtype
 from atfr.engine.statistics import calibrate_width, clips_for_statistics, refresh_statistics, steer_width
+from atfr.engine.sync_norm import over_all_processes
 from atfr.models.network import Prediction, VideoNet
 from atfr.models.sgs_layer import NonFiniteFeatures
 
@@ -99,7 +100,8 @@ class Training:
                 calibrate_width(self.model, lambda: self._normalised(clips), untrained=True)
             elif self.evaluated < self.step:
                 self.end_epoch((self.step - 1) // self.steps_per_epoch)  # where the epoch's end was interrupted
-            with profiler(self.folder / "profile", self.settings.profile if self.ranks.is_main else 0) as self.profile:
+            batch_norm = over_all_processes(self.model) if self.settings.sync_batch_norm else nullcontext()
+            with batch_norm, profiler(self.folder / "profile", self.settings.profile if self.ranks.is_main else 0) as self.profile:
                 while self.step < self.total_steps:
                     epoch = self.step // self.steps_per_epoch
                     self.stop_if_told(epoch)  # a validation may have taken long
