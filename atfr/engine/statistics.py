@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Callable, ContextManager, Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -98,6 +99,14 @@ def _calibrate(model: VideoNet, layers: list[SGS], batches: Iterable[Tensor], mo
         longest = max(z.shape[1] for z, _ in parts)
         z = torch.cat([nn.functional.pad(z, (0, 0, 0, longest - z.shape[1])) for z, _ in parts])  # [clips, T, D]
         layer.calibrate(z, torch.cat([valid for _, valid in parts]))
+
+
+def draw_shares(model: VideoNet, *, seed: int, step: int) -> None:
+    """Before a training step: choose the share to keep of each layer whose shares are drawn, the same one on all processes."""
+    random = np.random.default_rng((seed, step, 1))  # not what mixup draws from
+    for layer in model.sgs.values():
+        if layer.options.drawn is not None:
+            layer.share = random.uniform(*layer.options.drawn)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from atfr.engine.mixing import Mix
 from atfr.engine.profiling import profiler
 from atfr.engine.run_log import RunLog
 from atfr.engine.settings import TrainerSettings, precision_dtype
-from atfr.engine.statistics import calibrate_width, clips_for_statistics, refresh_statistics, steer_width
+from atfr.engine.statistics import calibrate_width, clips_for_statistics, draw_shares, refresh_statistics, steer_width
 from atfr.engine.sync_norm import over_all_processes
 from atfr.models.network import Prediction, VideoNet
 from atfr.models.sgs_layer import NonFiniteFeatures
@@ -170,6 +170,7 @@ class Training:
         began = time.perf_counter()
         # Dropout draws from a generator that depends on the step alone: nothing to save for a resume.
         torch.manual_seed(hash((self.settings.seed, self.step, self.ranks.rank)) % 2**63)
+        draw_shares(self.model, seed=self.settings.seed, step=self.step)
         self.set_learning_rate()
         buffers = [b.clone() for b in self.model.buffers()] if self.settings.skip_nonfinite else []
         try:
