@@ -10,7 +10,7 @@ from atfr.engine import distributed
 from atfr.engine.distributed import Ranks
 
 
-def test_two_processes_both_stop_at_a_nan(tmp_path):
+def test_a_nan_of_one_process_stops_both_or_is_left_out_by_both(tmp_path):
     outcome = torchrun_script(2, "tests/two_processes.py", str(tmp_path))
     assert outcome.code == 0, outcome.err
 

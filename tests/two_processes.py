@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -37,17 +38,22 @@ def clips(seed: int) -> Tensor:
     return torch.randn(4, 3, 8, 32, 32, generator=generator).cumsum(dim=2) / 4
 
 
-def check_a_nan_on_one_process_stops_both(folder: Path, ranks: distributed.Ranks) -> None:
-    def batches(epoch: int, start: int) -> list[Batch]:
-        made = [Batch(clips(10 * step + ranks.rank), torch.tensor([0, 1, 2, 0]), ("a",) * 4) for step in range(start, 4)]
-        return made
+def training_of(folder: Path, ranks: distributed.Ranks, *, broken: tuple[int, ...] = (), **changes: object) -> Training:
+    """Four steps; at the `broken` ones a clip of process 1 holds a NaN."""
+
+    def batches(epoch: int, start: int) -> Iterable[Batch]:
+        for step in range(start, 4):
+            x = clips(10 * step + ranks.rank)
+            if step in broken and ranks.rank == 1:
+                x[3, 0, 0, 0, 0] = torch.nan
+            yield Batch(x, torch.tensor([0, 1, 2, 0]), (f"clip {step}.{ranks.rank}",) * 4)
 
     model = network()
     settings = TrainerSettings(
         output_dir=str(folder), batch_size=8, epochs=1, max_steps=None, seed=0, accelerator="cpu", devices=None, precision="fp32", workers=0,
         timeout_s=0, label_smoothing=0.0, clip_norm=None, statistics_clips=8, eval_every=1, save_every=1, log_every=10, resume=True, test=False,
     )  # fmt: skip
-    training = Training(
+    return Training(
         model=model,
         optimizer=sgd(model, lr=0.01, momentum=0.9, weight_decay=0.0, nesterov=True),
         learning_rate_factor=lambda step, total: 1.0,
@@ -55,11 +61,15 @@ def check_a_nan_on_one_process_stops_both(folder: Path, ranks: distributed.Ranks
         steps_per_epoch=4,
         validate=lambda: {"top1": 0.0},
         normalise=nn.Identity(),
-        settings=settings,
+        settings=replace(settings, **changes),
         ranks=ranks,
         folder=folder,
         identity={"config": {}, "choices": {}, "class_names": []},
     )
+
+
+def check_a_nan_on_one_process_stops_both(folder: Path, ranks: distributed.Ranks) -> None:
+    training = training_of(folder, ranks)
     loss = training.loss
     training.loss = lambda logits, labels: loss(logits, labels) * (float("nan") if ranks.rank == 1 and training.step == 2 else 1.0)
     try:
@@ -73,11 +83,32 @@ def check_a_nan_on_one_process_stops_both(folder: Path, ranks: distributed.Ranks
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
+def check_a_nan_in_the_features_of_one_process_is_left_out_by_both(folder: Path, ranks: distributed.Ranks) -> None:
+    """Also in the second half of an accumulated batch, and however often the run is begun anew in between."""
+    training = training_of(folder / "two", ranks, broken=(1, 2), skip_nonfinite=2, accumulate=2)
+    training.run()
+    assert training.step == 4 and training.skipped == 2 and training.skipped_in_a_row == 0
+    assert all(value.isfinite().all() for value in training.model.state_dict().values())
+    weights = torch.cat([p.detach().flatten() for p in training.model.parameters()])
+    assert torch.equal(*distributed.gathered([weights]))
+
+    started = training_of(folder / "four", ranks, broken=(1, 2, 3), skip_nonfinite=2, max_steps=3)
+    started.run()
+    assert started.skipped_in_a_row == 2
+    try:
+        training_of(folder / "four", ranks, broken=(1, 2, 3), skip_nonfinite=2).run()
+    except FloatingPointError as error:
+        assert "step 4: the 3th step in a row" in str(error) and f"clip 3.{ranks.rank}" in str(error), error
+    else:
+        raise AssertionError("a third step in a row was left out")
+
+
 def main() -> None:
     torch.set_num_threads(1)
     ranks = distributed.start(accelerator="cpu", devices=2)
     assert ranks.world == 2
-    check_a_nan_on_one_process_stops_both(Path(sys.argv[1]), ranks)
+    check_a_nan_on_one_process_stops_both(Path(sys.argv[1]) / "stops", ranks)
+    check_a_nan_in_the_features_of_one_process_is_left_out_by_both(Path(sys.argv[1]), ranks)
     distributed.stop()
 
 

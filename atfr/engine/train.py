@@ -176,7 +176,7 @@ class Training:
         try:
             loss, norm, parts = self.gradients(batch)
         except NonFiniteFeatures:
-            if not self.settings.skip_nonfinite or self.ranks.world > 1:  # the others would wait for this one's gradients
+            if not self.settings.skip_nonfinite:
                 raise
             loss, norm, parts = torch.tensor(math.nan), torch.tensor(math.nan), []
         skipped = bool(self.settings.skip_nonfinite) and self.skips(loss, norm, batch, buffers)
@@ -213,15 +213,25 @@ class Training:
             # Gradients are averaged over the processes once, with the last part.
             waits = self.ranks.world > 1 and number < len(pieces)
             with self.network.no_sync() if waits else nullcontext():
-                with torch.autocast(self.ranks.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-                    prediction = self.network(some)
-                loss = self.loss(prediction.logits.float(), wanted) * (len(some) / len(clips))  # a part may be smaller than the others
+                prediction, counts = self.predict(some)
+                loss = self.loss(prediction.logits.float(), wanted) * (counts * len(some) / len(clips))  # a part may be smaller than the others
                 self.scaler.scale(loss).backward()
             total += loss.detach()
             parts.append(prediction)
         self.scaler.unscale_(self.optimizer)
         limit = self.settings.clip_norm if self.settings.clip_norm is not None else float("inf")
         return total, nn.utils.clip_grad_norm_(self.model.parameters(), limit), parts
+
+    def predict(self, clips: Tensor) -> tuple[Prediction, float]:
+        """The network's forward pass, and what to multiply its loss with: 1, or NaN if the step has to be left out."""
+        with torch.autocast(self.ranks.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            try:
+                return self.network(clips), 1.0
+            except NonFiniteFeatures:
+                if not self.settings.skip_nonfinite or self.ranks.world == 1:
+                    raise
+                # The others wait for this one's gradients, of whatever clips, before all of them leave the step out.
+                return self.network(torch.zeros_like(clips)), math.nan
 
     def skips(self, loss: Tensor, norm: Tensor, batch: Any, buffers: list[Tensor]) -> bool:
         """Whether this step's loss or gradient is not finite on some process: all of them leave it out, and it leaves no trace.
@@ -297,6 +307,7 @@ class Training:
                 "steps_per_epoch": self.steps_per_epoch,
                 "best_top1": self.best_top1,
                 "skipped": self.skipped,
+                "skipped_in_a_row": self.skipped_in_a_row,
                 **({"ema": self.ema.state_dict()} if self.ema else {}),
                 **self.identity,
             }
@@ -318,7 +329,7 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.evaluated, self.best_top1 = state["step"], state["evaluated"], state["best_top1"]
-        self.skipped = state.get("skipped", 0)
+        self.skipped, self.skipped_in_a_row = state.get("skipped", 0), state.get("skipped_in_a_row", 0)
         if self.ema:
             self.ema.load_state_dict(state["ema"])
         distributed.barrier()  # every process has read it
