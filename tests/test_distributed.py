@@ -11,7 +11,7 @@ from atfr.engine import distributed
 from atfr.engine.distributed import Ranks
 
 
-def test_two_processes_agree_on_statistics_and_both_stop_where_one_has_to(tmp_path):
+def test_a_nan_of_one_process_stops_both_or_is_left_out_by_both_and_both_hear_of_what_differs(tmp_path):
     outcome = torchrun_script(2, "tests/two_processes.py", str(tmp_path))
     assert outcome.code == 0, outcome.err
 

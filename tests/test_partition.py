@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from atfr.models.partition import best_cuts, partition_bins
+from atfr.models.partition import best_cuts, partition_bins, width_keeping
 from atfr.models.sgs import calibrated_width, check_choices, sampling_weights
 
 CHOICE = dict(similarity="partition", kernel="mean", scale="absolute", order="time")
@@ -90,3 +90,18 @@ def test_a_partition_has_one_price_for_all_clips_and_no_position_inside_a_bin():
         check_choices("partition", "l2", "mean", "relative", "released", "time")
     with pytest.raises(ValueError, match="so kernel=linear means nothing"):
         check_choices("partition", "l2", "linear", "absolute", "released", "time")
+
+
+@pytest.mark.parametrize("evenness", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("mean_bins", [1.0, 1.3, 3.0, 5.21, 7.9])
+def test_the_width_that_keeps_a_mean_is_the_one_that_a_search_finds(evenness, mean_bins):
+    lengths = torch.tensor([12, 12, 5, 9, 12, 1, 12])
+    z = torch.randn(7, 12, 3, dtype=torch.float64).cumsum(dim=1)
+    z[4] = z[4, :1]  # a static clip, which keeps one bin at any price
+    z = z.masked_fill(torch.arange(12)[None, :, None] >= lengths[:, None, None], 0)
+    found = width_keeping(z, lengths, num_bins=10, mean_bins=mean_bins, evenness=evenness)
+    searched = calibrated_width(z, num_bins=10, mean_bins=mean_bins, valid=lengths, similarity="partition", evenness=evenness)
+    assert found.item() == pytest.approx(searched, rel=3e-4) or mean_bins == 7.9  # more than there is to keep
+    bins = partition_bins(z, lengths, width=found, num_bins=10, evenness=evenness)
+    kept = [len(set(own[:length])) for own, length in zip(bins.tolist(), lengths.tolist())]
+    assert sum(kept) == min(int(7 * mean_bins + 1e-6), sum(kept)) and (sum(kept) == int(7 * mean_bins + 1e-6) or mean_bins == 7.9)

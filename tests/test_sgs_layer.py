@@ -160,8 +160,23 @@ def test_training_at_drawn_shares_visits_the_whole_range_and_leaves_the_width_of
     assert counted.equal(layer.eval()(clips).lengths)
 
 
-def test_a_nan_while_shares_are_drawn_is_refused_as_ever():
-    layer = layer_of(replace(ATFR, drawn=(0.2, 1.0)))
+@pytest.mark.parametrize("similarity", ["partition", "anchor"])
+def test_a_share_that_a_trainer_chose_is_kept_and_costs_no_draw(similarity):
+    layer = layer_of(replace(ATFR, similarity=similarity, drawn=(0.2, 1.0)))
+    layer.width.fill_(0.5)
+    x, segments, _ = packed_features((12, 7, 12, 4) * 5, 12)
+    before = torch.random.get_rng_state()
+    for share in (0.25, 0.5, 0.8):
+        layer.share = share
+        _, (done,) = sample([layer], [x], [segments])
+        assert sum(done.segments.lengths) == pytest.approx(share * sum(segments.lengths), abs=1)
+        assert sum(done.segments.lengths) <= share * sum(segments.lengths)
+    assert torch.random.get_rng_state().equal(before)
+
+
+@pytest.mark.parametrize("similarity", ["partition", "anchor"])
+def test_a_nan_while_shares_are_drawn_is_refused_as_ever(similarity):
+    layer = layer_of(replace(ATFR, similarity=similarity, drawn=(0.2, 1.0)))
     layer.width.fill_(0.5)
     clips = features()
     clips[3, 0, 0] = torch.nan

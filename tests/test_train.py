@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from atfr.engine import checkpoint
 from atfr.engine.distributed import Ranks
 from atfr.engine.settings import TrainerSettings
+from atfr.engine.statistics import draw_shares
 from atfr.engine.train import Training
 from atfr.models.backbones.x3d import x3d
 from atfr.models.network import VideoNet
@@ -141,3 +142,15 @@ def test_too_many_such_steps_in_a_row_are_an_error_that_names_the_clips(tmp_path
     batches = [batch(0, broken=True), batch(1), batch(2, broken=True), batch(3, broken=True)]
     with pytest.raises(FloatingPointError, match=r"step 4: the 2th step in a row .*clip 3.0"):
         train(tmp_path, batches, replace(SETTINGS, skip_nonfinite=1))
+
+
+def test_drawn_shares_depend_on_the_step_alone_and_not_on_the_process_or_what_came_before():
+    sgs = SGSOptions(similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", drawn=(0.2, 0.9))
+    first, second = (x3d(size="tiny", num_classes=3, sgs=sgs) for _ in range(2))
+    drawn = []
+    for step in range(40):
+        draw_shares(first, seed=3, step=step)
+        drawn.append(first.sgs["res2"].share)
+    draw_shares(second, seed=3, step=17)
+    assert second.sgs["res2"].share == drawn[17]
+    assert 0.2 <= min(drawn) < 0.3 and 0.8 < max(drawn) <= 0.9 and len(set(drawn)) == 40

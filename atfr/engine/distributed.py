@@ -6,6 +6,7 @@ of them; it does nothing when there is only one.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import os
@@ -161,7 +162,15 @@ def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
     if ranks.world == 1:
         return model
     ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    ddp = nn.parallel.DistributedDataParallel
+    # Running statistics are not used in training, and before an evaluation all processes get the same ones.
+    option = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in inspect.signature(ddp).parameters)  # the newer name first
+    return ddp(model, device_ids=ids, **{option: False})
+
+
+def is_joined() -> bool:
+    """Whether there are other processes to talk to."""
+    return dist.is_initialized()
 
 
 def barrier() -> None:

@@ -2,7 +2,8 @@
 
 Running averages lag behind the weights that they were taken with. Precise batch norm recomputes
 them with the weights as they are now, and an SGS width that follows the data is recalibrated on
-the same clips. Both are sums over all processes, so every process ends with the same values.
+the same clips. Both are over the clips of all processes, so that every process ends with the same
+values, and they do not depend on how many processes the clips are cut among.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Callable, ContextManager, Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from atfr.engine import distributed
 from atfr.engine.settings import TrainerSettings
+from atfr.engine.sync_norm import batch_norms, over_all_processes
 from atfr.models.network import VideoNet, evaluating
 from atfr.models.sgs_layer import SGS, Proposal, Sampled
 
@@ -50,7 +53,7 @@ def precise_batch_norm(model: nn.Module, batches: Iterable[Tensor], *, forward: 
     Sums are weighted by the number of values, so packed batches of any size count by what is in
     them (Wu & Johnson, "Rethinking Batch in BatchNorm", section 3).
     """
-    norms = _batch_norms(model)
+    norms = batch_norms(model)
     sums = {norm: torch.zeros(2 * norm.num_features + 1, dtype=torch.float64, device=norm.running_mean.device) for norm in norms}
 
     def accumulate(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -98,6 +101,14 @@ def _calibrate(model: VideoNet, layers: list[SGS], batches: Iterable[Tensor], mo
         layer.calibrate(z, torch.cat([valid for _, valid in parts]))
 
 
+def draw_shares(model: VideoNet, *, seed: int, step: int) -> None:
+    """Before a training step: choose the share to keep of each layer whose shares are drawn, the same one on all processes."""
+    random = np.random.default_rng((seed, step, 1))  # not what mixup draws from
+    for layer in model.sgs.values():
+        if layer.options.drawn is not None:
+            layer.share = random.uniform(*layer.options.drawn)
+
+
 @torch.no_grad()
 def steer_width(model: VideoNet, parts: Sequence[Sequence[Sampled]]) -> None:
     """After a training step: move the tracked widths towards their target mean B' / T, over all parts of the batch."""
@@ -139,19 +150,16 @@ def _levels(model: VideoNet) -> list[list[SGS]]:
     return [level for level in levels if level]
 
 
-def _batch_norms(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-
-
 @contextmanager
 def _batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch norms normalise with the batch and leave their buffers alone."""
-    was_training, momenta = model.training, {norm: norm.momentum for norm in _batch_norms(model)}
+    """Batch norms normalise with the batch of all processes and leave their running statistics alone."""
+    was_training, momenta = model.training, {norm: norm.momentum for norm in batch_norms(model)}
     model.train()
     for norm in momenta:
         norm.momentum = 0.0
     try:
-        yield
+        with over_all_processes(model):
+            yield
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum

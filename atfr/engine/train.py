@@ -24,7 +24,8 @@ from atfr.engine.mixing import Mix
 from atfr.engine.profiling import profiler
 from atfr.engine.run_log import RunLog
 from atfr.engine.settings import TrainerSettings, precision_dtype
-from atfr.engine.statistics import calibrate_width, clips_for_statistics, refresh_statistics, steer_width
+from atfr.engine.statistics import calibrate_width, clips_for_statistics, draw_shares, refresh_statistics, steer_width
+from atfr.engine.sync_norm import over_all_processes
 from atfr.models.network import Prediction, VideoNet
 from atfr.models.sgs_layer import NonFiniteFeatures
 
@@ -101,7 +102,8 @@ class Training:
                 calibrate_width(self.model, lambda: self._normalised(clips), untrained=True)
             elif self.evaluated < self.step:
                 self.end_epoch((self.step - 1) // self.steps_per_epoch)  # where the epoch's end was interrupted
-            with profiler(self.folder / "profile", self.settings.profile if self.ranks.is_main else 0) as self.profile:
+            batch_norm = over_all_processes(self.model) if self.settings.sync_batch_norm else nullcontext()
+            with batch_norm, profiler(self.folder / "profile", self.settings.profile if self.ranks.is_main else 0) as self.profile:
                 while self.step < self.total_steps:
                     epoch = self.step // self.steps_per_epoch
                     self.stop_if_told(epoch)  # a validation may have taken long
@@ -176,12 +178,13 @@ class Training:
         began = time.perf_counter()
         # Dropout draws from a generator that depends on the step alone: nothing to save for a resume.
         torch.manual_seed(hash((self.settings.seed, self.step, self.ranks.rank)) % 2**63)
+        draw_shares(self.model, seed=self.settings.seed, step=self.step)
         self.set_learning_rate()
         buffers = [b.clone() for b in self.model.buffers()] if self.settings.skip_nonfinite else []
         try:
             loss, norm, parts = self.gradients(batch)
         except NonFiniteFeatures:
-            if not self.settings.skip_nonfinite or self.ranks.world > 1:  # the others would wait for this one's gradients
+            if not self.settings.skip_nonfinite:
                 raise
             loss, norm, parts = torch.tensor(math.nan), torch.tensor(math.nan), []
         skipped = bool(self.settings.skip_nonfinite) and self.skips(loss, norm, batch, buffers)
@@ -218,16 +221,26 @@ class Training:
             # Gradients are averaged over the processes once, with the last part.
             waits = self.ranks.world > 1 and number < len(pieces)
             with self.network.no_sync() if waits else nullcontext():
-                with torch.autocast(self.ranks.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-                    prediction = self.network(some)
+                prediction, counts = self.predict(some)
                 # The mean over the global batch, once averaged over processes: parts, and the shares of processes, may be of different sizes.
-                loss = self.loss(prediction.logits.float(), wanted) * (len(some) * self.ranks.world / self.settings.batch_size)
+                loss = self.loss(prediction.logits.float(), wanted) * (counts * len(some) * self.ranks.world / self.settings.batch_size)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
             parts.append(prediction)
         self.scaler.unscale_(self.optimizer)
         limit = self.settings.clip_norm if self.settings.clip_norm is not None else float("inf")
         return total, nn.utils.clip_grad_norm_(self.model.parameters(), limit), parts
+
+    def predict(self, clips: Tensor) -> tuple[Prediction, float]:
+        """The network's forward pass, and what to multiply its loss with: 1, or NaN if the step has to be left out."""
+        with torch.autocast(self.ranks.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            try:
+                return self.network(clips), 1.0
+            except NonFiniteFeatures:
+                if not self.settings.skip_nonfinite or self.ranks.world == 1:
+                    raise
+                # The others wait for this one's gradients, of whatever clips, before all of them leave the step out.
+                return self.network(torch.zeros_like(clips)), math.nan
 
     def skips(self, loss: Tensor, norm: Tensor, batch: Any, buffers: list[Tensor]) -> bool:
         """Whether this step's loss or gradient is not finite on some process: all of them leave it out, and it leaves no trace.
@@ -303,6 +316,7 @@ class Training:
                 "steps_per_epoch": self.steps_per_epoch,
                 "best_top1": self.best_top1,
                 "skipped": self.skipped,
+                "skipped_in_a_row": self.skipped_in_a_row,
                 **({"ema": self.ema.state_dict()} if self.ema else {}),
                 **self.identity,
             }
@@ -326,7 +340,7 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.evaluated, self.best_top1 = state["step"], state["evaluated"], state["best_top1"]
-        self.skipped = state.get("skipped", 0)
+        self.skipped, self.skipped_in_a_row = state.get("skipped", 0), state.get("skipped_in_a_row", 0)
         if self.ema:
             self.ema.load_state_dict(state["ema"])
         distributed.barrier()  # every process has read it

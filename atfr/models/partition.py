@@ -74,6 +74,24 @@ def bin_counts(least: Tensor, *, width: float | Tensor, min_bins: int = 1, evenn
     return (least + price * number)[:, min_bins - 1 :].argmin(dim=1) + min_bins
 
 
+def width_keeping(z: Tensor, frames: Tensor, *, num_bins: int, mean_bins: float, evenness: float = 0.0) -> Tensor:
+    """The least width, but for 1e-4 of it, at which these clips keep at most `mean_bins` bins on average: a scalar, no wait for the device.
+
+    A clip keeps more than k bins below the price max over j > k of min over i <= k of (E_i - E_j) / (j - i),
+    so the prices of all clips in order say how many bins are kept at each. For z and frames see `partition_bins`.
+    """
+    least, _ = best_cuts(z, frames, num_bins=num_bins)
+    number = torch.arange(least.shape[1], device=z.device)
+    before = number[:, None] < number  # [B, B]: i < j
+    slopes = (least[:, :, None] - least[:, None]) / (number - number[:, None]).clamp(min=1)  # [N, i, j]
+    saved = slopes.masked_fill(~before, torch.inf).cummin(dim=1).values.masked_fill(~before, -torch.inf)  # [N, k, j]
+    prices = saved.amax(dim=2)[:, :-1] / least[:, :1] ** evenness  # [N, B - 1] in units of width^2
+    prices = prices.nan_to_num(0, posinf=0, neginf=0).clamp(min=0).flatten().sort(descending=True).values
+    further = max(int(len(least) * (mean_bins - 1) + 1e-6), 0)  # bins beyond one a clip
+    at = prices[further] if further < len(prices) else prices.new_zeros(())
+    return at.sqrt() * (1 + 1e-4)
+
+
 def bins_of_cuts(cuts: Tensor, counts: Tensor, frames: Tensor) -> Tensor:
     """[N, T]: the bins of the best cut into counts[n] bins, read from its end to its beginning."""
     steps, most = cuts.shape[1] - 1, min(cuts.shape[1], cuts.shape[2]) - 1

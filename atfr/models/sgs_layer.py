@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from atfr.models import sgs
 from atfr.models.packed import framewise_pool
+from atfr.models.partition import width_keeping
 from atfr.models.segments import Layout, Segments, shared_gap, unpadded
 
 EMBEDDINGS = ("mlp", "pooled", "frozen")
@@ -143,6 +144,7 @@ class SGS(nn.Module):
         self.options, self.name, self.min_bins = options, name, min_bins
         self.gap = 0  # between clips, which in evaluation keeps them apart in all that follows; 0: each operation sees to that
         self.num_bins = options.num_bins  # may be changed between batches
+        self.share: float | None = None  # of the training batches that come, where shares are `drawn`; None: torch's generator draws one for each
         if self.is_baseline:
             self.embedding = None
         elif options.embedding == "pooled":
@@ -204,10 +206,8 @@ class SGS(nn.Module):
             finite = finite.all(dim=1)
         valid = None if segments is None else torch.tensor(segments.lengths)  # on the host, where it is checked
         width = self.width if o.scale == "absolute" else None
-        # Not where statistics are taken, and a NaN is for the caller to find (`_on_host`).
-        if o.drawn is not None and self.training and torch.is_grad_enabled() and z.isfinite().all():
-            low, high = o.drawn
-            width = self._width_for(z, valid, low + (high - low) * torch.rand(()).item())
+        if o.drawn is not None and self.training and torch.is_grad_enabled():  # not where statistics are taken
+            width = self._drawn_width(z, valid)
         weights, lengths = sgs.sampling_weights(
             z,
             num_bins=num_bins,
@@ -232,6 +232,20 @@ class SGS(nn.Module):
         if o.noise_floor:
             self.floor.fill_(sgs.median_step(z, o.metric, valid))
         self.width.fill_(self._width_for(z, valid, o.target))
+
+    @torch.no_grad()
+    def _drawn_width(self, z: Tensor, valid: Tensor | None) -> Tensor | float:
+        """The width for a training batch; a partition's is found without waiting for the device. A NaN is for the caller to find (`_on_host`)."""
+        low, high = self.options.drawn
+        share = low + (high - low) * torch.rand(()).item() if self.share is None else self.share  # drawn on the host
+        z = z.nan_to_num(0, 0, 0)
+        if self.options.similarity != "partition":
+            return self._width_for(z, valid, share)
+        frames = torch.full((len(z),), z.shape[1]) if valid is None else valid
+        mean_bins = share * frames.double().mean().item()
+        frames = frames.to(z.device)
+        z = z.masked_fill((torch.arange(z.shape[1], device=z.device) >= frames[:, None])[:, :, None], 0)
+        return width_keeping(z, frames, num_bins=self.most_bins(z.shape[1]), mean_bins=mean_bins, evenness=self.options.evenness)
 
     @torch.no_grad()
     def _width_for(self, z: Tensor, valid: Tensor | None, share: float) -> float:

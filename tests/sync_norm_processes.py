@@ -1,0 +1,150 @@
+"""Run by test_sync_norm.py under torchrun: batch norm over several processes against one that has all clips. Exits non-zero if they differ."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from atfr.engine import distributed
+from atfr.engine.distributed import Ranks
+from atfr.engine.optim import sgd
+from atfr.engine.settings import TrainerSettings
+from atfr.engine.statistics import calibrate_width, refresh_statistics
+from atfr.engine.sync_norm import over_all_processes
+from atfr.engine.train import Training
+from atfr.models.backbones.x3d import x3d
+from atfr.models.network import VideoNet
+from atfr.models.sgs_layer import SGSOptions
+
+ANCHOR = SGSOptions(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
+LEARNED = replace(ANCHOR, similarity="path", embedding="frozen", noise_floor=True)  # whose embedding has a batch norm, too
+SETTINGS = TrainerSettings(
+    output_dir=None, batch_size=6, epochs=1, max_steps=None, seed=0, accelerator="cpu", devices=None, precision="fp32", workers=0, timeout_s=0,
+    label_smoothing=0.1, clip_norm=5.0, statistics_clips=12, eval_every=1, save_every=0, log_every=1, resume=True, test=False, sync_batch_norm=True,
+)  # fmt: skip
+STEPS = 20
+
+
+@dataclass
+class Batch:
+    clips: Tensor
+    labels: Tensor
+    paths: tuple[str, ...]
+    bad: tuple[str, ...] = ()
+
+
+def clips(seed: int) -> Tensor:
+    """Six clips, the later ones with more change, so that a process's share of them keeps more features than another's."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(6, 3, 8, 32, 32, generator=generator).cumsum(dim=2) / 4 * torch.linspace(0.2, 2, 6)[:, None, None, None, None]
+
+
+def network(options: SGSOptions = ANCHOR) -> VideoNet:
+    torch.manual_seed(0)
+    return x3d(size="tiny", num_classes=3, dropout=0.0, sgs=options)
+
+
+def statistics_of(options: SGSOptions, rank: int, world: int, *, untrained: bool) -> dict[str, Tensor]:
+    """Buffers after the statistics of 24 clips in four global batches."""
+    model = network(options)
+    batches = [clips(seed)[rank::world] for seed in range(4)]
+    calibrate_width(model, lambda: batches, untrained=untrained)
+    refresh_statistics(model, lambda: batches)
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def losses_of(folder: Path, ranks: Ranks) -> list[dict[str, float]]:
+    """What 20 steps log."""
+    model = network()
+
+    def batches(epoch: int, start: int) -> Iterable[Batch]:
+        for step in range(start, STEPS):
+            x, labels = clips(step)[ranks.rank :: ranks.world], torch.arange(6)[ranks.rank :: ranks.world] % 3
+            yield Batch(x, labels, ("a",) * len(x))
+
+    training = Training(
+        model=model,
+        optimizer=sgd(model, lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=True),
+        learning_rate_factor=lambda step, total: 1.0,
+        batches=batches,
+        steps_per_epoch=STEPS,
+        validate=lambda: {"top1": 0.0},
+        normalise=nn.Identity(),
+        settings=SETTINGS,
+        ranks=ranks,
+        folder=folder,
+        identity={"config": {}, "choices": {}, "class_names": []},
+    )
+    training.run()
+    assert "forward" not in model.backbone.blocks[0].norm.__dict__, "the batch norms were not given back"
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"train"' in line] if ranks.is_main else []
+
+
+def check_layer(rank: int, world: int) -> None:
+    """Outputs, gradients and running statistics of one batch norm, the processes having unequal numbers of clips."""
+    for norm, shape in ((nn.BatchNorm3d(5), (9, 5, 4, 3, 3)), (nn.BatchNorm1d(5, momentum=None), (9, 5, 7)), (nn.BatchNorm3d(5, affine=False), (9, 5, 2, 2, 2))):
+        for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 5e-2)):
+            torch.manual_seed(0)
+            if norm.affine:
+                nn.init.uniform_(norm.weight, 0.5, 1.5)
+                nn.init.normal_(norm.bias)
+            whole = (torch.randn(shape) * 3 + 10).to(dtype).requires_grad_()
+            if len(shape) == 5:
+                whole = whole.detach().contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+            factor = torch.randn(shape)
+            cuts = [0, 2, 9] if world == 2 else [0, 1, 5, 9]
+            own = slice(cuts[rank], cuts[rank + 1])
+            alone, together = copy.deepcopy(norm), copy.deepcopy(norm)
+            part = whole.detach()[own].clone().requires_grad_()
+            for _ in range(2):
+                expected = alone(whole)
+                with over_all_processes(together):
+                    found = together(part)
+            (expected.float() * factor).sum().backward()
+            (found.float() * factor[own]).sum().backward()
+
+            def same(one: Tensor, other: Tensor) -> None:
+                torch.testing.assert_close(one.float(), other.float(), rtol=tolerance, atol=tolerance)
+
+            same(found, expected[own])
+            same(part.grad, whole.grad[own])
+            for (name, buffer), other in zip(together.named_buffers(), alone.buffers()):
+                same(buffer, other)
+            for mine, other in zip(together.parameters(), alone.parameters()):
+                same(distributed.summed(mine.grad.clone()), other.grad)
+            same(together.eval()(part), alone.eval()(whole)[own])
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    cases = [(options, untrained) for options in (ANCHOR, LEARNED) for untrained in (True, False)]
+    # Before there is a group: alone.
+    expected = [statistics_of(options, 0, 1, untrained=untrained) for options, untrained in cases]
+    ranks = distributed.start(accelerator="cpu", devices=None)
+    check_layer(ranks.rank, ranks.world)
+    for (options, untrained), buffers in zip(cases, expected):
+        for name, value in statistics_of(options, ranks.rank, ranks.world, untrained=untrained).items():
+            torch.testing.assert_close(value, buffers[name], rtol=1e-4, atol=1e-5, msg=lambda text: f"{options.similarity}: {name}: {text}")
+    lines = losses_of(folder / "together", ranks)
+    if ranks.is_main:
+        distributed.stop()
+        compare(losses_of(folder / "alone", Ranks(0, 1, torch.device("cpu"))), lines)
+
+
+def compare(alone: list[dict[str, float]], together: list[dict[str, float]]) -> None:
+    assert len(alone) == len(together) == STEPS and len({line["loss"] for line in alone}) == STEPS
+    for one, other in zip(alone, together):
+        for key in ("loss", "grad_norm", "bins", "sgs_width"):
+            torch.testing.assert_close(other[key], one[key], rtol=1e-4, atol=0, msg=lambda text: f"step {one['step']}: {key}: {text}")
+
+
+if __name__ == "__main__":
+    main()
