@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
-from typing import Iterator, Mapping, NamedTuple, Sequence
+from typing import Mapping, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from atfr.models.segments import take
+from atfr.models import trials
 from atfr.models.packed_forms import NoPackedForm
 from atfr.models.program import PackedTrunk, Time, Traced
+from atfr.models.segments import take
 from atfr.models.sgs_layer import SGS, Sampled, SGSOptions, sample
+from atfr.models.trials import evaluating
 
 log = logging.getLogger(__name__)
 
@@ -99,11 +100,27 @@ class VideoNet(nn.Module):
         device = next(self.parameters()).device
         if clips.dim() != 5 or clips.device != device:
             raise ValueError(f"clips must be [N, 3, T, H, W] on {device}, like the network, not {list(clips.shape)} on {clips.device}")
+        if clips.shape[0] < 1 or clips.shape[1] != 3 or not clips.is_floating_point():
+            raise ValueError(f"clips must be floating point [N, 3, T, H, W] with at least one clip, not {clips.dtype} {list(clips.shape)}")
         clips = clips.contiguous(memory_format=torch.channels_last_3d)
-        if not self.sgs:
-            return Prediction(self.backbone(clips), (), clips.shape[2])
-        logits, sampled = self.trunk(*self.stem(clips), forced=forced)
+        try:
+            if not self.sgs:
+                return Prediction(self.backbone(clips), (), clips.shape[2])
+            logits, sampled = self.trunk(*self.stem(clips), forced=forced)
+        except (RuntimeError, IndexError) as error:
+            self._explain(error, clips)
+            raise
         return Prediction(logits, sampled, clips.shape[2])
+
+    def check_clip(self, frames: int, height: int, width: int) -> None:
+        """Raise ValueError, with the least number of frames, unless the network can run on such clips."""
+        trials.check_clip(self.backbone, frames, height, width)
+
+    def _explain(self, error: Exception, clips: Tensor) -> None:
+        """Raise ValueError where an error comes from the clips' size or from a network on several devices."""
+        trials.check_devices(self)
+        if not isinstance(error, torch.OutOfMemoryError):
+            self.check_clip(*clips.shape[2:])
 
     def stem(self, clips: Tensor) -> tuple[Tensor, ...]:
         """What runs before any sampling: the features to sample, then whatever passes them by."""
@@ -141,8 +158,12 @@ class VideoNet(nn.Module):
                 log.warning("%s; this network runs bucketed: exact, slower, and not to be trained with batch norm that is not frozen", error)
         if len(self.sgs) > 1:
             raise ValueError(f"a network that cannot run packed takes one SGS layer, not {len(self.sgs)}")
-        self.execution = "bucketed"
-        return traced.plain_trunk(self, PREFIX)
+        self.execution, trunk = "bucketed", traced.plain_trunk(self, PREFIX)
+        (layer,) = self.sgs.values()
+        with evaluating(self):
+            x, *passing = stem(torch.zeros(2, 3, *probe, device=next(self.backbone.parameters()).device))
+            layer.min_bins = trials.least_features(trunk, x, passing, name=layer.name)
+        return trunk
 
     def _bucketed(self, trunk: nn.Module, x: Tensor, *passing: Tensor, forced: Sequence[tuple[int, ...]] | None) -> tuple[Tensor, tuple[Sampled, ...]]:
         """Clips that keep equally many features run together."""
@@ -215,16 +236,3 @@ def _resolve(names: Sequence[str], stages: Stages, backbone: nn.Module) -> dict[
 
 def _key(name: str) -> str:
     return name.replace(".", "_")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode and without gradients; each module's own mode comes back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
