@@ -136,3 +136,28 @@ def test_bucketed_clips_never_keep_a_number_that_the_rest_cannot_run_on():
     assert toy(Unpacked((1, 3, 4, 6, 7, 8))).sgs["first"].min_bins == 6
     with pytest.raises(ValueError, match="runs on all 8 features and on no fewer, because of .*require.* in second: 7 features will not do"):
         toy(Unpacked((2, 4, 6, 8)))
+
+
+class Untraceable(Toy):
+    def __init__(self, looks: Callable[[Tensor], object]) -> None:
+        super().__init__(nn.Identity())
+        self.looks = looks
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.looks(x)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "looks, reason",
+    [
+        (lambda x: range(x.shape[1] // 8), "'Proxy' object cannot be interpreted as an integer"),
+        (lambda x: [*x], "Proxy object cannot be iterated"),
+        (lambda x: 1 if x.sum() > 0 else 2, "symbolically traced variables cannot be used as inputs to control flow"),
+        (lambda x: {}["no"], "'no'"),
+    ],
+)
+def test_a_network_that_cannot_be_traced_is_refused_with_the_place_in_its_code(looks, reason):
+    with pytest.raises(ValueError, match=f"torch.fx cannot trace Untraceable, .*: {reason}.* at .*test_any_network.py:{looks.__code__.co_firstlineno}; .* packed_forward") as error:
+        VideoNet(Untraceable(looks), stages={}, sgs=SGSOptions(**{**ATFR, "after": "first"}))
+    assert "\n" not in str(error.value)
