@@ -58,12 +58,14 @@ class SGSOptions:
         ):
             if value not in possible:
                 raise ValueError(f"sgs {name}={value!r} does not exist; choose one of {', '.join(possible)}")
+        if not isinstance(self.after, (str, Sequence)) or not all(isinstance(place, str) for place in self.after):
+            raise ValueError(f"sgs after={self.after!r} must be the name of a stage, the path of a module, or a list of these")
         if not self.places:
             raise ValueError("sgs after is empty: name a stage, or set model.sgs=null for the dense network")
         if self.kernel == "mean" and self.embedding == "mlp" and self.similarity not in sgs.BASELINES:
             raise ValueError("sgs kernel=mean passes no gradient to a learned embedding, which would stay random: set embedding=pooled or frozen")
-        if self.num_bins is not None and self.num_bins < 1:
-            raise ValueError(f"sgs num_bins must be at least 1, not {self.num_bins}")
+        if self.num_bins is not None and (not isinstance(self.num_bins, int) or self.num_bins < 1):
+            raise ValueError(f"sgs num_bins must be a whole number of at least 1, not {self.num_bins!r}")
         if self.embedding_dim < 1 or self.grid < 1:
             raise ValueError(f"sgs embedding_dim ({self.embedding_dim}) and grid ({self.grid}) must be at least 1")
         if not 0 < self.target <= 1:
@@ -175,7 +177,13 @@ class SGS(nn.Module):
         """Sample features [N, C, T, H, W], or packed ones [1, C, M, H, W] with their segments.
 
         In float32 even under autocast; float64 stays.
+
+        Raises:
+            ValueError: the layer lies on another device than x, or a clip is too short for what follows.
         """
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if tensor.device != x.device:
+                raise ValueError(f"SGS after {self.name!r}: its {name} is on {tensor.device} and the features are on {x.device}: move the network with model.to(device)")
         with torch.autocast(x.device.type, enabled=False):
             return self._propose(_at_least_float32(x), segments)
 

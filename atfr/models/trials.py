@@ -41,7 +41,7 @@ def check_clip(network: nn.Module, frames: int, height: int, width: int) -> None
             least = _least_frames(network, frames, height, width)
             if least is None:
                 raise ValueError(f"this network cannot run on clips of {frames} frames of {height} x {width} pixels: {first_line(error)}") from error
-            raise ValueError(f"clips of {frames} frames are too short for this network, which needs at least {least} of {height} x {width} pixels") from error
+            raise ValueError(f"clips of {frames} frames are too short for this network, which needs at least {least}") from error
 
 
 def check_devices(model: nn.Module) -> None:
