@@ -12,7 +12,7 @@ from atfr.models.backbones.resnets import c2d, i3d
 from atfr.models.backbones.torchvision3d import s3d
 from atfr.models.backbones.x3d import x3d
 from atfr.models.network import VideoNet
-from atfr.models.sgs_layer import SGSOptions
+from atfr.models.sgs_layer import NonFiniteFeatures, SGSOptions
 
 
 def sampled(after: str) -> SGSOptions:
@@ -97,6 +97,15 @@ def test_a_network_of_which_a_part_lies_on_another_device_than_the_clips_is_refu
         x3d(size="tiny", num_classes=2)(clips.to("meta"))
 
 
+@pytest.mark.parametrize(
+    "after, found",
+    [("blocks.5", r"\[1, 6\]"), ("blocks.5.pool", r"\[1, 2048, 1, 1, 1\]"), ("blocks.5.pool.pool", r"\[1, .*, 1, 1, 1\]"), ("blocks.5.proj", r"\[1, 1, 1, 1, 6\]")],
+)
+def test_a_place_without_features_in_time_is_refused_with_what_it_gives(after, found):
+    with pytest.raises(ValueError, match=rf"after='{after}' gives {found} for a clip of \(16, 64, 64\): SGS needs .* with more than one feature in time"):
+        x3d(size="tiny", num_classes=6, sgs=sampled(after))
+
+
 @pytest.mark.parametrize("options", [{}, ATFR], ids=["mlp", "pooled"])
 def test_a_layer_on_another_device_than_its_features_is_refused(options):
     model = x3d(size="tiny", num_classes=2, sgs=SGSOptions(**{**options, "after": "res2"})).eval()
@@ -118,3 +127,34 @@ def test_a_layer_on_another_device_than_its_features_is_refused(options):
 def test_what_is_no_batch_of_normalised_clips_is_refused(clips, found, sgs):
     with pytest.raises(ValueError, match=rf"clips must be floating point \[N, 3, T, H, W\] with at least one clip, not {found}"):
         x3d(size="tiny", num_classes=2, sgs=sgs)(clips)
+
+
+@pytest.mark.parametrize("similarity", ["uniform", "stride", "random", "none"])
+@pytest.mark.parametrize("after", ["res2", ["stem", "res3"]])
+def test_a_clip_that_is_not_finite_is_refused_by_the_baselines_too(similarity, after):
+    sgs = SGSOptions(after=after, similarity=similarity, kernel="mean", before_activation=False)
+    model = x3d(size="tiny", num_classes=2, sgs=sgs).eval()
+    clips = torch.randn(3, 3, 16, 32, 32)
+    model(clips)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        clips[1, 2, 5, 7, 7] = value
+        with pytest.raises(NonFiniteFeatures, match="SGS after '(res2|stem)': the features of clip 1 of the batch hold a NaN or an infinity"):
+            model(clips)
+
+
+@pytest.mark.parametrize("options", [{}, ATFR], ids=["mlp", "pooled"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_network_in_half_precision_samples_with_a_layer_in_single_precision(dtype, options):
+    model = x3d(size="tiny", num_classes=2, sgs=SGSOptions(**{**options, "after": "stem", "before_activation": False})).eval()
+    layer, clips = model.sgs["stem"], torch.randn(2, 3, 16, 32, 32).cumsum(dim=2) / 4
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    model.to(dtype)
+    assert model.backbone.blocks[0].norm.weight.dtype == dtype
+    for name, tensor in layer.state_dict().items():
+        assert tensor.equal(before[name]) and tensor.dtype in (torch.float32, torch.int64), name
+    with torch.no_grad():
+        prediction = model(clips.to(dtype))
+        expected = layer(model.stem(clips.to(dtype).contiguous(memory_format=torch.channels_last_3d))[0].float())
+    assert prediction.logits.dtype == dtype and prediction.logits.isfinite().all()
+    assert prediction.bins == [(b,) for b in expected.lengths.tolist()]
+    assert layer.double().float().to("meta").state_dict().keys() == before.keys() and all(t.is_meta for t in layer.state_dict().values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from typing import Mapping, NamedTuple, Sequence
 
@@ -63,8 +64,9 @@ class VideoNet(nn.Module):
         places: {name of a layer: path of the backbone's module whose output it samples}.
 
     Raises:
-        ValueError: `sgs.after` is not a place of this network; what is sampled meets what is not;
-            or packed execution was asked for and is not possible.
+        ValueError: `sgs.after` is not a place of this network, or has no features in time; what is
+            sampled meets what is not; torch.fx cannot trace the backbone; it runs on no fewer features
+            than all; or packed execution was asked for and is not possible.
     """
 
     def __init__(self, backbone: nn.Module, *, stages: Stages, sgs: SGSOptions | None, probe: tuple[int, int, int] = (16, 64, 64)) -> None:
@@ -83,6 +85,9 @@ class VideoNet(nn.Module):
         with evaluating(self):  # so that the probe leaves the running statistics alone
             features = traced.stem(self, PREFIX, list(traced.cuts))(clip)
         for name, x in zip(places, features):
+            if not isinstance(x, Tensor) or x.dim() != 5 or x.shape[2] < 2:
+                shape = list(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
+                raise ValueError(f"model.sgs.after={name!r} gives {shape} for a clip of {probe}: SGS needs [N, C, T, H, W] with more than one feature in time")
             self.sgs[_key(name)] = SGS(x.shape[1], sgs, name=name)
         # Kept out of the module tree: the programs call the backbone's own modules, and registering
         # them would list every parameter a second time.
@@ -225,13 +230,21 @@ def _resolve(names: Sequence[str], stages: Stages, backbone: nn.Module) -> dict[
             try:
                 backbone.get_submodule(target)
             except AttributeError:
-                possible = f"choose one or a list of {', '.join(stages)}, or the path of a module" if stages else "give the path of one of its modules"
-                raise ValueError(f"model.sgs.after={name!r} is not a stage of this network; {possible}") from None
+                raise ValueError(f"model.sgs.after={name!r} is not a stage of this network; {_possible(target, stages, backbone)}") from None
             found = {name: target}
         for twice in found.keys() & places.keys():
             raise ValueError(f"model.sgs.after names the same place twice: {twice}")
         places.update(found)
     return places
+
+
+def _possible(path: str, stages: Stages, backbone: nn.Module) -> str:
+    """What there is in place of a path that does not exist: stages or top modules, and the paths most like it."""
+    near = difflib.get_close_matches(path, [name for name, _ in backbone.named_modules() if name], n=5)
+    like = f", such as {', '.join(near)}" if near else ""
+    if stages:
+        return f"choose one or a list of {', '.join(stages)}, or the path of a module{like}"
+    return f"choose the path of a module or a list of them; there are {', '.join(dict(backbone.named_children()))} and what is in them{like}"
 
 
 def _key(name: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -156,6 +156,15 @@ class SGS(nn.Module):
         if options.noise_floor:
             self.register_buffer("floor", torch.tensor(math.nan))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SGS:
+        """`model.half()` leaves this layer in float32, in which it computes: a width in half precision is another width."""
+
+        def at_least_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        return super()._apply(at_least_float32, recurse)
+
     @property
     def is_baseline(self) -> bool:
         """Whether B' has nothing to do with what a clip shows."""
@@ -196,19 +205,18 @@ class SGS(nn.Module):
 
     def _propose(self, x: Tensor, segments: Segments | None) -> Proposal:
         o = self.options
-        frames = int(x.shape[2]) if segments is None else segments.frames  # a tensor while torch.jit traces
+        frames = int(x.shape[2] if segments is None else segments.frames)  # a tensor while torch.jit traces
         num_bins = self._most_bins_for((frames,) if segments is None else segments.lengths, frames)
         if self.embedding is None:  # a baseline, which looks at the number of frames alone
             z = x.new_zeros(*(x.shape[::2][:2] if segments is None else segments.padded.shape), 1)  # [N, T, 1]
-            finite = x.new_ones(len(z), dtype=torch.bool)
+            finite = x.detach().sum(dim=(1, 3, 4)).isfinite()  # [N, T], or [1, M]: one look at each value, and no copy
         else:
             pooled = self.embedding.pool(x)  # [N, T, ...] or [1, M, ...]
             z = self.embedding(pooled)
             # Batch norm spreads a NaN to the z of every clip, so the clip at fault shows in what was pooled.
             finite = pooled.isfinite().all(dim=2)
-            if segments is not None:
-                z, finite = z[0][segments.padded], finite[0][segments.padded]
-            finite = finite.all(dim=1)
+            z = z if segments is None else z[0][segments.padded]
+        finite = (finite if segments is None else finite[0][segments.padded]).all(dim=1)
         valid = None if segments is None else torch.tensor(segments.lengths)  # on the host, where it is checked
         width = self.width if o.scale == "absolute" else None
         # Not where statistics are taken, and a NaN is for the caller to find (`_on_host`).
