@@ -20,8 +20,9 @@ from collections import abc
 from pathlib import Path
 from typing import Any, Callable, Union
 
+import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -145,9 +146,9 @@ def run_folder(output_dir: str | None, *, under: str = "") -> Path:
     """
     if output_dir is not None:
         return Path(output_dir)
-    hydra, sweep = HydraConfig.get(), in_sweep()
+    now, sweep = HydraConfig.get(), in_sweep()
     # In a sweep any key may be what tells the jobs apart, also one that leaves the experiment as it is.
-    full = ",".join(sorted(hydra.overrides.task)) if sweep else hydra.job.override_dirname
+    full = ",".join(sorted(now.overrides.task)) if sweep else now.job.override_dirname
     name = re.sub(r"[^\w.+-]+", "_", full.replace("=", "-"))[:100] or "default"
     if len(full) > 100 or re.search(r"[^\w.+=,-]", full):
         name += "-" + hashlib.sha256(full.encode()).hexdigest()[:8]
@@ -195,3 +196,55 @@ def one_line_errors(main: Callable[[DictConfig], None]) -> Callable[[DictConfig]
             sys.exit(1)
 
     return guarded
+
+
+FULL_ERROR = "HYDRA_FULL_ERROR"  # at 1 hydra raises an error instead of printing what it makes of it
+
+
+def program(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """Make `main(config)` of a file beside configs/ a program of this config; what its user can mend is said in one line."""
+
+    def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
+        ours = False
+
+        @functools.wraps(main)
+        def composed(config: DictConfig) -> None:
+            if ours:
+                os.environ.pop(FULL_ERROR, None)
+            main(config)
+
+        run = hydra.main(version_base="1.3", config_path="../configs", config_name=config_name)(one_line_errors(composed))
+
+        @functools.wraps(main)
+        def start() -> None:
+            nonlocal ours
+            ours = os.environ.get(FULL_ERROR) != "1"
+            if ours:
+                os.environ[FULL_ERROR] = "1"  # until main begins: of a command that gives no config hydra prints up to 30 lines
+            try:
+                run()
+            except (HydraException, OmegaConfBaseException) as error:
+                if not ours:
+                    raise
+                print(f"error: {_of_the_command(error)}", file=sys.stderr, flush=True)
+                sys.exit(1)
+            finally:
+                if ours:
+                    os.environ.pop(FULL_ERROR, None)
+
+        return start
+
+    return decorate
+
+
+def _of_the_command(error: Exception) -> str:
+    """In one line, why hydra composes no config from the command line."""
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"{group}={name} does not exist; choose one of {', '.join(error.options)}"
+    text = " ".join(str(error).split("See https://")[0].split())
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} is not understood ({text}): put a value with = , [ or spaces into quotes, twice for the shell: 'key=\"value\"'"
+    if "Could not override 'model/sgs'" in text:
+        return "model/sgs picks the layer of a network that samples, and this model has none: take its twin, model=NAME_sgs"
+    return text

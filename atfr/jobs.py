@@ -86,11 +86,18 @@ def build_model(config: DictConfig, *, num_classes: int, ranks: Ranks, seed: int
 
     With `pretrained` the weights of `model.weights`, if it is set, are loaded into it, and the main
     process prints what came of them. A network whose own checkpoint is read next needs none.
+
+    Raises:
+        ValueError: options that do not fit, or clips of `dataset.clip` that the network cannot run on.
     """
     if ranks.is_main:
         warn_of_ignored(config)
     torch.manual_seed(seed)
-    model = build(config.model, "model", num_classes=num_classes)
+    model: VideoNet = build(config.model, "model", num_classes=num_classes)
+    try:
+        model.check_clip(config.dataset.clip.frames, config.dataset.clip.crop_size, config.dataset.clip.crop_size)
+    except ValueError as error:
+        raise ValueError(f"dataset.clip.frames={config.dataset.clip.frames}, dataset.clip.crop_size={config.dataset.clip.crop_size}: {error}") from error
     weights = config.model.get("weights")
     if pretrained and weights is not None:
         report = load_pretrained(model, Path(str(weights)).expanduser())

@@ -22,11 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from atfr.configuration import build, one_line_errors
+from atfr.configuration import build, program
 from atfr.data.file_pool import cores
 from atfr.data.manifest import MANIFEST, SPLITS, Listed, Manifest, listed_videos
 from atfr.data.prepare import FOLDER, copy_all, probe_all
@@ -58,8 +57,7 @@ class Settings:
             raise ValueError("encode=true needs a folder for the copies; add output=DIR to the command")
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="prepare")
-@one_line_errors
+@program("prepare")
 def main(config: DictConfig) -> None:
     given = OmegaConf.masked_copy(config, [str(key) for key in config if key != "dataset"])
     settings: Settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), given))

@@ -74,7 +74,11 @@ def test_identical_frames_keep_one_bin_and_finite_gradients(metric, frames):
     [
         ({"similarity": "nearest"}, "similarity='nearest' does not exist"),
         ({"kernel": "cubic"}, "kernel='cubic' does not exist"),
-        ({"num_bins": 0}, "num_bins must be at least 1"),
+        ({"num_bins": 0}, "num_bins must be a whole number of at least 1, not 0"),
+        ({"num_bins": "4"}, "num_bins must be a whole number of at least 1, not '4'"),
+        ({"num_bins": 2.5}, "num_bins must be a whole number of at least 1, not 2.5"),
+        ({**ABSOLUTE, "width": torch.ones((), device="meta")}, "width is on meta and z on cpu: put them on one device"),
+        ({"similarity": "path", "noise_floor": torch.ones((), device="meta")}, "noise_floor is on meta and z on cpu"),
         ({**ANCHOR}, "similarity=anchor with scale=absolute needs a width"),
         ({"similarity": "uniform", "kernel": "mean", **ABSOLUTE}, "similarity=uniform measures nothing that scale=absolute could cut: set scale=rel"),
         ({"similarity": "stride"}, "similarity=stride gives no position inside a bin, so kernel=linear means nothing: set kernel=mean"),

@@ -221,7 +221,9 @@ def test_under_autocast_the_sampling_is_the_float32_one(metric):
         ({"embedding": "cnn"}, "embedding='cnn' does not exist; choose one of mlp, pooled, frozen"),
         ({"execution": "fast"}, "execution='fast' does not exist"),
         ({"kernel": "mean"}, "kernel=mean passes no gradient to a learned embedding"),
-        ({"num_bins": 0}, "num_bins must be at least 1, not 0"),
+        ({"num_bins": 0}, "num_bins must be a whole number of at least 1, not 0"),
+        ({"num_bins": "4"}, "num_bins must be a whole number of at least 1, not '4'"),
+        ({"num_bins": 2.5}, "num_bins must be a whole number of at least 1, not 2.5"),
         ({"width": 0.5}, "width is one bin width for all clips, which scale=relative has not"),
         ({"scale": "absolute", "width": -1.0}, "width must be above 0, not -1.0"),
         ({"similarity": "uniform", "kernel": "mean", "scale": "absolute"}, "set scale=relative"),
@@ -231,6 +233,8 @@ def test_under_autocast_the_sampling_is_the_float32_one(metric):
         ({"drawn": [0.2, 1.0]}, "drawn chooses the width of each training batch: set scale=absolute"),
         ({"target": 0.0}, "target is a share of the frames"),
         ({"after": []}, "after is empty"),
+        ({"after": 3}, "after=3 must be the name of a stage, the path of a module, or a list of these"),
+        ({"after": ["res2", 3]}, "after=.'res2', 3. must be the name of a stage"),
     ],
 )
 def test_options_that_make_no_sense_are_refused_by_name(change, message):

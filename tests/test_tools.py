@@ -10,7 +10,8 @@ import shutil
 import pytest
 import torch
 from forked import Job
-from run_tools import run_tool, small_job, torchrun
+from hydra.errors import MissingConfigException
+from run_tools import run_script, run_tool, small_job, torchrun
 
 from atfr.engine import checkpoint
 from atfr.engine.train import Training
@@ -176,6 +177,12 @@ def test_a_kill_while_the_state_before_a_damaged_one_takes_its_place_does_not_be
         (["+trainer.clip=5"], "trainer.clip is not an option of"),
         (["model/sgs=reference", "model.sgs.kernel=mean"], "kernel=mean passes no gradient to a learned embedding"),
         (["dataset.train=nowhere.csv"], "nowhere.csv"),
+        (["model=nope"], "model=nope does not exist; choose one of c2d, c2d_sgs, csn"),
+        (["model/sgs=nope"], "model/sgs=nope does not exist; choose one of atfr, frozen, none, random, reference, stride, uniform"),
+        (["model=x3d", "model/sgs=reference"], "this model has none: take its twin, model=NAME_sgs"),
+        (["optimizer=[sgd"], "optimizer=[sgd is not understood ("),
+        (["model.nope=3"], "Could not override 'model.nope'"),
+        (["trainer.epochs=${nothing}"], "Interpolation key 'nothing' not found"),
     ],
 )
 def test_what_a_user_can_mend_ends_in_one_line_and_exit_code_1(small_videos, tmp_path, arguments, message):
@@ -183,6 +190,18 @@ def test_what_a_user_can_mend_ends_in_one_line_and_exit_code_1(small_videos, tmp
     outcome = run_tool("train", *base, *arguments)
     last = outcome.err.replace("\r", "\n").strip().splitlines()[-1]
     assert outcome.code == 1 and last.startswith("error: ") and message in last, outcome.err
+
+
+def test_a_command_that_gives_no_config_is_told_so_in_one_line_by_every_program_unless_all_is_asked_for(monkeypatch):
+    for script in ("tools/train.py", "tools/flops.py", "scripts/prepare.py"):
+        outcome = run_script(script, "dataset=nope")
+        assert outcome.code == 1 and outcome.err.count("\n") == 1 and outcome.err.startswith("error: dataset=nope does not exist; choose one of hmdb51"), outcome.err
+    outcome = run_tool("train", "-m", "dataset=nope,synthetic")
+    assert outcome.code == 1 and outcome.err.startswith("error: dataset=nope does not exist")
+    assert "HYDRA_FULL_ERROR" not in os.environ
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(MissingConfigException):
+        run_tool("flops", "dataset=nope")
 
 
 def test_an_unknown_key_is_refused_with_its_name():

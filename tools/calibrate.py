@@ -16,11 +16,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from atfr import jobs
-from atfr.configuration import build, check_root, choices, one_line_errors, run_folder
+from atfr.configuration import build, check_root, choices, program, run_folder
 from atfr.data.records import VideoSource
 from atfr.data.transforms import Normalizer
 from atfr.engine import checkpoint, distributed, results
@@ -33,8 +32,7 @@ from atfr.launch import on_every_process
 from atfr.models.network import VideoNet
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="calibrate")
-@one_line_errors
+@program("calibrate")
 def main(config: DictConfig) -> None:
     check_root(config)
     settings: TrainerSettings = build(config.trainer, "trainer")

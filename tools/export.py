@@ -16,13 +16,12 @@ import sys
 from pathlib import Path
 from typing import Sequence
 
-import hydra
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
 from atfr import checkpoint_config, jobs
-from atfr.configuration import check_root, one_line_errors
+from atfr.configuration import check_root, program
 from atfr.data.dataset import ClipSettings, TestClips
 from atfr.data.records import Video
 from atfr.data.transforms import Normalizer
@@ -34,8 +33,7 @@ LOOKED_AT = 24  # clips of the test split among which those with different B' ar
 CHECKED = 4  # of these, besides those with frames held
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="export")
-@one_line_errors
+@program("export")
 def main(config: DictConfig) -> None:
     check_root(config)
     export.check_format(config.format)

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import json
 
-import hydra
 import torch
 from omegaconf import DictConfig
 
 from atfr import jobs
-from atfr.configuration import check_root, one_line_errors
+from atfr.configuration import check_root, program
 from atfr.engine.accounting import CONVENTION, GflopsTable
 from atfr.engine.distributed import Ranks
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="flops")
-@one_line_errors
+@program("flops")
 def main(config: DictConfig) -> None:
     check_root(config)
     clip = jobs.clip_settings(config)

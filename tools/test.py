@@ -13,18 +13,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
 from atfr import checkpoint_config, jobs
-from atfr.configuration import build, check_root, one_line_errors
+from atfr.configuration import build, check_root, program
 from atfr.engine.distributed import Ranks
 from atfr.engine.settings import TrainerSettings
 from atfr.launch import on_every_process
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="test")
-@one_line_errors
+@program("test")
 def main(config: DictConfig) -> None:
     check_root(config)
     path = Path(config.checkpoint)

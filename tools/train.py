@@ -18,11 +18,10 @@ if __name__ == "__main__":
 import os
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from atfr import jobs
-from atfr.configuration import build, check_root, choices, one_line_errors, run_folder
+from atfr.configuration import build, check_root, choices, program, run_folder
 from atfr.data.transforms import Normalizer
 from atfr.engine import checkpoint, distributed
 from atfr.engine.determinism import be_deterministic
@@ -35,8 +34,7 @@ from atfr.engine.train import Training
 from atfr.launch import on_every_process
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="train")
-@one_line_errors
+@program("train")
 def main(config: DictConfig) -> None:
     check_root(config)
     settings: TrainerSettings = build(config.trainer, "trainer")

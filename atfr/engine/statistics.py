@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from atfr.engine import distributed
 from atfr.engine.settings import TrainerSettings
 from atfr.engine.sync_norm import batch_norms, over_all_processes
-from atfr.models.network import VideoNet, evaluating
+from atfr.models.network import VideoNet
 from atfr.models.sgs_layer import SGS, Proposal, Sampled
+from atfr.models.trials import evaluating
 
 
 def clips_for_statistics(batches: Iterable[Any], settings: TrainerSettings) -> list[Tensor]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
-from contextlib import contextmanager
-from typing import Iterator, Mapping, NamedTuple, Sequence
+from typing import Mapping, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from atfr.models.segments import take
+from atfr.models import trials
 from atfr.models.packed_forms import NoPackedForm
 from atfr.models.program import PackedTrunk, Time, Traced
+from atfr.models.segments import take
 from atfr.models.sgs_layer import SGS, Sampled, SGSOptions, sample
+from atfr.models.trials import evaluating
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +64,9 @@ class VideoNet(nn.Module):
         places: {name of a layer: path of the backbone's module whose output it samples}.
 
     Raises:
-        ValueError: `sgs.after` is not a place of this network; what is sampled meets what is not;
-            or packed execution was asked for and is not possible.
+        ValueError: `sgs.after` is not a place of this network, or has no features in time; what is
+            sampled meets what is not; torch.fx cannot trace the backbone; it runs on no fewer features
+            than all; or packed execution was asked for and is not possible.
     """
 
     def __init__(self, backbone: nn.Module, *, stages: Stages, sgs: SGSOptions | None, probe: tuple[int, int, int] = (16, 64, 64)) -> None:
@@ -82,6 +85,9 @@ class VideoNet(nn.Module):
         with evaluating(self):  # so that the probe leaves the running statistics alone
             features = traced.stem(self, PREFIX, list(traced.cuts))(clip)
         for name, x in zip(places, features):
+            if not isinstance(x, Tensor) or x.dim() != 5 or x.shape[2] < 2:
+                shape = list(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
+                raise ValueError(f"model.sgs.after={name!r} gives {shape} for a clip of {probe}: SGS needs [N, C, T, H, W] with more than one feature in time")
             self.sgs[_key(name)] = SGS(x.shape[1], sgs, name=name)
         # Kept out of the module tree: the programs call the backbone's own modules, and registering
         # them would list every parameter a second time.
@@ -99,11 +105,27 @@ class VideoNet(nn.Module):
         device = next(self.parameters()).device
         if clips.dim() != 5 or clips.device != device:
             raise ValueError(f"clips must be [N, 3, T, H, W] on {device}, like the network, not {list(clips.shape)} on {clips.device}")
+        if clips.shape[0] < 1 or clips.shape[1] != 3 or not clips.is_floating_point():
+            raise ValueError(f"clips must be floating point [N, 3, T, H, W] with at least one clip, not {clips.dtype} {list(clips.shape)}")
         clips = clips.contiguous(memory_format=torch.channels_last_3d)
-        if not self.sgs:
-            return Prediction(self.backbone(clips), (), clips.shape[2])
-        logits, sampled = self.trunk(*self.stem(clips), forced=forced)
+        try:
+            if not self.sgs:
+                return Prediction(self.backbone(clips), (), clips.shape[2])
+            logits, sampled = self.trunk(*self.stem(clips), forced=forced)
+        except (RuntimeError, IndexError) as error:
+            self._explain(error, clips)
+            raise
         return Prediction(logits, sampled, clips.shape[2])
+
+    def check_clip(self, frames: int, height: int, width: int) -> None:
+        """Raise ValueError, with the least number of frames, unless the network can run on such clips."""
+        trials.check_clip(self.backbone, frames, height, width)
+
+    def _explain(self, error: Exception, clips: Tensor) -> None:
+        """Raise ValueError where an error comes from the clips' size or from a network on several devices."""
+        trials.check_devices(self)
+        if not isinstance(error, torch.OutOfMemoryError):
+            self.check_clip(*clips.shape[2:])
 
     def stem(self, clips: Tensor) -> tuple[Tensor, ...]:
         """What runs before any sampling: the features to sample, then whatever passes them by."""
@@ -142,8 +164,12 @@ class VideoNet(nn.Module):
                 log.warning("%s; this network runs bucketed: exact, slower, and not to be trained with batch norm that is not frozen", error)
         if len(self.sgs) > 1:
             raise ValueError(f"a network that cannot run packed takes one SGS layer, not {len(self.sgs)}")
-        self.execution = "bucketed"
-        return traced.plain_trunk(self, PREFIX)
+        self.execution, trunk = "bucketed", traced.plain_trunk(self, PREFIX)
+        (layer,) = self.sgs.values()
+        with evaluating(self):
+            x, *passing = stem(torch.zeros(2, 3, *probe, device=next(self.backbone.parameters()).device))
+            layer.min_bins = trials.least_features(trunk, x, passing, name=layer.name)
+        return trunk
 
     def _bucketed(self, trunk: nn.Module, x: Tensor, *passing: Tensor, forced: Sequence[tuple[int, ...]] | None) -> tuple[Tensor, tuple[Sampled, ...]]:
         """Clips that keep equally many features run together."""
@@ -205,8 +231,7 @@ def _resolve(names: Sequence[str], stages: Stages, backbone: nn.Module) -> dict[
             try:
                 backbone.get_submodule(target)
             except AttributeError:
-                possible = f"choose one or a list of {', '.join(stages)}, or the path of a module" if stages else "give the path of one of its modules"
-                raise ValueError(f"model.sgs.after={name!r} is not a stage of this network; {possible}") from None
+                raise ValueError(f"model.sgs.after={name!r} is not a stage of this network; {_possible(target, stages, backbone)}") from None
             found = {name: target}
         for twice in found.keys() & places.keys():
             raise ValueError(f"model.sgs.after names the same place twice: {twice}")
@@ -214,18 +239,14 @@ def _resolve(names: Sequence[str], stages: Stages, backbone: nn.Module) -> dict[
     return places
 
 
+def _possible(path: str, stages: Stages, backbone: nn.Module) -> str:
+    """What there is in place of a path that does not exist: stages or top modules, and the paths most like it."""
+    near = difflib.get_close_matches(path, [name for name, _ in backbone.named_modules() if name], n=5)
+    like = f", such as {', '.join(near)}" if near else ""
+    if stages:
+        return f"choose one or a list of {', '.join(stages)}, or the path of a module{like}"
+    return f"choose the path of a module or a list of them; there are {', '.join(dict(backbone.named_children()))} and what is in them{like}"
+
+
 def _key(name: str) -> str:
     return name.replace(".", "_")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode and without gradients; each module's own mode comes back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -12,16 +12,21 @@ behind another one is a *level* of its own.
 from __future__ import annotations
 
 import operator
+import traceback
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Callable, Mapping, NamedTuple, Sequence
 
+import torch
 from torch import Tensor, fx, nn
 
-from atfr.models import packed, packed_forms
+from atfr.models import packed, packed_forms, trials
 from atfr.models.segments import Segments, Window
 from atfr.models.packed_forms import NoPackedForm
 from atfr.models.sgs_layer import sample
+
+TORCH = str(Path(torch.__file__).parent)
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Traced:
     def __init__(self, network: nn.Module, places: Mapping[str, str], *, before_activation: bool) -> None:
         tracer = _LeafTracer()
         self.network = network
-        self.nodes = list(tracer.trace(network).nodes)
+        self.nodes = _trace(tracer, network)
         self.cuts: dict[fx.Node, str] = {}  # node -> name of the layer behind it
         for name, path in places.items():
             if path not in tracer.outputs:
@@ -257,6 +262,23 @@ class PackedTrunk:
     def _copied(self, node: fx.Node, substitutes: Mapping[fx.Node, fx.Node] = {}) -> fx.Node:
         copies = {i: substitutes.get(i, self.values[i].node) for i in node.all_input_nodes}
         return _copy(self.graph, node, copies, self.prefix)
+
+
+def _trace(tracer: fx.Tracer, network: nn.Module) -> list[fx.Node]:
+    """The nodes of the network's graph.
+
+    Raises:
+        ValueError: torch.fx cannot trace it; says where in the network's code and what to do.
+    """
+    try:
+        return list(tracer.trace(network).nodes)
+    except Exception as error:  # the network's own code runs on stand-ins of tensors, and raises whatever it does
+        own = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((TORCH, __file__, "<"))]
+        place = f"{own[-1].filename}:{own[-1].lineno}" if own else "an unknown place"
+        raise ValueError(
+            f"torch.fx cannot trace {type(network).__name__}, which SGS needs: {trials.first_line(error)} at {place}; write that without Python's range, if, int"
+            " or unpacking of tensors and their sizes, or give the module a packed_forward (atfr/models/packed_forms.py): it is then taken as a whole"
+        ) from error
 
 
 class _LeafTracer(fx.Tracer):

@@ -138,14 +138,17 @@ def _check_values(z, num_bins, similarity, scale, width, min_bins, noise_floor, 
     """Refuse impossible values; a width or floor in a tensor is not looked at, which could synchronise."""
     if z.dim() != 3 or not z.is_floating_point():
         raise ValueError(f"z must be a floating point [N, T, D] tensor, not {z.dtype} {tuple(z.shape)}")
-    if num_bins < 1:
-        raise ValueError(f"sgs num_bins must be at least 1, not {num_bins}")
+    if not isinstance(num_bins, (int, torch.SymInt)) or num_bins < 1:
+        raise ValueError(f"sgs num_bins must be a whole number of at least 1, not {num_bins!r}")
     if not 1 <= min_bins <= num_bins:
         raise ValueError(f"sgs min_bins must be at least 1 and at most num_bins={num_bins}, not {min_bins}")
     if scale == "relative" and width is not None:
         raise ValueError("sgs width is not used by scale=relative, which cuts each clip by its own range: set scale=absolute or no width")
     if scale == "absolute" and width is None:
         raise ValueError(f"sgs similarity={similarity} with scale=absolute needs a width, the same for all clips: calibrate or set one")
+    for name, value in (("width", width), ("noise_floor", noise_floor)):
+        if isinstance(value, Tensor) and value.device != z.device:
+            raise ValueError(f"sgs {name} is on {value.device} and z on {z.device}: put them on one device")
     if width is not None and not isinstance(width, Tensor) and not width > 0:
         raise ValueError(f"sgs width must be above 0, not {width}")
     if not isinstance(noise_floor, Tensor) and not (noise_floor > 0 and similarity == "path" or noise_floor == 0):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -59,12 +59,14 @@ class SGSOptions:
         ):
             if value not in possible:
                 raise ValueError(f"sgs {name}={value!r} does not exist; choose one of {', '.join(possible)}")
+        if not isinstance(self.after, (str, Sequence)) or not all(isinstance(place, str) for place in self.after):
+            raise ValueError(f"sgs after={self.after!r} must be the name of a stage, the path of a module, or a list of these")
         if not self.places:
             raise ValueError("sgs after is empty: name a stage, or set model.sgs=null for the dense network")
         if self.kernel == "mean" and self.embedding == "mlp" and self.similarity not in sgs.BASELINES:
             raise ValueError("sgs kernel=mean passes no gradient to a learned embedding, which would stay random: set embedding=pooled or frozen")
-        if self.num_bins is not None and self.num_bins < 1:
-            raise ValueError(f"sgs num_bins must be at least 1, not {self.num_bins}")
+        if self.num_bins is not None and (not isinstance(self.num_bins, int) or self.num_bins < 1):
+            raise ValueError(f"sgs num_bins must be a whole number of at least 1, not {self.num_bins!r}")
         if self.embedding_dim < 1 or self.grid < 1:
             raise ValueError(f"sgs embedding_dim ({self.embedding_dim}) and grid ({self.grid}) must be at least 1")
         if not 0 < self.target <= 1:
@@ -157,6 +159,15 @@ class SGS(nn.Module):
         if options.noise_floor:
             self.register_buffer("floor", torch.tensor(math.nan))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SGS:
+        """`model.half()` leaves this layer in float32, in which it computes: a width in half precision is another width."""
+
+        def at_least_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        return super()._apply(at_least_float32, recurse)
+
     @property
     def is_baseline(self) -> bool:
         """Whether B' has nothing to do with what a clip shows."""
@@ -178,7 +189,13 @@ class SGS(nn.Module):
         """Sample features [N, C, T, H, W], or packed ones [1, C, M, H, W] with their segments.
 
         In float32 even under autocast; float64 stays.
+
+        Raises:
+            ValueError: the layer lies on another device than x, or a clip is too short for what follows.
         """
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if tensor.device != x.device:
+                raise ValueError(f"SGS after {self.name!r}: its {name} is on {tensor.device} and the features are on {x.device}: move the network with model.to(device)")
         with torch.autocast(x.device.type, enabled=False):
             return self._propose(_at_least_float32(x), segments)
 
@@ -191,19 +208,18 @@ class SGS(nn.Module):
 
     def _propose(self, x: Tensor, segments: Segments | None) -> Proposal:
         o = self.options
-        frames = int(x.shape[2]) if segments is None else segments.frames  # a tensor while torch.jit traces
+        frames = int(x.shape[2] if segments is None else segments.frames)  # a tensor while torch.jit traces
         num_bins = self._most_bins_for((frames,) if segments is None else segments.lengths, frames)
         if self.embedding is None:  # a baseline, which looks at the number of frames alone
             z = x.new_zeros(*(x.shape[::2][:2] if segments is None else segments.padded.shape), 1)  # [N, T, 1]
-            finite = x.new_ones(len(z), dtype=torch.bool)
+            finite = x.detach().sum(dim=(1, 3, 4)).isfinite()  # [N, T], or [1, M]: one look at each value, and no copy
         else:
             pooled = self.embedding.pool(x)  # [N, T, ...] or [1, M, ...]
             z = self.embedding(pooled)
             # Batch norm spreads a NaN to the z of every clip, so the clip at fault shows in what was pooled.
             finite = pooled.isfinite().all(dim=2)
-            if segments is not None:
-                z, finite = z[0][segments.padded], finite[0][segments.padded]
-            finite = finite.all(dim=1)
+            z = z if segments is None else z[0][segments.padded]
+        finite = (finite if segments is None else finite[0][segments.padded]).all(dim=1)
         valid = None if segments is None else torch.tensor(segments.lengths)  # on the host, where it is checked
         width = self.width if o.scale == "absolute" else None
         if o.drawn is not None and self.training and torch.is_grad_enabled():  # not where statistics are taken

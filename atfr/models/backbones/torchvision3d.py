@@ -51,7 +51,7 @@ def mc3(*, size: str | int, num_classes: int, dropout: float = 0.0, sgs: SGSOpti
 
 
 def s3d(*, size: str, num_classes: int, dropout: float = 0.2, sgs: SGSOptions | None = None) -> VideoNet:
-    """A separable Inception network for clips [N, 3, T, H, W] with T >= 14, which it divides by 8.
+    """A separable Inception network for clips [N, 3, T, H, W] with T >= 13, which it divides by 8.
 
     It is torchvision's `s3d` with its parameters' names. Torchvision averages windows of 2 x 7 x 7
     features, which is the whole of a frame at its own 224 pixels; here the window is 2 frames and

@@ -1,0 +1,163 @@
+"""Networks of libraries and of one's own, as they are, behind `model=custom`; and what refuses them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Callable
+
+import pytest
+import torch
+from pytorchvideo.models import hub
+from pytorchvideo.models.x3d import create_x3d
+from test_packed import ATFR, Toy, lively, uneven_clips
+from torch import Tensor, fx, nn
+from torchvision.models import video
+
+from atfr.models.backbones.custom import custom
+from atfr.models.network import VideoNet
+from atfr.models.sgs_layer import SGSOptions
+
+CLASSES = 6
+
+
+def slow_of_small_clips(**options: object) -> nn.Module:
+    """pytorchvideo's, whose function takes no other head."""
+    network = hub.slow_r50(pretrained=False, **options)
+    network.blocks[5].pool.kernel_size = (8, 2, 2)
+    return network
+
+
+LIBRARYS = {"slow": slow_of_small_clips, "x3d": functools.partial(create_x3d, input_clip_length=8, input_crop_size=64)}
+
+
+def ours(build: Callable[..., nn.Module], probe: tuple[int, int, int] = (8, 64, 64), after: str | None = "blocks.1") -> VideoNet:
+    sgs = SGSOptions(**{**ATFR, "after": after}) if after else None
+    return custom(backbone=build, num_classes=CLASSES, classes_argument="model_num_class", probe=probe, sgs=sgs)
+
+
+def average_of_bins(x: Tensor, bins: int) -> Tensor:
+    """[N, C, T, H, W] averaged to so many contiguous groups of equal size (+-1)."""
+    length = x.shape[2]
+    return torch.stack([x[:, :, [t for t in range(length) if t * bins // length == b]].mean(dim=2) for b in range(bins)], dim=2)
+
+
+@pytest.mark.parametrize("name", LIBRARYS)
+def test_pytorchvideos_own_networks_run_packed_as_they_come(name):
+    net = ours(LIBRARYS[name])
+    assert net.execution == "packed"
+    lively(net, 8, 64)
+    clips = uneven_clips(3, 8, 64)
+    bins = (1, 8, 4)
+    with torch.no_grad():
+        batch = net(clips, [bins])
+        for clip, kept, logits in zip(clips, bins, batch.logits):
+            handle = net.backbone.blocks[1].register_forward_hook(lambda module, inputs, output: average_of_bins(output, kept))
+            torch.testing.assert_close(logits, net.backbone(clip[None])[0], atol=1e-4, rtol=0)
+            handle.remove()
+
+
+@pytest.mark.parametrize("name", LIBRARYS)
+def test_a_librarys_network_is_what_it_was_on_the_clip_that_it_is_of(name):
+    net = lively(ours(LIBRARYS[name], after=None), 8, 64).eval()
+    theirs = LIBRARYS[name](model_num_class=CLASSES).eval()
+    theirs.load_state_dict(net.backbone.state_dict())
+    clips = torch.randn(2, 3, 8, 64, 64)
+    with torch.no_grad():
+        logits, expected = net(clips).logits, theirs(clips)
+    found = logits.softmax(dim=1) if name == "x3d" else logits  # the library's ends in a softmax
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_average_over_part_of_a_clip_and_a_softmax_inside_the_network_stay():
+    class Attentive(Toy):
+        def __init__(self, num_classes: int) -> None:
+            super().__init__(nn.AvgPool3d((2, 8, 8)))
+            self.attention, self.head = nn.Softmax(dim=1), nn.Linear(8, num_classes)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            return self.head(x * self.attention(x))
+
+    net = custom(backbone=Attentive, num_classes=CLASSES, probe=(4, 8, 8)).backbone
+    assert isinstance(net.second, nn.AvgPool3d) and isinstance(net.attention, nn.Softmax)
+
+
+@pytest.mark.parametrize("build, probe", [pytest.param(hub.slow_r50, (8, 224, 224), marks=pytest.mark.slow), (hub.x3d_xs, (4, 160, 160))])
+def test_the_functions_of_pytorchvideos_hub_run_packed_with_their_published_heads(build, probe):
+    net = ours(build, probe).eval()
+    assert net.execution == "packed"
+    with torch.no_grad():
+        assert net(torch.randn(2, 3, 6, 96, 96), [(4, 2)]).logits.isfinite().all()
+
+
+def test_a_network_that_runs_on_no_fewer_features_than_all_is_refused_naming_what_needs_them():
+    block = video.mvit.MSBlockConfig(1, 16, 16, (3, 3, 3), (3, 3, 3), (1, 1, 1), (1, 2, 2))
+    small = functools.partial(video.mvit.MViT, (64, 64), 8, [block, block])
+    with pytest.raises(ValueError, match=r"after='conv_proj': what follows runs on all 4 features and on no fewer, because of .* in pos_encoding: The size of tensor"):
+        custom(
+            backbone=functools.partial(small, residual_pool=False, residual_with_cls_embed=False, rel_pos_embed=False, proj_after_attn=False),
+            num_classes=CLASSES,
+            probe=(8, 64, 64),
+            sgs=SGSOptions(**{**ATFR, "after": "conv_proj"}),
+        )
+
+
+class Unpacked(nn.Module):
+    """Something without a packed form that runs on some numbers of features only."""
+
+    def __init__(self, good: tuple[int, ...]) -> None:
+        super().__init__()
+        self.good = good
+
+    def forward(self, x: Tensor) -> Tensor:
+        return require(x.cumsum(2), self.good)
+
+
+@fx.wrap
+def require(x: Tensor, good: tuple[int, ...]) -> Tensor:
+    if x.shape[2] not in good:
+        raise RuntimeError(f"{x.shape[2]} features will not do")
+    return x
+
+
+def toy(second: nn.Module, **options: object) -> VideoNet:
+    return VideoNet(Toy(second), stages={}, sgs=SGSOptions(**{**ATFR, "after": "first", **options}), probe=(8, 8, 8)).eval()
+
+
+def test_bucketed_clips_keep_as_many_features_as_the_rest_can_run_on():
+    net = toy(Unpacked((3, 4, 5, 6, 7, 8)), width=1e3)
+    assert net.execution == "bucketed" and net.sgs["first"].min_bins == 3
+    static = torch.randn(2, 3, 1, 8, 8).expand(-1, -1, 8, -1, -1)
+    with torch.no_grad():
+        assert net(static).bins == [(3,), (3,)]
+
+
+def test_bucketed_clips_never_keep_a_number_that_the_rest_cannot_run_on():
+    assert toy(Unpacked((1, 3, 4, 6, 7, 8))).sgs["first"].min_bins == 6
+    with pytest.raises(ValueError, match="runs on all 8 features and on no fewer, because of .*require.* in second: 7 features will not do"):
+        toy(Unpacked((2, 4, 6, 8)))
+
+
+class Untraceable(Toy):
+    def __init__(self, looks: Callable[[Tensor], object]) -> None:
+        super().__init__(nn.Identity())
+        self.looks = looks
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.looks(x)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "looks, reason",
+    [
+        (lambda x: range(x.shape[1] // 8), "'Proxy' object cannot be interpreted as an integer"),
+        (lambda x: [*x], "Proxy object cannot be iterated"),
+        (lambda x: 1 if x.sum() > 0 else 2, "symbolically traced variables cannot be used as inputs to control flow"),
+        (lambda x: {}["no"], "'no'"),
+    ],
+)
+def test_a_network_that_cannot_be_traced_is_refused_with_the_place_in_its_code(looks, reason):
+    with pytest.raises(ValueError, match=f"torch.fx cannot trace Untraceable, .*: {reason}.* at .*test_any_network.py:{looks.__code__.co_firstlineno}; .* packed_forward") as error:
+        VideoNet(Untraceable(looks), stages={}, sgs=SGSOptions(**{**ATFR, "after": "first"}))
+    assert "\n" not in str(error.value)
