@@ -52,7 +52,7 @@ OTHERS = [*choices("model/sgs"), *choices("optimizer"), *choices("schedule"), *c
 @pytest.fixture(scope="module")
 def train():
     """`main` of tools/train.py, which takes a config in place of a command line."""
-    return runpy.run_path(str(ROOT / "tools/train.py"))["main"]
+    return runpy.run_path(str(ROOT / "tools/train.py"))["main"].__wrapped__
 
 
 @pytest.fixture(scope="module")
