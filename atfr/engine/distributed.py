@@ -137,7 +137,8 @@ def require_shared(folder: Path, ranks: Ranks) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     # A name that no machine has asked for before, so that none remembers that it was not there.
-    (token,) = gathered([folder / f".seen-{uuid.uuid4().hex}"] if ranks.is_main else [])
+    (name,) = gathered([f".seen-{uuid.uuid4().hex}"] if ranks.is_main else [])
+    token = folder / name
     if ranks.is_main:
         token.touch()
     barrier()
