@@ -15,6 +15,8 @@ from typing import Any, Callable
 
 from run_tools import ROOT
 
+from atfr.engine.place import find_place
+
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["torch", "torch.utils.tensorboard", "torch.distributed.launcher.api", "hydra", "av", "atfr.launch", "atfr.jobs", "atfr.engine.train", "atfr.models.backbones.x3d"])
 _steps = itertools.count(os.getpid())
@@ -50,9 +52,13 @@ def torchrun_places(processes: int) -> list[dict[str, str]]:
 
 
 def srun_places(processes: int) -> list[dict[str, str]]:
-    """The variables of the tasks of a step, each on a machine of its own."""
-    shared = {"SLURM_JOB_ID": str(next(_steps)), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(processes), "SLURM_STEP_NODELIST": f"127.0.0.[1-{processes}]"}
-    return [{**shared, "SLURM_PROCID": str(rank), "SLURM_LOCALID": "0"} for rank in range(processes)]
+    """The variables of the tasks of a step, each on a machine of its own; the port that follows from them is free."""
+    while True:
+        shared = {"SLURM_JOB_ID": str(next(_steps)), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(processes), "SLURM_STEP_NODELIST": f"127.0.0.[1-{processes}]"}
+        places = [{**shared, "SLURM_PROCID": str(rank), "SLURM_LOCALID": "0"} for rank in range(processes)]
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", find_place(places[0]).port)) != 0:
+                return places
 
 
 def start_tool(name: str, *arguments: str, output: Path | None = None, cwd: Path | None = None, **environment: str) -> ForkServerProcess:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import socket
+import threading
 import time
 from collections import defaultdict
 from datetime import timedelta
@@ -57,10 +58,25 @@ def _store(place: Place) -> dist.TCPStore:
             raise ValueError(f"{who} cannot wait for the others at {where}: {str(error).splitlines()[0]}; another program may use that port") from error
     if not wait_until(lambda: _answers(place), JOIN_S):
         raise ValueError(f"{who} found nobody at {where} within {JOIN_S:g} s: process 0 did not start, or that is not its machine's address")
-    try:
-        return make(is_master=False)
-    except dist.DistError as error:
-        raise ValueError(f"{who} met something else than its job at {where}: another program uses that port ({str(error).splitlines()[0]})") from error
+    return _connected(make, f"{who} met something else than its job at {where}: another program uses that port")
+
+
+def _connected(make: Callable[..., dist.TCPStore], problem: str) -> dist.TCPStore:
+    """A client of the store, made in a thread of its own: it waits for an answer for ever, whatever its time-out."""
+    stores, errors = [], []
+
+    def connect() -> None:
+        try:
+            stores.append(make(is_master=False))
+        except dist.DistError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(ANSWER.total_seconds())
+    if not stores:
+        raise ValueError(f"{problem} ({str(errors[0]).splitlines()[0] if errors else 'it does not answer'})")
+    return stores[0]
 
 
 def _answers(place: Place) -> bool:
