@@ -9,7 +9,7 @@ import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence, TypeVar
+from typing import Any, Callable, Iterable, Iterator, Mapping, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,10 @@ from atfr.engine.distributed import Ranks
 from atfr.engine.ema import Ema
 from atfr.engine.interruption import Interrupted, StopFlag
 from atfr.engine.mixing import Mix
+from atfr.engine.pending import REMEDY, Pending, some
 from atfr.engine.profiling import profiler
 from atfr.engine.run_log import RunLog
+from atfr.engine.saving import Saver
 from atfr.engine.settings import TrainerSettings, precision_dtype
 from atfr.engine.statistics import calibrate_width, clips_for_statistics, draw_shares, refresh_statistics, steer_width
 from atfr.engine.sync_norm import over_all_processes
@@ -31,8 +33,6 @@ from atfr.models.sgs_layer import NonFiniteFeatures
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-REMEDY = "what was saved before is intact; lower optimizer.lr or trainer.clip_norm, with another trainer.output_dir"
 
 
 class Training:
@@ -81,7 +81,7 @@ class Training:
         self.step, self.evaluated, self.best_top1 = 0, 0, -1.0
         self.skipped, self.skipped_in_a_row = 0, 0
         self.ema = Ema(model, settings.ema) if settings.ema is not None else None
-        self.pending = _Pending()
+        self.pending = Pending()
         self.data_wait = DataWait()
         self.named: set[str] = set()  # the bad videos that were told of
 
@@ -95,6 +95,7 @@ class Training:
         self.resume()
         self.log = RunLog(self.folder, resume_step=self.step, evaluated=self.evaluated) if self.ranks.is_main else None
         self.network = distributed.replicate(self.model, self.ranks)
+        self.saver = Saver()
         self.bar = tqdm(initial=self.step, total=self.total_steps, unit="step", desc="train", disable=not self.ranks.is_main)
         try:
             if self.step == 0:
@@ -109,8 +110,10 @@ class Training:
                     self.stop_if_told(epoch)  # a validation may have taken long
                     self.train_epoch(epoch)
                     self.end_epoch(epoch)
+            self.saved()
         finally:
             self.bar.close()
+            self.saver.close()
             if self.log:
                 self.log.close()
 
@@ -124,7 +127,8 @@ class Training:
                 self.train_step(batch, epoch=epoch, data_s=data_s)
             except NonFiniteFeatures as error:
                 self.pending.check(self.step, scaled=self.scaler.is_enabled())  # if the loss was the first to go, that is what to say
-                raise FloatingPointError(f"step {self.step + 1}: {error}; {REMEDY} (clips: {_some(batch.paths)})") from error
+                raise FloatingPointError(f"step {self.step + 1}: {error}; {REMEDY} (clips: {some(batch.paths)})") from error
+            self.saver.check()
             if self.profile:
                 self.profile.step()
             if self.step == self.total_steps:
@@ -144,6 +148,7 @@ class Training:
         if number:
             self.check_losses(epoch)
             self.save(self.last)
+            self.saved()
             raise Interrupted(number, f"after step {self.step} of {self.total_steps}, saved in {self.last}")
 
     def until_told(self, items: Iterable[T]) -> Iterator[T]:
@@ -217,13 +222,13 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         parts, total = [], torch.zeros((), device=self.ranks.device)
         pieces = list(zip(clips.chunk(self.settings.accumulate), targets.chunk(self.settings.accumulate)))
-        for number, (some, wanted) in enumerate(pieces, start=1):
+        for number, (part, wanted) in enumerate(pieces, start=1):
             # Gradients are averaged over the processes once, with the last part.
             waits = self.ranks.world > 1 and number < len(pieces)
             with self.network.no_sync() if waits else nullcontext():
-                prediction, counts = self.predict(some)
+                prediction, counts = self.predict(part)
                 # The mean over the global batch, once averaged over processes: parts, and the shares of processes, may be of different sizes.
-                loss = self.loss(prediction.logits.float(), wanted) * (counts * len(some) * self.ranks.world / self.settings.batch_size)
+                loss = self.loss(prediction.logits.float(), wanted) * (counts * len(part) * self.ranks.world / self.settings.batch_size)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
             parts.append(prediction)
@@ -256,10 +261,10 @@ class Training:
         if self.skipped_in_a_row > self.settings.skip_nonfinite:
             raise FloatingPointError(
                 f"step {self.step + 1}: the {self.skipped_in_a_row}th step in a row with a loss or gradient that is not finite; {REMEDY}"
-                f" (clips of this process: {_some(batch.paths)})"
+                f" (clips of this process: {some(batch.paths)})"
             )
         self.skipped += 1
-        log.warning("step %d left out: the loss is %s, the gradient's norm %s (clips of this process: %s)", self.step + 1, loss.item(), norm.item(), _some(batch.paths))
+        log.warning("step %d left out: the loss is %s, the gradient's norm %s (clips of this process: %s)", self.step + 1, loss.item(), norm.item(), some(batch.paths))
         with torch.no_grad():
             for buffer, before in zip(self.model.buffers(), buffers):
                 buffer.copy_(before)
@@ -275,7 +280,7 @@ class Training:
             return
         values = self.pending.means(self.ranks)
         self.pending.check(self.step, scaled=self.scaler.is_enabled())
-        self.pending = _Pending()
+        self.pending = Pending()
         if self.settings.skip_nonfinite:
             values["skipped"] = self.skipped
         values["lr"] = self.optimizer.param_groups[0]["lr"]
@@ -305,7 +310,7 @@ class Training:
             self.save(self.best)
 
     def save(self, path: Path) -> None:
-        """Write everything that a resume needs, from the main process."""
+        """Have everything that a resume needs written, by the main process and while training goes on."""
         if self.ranks.is_main:
             state = {
                 "model": self.model.state_dict(),
@@ -320,7 +325,11 @@ class Training:
                 **({"ema": self.ema.state_dict()} if self.ema else {}),
                 **self.identity,
             }
-            checkpoint.save(state, path, keep=self.settings.keep if path == self.last else 1)
+            self.saver.save(state, path, keep=self.settings.keep if path == self.last else 1)
+
+    def saved(self) -> None:
+        """Wait until everything is written, on all processes."""
+        self.saver.wait()
         distributed.barrier()
 
     def resume(self) -> None:
@@ -358,45 +367,3 @@ class Training:
     def _normalised(self, clips: Iterable[Tensor]) -> Iterator[Tensor]:
         for batch in self.until_told(clips):
             yield self.normalise(batch.to(self.ranks.device))
-
-
-def _some(paths: Sequence[str]) -> str:
-    return ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "")
-
-
-class _Pending:
-    """Measurements of the steps since the last log line, left on the device until they are needed."""
-
-    def __init__(self) -> None:
-        self.losses: list[Tensor] = []
-        self.norms: list[Tensor] = []
-        self.paths: list[Sequence[str]] = []
-        self.sums: dict[str, float] = {}
-
-    def add(self, loss: Tensor, norm: Tensor, paths: Sequence[str], **values: float) -> None:
-        self.losses.append(loss)
-        self.norms.append(norm)
-        self.paths.append(paths)
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-
-    def check(self, step: int, *, scaled: bool = False) -> None:
-        """Raise FloatingPointError if a loss or, unless fp16 scaling deals with it, a gradient is not finite."""
-        if not self.losses:
-            return
-        losses, norms = torch.stack(self.losses).tolist(), torch.stack(self.norms).tolist()
-        first = step - len(losses) + 1
-        for number, (loss, norm, paths) in enumerate(zip(losses, norms, self.paths), start=first):
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} at step {number}; {REMEDY} (clips: {_some(paths)})")
-            if not math.isfinite(norm) and not scaled:
-                raise FloatingPointError(f"the gradient's norm is {norm} at step {number}; {REMEDY} (clips of this process: {_some(paths)})")
-
-    def means(self, ranks: Ranks) -> dict[str, float]:
-        """Means over the steps and all processes; `replaced` is the number of videos replaced in them."""
-        count = len(self.losses)
-        sums = [torch.stack(self.losses).sum().item(), torch.stack(self.norms).sum().item(), *self.sums.values()]
-        totals = distributed.summed(torch.tensor(sums, dtype=torch.float64, device=ranks.device)).tolist()
-        means = dict(zip(("loss", "grad_norm", *self.sums), (total / count / ranks.world for total in totals)))
-        means["replaced"] *= count * ranks.world
-        return means

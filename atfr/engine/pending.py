@@ -1,0 +1,57 @@
+"""What the steps since the last log line measured, left on the device until it is needed."""
+
+from __future__ import annotations
+
+import math
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+from atfr.engine import distributed
+from atfr.engine.distributed import Ranks
+
+REMEDY = "what was saved before is intact; lower optimizer.lr or trainer.clip_norm, with another trainer.output_dir"
+
+
+def some(paths: Sequence[str]) -> str:
+    """The first of them, to be read."""
+    return ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "")
+
+
+class Pending:
+    """Measurements of the steps since the last log line, left on the device until they are needed."""
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+        self.norms: list[Tensor] = []
+        self.paths: list[Sequence[str]] = []
+        self.sums: dict[str, float] = {}
+
+    def add(self, loss: Tensor, norm: Tensor, paths: Sequence[str], **values: float) -> None:
+        self.losses.append(loss)
+        self.norms.append(norm)
+        self.paths.append(paths)
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def check(self, step: int, *, scaled: bool = False) -> None:
+        """Raise FloatingPointError if a loss or, unless fp16 scaling deals with it, a gradient is not finite."""
+        if not self.losses:
+            return
+        losses, norms = torch.stack(self.losses).tolist(), torch.stack(self.norms).tolist()
+        first = step - len(losses) + 1
+        for number, (loss, norm, paths) in enumerate(zip(losses, norms, self.paths), start=first):
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss} at step {number}; {REMEDY} (clips: {some(paths)})")
+            if not math.isfinite(norm) and not scaled:
+                raise FloatingPointError(f"the gradient's norm is {norm} at step {number}; {REMEDY} (clips of this process: {some(paths)})")
+
+    def means(self, ranks: Ranks) -> dict[str, float]:
+        """Means over the steps and all processes; `replaced` is the number of videos replaced in them."""
+        count = len(self.losses)
+        sums = [torch.stack(self.losses).sum().item(), torch.stack(self.norms).sum().item(), *self.sums.values()]
+        totals = distributed.summed(torch.tensor(sums, dtype=torch.float64, device=ranks.device)).tolist()
+        means = dict(zip(("loss", "grad_norm", *self.sums), (total / count / ranks.world for total in totals)))
+        means["replaced"] *= count * ranks.world
+        return means
