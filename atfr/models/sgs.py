@@ -206,7 +206,10 @@ def distance_to_mean(z: Tensor, metric: str, mask: Tensor) -> Tensor:
     if metric == "l1":
         return (mean - z + 1e-6).abs().sum(dim=2)
     if metric == "cosine":
-        return 1 - torch.nn.functional.cosine_similarity(mean, z, dim=2)
+        # Not a difference from 1, of which nothing but rounding is left where frames are alike.
+        one, other = _norm(mean)[:, :, None], _norm(z)[:, :, None]
+        apart = (mean / one - z / other).square().sum(dim=2) / 2
+        return apart.masked_fill(((one <= TINY) | (other <= TINY))[:, :, 0], 1)  # a vector of no length has no direction
     centred = (z - mean) * exists
     covariance = centred.transpose(1, 2) @ centred / (count - 1).clamp(min=1)  # [N, D, D]
     return (centred @ torch.linalg.pinv(covariance) * centred).sum(dim=2)
