@@ -118,7 +118,7 @@ def test_a_network_of_somebody_elses_can_be_trained_with_sgs_behind_any_of_its_m
     [
         ([], "model.backbone._target_ is not set"),
         (["model.backbone._target_=torchvision.models.video.mc3_18", "model.classes_argument=classes"], "model.backbone cannot be made or run .* 'classes'"),
-        (["model.backbone._target_=torchvision.models.video.mc3_18", "model.sgs.after=res2"], "after='res2' is not a stage of this network; give the path of one of its modules"),
+        (["model.backbone._target_=torchvision.models.video.mc3_18", "model.sgs.after=res2"], "after='res2' is not a stage of this network; choose one or a list of input, or the path of a module"),
         (["model.backbone._target_=torchvision.models.vgg11"], r"model.backbone cannot be made or run on two clips of \(16, 64, 64\)"),
     ],
 )

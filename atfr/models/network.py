@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from atfr.models.segments import take
 from atfr.models.packed_forms import NoPackedForm
-from atfr.models.program import PackedTrunk, Time, Traced
+from atfr.models.program import INPUT, PackedTrunk, Time, Traced
 from atfr.models.sgs_layer import SGS, Sampled, SGSOptions, sample
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,8 @@ class VideoNet(nn.Module):
     Args:
         backbone: maps clips to logits [N, classes]; its head must pool over whatever it is given.
         stages: names for `sgs.after`: the path of a module in the backbone, or a tuple of other
-            names that are meant together. Any other module's path may be given, too.
+            names that are meant together. Any other module's path may be given, too, and `input`,
+            for the clips themselves.
         sgs: None for the dense network, which then is the backbone and nothing else.
         probe: (frames, height, width) of a small clip that the backbone can run on, for a look at
             its shapes and for the self-check.
@@ -204,8 +205,9 @@ def _resolve(names: Sequence[str], stages: Stages, backbone: nn.Module) -> dict[
             try:
                 backbone.get_submodule(target)
             except AttributeError:
-                possible = f"choose one or a list of {', '.join(stages)}, or the path of a module" if stages else "give the path of one of its modules"
-                raise ValueError(f"model.sgs.after={name!r} is not a stage of this network; {possible}") from None
+                if target != INPUT:
+                    possible = f"choose one or a list of {', '.join((INPUT, *stages))}, or the path of a module"
+                    raise ValueError(f"model.sgs.after={name!r} is not a stage of this network; {possible}") from None
             found = {name: target}
         for twice in found.keys() & places.keys():
             raise ValueError(f"model.sgs.after names the same place twice: {twice}")

@@ -23,6 +23,8 @@ from atfr.models.segments import Segments, Window
 from atfr.models.packed_forms import NoPackedForm
 from atfr.models.sgs_layer import sample
 
+INPUT = "input"  # a place before all modules: the clips themselves are sampled
+
 
 @dataclass(frozen=True)
 class Time:
@@ -63,6 +65,7 @@ class Traced:
         tracer = _LeafTracer()
         self.network = network
         self.nodes = list(tracer.trace(network).nodes)
+        tracer.outputs.setdefault(INPUT, self.nodes[0])
         self.cuts: dict[fx.Node, str] = {}  # node -> name of the layer behind it
         for name, path in places.items():
             if path not in tracer.outputs:
