@@ -1,14 +1,16 @@
 """The study of docs/claim.md: does sampling halve the GFLOPs at no loss of accuracy, and does it beat what costs the same?
 
-    python scripts/claim.py                                     # all runs that are missing, then the report
+    python scripts/claim.py --published                         # the runs of benchmarks/results/claim.csv again, then the report
     python scripts/claim.py --networks x3d --data uneven --methods dense atfr-0.4 uniform-6 --seeds 0 1 2
     python scripts/claim.py --parallel 50 --through "srun --cpus-per-task=4 --mem=8G"      # on SLURM
+    python scripts/claim.py                                     # all that it knows, more than a thousand runs
     python scripts/claim.py --report-only                       # from what was run before
 
 A run is one of tools/train.py or tools/calibrate.py under runs/claim/DATA-NETWORK/METHOD/SEED. One that was interrupted goes
 on where it stopped, one that is done is left alone. Each seed trains a dense network first; every other run of
 that seed starts from its weights, and has the same number of further epochs, the dense one as well.
-The report goes into docs/claim.md (between its markers), docs/claim.svg and benchmarks/results/claim.csv.
+Results go into benchmarks/results/claim.csv, in the place of those of the same run that it has; the report of all that it has
+into docs/claim.md and README.md (between their marks) and docs/claim.svg.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from functools import cache
 from pathlib import Path
 
 from claim_change import RESULT as PROBED
+from claim_methods import BUDGETS, METHODS, NETWORKS, WARM
 from claim_report import report
+from claim_rows import saved
 from claim_videos import shrink
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
@@ -36,77 +40,9 @@ from atfr.configuration import build
 
 ROOT = Path(__file__).parent.parent
 RUNS = Path("runs", "claim")
-WARM = "warm"  # the dense network that the other runs of a seed start from
-
 FURTHER = 1 / 3  # epochs of every run that starts from it, of those that it had itself
 LONGER = {"even": 1}  # the same where sampled networks would not be trained to the end
 FINE_TUNING_LR = 0.02
-NETWORKS = ("x3d", "r2plus1d")  # each in its size `tiny`, sampled after the stem
-SHARES = (0.25, 0.32, 0.4, 0.5)  # target mean B' / T
-KEPT = (3, 4, 6, 7, 8, 11)  # features of 16
-BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # mean GFLOPs of dense that tools/calibrate.py aims at
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row of the study: what `tools/TOOL.py` is told beyond network, data and seed."""
-
-    overrides: tuple[str, ...]
-    tool: str = "train"
-    start: str | None = WARM  # the run whose weights it starts from; None: from scratch
-    after: str | None = "stem"  # the place of the sampling layer; None: the network has none
-    adapts: bool = False  # whether B' has to do with what a clip shows
-    briefly: bool = False  # a third of the further epochs that the other runs have
-
-
-def sampled(preset: str, *more: str, after: str = "stem", start: str | None = WARM, briefly: bool = False) -> Method:
-    adapts = preset in ("atfr", "reference", "frozen")
-    return Method((f"model/sgs={preset}", *more), after=after, start=start, adapts=adapts, briefly=briefly)
-
-
-def untrained(start: str, preset: str, *more: str) -> Method:
-    return Method((f"model/sgs={preset}", *more, f"budgets={list(BUDGETS)}"), tool="calibrate", start=start)
-
-
-AT_HALF = "model.sgs.target=0.4"  # of the features: with stem and sampling about half of the GFLOPs
-ANCHOR = ("model.sgs.similarity=anchor",)
-PATH = ("model.sgs.similarity=path", "model.sgs.noise_floor=true")
-REPAIRED = ("model.sgs.edges=inclusive", "model.sgs.kernel=linear_normalized", "model.sgs.order=time")
-METHODS: dict[str, Method] = {
-    WARM: Method((), start=None, after=None),
-    "dense": Method((), after=None),
-    **{f"atfr-{share}": sampled("atfr", f"model.sgs.target={share}") for share in SHARES},
-    **{f"{name}-{k}": sampled(name, f"model.sgs.num_bins={k}") for name in ("uniform", "stride") for k in KEPT},
-    "anchor-0.4": sampled("atfr", *ANCHOR, AT_HALF),
-    "reference": sampled("reference"),
-    "untrained-atfr": untrained(WARM, "atfr"),
-    "untrained-anchor": untrained(WARM, "atfr", *ANCHOR),
-    "untrained-uniform": untrained(WARM, "uniform"),
-    "untrained-stride": untrained(WARM, "stride"),
-    "one-price-0.4": sampled("atfr", "model.sgs.evenness=0", AT_HALF),
-    "own-price-0.4": sampled("atfr", "model.sgs.evenness=1", AT_HALF),
-    "path-0.4": sampled("atfr", *PATH, AT_HALF),
-    "global-0.4": sampled("atfr", "model.sgs.grid=1", AT_HALF),
-    "res2-0.4": sampled("atfr", AT_HALF, after="res2"),
-    "res3-0.4": sampled("atfr", AT_HALF, after="res3"),
-    "scratch-0.4": sampled("atfr", AT_HALF, start=None),
-    "scratch-uniform-7": sampled("uniform", "model.sgs.num_bins=7", start=None),
-    "none": sampled("none"),
-    "random-7": sampled("random", "model.sgs.num_bins=7"),
-    "reference-12": sampled("reference", "model.sgs.num_bins=12"),
-    "reference-D32-12": sampled("reference", "model.sgs.num_bins=12", "model.sgs.embedding_dim=32"),
-    "frozen-12": sampled("frozen", "model.sgs.num_bins=12"),
-    "inclusive-12": sampled("reference", "model.sgs.num_bins=12", "model.sgs.edges=inclusive"),
-    "normalized-12": sampled("reference", "model.sgs.num_bins=12", "model.sgs.edges=inclusive", "model.sgs.kernel=linear_normalized"),
-    "repaired-12": sampled("reference", "model.sgs.num_bins=12", *REPAIRED),
-    "repaired-delta-12": sampled("reference", "model.sgs.num_bins=12", *REPAIRED, "model.sgs.kernel=delta_normalized"),
-    "repaired-magnitude-12": sampled("reference", "model.sgs.num_bins=12", *REPAIRED, "model.sgs.similarity=magnitude"),
-    "drawn-0.4": sampled("atfr", "model.sgs.drawn=[0.15,1]", AT_HALF),
-    "budgets-atfr-0.4": untrained("atfr-0.4", "atfr", "refresh_batch_norm=true"),
-    "dense-briefly": Method((), after=None, briefly=True),
-    "atfr-briefly": sampled("atfr", AT_HALF, briefly=True),
-    "budgets-drawn-0.4": untrained("drawn-0.4", "atfr", "refresh_batch_norm=true"),
-}
 
 
 @dataclass(frozen=True)
@@ -168,9 +104,10 @@ def is_generated(data: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
-    parser.add_argument("--data", nargs="+", default=["uneven", "even", "ut_interaction", "surveillance_fight"], help="files of configs/experiment/claim (default: %(default)s)")
+    parser.add_argument("--data", nargs="+", default=["uneven", "even", "ut_interaction", "ut_interaction_sequence", "surveillance_fight"], help="files of configs/experiment/claim (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD", help=f"of {', '.join(METHODS)} (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--published", action="store_true", help="exactly the runs of benchmarks/results/claim.csv, whatever else is chosen")
     parser.add_argument("--clips", type=Path, default=Path("../shared/data/videos"), help="folder of the sets of real clips (default: %(default)s)")
     parser.add_argument("--parallel", type=int, default=os.cpu_count(), help="runs at a time, one thread each (default: one a core)")
     parser.add_argument("--through", default="", help="a command that each run is started with, such as srun and its options")
@@ -181,16 +118,26 @@ def main() -> None:
         sys.exit('the report needs matplotlib: pip install -e ".[study]"')
     failed: list[str] = []
     if not arguments.report_only:
-        wanted = [
+        wanted = published() if arguments.published else [
             Job(network, data, method, seed)
             for seed in arguments.seeds for network in arguments.networks for data in arguments.data for method in arguments.methods
+            if network in METHODS[method].networks
         ]  # fmt: skip
-        for data in arguments.data:
+        for data in dict.fromkeys(job.data for job in wanted):
             make_data(data, arguments.clips, os.cpu_count() or 1)
         failed = run_all(wanted, parallel=arguments.parallel, through=shlex.split(arguments.through))
     report(RUNS)
     if failed:
         sys.exit("\n".join(failed))
+
+
+def published() -> list[Job]:
+    """The runs that claim.csv has a row of, in its order."""
+    jobs = {}
+    for row in saved():
+        data, _, network = row.data.rpartition("-")
+        jobs[Job(network, data, row.method, row.seed)] = None
+    return list(jobs)
 
 
 def make_data(data: str, clips: Path, processes: int) -> None:
@@ -199,7 +146,7 @@ def make_data(data: str, clips: Path, processes: int) -> None:
     if is_generated(data):
         build(dataset, "dataset")
     else:
-        shrink(clips / dataset.name, Path(dataset.root), processes=processes)
+        shrink(clips / Path(dataset.root).name, Path(dataset.root), lists=[Path(dataset.train).name, Path(dataset.test).name], processes=processes)
 
 
 def run_all(wanted: list[Job], *, parallel: int, through: list[str]) -> list[str]:

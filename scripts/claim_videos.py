@@ -11,6 +11,7 @@ import csv
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Sequence
 
 from tqdm import tqdm
 
@@ -18,14 +19,13 @@ from atfr.data.encode import encode
 from atfr.engine.files import write_text
 
 SHORT_SIDE, KEYFRAME = 64, 12
-LISTS = ("train.csv", "test.csv")
 
 
-def shrink(source: Path, target: Path, *, processes: int) -> None:
-    """Copy the videos that the lists of `source` name, and last the lists."""
-    if all((target / name).exists() for name in LISTS):
+def shrink(source: Path, target: Path, *, lists: Sequence[str], processes: int) -> None:
+    """Copy the videos that these lists of `source` name, and last the lists."""
+    if all((target / name).exists() for name in lists):
         return
-    rows = {name: read_list(source / name) for name in LISTS}
+    rows = {name: read_list(source / name) for name in lists}
     paths = [row[0] for _, *lines in rows.values() for row in lines]
     with ProcessPoolExecutor(processes) as pool:
         for _ in tqdm(pool.map(partial(copy, source, target), paths), total=len(paths), unit="video", desc=f"{source.name} -> {target}"):
@@ -40,7 +40,7 @@ def read_list(path: Path) -> list[list[str]]:
         with open(path, newline="") as file:
             return list(csv.reader(file))
     except FileNotFoundError:
-        raise SystemExit(f"{path} is missing: --clips names the folder that has the sets of real clips, each with {' and '.join(LISTS)}") from None
+        raise SystemExit(f"{path} is missing: --clips names the folder that has the sets of real clips, each with its lists") from None
 
 
 def copied_path(path: str) -> str:

@@ -70,6 +70,7 @@ CASES = {
     "slowfast 4x16-R50": Case(slowfast.slowfast, "4x16-R50", slowfast_4x16, (32, 224), alpha=8, frames=16),
     "slowfast 8x8-R50": Case(slowfast.slowfast, "8x8-R50", from_hub("slowfast_r50"), (32, 224), alpha=4, frames=8),
     "slowfast 8x8-R101": Case(slowfast.slowfast, "8x8-R101", from_hub("slowfast_r101"), (32, 224), alpha=4, frames=8),
+    "resnet3d tiny": Case(resnet3d.resnet3d, "tiny", None, (16, 48)),
     "resnet3d 18": Case(resnet3d.resnet3d, "18", None, (32, 224)),
     "resnet3d 50": Case(resnet3d.resnet3d, "50", None, (32, 224)),
 }
@@ -294,6 +295,14 @@ def test_the_stages_lie_where_their_share_of_the_cost_says(name):
             paths.append(paths[0].replace("multipathway_blocks.0", "multipathway_fusion"))
         before += sum(of(path) for path in paths)
         assert 100 * (1 - before / total) == pytest.approx(percent, abs=1.2), stage
+
+
+def test_the_tiny_3dresnet_is_that_of_depth_18_with_half_of_its_channels():
+    shapes = {size: {name: p.shape for name, p in resnet3d.resnet3d(size=size, num_classes=8).named_parameters()} for size in ("tiny", "18")}
+    assert shapes["tiny"].keys() == shapes["18"].keys()
+    for name, shape in shapes["tiny"].items():
+        kernel = tuple(shapes["18"][name][2:])
+        assert tuple(shape[2:]) == kernel and all(n * 2 == wide or n == wide in (3, 8) for n, wide in zip(shape[:2], shapes["18"][name][:2])), name
 
 
 @pytest.mark.filterwarnings("ignore:.*:torch.jit.TracerWarning")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
+from atfr.configuration import build
 from atfr.data.decode import read_clip
 from atfr.data.synthetic import write_video
 
@@ -19,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import claim  # noqa: E402
 import claim_change  # noqa: E402
 import claim_report  # noqa: E402
+import claim_rows  # noqa: E402
 import claim_videos  # noqa: E402
 
 
@@ -29,9 +33,9 @@ def test_rank_correlation_agrees_with_ranks_counted_one_by_one():
     def ranks(values):  # half a rank for each equal one: the mean rank of equal values
         return [sum(other < value for other in values) + sum(other == value for other in values) / 2 for value in values]
 
-    assert claim_report.spearman(x, y) == pytest.approx(np.corrcoef(ranks(x), ranks(y))[0, 1])
-    assert claim_report.spearman(x, np.exp(x)) == pytest.approx(1)
-    assert np.isnan(claim_report.spearman(np.ones(40), y))
+    assert claim_change.spearman(x, y) == pytest.approx(np.corrcoef(ranks(x), ranks(y))[0, 1])
+    assert claim_change.spearman(x, np.exp(x)) == pytest.approx(1)
+    assert np.isnan(claim_change.spearman(np.ones(40), y))
 
 
 def test_the_standard_error_is_that_of_a_mean_over_seeds():
@@ -87,8 +91,8 @@ def test_a_launcher_that_is_not_there_is_a_run_that_failed(tmp_path, monkeypatch
     assert "no-such-launcher" in claim.run(claim.Job("x3d", "uneven", "warm", 0), ["no-such-launcher"])
 
 
-def row(method: str, seed: int, top1: float, gflops: float) -> claim_report.Row:
-    return claim_report.Row("uneven-x3d", method, seed, "", top1, top1, gflops, 6, 1, 9, 16, 0.5, 0.9, 1, 12, 10, "abc")
+def row(method: str, seed: int, top1: float, gflops: float) -> claim_rows.Row:
+    return claim_rows.Row("uneven-x3d", method, seed, "", top1, top1, gflops, 6, 1, 9, 16, "1:3 9:5", 0.5, 0.9, 1, 12, "abc")
 
 
 def test_a_verdict_compares_within_seeds_and_allows_the_fixed_cost_one_more_feature():
@@ -113,19 +117,55 @@ def test_above_is_by_two_standard_errors_and_below_by_one():
 
 def test_one_network_at_several_budgets_is_held_against_the_line_between_fixed_cost_networks():
     rows = [row(method, s, t + s, cost) for s in (0, 1) for method, t, cost in (("uniform-4", 60.0, 0.4), ("uniform-8", 80.0, 0.6), ("dense", 90.0, 1.0))]
-    rows += [replace(row("budgets-drawn-0.4", s, t + s, cost), budget=b) for s in (0, 1) for b, t, cost in (("0.3", 0.0, 0.3), ("0.5", 71.0, 0.5), ("0.8", 84.0, 0.8))]
+    rows += [replace(row("budgets-drawn-0.4", s, t + s, cost), budget=b) for s in (0, 1) for b, t, cost in (("0.3", 40.0, 0.3), ("0.5", 71.0, 0.5), ("0.8", 84.0, 0.8))]
     groups = claim_report.grouped(rows)
     trained = {method: {s: next(r for r in rows if r.method == method and r.seed == s) for s in (0, 1)} for method in ("uniform-4", "uniform-8", "dense")}
     (line,) = claim_report.one_network("uneven-x3d", groups, trained)
-    assert line.endswith(": above at 0.50 (+1.0 ± 0.0), below at 0.80 (-1.0 ± 0.0)")  # nothing was trained at 0.3
+    assert line.endswith(": below at 0.30 (-20.0 ± 0.0), above at 0.50 (+1.0 ± 0.0), below at 0.80 (-1.0 ± 0.0)")  # at 0.3 against the cheapest
 
 
 def test_every_method_has_a_start_that_exists_and_a_command_with_its_seed():
     for name, method in claim.METHODS.items():
         assert method.start is None or method.start in claim.METHODS, name
-        first, *probe = claim.Job("x3d", "even", name, 7).commands()
+        first, *probe = claim.Job(method.networks[0], "even", name, 7).commands()
         assert "trainer.seed=7" in first
-        assert len(probe) == name.startswith(("atfr", "anchor", "path", "one-price", "own-price", "global", "res", "reference", "scratch-0", "drawn", "frozen", "inclusive", "normalized", "repaired"))
+        plain = any(word in first for word in ("model/sgs=uniform", "model/sgs=stride", "model/sgs=random", "model/sgs=none")) or not method.after
+        assert len(probe) == (not plain and method.tool == "train"), name
+
+
+def test_every_method_has_options_that_fit():
+    for name, method in claim.METHODS.items():
+        words = claim.Job(method.networks[0], "uneven", name, 0).commands()[0][2:]
+        with initialize_config_dir(str(claim.ROOT / "configs"), version_base="1.3"):
+            config = compose(method.tool, [word for word in words if not word.startswith("trainer.")])
+        if method.after:
+            assert build(config.model.sgs, "model.sgs").after == method.after, name
+
+
+def test_every_published_run_can_be_run_again():
+    jobs = claim.published()
+    assert len(jobs) >= 100
+    assert {(f"{job.data}-{job.network}", job.method, job.seed) for job in jobs} == {(row.data, row.method, row.seed) for row in claim_rows.saved()}
+    for job in jobs:
+        assert job.network in claim.METHODS[job.method].networks and (claim.ROOT / "configs/experiment/claim" / f"{job.data}.yaml").exists()
+
+
+def test_the_documents_say_what_the_published_rows_say():
+    groups = claim_report.grouped(claim_rows.saved())
+    for document, name, text in (
+        (claim_report.DOCUMENT, "verdict", claim_report.headline(groups)),
+        (claim_report.README, "verdict", claim_report.headline(groups)),
+        (claim_report.DOCUMENT, "report", claim_report.body(groups)),
+    ):
+        assert f"<!-- claim.py: {name} -->\n{text}\n<!-- claim.py: end of {name} -->" in document.read_text(), f"{document}: run scripts/claim.py --report-only"
+
+
+def test_the_headline_names_where_the_claim_holds_and_where_not():
+    rows = [row(method, s, t + s, cost) for s in (0, 1) for method, t, cost in (("dense", 90.0, 1.0), ("atfr-0.4", 80.0, 0.5), ("input-0.4", 95.0, 0.5), ("uniform-6", 85.0, 0.5))]
+    text = claim_report.headline(claim_report.grouped(rows))
+    assert "not below the dense network on uneven-x3d (input-0.4); below it on uneven-x3d (atfr-0.4)" in text
+    assert "above the best of these on uneven-x3d (input-0.4); not below on none; below on uneven-x3d (atfr-0.4)" in text
+    assert text.startswith("**") and text.endswith("**") and "\n" not in text
 
 
 def test_runs_from_scratch_have_as_many_epochs_as_those_with_a_warm_start():
@@ -159,9 +199,10 @@ def test_small_copies_hold_the_same_frames_and_lists(tmp_path):
     pixels += np.arange(0, 250, 50, dtype=np.uint8)[:, None, None, None]
     (tmp_path / "set" / "a b").mkdir(parents=True)
     write_video(tmp_path / "set" / "a b" / "clip.avi.mp4", pixels)
-    for name in claim_videos.LISTS:
+    lists = ("train.csv", "test.csv")
+    for name in lists:
         (tmp_path / "set" / name).write_text("relative_path,label\na b/clip.avi.mp4,a b\n")
-    claim_videos.shrink(tmp_path / "set", tmp_path / "copy", processes=1)
+    claim_videos.shrink(tmp_path / "set", tmp_path / "copy", lists=lists, processes=1)
     copy = read_clip(str(tmp_path / "copy" / "a b" / "clip.avi.mp4"), lambda num_frames, fps: np.arange(num_frames)).frames
     assert copy.shape == (5, 98, 64, 3) and np.abs(copy.mean((1, 2, 3)) - pixels.mean((1, 2, 3))).max() < 6  # encoded twice
     assert (tmp_path / "copy" / "test.csv").read_text() == "relative_path,label\na b/clip.avi.mp4,a b\n"
@@ -169,28 +210,51 @@ def test_small_copies_hold_the_same_frames_and_lists(tmp_path):
 
 def test_a_folder_without_the_lists_is_named(tmp_path):
     with pytest.raises(SystemExit, match="train.csv is missing: --clips"):
-        claim_videos.shrink(tmp_path / "set", tmp_path / "copy", processes=1)
+        claim_videos.shrink(tmp_path / "set", tmp_path / "copy", lists=["train.csv"], processes=1)
 
 
-def test_a_report_holds_every_run_and_means_over_seeds(tmp_path, monkeypatch):
+@pytest.fixture
+def report_in(tmp_path, monkeypatch):
+    """Makes the report of runs with these top-1, in a folder where nothing was reported yet: (method, seed) -> top-1."""
+    pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     for folder in ("docs", "benchmarks/results", "data/claim/uneven"):
         Path(folder).mkdir(parents=True)
-    claim_report.DOCUMENT.write_text(f"before\n{claim_report.BEGIN}\nold\n{claim_report.END}\nafter\n")
+    verdict, text = (f"<!-- claim.py: {name} -->\nold\n<!-- claim.py: end of {name} -->\n" for name in ("verdict", "report"))
+    claim_report.DOCUMENT.write_text(f"before\n{verdict}{text}after\n")
+    claim_report.README.write_text(verdict)
     Path("data/claim/uneven/truth.csv").write_text("path,change\ntest/x/a.mp4,0.1\ntest/y/b.mp4,0.5\n")
-    for seed, top1 in ((0, 90.0), (1, 94.0)):
-        folder = Path("runs", "uneven-x3d", "atfr-0.4", str(seed))
-        folder.mkdir(parents=True)
-        result = {
-            "top1": top1, "mean_class_accuracy": top1, "clips_per_second": 10.0, "gflops": {"mean": 0.5, "dense": 1.0},
-            "bins": {"mean": 4.0, "min": 2, "max": 6, "frames": 16}, "protocol": {"commit": None},
-        }  # fmt: skip
-        (folder / "results.json").write_text(json.dumps(result))
-        (folder / "predictions.csv").write_text("video,bins\n/data/test/x/a.mp4,2\n/data/test/y/b.mp4,6\n")
-        (folder / "change.json").write_text(json.dumps({"spearman": 0.9, "static": 1.0, "busy": 12.0}))
-    pytest.importorskip("matplotlib")
-    claim_report.report(Path("runs"))
-    text = claim_report.DOCUMENT.read_text()
+
+    def report(found):
+        shutil.rmtree("runs", ignore_errors=True)  # as in another checkout
+        for (method, seed), top1 in found.items():
+            folder = Path("runs", "uneven-x3d", method, str(seed))
+            folder.mkdir(parents=True)
+            result = {
+                "top1": top1, "mean_class_accuracy": top1, "gflops": {"mean": 0.5, "dense": 1.0},
+                "bins": {"mean": 4.0, "min": 2, "max": 6, "frames": 16, "histogram": {"2": 1, "6": 1}}, "protocol": {"commit": None},
+            }  # fmt: skip
+            (folder / "results.json").write_text(json.dumps(result))
+            (folder / "predictions.csv").write_text("video,bins\n/data/test/x/a.mp4,2\n/data/test/y/b.mp4,6\n")
+            (folder / "change.json").write_text(json.dumps({"spearman": 0.9, "static": 1.0, "busy": 12.0}))
+        claim_report.report(Path("runs"))
+        return claim_report.DOCUMENT.read_text()
+
+    return report
+
+
+def test_a_report_holds_every_run_and_means_over_seeds(report_in):
+    text = report_in({("atfr-0.4", 0): 90.0, ("atfr-0.4", 1): 94.0})
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "| atfr-0.4 |  | 2 | 92.0 ± 2.0 | 92.0 | 0.500 | 4.0 (2-6) of 16 | 1.00, 0.90 | 1.0, 12.0 | 10 |" in text
-    assert len(claim_report.ROWS.read_text().splitlines()) == 3 and claim_report.PLOT.stat().st_size > 1000
+    assert "| atfr-0.4 |  | 2 | 92.0 ± 2.0 | 92.0 | 0.500 | 4.0 (2-6) of 16 | 1.00, 0.90 | 1.0, 12.0 |" in text
+    assert len(claim_rows.ROWS.read_text().splitlines()) == 3 and claim_report.PLOT.stat().st_size > 1000
+    assert claim_rows.saved()[0].histogram == "2:1 6:1"
+    assert "old" not in claim_report.README.read_text()
+
+
+def test_a_report_from_few_runs_keeps_the_rows_that_others_found(report_in):
+    report_in({("atfr-0.4", 0): 90.0, ("atfr-0.4", 1): 94.0, ("dense", 0): 95.0})
+    text = report_in({("atfr-0.4", 1): 98.0, ("dense", 1): 97.0})
+    assert {(row.method, row.seed): row.top1 for row in claim_rows.saved()} == {("atfr-0.4", 0): 90, ("atfr-0.4", 1): 98, ("dense", 0): 95, ("dense", 1): 97}
+    assert "| atfr-0.4 |  | 2 | 94.0 ± 4.0 |" in text and "4 results" in text
+    assert report_in({}) == text  # whoever has no runs at all

@@ -275,3 +275,40 @@ def test_a_bad_test_video_is_reported_and_never_replaced(videos, broken):
 def test_a_loader_pins_batches(videos):
     (batch,) = test_loader(TestClips(videos[:1], settings(), views=1, crops=1), batch_size=1, pin_memory=True)
     assert batch.clips.is_pinned() and batch.labels.is_pinned()
+
+
+# ---- decoded clips kept on disk
+
+
+def everything(videos, cache, epoch=0):
+    train, test = TrainClips(videos, settings(cache=cache), seed=1), TestClips(videos, settings(cache=cache), views=2, crops=1)
+    return [train[epoch, index].clip for index in range(len(videos))] + [test[item].clip for item in range(len(test))]
+
+
+def test_clips_from_the_cache_are_those_that_were_decoded(videos, tmp_path, monkeypatch):
+    plain = everything(videos, None)
+    assert all(torch.equal(a, b) for a, b in zip(plain, everything(videos, str(tmp_path))))
+
+    def refuse(*_, **__):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("atfr.data.dataset.read_clip", refuse)
+    again = everything(videos, str(tmp_path))
+    assert len(again) == 18 and all(torch.equal(a, b) for a, b in zip(plain, again))
+    with pytest.raises(AssertionError, match="decoded"):  # other clips of the same videos are not taken for these
+        everything(videos, str(tmp_path), epoch=1)
+
+
+def test_a_video_that_changed_is_decoded_again(tmp_path):
+    video = Video(write_video(tmp_path / "a.avi", 10, size=(64, 48)), 0)
+    first = everything([video], str(tmp_path / "cache"))
+    write_video(tmp_path / "a.avi", 30, size=(64, 64))
+    second = everything([video], str(tmp_path / "cache"))
+    assert all(torch.equal(a, b) for a, b in zip(second, everything([video], None)))
+    assert not torch.equal(first[-1], second[-1])
+
+
+def test_what_cannot_be_read_is_not_kept(broken, tmp_path):
+    for _ in range(2):
+        assert TestClips([broken], settings(cache=str(tmp_path / "cache")), views=1, crops=1)[0].error
+    assert not (tmp_path / "cache").exists()

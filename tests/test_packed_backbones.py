@@ -50,6 +50,7 @@ NETS = {
     "r3d 18": Net(8, "layer2.0", SOME, side=16),
     "mc3 18": Net(8, "layer2.0", SOME, side=16),
     "s3d base": Net(24, "features.5"),
+    "resnet3d tiny": Net(8, "blocks.2.res_blocks.0", SOME),
     "resnet3d 18": Net(8, "blocks.2.res_blocks.0", SOME),
     "resnet3d 50": Net(8, "blocks.2.res_blocks.0", ("res2", ("stem", "res4"))),
     "slowfast 4x16-R50": Net(32, "blocks.2.multipathway_blocks.1.res_blocks.0", ("slow.res2",), side=16),
@@ -332,6 +333,20 @@ def test_a_clip_is_the_same_alone_and_in_hundreds_of_random_batches(name, preset
 def test_the_reference_gives_a_clip_the_same_logits_alone_and_in_any_batch(name):
     net = built(name, "res2", "released", "reference")
     check_alone_and_in_batches(net, clips_for(name, 5, least=2))
+
+
+@pytest.mark.parametrize("name", ["x3d tiny", "resnet3d tiny", "i3d R50", "r2plus1d 18"])
+def test_sampled_at_the_input_a_network_sees_the_averaged_frames_as_its_clip(name):
+    net, clips = placed(name, "input"), clips_for(name, 3)
+    net.sgs["input"].width.fill_(0.5)
+    found = net(clips)
+    weights = found.sampled[0].weights
+    for clip, row, kept, summed in zip(clips, found.logits, found.sampled[0].segments.lengths, weights):
+        merged = torch.einsum("bt,cthw->cbhw", summed[:kept], clip)
+        assert torch.allclose(net.backbone(merged[None])[0], row, atol=1e-3)
+    forced = net(clips, forced=[(8, 5, 6) if name != "i3d R50" else (8, 6, 7)])
+    for clip, row, bins in zip(clips, forced.logits, forced.sampled[0].segments.lengths):
+        assert torch.allclose(net.backbone(average(clip, 1, bins)[None])[0], row, atol=1e-3)
 
 
 @pytest.mark.parametrize("name, stage, activation", [("x3d tiny", "res2", "blocks.1.res_blocks.{}.activation"), ("r3d 18", "res3", "layer2.{}.relu")])

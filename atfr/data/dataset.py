@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Optional
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from atfr.data.clip_cache import cached
 from atfr.data.decode import DECODERS, Decoded, Pick, read_clip
 from atfr.data.records import Video, VideoError
 from atfr.data.sampling import random_clip, random_segments, segment_views, stride_at, uniform_views
@@ -47,6 +49,7 @@ class ClipSettings:
     mean: list[float]  # per channel, for values in [0, 1]
     std: list[float]
     decoder: str = "pyav"  # the library that reads first: pyav | decord
+    cache: Optional[str] = None  # folder for decoded clips, which other runs of the seed read from there
 
     def __post_init__(self) -> None:
         for name in ("frames", "stride", "crop_size", "test_short_side", "views"):
@@ -83,9 +86,13 @@ class ClipSettings:
         """The stride in a file of `fps` frames a second (None: not known)."""
         return stride_at(self.stride, fps=fps or self.fallback_fps, wanted_fps=self.fps)
 
-    def read(self, path: str, pick: Pick, *, short_side: int) -> Decoded:
-        """The frames that `pick` chooses, read as these settings say."""
-        return read_clip(path, pick, short_side=short_side, decoder=self.decoder)
+    def read(self, path: str, pick: Pick, *, short_side: int, key: tuple) -> Decoded:
+        """The frames that `pick` chooses, read as these settings say; `key` is all that it depends on beside them."""
+        read = partial(read_clip, path, pick, short_side=short_side, decoder=self.decoder)
+        if self.cache is None:
+            return read()
+        settings = (self.frames, self.stride, self.fps, self.fallback_fps, self.sampling, self.decoder)
+        return cached(read, Path(self.cache), path, (*settings, short_side, *key))
 
     def _require(self, holds: bool, name: str, what: str) -> None:
         if not holds:
@@ -191,7 +198,7 @@ class TrainClips(Dataset):
         space = np.random.default_rng((*seed, 2))
         short_side = self.transform.draw_short_side(space)
         path = self.videos[video].path
-        read = partial(self.clip.read, path, pick, short_side=short_side)
+        read = partial(self.clip.read, path, pick, short_side=short_side, key=("train", *seed))
         decoded = self.limit.read(read, number=video, path=path)
         return self.transform(_to_tensor(decoded.frames), short_side=short_side, rng=space), decoded.decoder
 
@@ -246,7 +253,7 @@ class TestClips(Dataset):
             return uniform_views(num_frames, frames=self.clip.frames, stride=stride, views=self.views)[view]
 
         path = self.videos[number].path
-        read = partial(self.clip.read, path, pick, short_side=self.clip.test_short_side)
+        read = partial(self.clip.read, path, pick, short_side=self.clip.test_short_side, key=("test", view, self.views))
         decoded = self.limit.read(read, number=number, path=path)
         found = _to_tensor(decoded.frames), decoded.decoder
         self._last = ((number, view), found) if self.crops > 1 else None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from atfr.models import trials
 from atfr.models.packed_forms import NoPackedForm
-from atfr.models.program import PackedTrunk, Time, Traced
+from atfr.models.program import INPUT, PackedTrunk, Time, Traced
 from atfr.models.segments import take
 from atfr.models.sgs_layer import SGS, Sampled, SGSOptions, sample
 from atfr.models.trials import evaluating
@@ -52,7 +52,8 @@ class VideoNet(nn.Module):
     Args:
         backbone: maps clips to logits [N, classes]; its head must pool over whatever it is given.
         stages: names for `sgs.after`: the path of a module in the backbone, or a tuple of other
-            names that are meant together. Any other module's path may be given, too.
+            names that are meant together. Any other module's path may be given, too, and `input`,
+            for the clips themselves.
         sgs: None for the dense network, which then is the backbone and nothing else.
         probe: (frames, height, width) of a small clip that the backbone can run on, for a look at
             its shapes and for the self-check.
@@ -231,7 +232,8 @@ def _resolve(names: Sequence[str], stages: Stages, backbone: nn.Module) -> dict[
             try:
                 backbone.get_submodule(target)
             except AttributeError:
-                raise ValueError(f"model.sgs.after={name!r} is not a stage of this network; {_possible(target, stages, backbone)}") from None
+                if target != INPUT:
+                    raise ValueError(f"model.sgs.after={name!r} is not a stage of this network; {_possible(target, stages, backbone)}") from None
             found = {name: target}
         for twice in found.keys() & places.keys():
             raise ValueError(f"model.sgs.after names the same place twice: {twice}")
@@ -244,8 +246,8 @@ def _possible(path: str, stages: Stages, backbone: nn.Module) -> str:
     near = difflib.get_close_matches(path, [name for name, _ in backbone.named_modules() if name], n=5)
     like = f", such as {', '.join(near)}" if near else ""
     if stages:
-        return f"choose one or a list of {', '.join(stages)}, or the path of a module{like}"
-    return f"choose the path of a module or a list of them; there are {', '.join(dict(backbone.named_children()))} and what is in them{like}"
+        return f"choose one or a list of {', '.join((INPUT, *stages))}, or the path of a module{like}"
+    return f"choose {INPUT}, the path of a module or a list of them; there are {', '.join(dict(backbone.named_children()))} and what is in them{like}"
 
 
 def _key(name: str) -> str:

@@ -27,6 +27,7 @@ from atfr.models.packed_forms import NoPackedForm
 from atfr.models.sgs_layer import sample
 
 TORCH = str(Path(torch.__file__).parent)
+INPUT = "input"  # a place before all modules: the clips themselves are sampled
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Traced:
         tracer = _LeafTracer()
         self.network = network
         self.nodes = _trace(tracer, network)
+        tracer.outputs.setdefault(INPUT, self.nodes[0])
         self.cuts: dict[fx.Node, str] = {}  # node -> name of the layer behind it
         for name, path in places.items():
             if path not in tracer.outputs:

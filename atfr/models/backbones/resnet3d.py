@@ -21,7 +21,8 @@ from atfr.models.sgs_layer import SGSOptions
 
 STAGES = {"stem": "blocks.0", "res2": "blocks.1", "res3": "blocks.2", "res4": "blocks.3", "res5": "blocks.4"}
 
-SIZES = {"18": (2, 2, 2, 2), "50": (3, 4, 6, 3)}  # bottleneck blocks of res2 to res5
+SIZES = {"tiny": (2, 2, 2, 2), "18": (2, 2, 2, 2), "50": (3, 4, 6, 3)}  # bottleneck blocks of res2 to res5
+NARROWING = {"tiny": 2}  # what all channels are divided by; tiny is ours, for the built-in data
 
 STEM_CHANNELS = 8
 CHANNELS = (32, 256, 512, 1024)  # at the end of res2 to res5
@@ -36,10 +37,11 @@ def resnet3d(*, size: str | int, num_classes: int, dropout: float = 0.5, sgs: SG
     Raises:
         ValueError: an unknown size, or options of `sgs` that do not fit (see `VideoNet`).
     """
-    blocks: list[nn.Module] = [_stem()]
-    dim_in = STEM_CHANNELS
-    parts = zip(variant(SIZES, size, network="resnet3d"), CHANNELS, INNER_CHANNELS, TEMPORAL_KERNELS, SPATIAL_STRIDES)
-    for depth, dim_out, dim_inner, kernel, stride in parts:
+    depths, narrowing = variant(SIZES, size, network="resnet3d"), NARROWING.get(str(size), 1)
+    dim_in = STEM_CHANNELS // narrowing
+    blocks: list[nn.Module] = [_stem(dim_in)]
+    for depth, wide, wide_inside, kernel, stride in zip(depths, CHANNELS, INNER_CHANNELS, TEMPORAL_KERNELS, SPATIAL_STRIDES):
+        dim_out, dim_inner = wide // narrowing, wide_inside // narrowing
         blocks.append(
             create_res_stage(
                 depth=depth,
@@ -68,10 +70,10 @@ def resnet3d(*, size: str | int, num_classes: int, dropout: float = 0.5, sgs: SG
     return VideoNet(mended(Net(blocks=nn.ModuleList(blocks))), stages=STAGES, sgs=sgs)
 
 
-def _stem() -> nn.Module:
+def _stem(channels: int) -> nn.Module:
     return create_res_basic_stem(
         in_channels=3,
-        out_channels=STEM_CHANNELS,
+        out_channels=channels,
         conv_kernel_size=(5, 7, 7),
         conv_stride=(1, 2, 2),
         conv_padding=(2, 3, 3),

@@ -1,0 +1,109 @@
+"""The methods that the study (scripts/claim.py) compares: what a run is told beyond network, data and seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WARM = "warm"  # the dense network that the other runs of a seed start from
+
+NETWORKS = ("x3d", "r2plus1d", "resnet3d")  # each in its size `tiny`, sampled after the stem
+SHARES = (0.25, 0.32, 0.4, 0.5)  # target mean B' / T
+KEPT = (2, 3, 4, 5, 6, 7, 8, 11)  # features of 16
+BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # mean GFLOPs of dense that tools/calibrate.py aims at
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the study: what `tools/TOOL.py` is told."""
+
+    overrides: tuple[str, ...]
+    tool: str = "train"
+    start: str | None = WARM  # the run whose weights it starts from; None: from scratch
+    after: str | None = "stem"  # the place of the sampling layer; None: the network has none
+    adapts: bool = False  # whether B' has to do with what a clip shows
+    briefly: bool = False  # a third of the further epochs that the other runs have
+    networks: tuple[str, ...] = NETWORKS  # those that have such a place
+
+
+def sampled(preset: str, *more: str, after: str = "stem", start: str | None = WARM, briefly: bool = False, networks: tuple[str, ...] = NETWORKS) -> Method:
+    adapts = preset in ("atfr", "reference", "frozen")
+    return Method((f"model/sgs={preset}", *more), after=after, start=start, adapts=adapts, briefly=briefly, networks=networks)
+
+
+def fixed(preset: str, kept: int, **where: str | None) -> Method:
+    return sampled(preset, f"model.sgs.num_bins={kept}", **where)
+
+
+def untrained(start: str, preset: str, *more: str, after: str = "stem") -> Method:
+    return Method((f"model/sgs={preset}", *more, f"budgets={list(BUDGETS)}"), tool="calibrate", start=start, after=after)
+
+
+def target(share: float) -> str:
+    return f"model.sgs.target={share}"
+
+
+AT_HALF = target(0.4)  # of the features: with stem and sampling about half of the GFLOPs
+ANCHOR = ("model.sgs.similarity=anchor",)
+PATH = ("model.sgs.similarity=path", "model.sgs.noise_floor=true")
+TWELVE = "model.sgs.num_bins=12"  # of which the published layer fills about half
+REPAIRED = ("model.sgs.edges=inclusive", "model.sgs.kernel=linear_normalized", "model.sgs.order=time")
+ABSOLUTE = (*REPAIRED, "model.sgs.scale=absolute", AT_HALF)
+METHODS: dict[str, Method] = {
+    WARM: Method((), start=None, after=None),
+    "dense": Method((), after=None),
+    "none": sampled("none"),
+    # The layer of model/sgs=atfr, and what keeps equally many features of all clips.
+    **{f"atfr-{share}": sampled("atfr", target(share)) for share in SHARES},
+    **{f"{name}-{k}": fixed(name, k) for name in ("uniform", "stride", "random") for k in KEPT},
+    # Its family.
+    "anchor-0.4": sampled("atfr", *ANCHOR, AT_HALF),
+    "path-0.4": sampled("atfr", *PATH, AT_HALF),
+    "one-price-0.4": sampled("atfr", "model.sgs.evenness=0", AT_HALF),
+    "one-price-0.32": sampled("atfr", "model.sgs.evenness=0", target(0.32)),
+    "own-price-0.4": sampled("atfr", "model.sgs.evenness=1", AT_HALF),
+    "global-0.4": sampled("atfr", "model.sgs.grid=1", AT_HALF),
+    # Other places. After res3, and with more features after res2, no network here gets down to half of the GFLOPs.
+    "early-0.37": sampled("atfr", target(0.37), after="blocks.0.conv.conv_t", networks=("x3d",)),  # inside the stem, before its temporal convolution
+    **{f"input-{share}": sampled("atfr", target(share), after="input") for share in (0.3, 0.44)},
+    **{f"input-{name}-{k}": fixed(name, k, after="input") for name in ("uniform", "stride") for k in KEPT},
+    "res2-0.16": sampled("atfr", target(0.16), after="res2"),
+    "res2-0.32": sampled("atfr", target(0.32), after="res2"),
+    "res2-0.4": sampled("atfr", AT_HALF, after="res2"),
+    **{f"res2-uniform-{k}": fixed("uniform", k, after="res2") for k in (2, 3, 5, 6)},
+    "res3-0.4": sampled("atfr", AT_HALF, after="res3"),
+    "res3-uniform-6": fixed("uniform", 6, after="res3"),
+    # From scratch.
+    "scratch-dense": Method((), start=None, after=None),
+    "scratch-0.4": sampled("atfr", AT_HALF, start=None),
+    "scratch-uniform-7": fixed("uniform", 7, start=None),
+    "scratch-stride-6": fixed("stride", 6, start=None),
+    # The published layer, one thing changed, or several.
+    "reference": sampled("reference"),
+    **{f"reference-{bins}": sampled("reference", f"model.sgs.num_bins={bins}") for bins in (8, 12)},
+    **{f"reference-D{dim}-12": sampled("reference", TWELVE, f"model.sgs.embedding_dim={dim}") for dim in (4, 32)},
+    "frozen-12": sampled("frozen", TWELVE),
+    "delta-12": sampled("reference", TWELVE, "model.sgs.kernel=delta"),
+    "mean-12": sampled("frozen", TWELVE, "model.sgs.kernel=mean"),  # no kernel that a learned embedding could learn by
+    "time-12": sampled("reference", TWELVE, "model.sgs.order=time"),
+    "inclusive-12": sampled("reference", TWELVE, "model.sgs.edges=inclusive"),
+    "normalized-12": sampled("reference", TWELVE, "model.sgs.edges=inclusive", "model.sgs.kernel=linear_normalized"),
+    "repaired-12": sampled("reference", TWELVE, *REPAIRED),
+    "repaired-delta-12": sampled("reference", TWELVE, *REPAIRED, "model.sgs.kernel=delta_normalized"),
+    "repaired-magnitude-12": sampled("reference", TWELVE, *REPAIRED, "model.sgs.similarity=magnitude"),
+    **{f"repaired-{metric}-12": sampled("reference", TWELVE, *REPAIRED, f"model.sgs.metric={metric}") for metric in ("l1", "cosine", "mahalanobis")},
+    "absolute-0.4": sampled("reference", *ABSOLUTE),
+    "absolute-magnitude-0.4": sampled("reference", *ABSOLUTE, "model.sgs.similarity=magnitude"),
+    # One network at many budgets, and no training at all.
+    "drawn-0.4": sampled("atfr", "model.sgs.drawn=[0.15,1]", AT_HALF),
+    "budgets-drawn-0.4": untrained("drawn-0.4", "atfr", "refresh_batch_norm=true"),
+    "budgets-atfr-0.4": untrained("atfr-0.4", "atfr", "refresh_batch_norm=true"),
+    "untrained-atfr": untrained(WARM, "atfr"),
+    "untrained-anchor": untrained(WARM, "atfr", *ANCHOR),
+    "untrained-uniform": untrained(WARM, "uniform"),
+    "untrained-stride": untrained(WARM, "stride"),
+    "untrained-random": untrained(WARM, "random"),
+    **{f"untrained-input-{name}": untrained(WARM, name, after="input") for name in ("atfr", "uniform", "stride")},
+    # A third of the further epochs.
+    "dense-briefly": Method((), after=None, briefly=True),
+    "atfr-briefly": sampled("atfr", AT_HALF, briefly=True),
+}

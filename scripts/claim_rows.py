@@ -1,0 +1,110 @@
+"""The rows of the study (scripts/claim.py): what every run found, in benchmarks/results/claim.csv.
+
+The file is what the report is made from. Runs lie under runs/, which git does not keep, so a report first takes the
+rows that are there and puts those of the runs on this machine in their places.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Iterator
+
+import numpy as np
+from claim_change import RESULT as PROBED
+from claim_change import spearman
+
+from atfr.engine.files import write_text
+
+ROWS = Path("benchmarks/results/claim.csv")
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One test of one trained (or calibrated) network."""
+
+    data: str  # and the network: uneven-x3d
+    method: str
+    seed: int
+    budget: str  # of a calibration; empty for a training
+    top1: float
+    balanced: float  # mean class accuracy
+    gflops: float  # mean over clips, of dense
+    bins: float
+    least: int
+    most: int
+    frames: int
+    histogram: str  # of B' over the test clips: 6:410 7:390; empty where it was not kept
+    follows_change: float  # Spearman's rank correlation of B' with the true amount of change; nan where that is not known
+    follows_played: float  # the same on the clips of claim_change.py, which differ in it
+    static: float  # mean B' of clips that hold one frame
+    busy: float  # mean B' of clips whose every frame is of another video
+    commit: str
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        return self.data, self.method, self.budget, self.seed
+
+
+def updated(runs: Path) -> list[Row]:
+    """The rows of claim.csv, in its order, after those of all runs under `runs` took their places in it or were added."""
+    rows = {row.key: row for row in saved()}
+    rows.update({row.key: row for row in found(runs)})
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([field.name for field in fields(Row)])
+    writer.writerows([f"{value:.4g}" if isinstance(value, float) else value for value in asdict(rows[key]).values()] for key in sorted(rows))
+    write_text(ROWS, text.getvalue())
+    return saved()  # as the next reader has them, who has not these runs
+
+
+def saved() -> list[Row]:
+    """The rows of claim.csv; none where there is no such file."""
+    if not ROWS.exists():
+        return []
+    kinds = {"str": str, "int": int, "float": float}
+    with open(ROWS, newline="") as file:
+        return [Row(**{field.name: kinds[field.type](line[field.name]) for field in fields(Row)}) for line in csv.DictReader(file)]
+
+
+def found(runs: Path) -> Iterator[Row]:
+    """The rows of the runs that have ended."""
+    for path in runs.glob("*/*/*/*.json"):
+        if path.name not in ("results.json", "calibration.json"):
+            continue
+        data, method, seed = path.parent.parts[-3:]
+        results = json.loads(path.read_text())
+        probe = path.with_name(PROBED)
+        played = json.loads(probe.read_text()) if probe.exists() else {}
+        for result in results if isinstance(results, list) else [results]:
+            bins, gflops = result["bins"], result["gflops"]
+            yield Row(
+                data, method, int(seed), f"{result['budget']:g}" if "budget" in result else "",
+                result["top1"], result["mean_class_accuracy"], gflops["mean"] / gflops["dense"],
+                bins["mean"], bins["min"], bins["max"], bins["frames"], " ".join(f"{kept}:{clips}" for kept, clips in bins["histogram"].items()),
+                follows_change(path.with_name("predictions.csv"), Path("data/claim", data.rpartition("-")[0], "truth.csv")) if "budget" not in result else NAN,
+                *(played.get(key, NAN) for key in ("spearman", "static", "busy")),
+                result["protocol"]["commit"] or "",
+            )  # fmt: skip
+
+
+def follows_change(predictions: Path, truth: Path) -> float:
+    """Spearman's rank correlation, over the test clips, of B' with how much the video changes."""
+    if not truth.exists() or not predictions.exists():
+        return NAN
+    change = changes(truth)
+    with open(predictions, newline="") as file:
+        pairs = [(float(row["bins"].split("/")[0]), change["/".join(Path(row["video"]).parts[-3:])]) for row in csv.DictReader(file)]
+    return spearman(*(np.array(values) for values in zip(*pairs)))
+
+
+@cache
+def changes(truth: Path) -> dict[str, float]:
+    """How much each generated video changes from frame to frame; the same file serves all runs on its data."""
+    with open(truth, newline="") as file:
+        return {row["path"]: float(row["change"]) for row in csv.DictReader(file)}
