@@ -230,12 +230,14 @@ def counted(case: Case, *, frames: int = 0, side: int = 0, batch_norm: int = 0) 
     return total, lambda path: sum(flops.get(f"{root}.{path}", {}).values()) / 2e9
 
 
-# Frames, side, and GFLOPs as published in DESIGN's section 3, by PySlowFast (X3D) and by torchvision.
+# Frames, side, and GFLOPs as published in DESIGN's section 3, by PySlowFast (X3D) and by torchvision; X3D-XL's, which
+# the paper gives for another size alone, as fvcore counts them.
 DENSE = [
     ("x3d XS", 4, 160, 0.60),
     ("x3d S", 13, 160, 1.96),
     ("x3d M", 16, 224, 4.73),
     ("x3d L", 16, 312, 18.37),
+    ("x3d XL", 16, 312, 35.84),
     ("slow R50", 8, 256, 54.52),
     ("slowfast 8x8-R50", 32, 256, 65.71),
     ("r2plus1d 18", 16, 112, 40.52),
@@ -317,9 +319,14 @@ def test_the_papers_network_costs_what_the_paper_says_with_sgs_after_res2(size, 
     assert sum(gflops[f"blocks.{i}"] for i in (2, 3, 4)) / 32 == pytest.approx(per_bin, abs=0.0005)
 
 
-# By pytorchvideo's table of models, in millions, and torchvision's of weights.
+# By pytorchvideo's table of models, in millions, and torchvision's of weights; X3D-XL's as counted here, where its paper
+# says 11.0.
 PARAMETERS = {
+    "x3d XS": 3.79,
+    "x3d S": 3.79,
     "x3d M": 3.79,
+    "x3d L": 6.15,
+    "x3d XL": 11.10,
     "slow R50": 32.45,
     "c2d R50": 24.33,
     "i3d R50": 28.04,
@@ -340,6 +347,20 @@ def test_the_number_of_parameters_is_the_published_one(name):
     with torch.device("meta"):
         model = CASES[name].build(size=CASES[name].size, num_classes=400)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(PARAMETERS[name], abs=0.005)
+
+
+@pytest.mark.parametrize("size, depths", [("18", (2, 2, 2, 2)), ("50", (3, 4, 6, 3))])
+def test_the_papers_network_has_the_parameters_of_its_table_of_layers(size, depths):
+    total = 3 * 8 * 5 * 7 * 7 + 2 * 8 + 1024 * 400 + 400  # the stem's convolution and norm, the last layer
+    before = 8
+    for depth, out, inner, kernel in zip(depths, (32, 256, 512, 1024), (8, 64, 128, 256), (3, 1, 1, 3)):
+        total += before * out + 2 * out  # the shortcut of a stage's first block
+        for _ in range(depth):
+            total += before * inner * kernel + inner * inner * 9 + inner * out + 2 * (inner + inner + out)
+            before = out
+    with torch.device("meta"):
+        model = resnet3d.resnet3d(size=size, num_classes=400)
+    assert sum(p.numel() for p in model.parameters()) == total == {"18": 4_629_720, "50": 7_533_944}[size]
 
 
 @pytest.mark.parametrize("build", dict.fromkeys(case.build for case in CASES.values()), ids=lambda build: build.__name__)

@@ -14,6 +14,7 @@ from atfr.models.network import VideoNet
 from atfr.models.packed import conv3d, segment_mean
 from atfr.models.segments import Segments
 from atfr.models.sgs_layer import SGSOptions
+from atfr.models.backbones.resnets import slow
 from atfr.models.backbones.x3d import SIZES, STAGES, x3d
 
 ATFR = dict(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=0.3)
@@ -232,3 +233,24 @@ def test_clips_of_another_shape_or_on_another_device_are_refused():
         model(torch.zeros(3, 16, 32, 32))
     with pytest.raises(ValueError, match="on cpu, like the network, not .* on meta"):
         model(torch.zeros(1, 3, 16, 32, 32, device="meta"))
+
+
+PARTITION = dict(similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, target=0.4, evenness=0.5)
+
+
+@pytest.mark.parametrize("build, size, after, reach", [(slow, "R50", "res2", 0), (x3d, "tiny", "stem", 2)], ids=["slow", "x3d"])
+@pytest.mark.parametrize("similarity", ["partition", "anchor"])
+def test_a_static_clip_keeps_one_feature_but_for_frames_near_enough_to_its_ends_to_see_the_padding(build, size, after, reach, similarity):
+    sgs = SGSOptions(**{**PARTITION, "similarity": similarity, "evenness": 0.5 if similarity == "partition" else 0.0, "after": after})
+    model = build(size=size, num_classes=6, sgs=sgs).eval()
+    layer, clips = model.sgs[after], uneven_clips(8)
+    static = clips[:, :, :1].expand(-1, -1, 16, -1, -1)
+    with torch.no_grad():
+        layer.width.fill_(1.0)
+        (seen,) = model(clips).sampled
+        layer.calibrate(seen.proposal.z, seen.proposal.valid)
+        assert sum(model(clips).sampled[0].segments.lengths) > 8 * 5
+        (done,) = model(static).sampled
+    inside = done.assignment[:, reach : 16 - reach]
+    assert (inside == inside[:, :1]).all()
+    assert max(done.segments.lengths) <= 1 + 2 * reach

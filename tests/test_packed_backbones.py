@@ -405,10 +405,10 @@ STATISTICS = [
     ("i3d R50", "res2", ("blocks.3.res_blocks.0.branch2.norm_a", "blocks.5.res_blocks.2.branch2.norm_c")),
     ("s3d base", "res2", ("features.5.branch1.1.1.1", "features.15.branch3.1.1")),
     ("slowfast 8x8-R50", "res2", ("blocks.1.multipathway_fusion.norm", "blocks.4.multipathway_blocks.0.res_blocks.2.branch2.norm_c")),
-    ("slow R50", "res2", ("blocks.2.res_blocks.0.branch2.norm_a", "blocks.4.res_blocks.2.branch2.norm_c")),
+    pytest.param("slow R50", "res2", ("blocks.2.res_blocks.0.branch2.norm_a", "blocks.4.res_blocks.2.branch2.norm_c"), marks=pytest.mark.slow),
     ("c2d R50", "res2", ("blocks.3.res_blocks.0.branch2.norm_a", "blocks.5.res_blocks.2.branch2.norm_c")),
     ("csn R101", "res2", ("blocks.2.res_blocks.0.branch2.norm_b", "blocks.4.res_blocks.2.branch2.norm_c")),
-    ("r3d 18", "res2", ("layer2.0.conv1.1", "layer3.0.downsample.1", "layer4.1.conv2.1")),
+    pytest.param("r3d 18", "res2", ("layer2.0.conv1.1", "layer3.0.downsample.1", "layer4.1.conv2.1"), marks=pytest.mark.slow),
     ("mc3 18", "res2", ("layer2.0.conv1.1", "layer3.0.downsample.1", "layer4.1.conv2.1")),
     ("resnet3d 18", "res2", ("blocks.2.res_blocks.0.branch2.norm_a", "blocks.4.res_blocks.1.branch2.norm_c")),
 ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 
 import pytest
 import torch
+from pytorchvideo.models import hub
 from pytorchvideo.models.csn import create_csn
+from pytorchvideo.models.r2plus1d import create_r2plus1d
 from pytorchvideo.models.resnet import create_resnet
 from pytorchvideo.models.slowfast import create_slowfast
 from pytorchvideo.models.x3d import create_x3d
@@ -15,6 +18,9 @@ from torch import nn
 from torchvision.models import video
 
 from atfr.engine import checkpoint
+from atfr.models.backbones.r2plus1d import r2plus1d
+from atfr.models.backbones.resnets import i3d
+from atfr.models.backbones.torchvision3d import r3d
 from atfr.models.backbones.x3d import x3d
 from atfr.models.network import VideoNet
 from atfr.models.sgs_layer import SGSOptions
@@ -50,6 +56,15 @@ def source_slow(**structure):
 
 def source_c2d():
     return source_slow(stage1_pool=nn.MaxPool3d, stage_conv_a_kernel_size=((1, 1, 1),) * 4)
+
+
+def source_i3d():
+    kernels = ((3, 1, 1), [(3, 1, 1), (1, 1, 1)], [(3, 1, 1), (1, 1, 1)], [(1, 1, 1), (3, 1, 1)])
+    return source_slow(stage1_pool=nn.MaxPool3d, stage_conv_a_kernel_size=kernels)
+
+
+def source_r2plus1d():
+    return spread(create_r2plus1d(model_num_class=5, stem_dim_out=8, head_pool=nn.AdaptiveAvgPool3d, head_activation=None))
 
 
 def source_slowfast():
@@ -140,7 +155,11 @@ def test_a_zoo_file_of_pytorchvideo_gives_our_x3d_its_logits(tmp_path, zipped):
     assert sum(entry.size for entry in report.loaded) == sum(v.numel() for n, v in source.state_dict().items() if "num_batches" not in n)
 
 
-@pytest.mark.parametrize("build", [source_slow, source_c2d, source_slowfast, source_csn, lambda: spread(video.r2plus1d_18(num_classes=5))])
+SOURCES = [source_slow, source_c2d, source_i3d, source_r2plus1d, source_slowfast, source_csn]
+SOURCES += [lambda: spread(video.r2plus1d_18(num_classes=5)), lambda: spread(video.r3d_18(num_classes=5))]
+
+
+@pytest.mark.parametrize("build", SOURCES)
 @pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": {f"module.model.{name}": v for name, v in state.items()}}])
 def test_state_dicts_of_the_libraries_load_with_and_without_wrappers(tmp_path, build, wrap):
     source, network = build(), build()
@@ -165,7 +184,7 @@ def test_the_head_of_torchvision_is_replaced_for_another_number_of_classes(tmp_p
 
 
 @pytest.mark.parametrize(
-    "build,names", [(source_slow, native_resnet()), (source_c2d, native_resnet()), (source_slowfast, native_slowfast())]
+    "build,names", [(source_slow, native_resnet()), (source_c2d, native_resnet()), (source_i3d, native_resnet()), (source_slowfast, native_slowfast())]
 )
 def test_pyslowfasts_own_names_are_understood(tmp_path, build, names):
     source, network = build(), build()
@@ -190,6 +209,27 @@ def test_pyslowfasts_x3d_has_a_norm_that_pytorchvideos_has_not_and_gives_the_sam
     assert torch.allclose(logits(model).logits, logits(source), atol=1e-5)
     assert not report.skipped and not report.new
     assert report.notes == ("s2.pathway0_res0.branch1_bn is folded into blocks.1.res_blocks.0, which has no norm there: the same in evaluation",)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "build, source",
+    [
+        (functools.partial(i3d, size="R50"), hub.i3d_r50),
+        (functools.partial(r2plus1d, size="R50"), hub.r2plus1d_r50),
+        (functools.partial(r2plus1d, size="18"), lambda **_: video.r2plus1d_18(num_classes=400)),
+        (functools.partial(r3d, size="18"), lambda **_: video.r3d_18(num_classes=400)),
+    ],
+    ids=["i3d R50", "r2plus1d R50", "r2plus1d 18", "r3d 18"],
+)
+def test_a_published_networks_file_fills_ours_with_and_without_sgs(tmp_path, build, source):
+    network = source(pretrained=False)
+    torch.save({"model_state": network.state_dict()}, tmp_path / "zoo.pyth")
+    for sgs in (None, SGSOptions()):
+        model = build(num_classes=400, sgs=sgs)
+        report = load_pretrained(model, tmp_path / "zoo.pyth")
+        assert_same_state(model.backbone, network)
+        assert not report.skipped and all(entry.name.startswith("sgs.") for entry in report.new)
 
 
 @pytest.mark.parametrize(
