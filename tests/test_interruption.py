@@ -16,7 +16,7 @@ from run_tools import ROOT, run_tool, small_job
 from test_kill import logged, wait_for_steps
 
 from atfr import jobs
-from atfr.engine import checkpoint
+from atfr.engine import checkpoint, train
 from atfr.engine.distributed import Ranks
 from atfr.engine.evaluate import LOOK_EVERY, evaluate
 from atfr.engine.interruption import SIGNALS, TRY_AGAIN, Interrupted, end, listen
@@ -146,8 +146,6 @@ def test_a_signal_ends_a_test_within_a_few_batches_and_the_statistics_before_the
     with pytest.raises(Interrupted, match="stopped by SIGUSR2 during the test"):
         evaluate(torch.nn.Identity(), Loader([None] * 100), normalise=torch.nn.Identity(), ranks=Ranks(0, 1, torch.device("cpu")), stop=flag)
     assert len(seen) <= 5 + LOOK_EVERY + 1
-
-    from atfr.engine import train
 
     original = train.clips_for_statistics
 

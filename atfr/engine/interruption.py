@@ -36,7 +36,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._first: float | None = None  # when that was
+        self._first_term: float | None = None  # when that was
         self._where: str | None = None  # not to be waited for: where the program is
 
     @contextmanager
@@ -72,18 +72,20 @@ class StopFlag:
             if self._where is not None:
                 raise Interrupted(number, self._where)
 
-    def _kill_at_a_second_term(self, number: int) -> None:
-        now = time.monotonic()
-        self._first = now if self._first is None else self._first
-        if number == signal.SIGTERM and now - self._first > ONE_TOLD:
+    def _came(self, number: int) -> None:
+        """In the watching thread: the second TERM kills. One after a USR1 is a batch system that still gives time to save."""
+        if number != signal.SIGTERM:
+            return
+        if self._first_term is None:
+            self._first_term = time.monotonic()
+        elif time.monotonic() - self._first_term > ONE_TOLD:
             os._exit(128 + number)
 
 
 def listen() -> StopFlag:
     """From now on the signals set a flag, the same at each call. For the main thread only, as Python's signals are.
 
-    A TERM that comes later than the first signal ends the process there and then, even if its main thread waits for
-    others and will never look at the flag.
+    A second TERM ends the process there and then, even if its main thread waits for others and will never look at the flag.
     """
     flag = _listener() or StopFlag()
     for number in SIGNALS:
@@ -108,7 +110,7 @@ def _watch() -> None:
         while number := os.read(reading, 1):
             listener = _listener()
             if listener is not None and number[0] in SIGNALS:
-                listener._kill_at_a_second_term(number[0])
+                listener._came(number[0])
 
     threading.Thread(target=watch, daemon=True).start()
 
