@@ -19,7 +19,7 @@ def keep_freed_memory() -> bool:
 
 
 def hand_back_freed_memory() -> bool:
-    """Tell glibc to hand everything of 1 MiB or more back as it is freed; False where it is not glibc's.
+    """Tell glibc to hand everything of 4 MiB or more back as it is freed; False where it is not glibc's.
 
     For a process that reads videos: each size of frame leaves holes that the next does not fit, and
     the threshold that glibc raises by itself keeps them all, so that a loader's worker grows for
@@ -27,7 +27,7 @@ def hand_back_freed_memory() -> bool:
     for these it keeps up to 64 MiB, since mapping them anew costs a tenth of the decoding of jpg
     files. Undoes `keep_freed_memory`, which a forked process has from its parent.
     """
-    return _set(MMAP_MAX, 65536) and _set(MMAP_THRESHOLD, 2**20) and _set(TRIM_THRESHOLD, 2**26)
+    return _set(MMAP_MAX, 65536) and _set(MMAP_THRESHOLD, 2**22) and _set(TRIM_THRESHOLD, 2**26)
 
 
 def _set(parameter: int, value: int) -> bool:

@@ -134,7 +134,7 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], dict[str, Probe]]:
     whole = [line for line in lines if line.endswith("\n")]  # a kill may have left half a row
     probes = {}
     for row in csv.DictReader(whole):
-        with suppress(ValueError, TypeError):  # what somebody has edited
+        with suppress(ValueError, TypeError, KeyError):  # what somebody has edited
             probes[row["path"]] = _probe(row)
     return settings, probes
 
