@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Iterator, Sequence
 
 from run_tools import ROOT
 
@@ -145,11 +146,16 @@ class Cluster:
             time.sleep(0.3)
         return found[0]
 
-    def wait_for_restart(self, job: str, seconds: float = 150) -> None:
-        """Until it was put back into the queue."""
-        deadline = time.monotonic() + seconds
-        while self.facts(job)["Restarts"] == "0":
-            assert time.monotonic() < deadline and self.facts(job)["JobState"] not in ENDED, self.facts(job)
+    def restarted(self, jobs: Sequence[str], seconds: float = 150) -> Iterator[str]:
+        """The jobs, each once it was put back into the queue."""
+        deadline, waited_for = time.monotonic() + seconds, list(jobs)
+        while waited_for:
+            for job in list(waited_for):
+                facts = self.facts(job)
+                if facts["Restarts"] != "0":
+                    waited_for.remove(job)
+                    yield job
+                assert time.monotonic() < deadline and (facts["Restarts"] != "0" or facts["JobState"] not in ENDED), facts
             time.sleep(0.3)
 
     def wait(self, job: str, seconds: float = 200) -> str:

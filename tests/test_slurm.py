@@ -78,15 +78,15 @@ def test_jobs_on_two_nodes_that_have_to_stop_are_queued_again_and_end_with_the_s
         elif how == "preempted":
             urgent = cluster.submit("--partition=high", "--nodes=2", "--exclusive", f"--output={tmp_path / 'urgent.txt'}", "--wrap=sleep 1")
             assert cluster.wait(urgent) == "COMPLETED"
-        for one in jobs:
-            cluster.wait_for_restart(one)
-            cluster.ask("scontrol", "update", f"JobId={one}", "TimeLimit=60")  # the next half a minute is not to stop it as well
+        for one in cluster.restarted(jobs):
+            cluster.ask("scontrol", "update", f"JobId={one}", "TimeLimit=60")  # the next look is not to stop it as well
         assert [cluster.wait(one) for one in jobs] == ["COMPLETED", "COMPLETED"]
         assert sweep.wait(timeout=100) == 0, (tmp_path / "sweep.txt").read_text()
     texts = [output.read_text(), "".join(path.read_text() for path in tmp_path.glob("sweep/.submitit/*/*_0_log.err"))]
     for one, folder, text in zip(jobs, (batch, swept), texts, strict=True):
-        assert cluster.facts(one)["Restarts"] == "1"
-        assert text.count("put back into the queue") == 1 and "Traceback" not in text, text
+        restarts = int(cluster.facts(one)["Restarts"])
+        assert restarts == 1 or (how == "time limit" and restarts > 1)  # on a busy machine that look may have come first
+        assert text.count("put back into the queue") == restarts and "Traceback" not in text, text
         # Wherever it stopped, no step was lost or done twice.
         assert [line["step"] for line in logged(folder)["train"]] == list(range(1, 101))
         torch.testing.assert_close(checkpoint.load(folder / "checkpoints/last.pt")["model"], undisturbed, rtol=0, atol=0)
