@@ -86,13 +86,13 @@ def test_a_run_interrupted_in_the_middle_of_an_epoch_ends_with_the_same_weights(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     more = ("trainer.batch_size=2", "trainer.save_every=1", "trainer.test=false", "model.sgs.width=0.3", "trainer.statistics_clips=0")
     assert run_tool("train", *small_job(small_videos, whole, *more)).code == 0
-    # Killed right after the checkpoint of step 3: what lies in the folder then is what a resume finds.
+    # Nothing later than the checkpoint of step 3 is written: what lies in the folder then is what a resume finds.
     original = checkpoint.save
 
     def kill_after_step_3(state, path, **more):
-        original(state, path, **more)
-        if state["step"] == 3:
+        if state["step"] > 3:
             raise KeyboardInterrupt
+        original(state, path, **more)
 
     checkpoint.save = kill_after_step_3
     try:

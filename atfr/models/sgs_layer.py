@@ -351,7 +351,7 @@ def sample(
         weights, kept = proposal.weights, lengths[i]
         if forced is not None:
             weights, kept = _uniform_weights(start.lengths, tuple(forced[i]), x.device), tuple(forced[i])
-        # Batch norm in training would count the gaps, and a backward pass would keep them.
+        # Batch norm in training would have to leave the gaps out, and a backward pass would keep them.
         gap = 0 if layer.training or torch.is_grad_enabled() else shared_gap(kept, layer.gap, x.device)
         after = Segments(kept, start.frames, _mean_times(weights, start, kept), gap)
         packed.append(aggregate(x, weights, kept, before, layout=after.layout))
