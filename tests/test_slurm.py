@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Job
 from run_tools import ROOT, small_job
 from slurm_cluster import Cluster, missing_programs
 from test_kill import logged
@@ -54,8 +55,7 @@ def wait_for_step(folder: Path, step: int) -> None:
 def undisturbed(small_videos, tmp_path_factory):
     """The weights of the training that the tests below stop."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "tools/train.py"), *overrides(small_videos, folder, *SLOW)]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **PARTS, "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert set(Job("train", *overrides(small_videos, folder, *SLOW), processes=2).wait()) == {0}
     return checkpoint.load(folder / "checkpoints/last.pt")["model"]
 
 
