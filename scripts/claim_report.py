@@ -121,7 +121,7 @@ def verdict_on(own: str, trained: dict[str, dict[int, Row]], cost: dict[str, flo
     def against(method: str) -> str:
         values = differences(method)
         level = mean(trained[method][seed].balanced for seed in trained[own].keys() & trained[method].keys())
-        return f"**{relation(values)}** {method}, {level:.1f} % at {cost[method]:.2f}: {with_error(values, sign='+')} ({len(values)} seeds)"
+        return f"**{relation(values)}** {method}, {level:.1f} % at {cost[method]:.2f}: {with_error(values, sign='+', digits=2)} ({len(values)} seed{'s' * (len(values) > 1)})"
 
     lines = [f"{own} {mean(row.balanced for row in trained[own].values()):.1f} % at {cost[own]:.2f} of the GFLOPs"]
     dense = relation(differences("dense")) if differences("dense") else ""
@@ -206,10 +206,10 @@ def relation(differences: list[float]) -> str:
     return "above" if mean(differences) > 2 * error else "not below" if mean(differences) >= -error else "below"
 
 
-def with_error(values: list[float], *, sign: str = "") -> str:
+def with_error(values: list[float], *, sign: str = "", digits: int = 1) -> str:
     """The mean and, of more than one seed, its standard error."""
-    error = f" ± {standard_error(values):.1f}" if len(values) > 1 else ""
-    return f"{mean(values):{sign}.1f}{error}"
+    error = f" ± {standard_error(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):{sign}.{digits}f}{error}"
 
 
 def standard_error(values: list[float]) -> float:
