@@ -15,6 +15,7 @@ from atfr.engine.files import write_text
 DOCUMENT, README, PLOT = Path("docs/claim.md"), Path("README.md"), Path("docs/claim.svg")
 OURS = ("atfr", "input")  # the preset's layer after the stem, and before it, on the clips themselves
 FIXED = ("uniform", "stride", "random", "input-uniform", "input-stride")  # what keeps equally many features of all clips
+ONE = "one seed against"  # what `relation` says of it
 Groups = dict[tuple[str, str, str], list[Row]]  # by data, method and budget
 
 
@@ -158,7 +159,8 @@ def headline(groups: Groups) -> str:
     return (
         f"**At half of the GFLOPs: not below the dense network on {where(('above', 'not below'), 'dense')}; below it on {where(('below',), 'dense')}. "
         f"Against averaging or dropping frames at equal distances, at the same GFLOPs: above the best of these on {where(('above',), 'rival')}; "
-        f"not below on {where(('not below',), 'rival')}; below on {where(('below',), 'rival')}.**"
+        f"not below on {where(('not below',), 'rival')}; below on {where(('below',), 'rival')}. "
+        f"One seed, not decided: {where((ONE,), 'dense')}.**"
     )
 
 
@@ -201,7 +203,7 @@ def size_of(method: str, family: str) -> str:
 def relation(differences: list[float]) -> str:
     """Above: by more than two standard errors; not below: not by more than one; in words."""
     if len(differences) < 2:
-        return "one seed against"
+        return ONE
     error = standard_error(differences)
     return "above" if mean(differences) > 2 * error else "not below" if mean(differences) >= -error else "below"
 

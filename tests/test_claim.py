@@ -165,6 +165,7 @@ def test_the_headline_names_where_the_claim_holds_and_where_not():
     text = claim_report.headline(claim_report.grouped(rows))
     assert "not below the dense network on uneven-x3d (input-0.4); below it on uneven-x3d (atfr-0.4)" in text
     assert "above the best of these on uneven-x3d (input-0.4); not below on none; below on uneven-x3d (atfr-0.4)" in text
+    assert "One seed, not decided: none." in text
     assert text.startswith("**") and text.endswith("**") and "\n" not in text
 
 
