@@ -15,6 +15,7 @@ from atfr.engine.files import write_text
 DOCUMENT, README, PLOT = Path("docs/claim.md"), Path("README.md"), Path("docs/claim.svg")
 OURS = ("atfr", "input")  # the preset's layer after the stem, and before it, on the clips themselves
 FIXED = ("uniform", "stride", "random", "input-uniform", "input-stride")  # what keeps equally many features of all clips
+ONE = "one seed against"  # what `relation` says of it
 Groups = dict[tuple[str, str, str], list[Row]]  # by data, method and budget
 
 
@@ -121,7 +122,7 @@ def verdict_on(own: str, trained: dict[str, dict[int, Row]], cost: dict[str, flo
     def against(method: str) -> str:
         values = differences(method)
         level = mean(trained[method][seed].balanced for seed in trained[own].keys() & trained[method].keys())
-        return f"**{relation(values)}** {method}, {level:.1f} % at {cost[method]:.2f}: {with_error(values, sign='+')} ({len(values)} seeds)"
+        return f"**{relation(values)}** {method}, {level:.1f} % at {cost[method]:.2f}: {with_error(values, sign='+', digits=2)} ({len(values)} seed{'s' * (len(values) > 1)})"
 
     lines = [f"{own} {mean(row.balanced for row in trained[own].values()):.1f} % at {cost[own]:.2f} of the GFLOPs"]
     dense = relation(differences("dense")) if differences("dense") else ""
@@ -158,7 +159,8 @@ def headline(groups: Groups) -> str:
     return (
         f"**At half of the GFLOPs: not below the dense network on {where(('above', 'not below'), 'dense')}; below it on {where(('below',), 'dense')}. "
         f"Against averaging or dropping frames at equal distances, at the same GFLOPs: above the best of these on {where(('above',), 'rival')}; "
-        f"not below on {where(('not below',), 'rival')}; below on {where(('below',), 'rival')}.**"
+        f"not below on {where(('not below',), 'rival')}; below on {where(('below',), 'rival')}. "
+        f"One seed, not decided: {where((ONE,), 'dense')}.**"
     )
 
 
@@ -201,15 +203,15 @@ def size_of(method: str, family: str) -> str:
 def relation(differences: list[float]) -> str:
     """Above: by more than two standard errors; not below: not by more than one; in words."""
     if len(differences) < 2:
-        return "one seed against"
+        return ONE
     error = standard_error(differences)
     return "above" if mean(differences) > 2 * error else "not below" if mean(differences) >= -error else "below"
 
 
-def with_error(values: list[float], *, sign: str = "") -> str:
+def with_error(values: list[float], *, sign: str = "", digits: int = 1) -> str:
     """The mean and, of more than one seed, its standard error."""
-    error = f" ± {standard_error(values):.1f}" if len(values) > 1 else ""
-    return f"{mean(values):{sign}.1f}{error}"
+    error = f" ± {standard_error(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):{sign}.{digits}f}{error}"
 
 
 def standard_error(values: list[float]) -> float:

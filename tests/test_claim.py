@@ -101,8 +101,8 @@ def test_a_verdict_compares_within_seeds_and_allows_the_fixed_cost_one_more_feat
     rows += [row(f"uniform-{k}", s, t, cost) for k, cost, t in ((5, 0.45, 70.0), (6, 0.52, 80.0), (8, 0.6, 99.0)) for s in (0, 1)]
     text = "\n".join(claim_report.verdict("uneven-x3d", claim_report.grouped(rows)))
     assert "atfr-0.3 92.0 % at 0.48 of the GFLOPs" in text
-    assert "**below** dense, 93.5 % at 1.00: -1.5 ± 0.5 (2 seeds)" in text
-    assert "**above** uniform-6, 80.0 % at 0.52: +12.0 ± 2.0 (2 seeds), the best of uniform-5, uniform-6" in text
+    assert "**below** dense, 93.5 % at 1.00: -1.50 ± 0.50 (2 seeds)" in text
+    assert "**above** uniform-6, 80.0 % at 0.52: +12.00 ± 2.00 (2 seeds), the best of uniform-5, uniform-6" in text
     assert "rank correlation 0.90; 1.0 bins for static clips, 12.0 of 16 for busy ones" in text
     assert "not decided" in "\n".join(claim_report.verdict("uneven-x3d", claim_report.grouped(rows[2:])))
 
@@ -165,6 +165,7 @@ def test_the_headline_names_where_the_claim_holds_and_where_not():
     text = claim_report.headline(claim_report.grouped(rows))
     assert "not below the dense network on uneven-x3d (input-0.4); below it on uneven-x3d (atfr-0.4)" in text
     assert "above the best of these on uneven-x3d (input-0.4); not below on none; below on uneven-x3d (atfr-0.4)" in text
+    assert "One seed, not decided: none." in text
     assert text.startswith("**") and text.endswith("**") and "\n" not in text
 
 
