@@ -122,7 +122,7 @@ class MLPEmbedding(nn.Module):
 
     def pool(self, x: Tensor) -> Tensor:
         """[N, C, T, H, W] -> [N, T, C] in float64, of the rows' means in the type of x: all in float64 takes 20 times as long."""
-        rows = nn.functional.avg_pool2d(x.transpose(1, 2).flatten(0, 1), (1, int(x.shape[4])))  # [N T, C, H, 1]
+        rows = nn.functional.adaptive_avg_pool2d(x.transpose(1, 2).flatten(0, 1), (int(x.shape[3]), 1))  # [N T, C, H, 1]
         return rows.double().mean(dim=(2, 3)).unflatten(0, (x.shape[0], x.shape[2]))
 
     def forward(self, pooled: Tensor) -> Tensor:
