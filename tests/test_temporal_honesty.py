@@ -27,7 +27,8 @@ def test_a_trained_networks_accuracy_falls_by_more_than_half_when_frames_are_shu
         "dataset.clip.views=1",
         "model=x3d",
         "trainer.workers=0",
-        "trainer.eval_every=4",
+        "trainer.epochs=6",
+        "trainer.eval_every=6",
         f"trainer.output_dir={tmp_path / 'run'}",
     )
     assert outcome.code == 0, outcome.err

@@ -155,6 +155,7 @@ class VideoNet(nn.Module):
                 for name, least in packed.least_bins().items():
                     self.sgs[_key(name)].min_bins = least
                     self.sgs[_key(name)].gap = packed.gap
+                    self.sgs[_key(name)].norms = tuple(m for m in self.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
                 self._self_check(traced, stem, packed, probe)
                 self.execution = "packed"
                 self.times, self.layer_inputs = packed.times, packed.inputs

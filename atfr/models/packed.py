@@ -203,14 +203,6 @@ def _average(module: nn.AvgPool3d, x: Tensor) -> Tensor:
     return module(nn.functional.pad(x, (0, 0, 0, 0, 0, missing)))[:, :, : window.out(x.shape[2])]
 
 
-def batch_norm(module: nn.Module, x: Tensor, segments: Segments) -> Tensor:
-    """A batch norm, whose statistics of the batch, if it takes any, are those of the clips' features alone."""
-    if segments.layout is None or not module.training:
-        return module(x)
-    out = module(take(x, segments.layout.kept))
-    return x.to(out.dtype).index_copy(2, segments.layout.kept, out)
-
-
 def framewise_pool(x: Tensor, grid: int) -> Tensor:
     """Each frame averaged over grid x grid cells, as images, which torch pools faster: [N, C, T, H, W] -> [N, T, C g g]."""
     images = x.transpose(1, 2).flatten(0, 1)  # [N T, C, H, W]

@@ -19,6 +19,7 @@ from atfr.models import packed
 from atfr.models.segments import Window, window_of
 
 FRAMEWISE_MODULES = (
+    nn.modules.batchnorm._BatchNorm,
     nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Hardswish, Swish,
     nn.Dropout, nn.Identity,
 )  # fmt: skip
@@ -59,8 +60,6 @@ def module_form(module: nn.Module, path: str) -> Form:
     """
     if isinstance(module, FRAMEWISE_MODULES):
         return Form()
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return Form(packed.batch_norm)
     if isinstance(module, SqueezeExcitation):
         return Form(packed.squeeze_excitation)
     if isinstance(module, nn.Conv3d) and not isinstance(module.padding, str):

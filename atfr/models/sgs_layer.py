@@ -160,6 +160,7 @@ class SGS(nn.Module):
         super().__init__()
         self.options, self.name, self.min_bins = options, name, min_bins
         self.gap = 0  # between clips, which in evaluation keeps them apart in all that follows; 0: each operation sees to that
+        self.norms: tuple[nn.Module, ...] = ()  # the network's batch norms, of which those in training must see no gaps
         self.num_bins = options.num_bins  # may be changed between batches
         self.share: float | None = None  # of the training batches that come, where shares are `drawn`; None: torch's generator draws one for each
         if self.is_baseline:
@@ -351,8 +352,8 @@ def sample(
         weights, kept = proposal.weights, lengths[i]
         if forced is not None:
             weights, kept = _uniform_weights(start.lengths, tuple(forced[i]), x.device), tuple(forced[i])
-        # Batch norm in training would have to leave the gaps out, and a backward pass would keep them.
-        gap = 0 if layer.training or torch.is_grad_enabled() else shared_gap(kept, layer.gap, x.device)
+        # A backward pass would keep the gaps.
+        gap = 0 if torch.is_grad_enabled() or any(norm.training for norm in layer.norms) else shared_gap(kept, layer.gap, x.device)
         after = Segments(kept, start.frames, _mean_times(weights, start, kept), gap)
         packed.append(aggregate(x, weights, kept, before, layout=after.layout))
         done.append(Sampled(layer.name, start.lengths, after, weights, proposal))
