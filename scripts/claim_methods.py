@@ -62,7 +62,7 @@ METHODS: dict[str, Method] = {
     "one-price-0.32": sampled("atfr", "model.sgs.evenness=0", target(0.32)),
     "own-price-0.4": sampled("atfr", "model.sgs.evenness=1", AT_HALF),
     "global-0.4": sampled("atfr", "model.sgs.grid=1", AT_HALF),
-    # Other places. After res3, and with more features after res2, no network here gets down to half of the GFLOPs.
+    # Other places. Half of the GFLOPs leaves 2 (x3d), 3 (r2plus1d) or 5 (resnet3d) features after res2, and none or 2 (resnet3d) after res3.
     "early-0.37": sampled("atfr", target(0.37), after="blocks.0.conv.conv_t", networks=("x3d",)),  # inside the stem, before its temporal convolution
     **{f"input-{share}": sampled("atfr", target(share), after="input") for share in (0.3, 0.44)},
     **{f"input-{name}-{k}": fixed(name, k, after="input") for name in ("uniform", "stride") for k in KEPT},
