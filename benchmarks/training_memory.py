@@ -5,7 +5,7 @@
 One forward and backward pass in training mode on the CPU; the peak is the most that the allocator
 had in use after any operation of it, beyond what was in use before (weights and clips). `share` is of
 dense; `linear` is what it would be if all that the trunk adds to the stem's peak shrank with B'. The
-issue is the early stages: with their large frames they hold more of the memory than of the FLOPs.
+early stages, with their large frames, hold more of the memory than of the FLOPs.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    lines = [f"{'model':<13}{'B-prime':<9}{'dense MB':>10}{'packed MB':>11}{'share':>8}{'linear':>8}{'FLOPs':>8}"]
-    print(lines[0], flush=True)
+    lines = [f"batch {arguments.batch}; torch {torch.__version__}", f"{'model':<13}{'B-prime':<9}{'dense MB':>10}{'packed MB':>11}{'share':>8}{'linear':>8}{'FLOPs':>8}"]
+    print("\n".join(lines), flush=True)
     for name in arguments.models:
         model = SUBJECTS[name].build(OPTIONS).train()
         table = GflopsTable(model, SUBJECTS[name].clip)
