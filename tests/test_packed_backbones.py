@@ -320,13 +320,13 @@ RANDOM = ["x3d S", "slow R50", "i3d R50", "r2plus1d 18", "mc3 18", "resnet3d 18"
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RANDOM)
 @pytest.mark.parametrize("preset", ["atfr", "reference"])
-def test_a_clip_is_the_same_alone_and_in_hundreds_of_random_batches(name, preset):
+def test_a_clip_is_the_same_alone_and_in_many_random_batches(name, preset):
     # The reference's clips change at least once: where all is noise, it magnifies that of the convolutions, too.
     net, clips = built(name, "res2", "aligned", preset), clips_for(name, 10, 1 if preset == "atfr" else 2)
     with torch.no_grad():
         if preset == "atfr":
             calibrated(net, clips)
-    check_alone_and_in_batches(net, clips, batches=200, most=4)
+    check_alone_and_in_batches(net, clips, batches=60, most=4)
 
 
 @pytest.mark.parametrize("name", ["x3d tiny", "slow R50", "i3d R50", "r2plus1d 18", "slowfast 8x8-R50"])
