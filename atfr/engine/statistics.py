@@ -113,12 +113,15 @@ def draw_shares(model: VideoNet, *, seed: int, step: int) -> None:
 @torch.no_grad()
 def steer_width(model: VideoNet, parts: Sequence[Sequence[Sampled]]) -> None:
     """After a training step: move the tracked widths towards their target mean B' / T, over all parts of the batch."""
-    for layer, *done in zip(model.sgs.values(), *parts):
-        if layer.tracks_width:
-            sums = [float(sum(sum(d.segments.lengths) for d in done)), float(sum(sum(d.given) for d in done))]
-            counts = torch.tensor(sums, device=layer.width.device)
-            kept, given = distributed.summed(counts)
-            layer.steer(kept / given)
+    tracked = [(layer, done) for layer, *done in zip(model.sgs.values(), *parts) if layer.tracks_width]
+    if not tracked:
+        return
+    sums = [float(sum(n)) for _, done in tracked for n in ((sum(d.segments.lengths) for d in done), (sum(d.given) for d in done))]
+    # Filled on the device: to copy numbers there from the host would be to wait for it.
+    device = tracked[0][0].width.device
+    counts = distributed.summed(torch.stack([torch.full((), number, device=device) for number in sums]))
+    for (layer, _), (kept, given) in zip(tracked, counts.view(-1, 2)):
+        layer.steer(kept / given)
 
 
 class _Reached(Exception):

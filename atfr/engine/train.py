@@ -216,7 +216,7 @@ class Training:
     def gradients(self, batch: Any) -> tuple[Tensor, Tensor, list[Prediction]]:
         """This process's addend of the mean loss, with its clipped gradient left in the parameters; the gradient's norm; the predictions of each part."""
         clips = self.normalise(batch.clips.to(self.ranks.device, non_blocking=True))
-        targets = batch.labels.to(self.ranks.device)
+        targets = batch.labels.to(self.ranks.device, non_blocking=True)
         if self.mix is not None:
             clips, targets = self.mix(clips, targets, self.step)
         self.optimizer.zero_grad(set_to_none=True)
