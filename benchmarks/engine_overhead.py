@@ -1,0 +1,209 @@
+"""What the trainer adds to a training step, and how long training stands still for a checkpoint.
+
+    python benchmarks/engine_overhead.py [--steps 50] [--output benchmarks/results/engine_overhead-cpu.txt]
+
+Overhead: steps of the trainer and of a bare loop (forward, backward and optimizer step, nothing else) take turns in
+one process, on two copies of one network and the same clips, which lie in memory. A trainer's step is all that
+happens from one batch to the next: learning rate, seeds, gradient norm, the width's steering, logging, looking at
+whether to stop. With two processes both copies are in DistributedDataParallel. Medians over blocks of 10 steps, of
+which one logs.
+
+Saving: blocks of 10 steps with a save in them take turns with blocks without one; the difference is what one costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from atfr.data.transforms import Normalizer
+from atfr.engine import distributed
+from atfr.engine.distributed import Ranks
+from atfr.engine.interruption import StopFlag
+from atfr.engine.optim import sgd
+from atfr.engine.settings import TrainerSettings
+from atfr.engine.train import Training
+from atfr.models.backbones.resnets import slow
+from atfr.models.backbones.x3d import x3d
+from atfr.models.network import VideoNet
+from atfr.models.sgs_layer import SGSOptions
+
+BLOCK = 10  # steps
+ATFR = SGSOptions(after="stem", similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
+SETTINGS = TrainerSettings(
+    output_dir=None, batch_size=1, epochs=1, max_steps=None, seed=0, accelerator="cpu", devices=None, precision="fp32", workers=0, timeout_s=0,
+    label_smoothing=0.0, clip_norm=5.0, statistics_clips=0, eval_every=1, save_every=0, log_every=BLOCK, resume=False, test=False,
+)  # fmt: skip
+
+
+@dataclass
+class Batch:
+    clips: Tensor  # uint8 [N, 3, T, H, W]
+    labels: Tensor
+    paths: tuple[str, ...]
+    bad: tuple[str, ...] = ()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--process", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.process:
+        in_process(arguments.steps)
+        return
+    lines = [f"$ python benchmarks/{Path(__file__).name} --steps {arguments.steps}"]
+    lines += [f"{platform.machine()}, {os.cpu_count()} cores, one thread a process, torch {torch.__version__}; X3D-S, 2 clips a process of 8 x 64 x 64"]
+    print("\n".join(lines), flush=True)
+    for processes in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", __file__]
+        done = subprocess.run([*command, "--process", "--steps", str(arguments.steps)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            sys.exit(done.stderr)
+        print(done.stdout, end="", flush=True)
+        lines += done.stdout.splitlines()
+    if arguments.output:
+        arguments.output.write_text("\n".join(lines) + "\n")
+
+
+def in_process(steps: int) -> None:
+    """The measurements of one process, or of one among two."""
+    logging.disable(logging.WARNING)  # of waiting for data: the bare loop's turns
+    ranks = distributed.start(accelerator="cpu", devices=None)
+    for name, sgs in (("dense", None), ("with SGS", ATFR)):
+        torch.manual_seed(0)
+        trainer, bare = overhead(x3d(size="S", num_classes=400, sgs=sgs), steps, ranks)
+        if ranks.is_main:
+            times = f"{1e3 * trainer:.1f} ms a step in the trainer, {1e3 * bare:.1f} ms in a bare loop"
+            print(f"{ranks.world} process(es), {name + ':':<10}{times}: {trainer / bare - 1:+.2%}", flush=True)
+    if ranks.world == 1:
+        print(saving(slow(size="R50", num_classes=400), steps, ranks), flush=True)
+    distributed.stop()
+
+
+def overhead(model: VideoNet, steps: int, ranks: Ranks) -> tuple[float, float]:
+    """Seconds of a step of the trainer, and of a bare one."""
+    batch = batch_of(2, frames=8, size=64)
+    other = copy.deepcopy(model)
+    bare = bare_step(other, batch, ranks)
+    times: dict[str, list[float]] = {"trainer": [], "bare": []}
+
+    def batches(epoch: int, start: int) -> Iterator[Batch]:
+        if any(layer.width.isnan() for layer in model.sgs.values()):
+            yield batch  # to choose the width by
+        for _ in range(steps + 1):  # the end of the last one is not seen from here
+            for layer, same in zip(other.sgs.values(), model.sgs.values()):
+                layer.width.copy_(same.width)  # which the trainer steers
+            times["bare"].append(timed(bare))
+            began = time.perf_counter()
+            yield batch
+            times["trainer"].append(time.perf_counter() - began)
+
+    train(model, batches, steps + 1, ranks)
+    return tuple(in_blocks(times[name]) for name in ("trainer", "bare"))
+
+
+def saving(model: VideoNet, steps: int, ranks: Ranks) -> str:
+    """What a save costs."""
+    batch, times, training = batch_of(2, frames=8, size=64), [], None
+
+    def batches(epoch: int, start: int) -> Iterator[Batch]:
+        for step in range(2 * steps):
+            number, place = divmod(step, BLOCK)
+            # At the first step of every other block, so that the writing in the background falls into that block.
+            training.settings = replace(training.settings, save_every=step + 1 if number % 2 and place == 0 else 0)
+            began = time.perf_counter()
+            yield batch
+            times.append(time.perf_counter() - began)
+
+    training = train(model, batches, 2 * steps, ranks, run=False)
+    with tempfile.TemporaryDirectory(prefix="engine_overhead") as folder:
+        training.last = Path(folder) / "last.pt"
+        training.best = Path(folder) / "best.pt"
+        training.folder = Path(folder)
+        training.run()
+        size = training.last.stat().st_size
+    blocks = [times[i : i + BLOCK] for i in range(BLOCK, len(times) - 1, BLOCK)]
+    without, saved = [b for b in blocks[1::2] if len(b) == BLOCK], [b for b in blocks[0::2] if len(b) == BLOCK]
+    parameters = sum(p.numel() for p in model.parameters())
+    stall = median(b[0] for b in saved) - median(median(b) for b in without)
+    whole = median(map(sum, saved)) - median(map(sum, without))
+    return (
+        f"1 process, saving:  Slow-R50, {parameters / 1e6:.1f} M parameters, {size / 1e6:.0f} MB a checkpoint, {1e3 * in_blocks(sum(without, [])):.0f} ms a step:"
+        f" the step that saves takes {1e3 * stall:.0f} ms more, it and the {BLOCK - 1} behind it {1e3 * whole:.0f} ms more"
+    )
+
+
+def train(model: VideoNet, batches: Callable[[int, int], Iterator[Batch]], steps: int, ranks: Ranks, *, run: bool = True) -> Training:
+    with tempfile.TemporaryDirectory(prefix="engine_overhead") as folder:
+        training = Training(
+            model=model,
+            optimizer=optimizer_of(model),
+            learning_rate_factor=lambda step, total: 1.0,
+            batches=batches,
+            steps_per_epoch=steps,
+            validate=lambda: {"top1": 0.0},
+            normalise=Normalizer([0.45] * 3, [0.225] * 3),
+            settings=replace(SETTINGS, batch_size=2 * ranks.world),
+            ranks=ranks,
+            folder=Path(folder),
+            identity={"config": {}, "choices": {}, "class_names": []},
+            stop=StopFlag(),
+        )
+        if run:
+            training.save = lambda path: None
+            training.run()
+    return training
+
+
+def bare_step(model: VideoNet, batch: Batch, ranks: Ranks) -> Callable[[], None]:
+    network, optimizer, normalise = distributed.replicate(model.train(), ranks), optimizer_of(model), Normalizer([0.45] * 3, [0.225] * 3)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(network(normalise(batch.clips)).logits, batch.labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def optimizer_of(model: VideoNet) -> torch.optim.Optimizer:
+    return sgd(model, lr=1e-4, momentum=0.9, weight_decay=1e-5, nesterov=True)
+
+
+def batch_of(clips: int, *, frames: int, size: int) -> Batch:
+    """Clips of smooth noise that changes by different amounts."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(clips, 3, frames, size // 8, size // 8, generator=generator).cumsum(dim=2) * torch.linspace(5, 40, clips)[:, None, None, None, None]
+    x = nn.functional.interpolate(x, scale_factor=(1, 8, 8)) + 128
+    return Batch(x.clamp(0, 255).to(torch.uint8), torch.arange(clips), ("clip",) * clips)
+
+
+def timed(run: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def in_blocks(times: list[float]) -> float:
+    """Median over blocks of the mean of a block; the first block warms up."""
+    return median(sum(times[i : i + BLOCK]) / BLOCK for i in range(BLOCK, len(times) - BLOCK + 1, BLOCK))
+
+
+if __name__ == "__main__":
+    main()
