@@ -3,10 +3,10 @@
     python benchmarks/engine_overhead.py [--steps 50] [--output benchmarks/results/engine_overhead-cpu.txt]
 
 Overhead: steps of the trainer and of a bare loop (forward, backward and optimizer step, nothing else) take turns in
-one process, on two copies of one network and the same clips, which lie in memory. A trainer's step is all that
+one process, on one network, optimizer and batch of clips, which lie in memory. A trainer's step is all that
 happens from one batch to the next: learning rate, seeds, gradient norm, the width's steering, logging, looking at
-whether to stop. With two processes both copies are in DistributedDataParallel. Medians over blocks of 10 steps, of
-which one logs.
+whether to stop. With two processes the network is in DistributedDataParallel. Given are the median of the bare steps and
+that of the differences between each step of the trainer and the bare one before it.
 
 Saving: blocks of 10 steps with a save in them take turns with blocks without one; the difference is what one costs.
 """
@@ -14,7 +14,6 @@ Saving: blocks of 10 steps with a save in them take turns with blocks without on
 from __future__ import annotations
 
 import argparse
-import copy
 import logging
 import os
 import platform
@@ -87,35 +86,35 @@ def in_process(steps: int) -> None:
     ranks = distributed.start(accelerator="cpu", devices=None)
     for name, sgs in (("dense", None), ("with SGS", ATFR)):
         torch.manual_seed(0)
-        trainer, bare = overhead(x3d(size="S", num_classes=400, sgs=sgs), steps, ranks)
+        more, bare = overhead(x3d(size="S", num_classes=400, sgs=sgs), steps, ranks)
         if ranks.is_main:
-            times = f"{1e3 * trainer:.1f} ms a step in the trainer, {1e3 * bare:.1f} ms in a bare loop"
-            print(f"{ranks.world} process(es), {name + ':':<10}{times}: {trainer / bare - 1:+.2%}", flush=True)
+            times = f"{1e3 * bare:.1f} ms a step in a bare loop, {1e3 * more:.1f} ms more in the trainer"
+            print(f"{ranks.world} process(es), {name + ':':<10}{times}: {more / bare:+.1%}", flush=True)
     if ranks.world == 1:
         print(saving(slow(size="R50", num_classes=400), steps, ranks), flush=True)
     distributed.stop()
 
 
 def overhead(model: VideoNet, steps: int, ranks: Ranks) -> tuple[float, float]:
-    """Seconds of a step of the trainer, and of a bare one."""
-    batch = batch_of(2, frames=8, size=64)
-    other = copy.deepcopy(model)
-    bare = bare_step(other, batch, ranks)
+    """How many seconds more a step of the trainer takes than a bare one, and the seconds of that."""
+    batch, training = batch_of(2, frames=8, size=64), None
     times: dict[str, list[float]] = {"trainer": [], "bare": []}
 
     def batches(epoch: int, start: int) -> Iterator[Batch]:
         if any(layer.width.isnan() for layer in model.sgs.values()):
             yield batch  # to choose the width by
         for _ in range(steps + 1):  # the end of the last one is not seen from here
-            for layer, same in zip(other.sgs.values(), model.sgs.values()):
-                layer.width.copy_(same.width)  # which the trainer steers
-            times["bare"].append(timed(bare))
+            began = time.perf_counter()
+            bare_step(training, batch)
+            times["bare"].append(time.perf_counter() - began)
             began = time.perf_counter()
             yield batch
             times["trainer"].append(time.perf_counter() - began)
 
-    train(model, batches, steps + 1, ranks)
-    return tuple(in_blocks(times[name]) for name in ("trainer", "bare"))
+    training = trainer_of(model, batches, steps + 1, ranks)
+    run_in(training, saves=False)
+    pairs = list(zip(times["trainer"], times["bare"]))[BLOCK:]  # the first ones warm up
+    return median(trainer - bare for trainer, bare in pairs), median(bare for _, bare in pairs)
 
 
 def saving(model: VideoNet, steps: int, ranks: Ranks) -> str:
@@ -131,59 +130,50 @@ def saving(model: VideoNet, steps: int, ranks: Ranks) -> str:
             yield batch
             times.append(time.perf_counter() - began)
 
-    training = train(model, batches, 2 * steps, ranks, run=False)
-    with tempfile.TemporaryDirectory(prefix="engine_overhead") as folder:
-        training.last = Path(folder) / "last.pt"
-        training.best = Path(folder) / "best.pt"
-        training.folder = Path(folder)
-        training.run()
-        size = training.last.stat().st_size
-    blocks = [times[i : i + BLOCK] for i in range(BLOCK, len(times) - 1, BLOCK)]
-    without, saved = [b for b in blocks[1::2] if len(b) == BLOCK], [b for b in blocks[0::2] if len(b) == BLOCK]
-    parameters = sum(p.numel() for p in model.parameters())
-    stall = median(b[0] for b in saved) - median(median(b) for b in without)
-    whole = median(map(sum, saved)) - median(map(sum, without))
+    training = trainer_of(model, batches, 2 * steps, ranks)
+    size = run_in(training, saves=True)
+    blocks = [times[i : i + BLOCK] for i in range(BLOCK, len(times) - BLOCK, BLOCK)]  # the first one warms up
+    saved, without = blocks[0::2], blocks[1::2]
+    step = median(sum(without, []))
+    stall = median(block[0] for block in saved) - step
+    behind = sum(median(block[i] for block in saved) - step for i in range(1, BLOCK))
     return (
-        f"1 process, saving:  Slow-R50, {parameters / 1e6:.1f} M parameters, {size / 1e6:.0f} MB a checkpoint, {1e3 * in_blocks(sum(without, [])):.0f} ms a step:"
-        f" the step that saves takes {1e3 * stall:.0f} ms more, it and the {BLOCK - 1} behind it {1e3 * whole:.0f} ms more"
+        f"1 process, saving:  Slow-R50, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {size / 1e6:.0f} MB a checkpoint, {1e3 * step:.0f} ms a step:"
+        f" the step that saves takes {1e3 * stall:.0f} ms more, the {BLOCK - 1} behind it {1e3 * behind:.0f} ms more together"
     )
 
 
-def train(model: VideoNet, batches: Callable[[int, int], Iterator[Batch]], steps: int, ranks: Ranks, *, run: bool = True) -> Training:
+def bare_step(training: Training, batch: Batch) -> None:
+    training.optimizer.zero_grad(set_to_none=True)
+    nn.functional.cross_entropy(training.network(training.normalise(batch.clips)).logits, batch.labels).backward()
+    training.optimizer.step()
+
+
+def trainer_of(model: VideoNet, batches: Callable[[int, int], Iterator[Batch]], steps: int, ranks: Ranks) -> Training:
+    return Training(
+        model=model,
+        optimizer=sgd(model, lr=1e-4, momentum=0.9, weight_decay=1e-5, nesterov=True),
+        learning_rate_factor=lambda step, total: 1.0,
+        batches=batches,
+        steps_per_epoch=steps,
+        validate=lambda: {"top1": 0.0},
+        normalise=Normalizer([0.45] * 3, [0.225] * 3),
+        settings=replace(SETTINGS, batch_size=2 * ranks.world),
+        ranks=ranks,
+        folder=Path(),
+        identity={"config": {}, "choices": {}, "class_names": []},
+        stop=StopFlag(),
+    )
+
+
+def run_in(training: Training, *, saves: bool) -> int:
+    """Train in a folder that is deleted afterwards; bytes of a checkpoint."""
     with tempfile.TemporaryDirectory(prefix="engine_overhead") as folder:
-        training = Training(
-            model=model,
-            optimizer=optimizer_of(model),
-            learning_rate_factor=lambda step, total: 1.0,
-            batches=batches,
-            steps_per_epoch=steps,
-            validate=lambda: {"top1": 0.0},
-            normalise=Normalizer([0.45] * 3, [0.225] * 3),
-            settings=replace(SETTINGS, batch_size=2 * ranks.world),
-            ranks=ranks,
-            folder=Path(folder),
-            identity={"config": {}, "choices": {}, "class_names": []},
-            stop=StopFlag(),
-        )
-        if run:
+        training.folder, training.last, training.best = Path(folder), Path(folder, "last.pt"), Path(folder, "best.pt")
+        if not saves:
             training.save = lambda path: None
-            training.run()
-    return training
-
-
-def bare_step(model: VideoNet, batch: Batch, ranks: Ranks) -> Callable[[], None]:
-    network, optimizer, normalise = distributed.replicate(model.train(), ranks), optimizer_of(model), Normalizer([0.45] * 3, [0.225] * 3)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        nn.functional.cross_entropy(network(normalise(batch.clips)).logits, batch.labels).backward()
-        optimizer.step()
-
-    return step
-
-
-def optimizer_of(model: VideoNet) -> torch.optim.Optimizer:
-    return sgd(model, lr=1e-4, momentum=0.9, weight_decay=1e-5, nesterov=True)
+        training.run()
+        return training.last.stat().st_size if saves else 0
 
 
 def batch_of(clips: int, *, frames: int, size: int) -> Batch:
@@ -192,17 +182,6 @@ def batch_of(clips: int, *, frames: int, size: int) -> Batch:
     x = torch.randn(clips, 3, frames, size // 8, size // 8, generator=generator).cumsum(dim=2) * torch.linspace(5, 40, clips)[:, None, None, None, None]
     x = nn.functional.interpolate(x, scale_factor=(1, 8, 8)) + 128
     return Batch(x.clamp(0, 255).to(torch.uint8), torch.arange(clips), ("clip",) * clips)
-
-
-def timed(run: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
-
-
-def in_blocks(times: list[float]) -> float:
-    """Median over blocks of the mean of a block; the first block warms up."""
-    return median(sum(times[i : i + BLOCK]) / BLOCK for i in range(BLOCK, len(times) - BLOCK + 1, BLOCK))
 
 
 if __name__ == "__main__":

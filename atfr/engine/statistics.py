@@ -104,10 +104,10 @@ def _calibrate(model: VideoNet, layers: list[SGS], batches: Iterable[Tensor], mo
 
 def draw_shares(model: VideoNet, *, seed: int, step: int) -> None:
     """Before a training step: choose the share to keep of each layer whose shares are drawn, the same one on all processes."""
-    random = np.random.default_rng((seed, step, 1))  # not what mixup draws from
-    for layer in model.sgs.values():
-        if layer.options.drawn is not None:
-            layer.share = random.uniform(*layer.options.drawn)
+    drawn = [layer for layer in model.sgs.values() if layer.options.drawn is not None]
+    random = np.random.default_rng((seed, step, 1)) if drawn else None  # not what mixup draws from
+    for layer in drawn:
+        layer.share = random.uniform(*layer.options.drawn)
 
 
 @torch.no_grad()
