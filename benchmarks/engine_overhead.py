@@ -1,6 +1,6 @@
 """What the trainer adds to a training step, and how long training stands still for a checkpoint.
 
-    python benchmarks/engine_overhead.py [--steps 50] [--output benchmarks/results/engine_overhead-cpu.txt]
+    python benchmarks/engine_overhead.py [--steps 30] [--output benchmarks/results/engine_overhead-cpu.txt]
 
 Overhead: steps of the trainer and of a bare loop (forward, backward and optimizer step, nothing else) take turns in
 one process, on one network, optimizer and batch of clips, which lie in memory. A trainer's step is all that
@@ -41,7 +41,7 @@ from atfr.models.backbones.x3d import x3d
 from atfr.models.network import VideoNet
 from atfr.models.sgs_layer import SGSOptions
 
-BLOCK = 10  # steps
+BLOCK, WARM_UP = 10, 5  # steps
 ATFR = SGSOptions(after="stem", similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
 SETTINGS = TrainerSettings(
     output_dir=None, batch_size=1, epochs=1, max_steps=None, seed=0, accelerator="cpu", devices=None, precision="fp32", workers=0, timeout_s=0,
@@ -59,7 +59,7 @@ class Batch:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--process", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -67,15 +67,16 @@ def main() -> None:
         in_process(arguments.steps)
         return
     lines = [f"$ python benchmarks/{Path(__file__).name} --steps {arguments.steps}"]
-    lines += [f"{platform.machine()}, {os.cpu_count()} cores, one thread a process, torch {torch.__version__}; X3D-S, 2 clips a process of 8 x 64 x 64"]
+    lines += [f"{platform.machine()}, {os.cpu_count()} cores, one thread a process, torch {torch.__version__}; X3D-S, 4 clips a process of 8 x 80 x 80"]
     print("\n".join(lines), flush=True)
     for processes in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", __file__]
         done = subprocess.run([*command, "--process", "--steps", str(arguments.steps)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if done.returncode:
             sys.exit(done.stderr)
-        print(done.stdout, end="", flush=True)
-        lines += done.stdout.splitlines()
+        found = [line for line in done.stdout.splitlines() if "process" in line]  # the trainer prints, too
+        print("\n".join(found), flush=True)
+        lines += found
     if arguments.output:
         arguments.output.write_text("\n".join(lines) + "\n")
 
@@ -97,7 +98,7 @@ def in_process(steps: int) -> None:
 
 def overhead(model: VideoNet, steps: int, ranks: Ranks) -> tuple[float, float]:
     """How many seconds more a step of the trainer takes than a bare one, and the seconds of that."""
-    batch, training = batch_of(2, frames=8, size=64), None
+    batch, training = batch_of(4, frames=8, size=80), None
     times: dict[str, list[float]] = {"trainer": [], "bare": []}
 
     def batches(epoch: int, start: int) -> Iterator[Batch]:
@@ -113,13 +114,13 @@ def overhead(model: VideoNet, steps: int, ranks: Ranks) -> tuple[float, float]:
 
     training = trainer_of(model, batches, steps + 1, ranks)
     run_in(training, saves=False)
-    pairs = list(zip(times["trainer"], times["bare"]))[BLOCK:]  # the first ones warm up
+    pairs = list(zip(times["trainer"], times["bare"]))[WARM_UP:]
     return median(trainer - bare for trainer, bare in pairs), median(bare for _, bare in pairs)
 
 
 def saving(model: VideoNet, steps: int, ranks: Ranks) -> str:
     """What a save costs."""
-    batch, times, training = batch_of(2, frames=8, size=64), [], None
+    batch, times, training = batch_of(4, frames=4, size=64), [], None
 
     def batches(epoch: int, start: int) -> Iterator[Batch]:
         for step in range(2 * steps):
@@ -158,7 +159,7 @@ def trainer_of(model: VideoNet, batches: Callable[[int, int], Iterator[Batch]], 
         steps_per_epoch=steps,
         validate=lambda: {"top1": 0.0},
         normalise=Normalizer([0.45] * 3, [0.225] * 3),
-        settings=replace(SETTINGS, batch_size=2 * ranks.world),
+        settings=replace(SETTINGS, batch_size=4 * ranks.world),
         ranks=ranks,
         folder=Path(),
         identity={"config": {}, "choices": {}, "class_names": []},
