@@ -30,7 +30,8 @@ python tools/train.py -m experiment=finetune/ucf101 model=x3d_sgs model.weights=
 Warm-up and milestones are in epochs here, and shares of all steps in the files, so `trainer.epochs=100` stretches all of them. The rate is
 for the global batch beside it. With another batch, scale it alike (Goyal et al., 2017): with `trainer.batch_size=32` where 64 goes with
 0.1, `optimizer.lr=0.05`; `trainer.accumulate` keeps a batch that is too large for the memory. Batch norm sees what one process has of
-it at a time. All train with SGD and momentum 0.9, and plain cross entropy.
+it at a time, and with `trainer.sync_batch_norm=true`, as in torchvision's recipes, what all have. All train with SGD and momentum 0.9,
+and plain cross entropy.
 
 """
 NOTES = """
@@ -41,7 +42,6 @@ What differs from the sources, everywhere:
 - The crops of a test are as large as those in training. PySlowFast and MMAction2 crop the whole short side.
 - Precise batch norm (PySlowFast's has 200 batches a GPU) takes `trainer.statistics_clips` clips, also where a source has running averages.
 - Frames keep their aspect ratio. Torchvision and VMZ resize to 128 x 171, torchvision's S3D to 256 x 256.
-- Batch norm's statistics are each process's own. Torchvision's commands have `--sync-bn`.
 - `trainer.precision` is left at `auto`.
 
 The sources: [PySlowFast](https://github.com/facebookresearch/SlowFast), whose files also made pytorchvideo's model zoo;
