@@ -45,7 +45,7 @@ def main() -> None:
         stem = peak(lambda: sum(x.sum() for x in model.stem(clips)), model)
         others = VideoNet(model.backbone, stages={}, sgs=None), copy.deepcopy(model)
         for other in others:
-            other.train().compute_again()
+            other.train().prepare(compute_again=True)
         dense_again = peak(lambda: others[0](clips).logits.sum(), others[0])
         for distribution, bins in distributions(arguments.batch, table.frames[0], table.least[0], None):
             packed, again = (peak(lambda: one(clips, [bins]).logits.sum(), one) for one in (model, others[1]))

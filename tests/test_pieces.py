@@ -64,7 +64,7 @@ def step(model: VideoNet, x: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[st
 def test_a_step_is_the_same_in_loss_gradients_and_running_statistics(name):
     model = NETWORKS[name]()
     again = copy.deepcopy(model)
-    again.compute_again()
+    again.prepare(compute_again=True)
     assert list(again.state_dict()) == list(model.state_dict())
     x = clips(frames=32) if name.startswith("slowfast") else clips()
     expected, found = step(model, x), step(again, x)
@@ -88,14 +88,14 @@ def test_dropout_draws_the_same_the_second_time_and_the_next_draw_is_another():
 
     model = VideoNet(Dropping(), stages={}, sgs=None)
     again = copy.deepcopy(model)
-    again.compute_again()
+    again.prepare(compute_again=True)
     torch.testing.assert_close(step(again, clips()), step(model, clips()), rtol=0, atol=0)
     assert not torch.equal(again(clips()).logits, again(clips()).logits)
 
 
 def test_the_sampling_is_done_once_and_what_it_refuses_is_still_refused():
     model, calls = NETWORKS["x3d atfr"](), []
-    model.compute_again()
+    model.prepare(compute_again=True)
     model.sgs["stem"].register_forward_hook(lambda *_: calls.append(1))
     norm = next(m for m in reversed(list(model.backbone.modules())) if isinstance(m, nn.BatchNorm3d) and m is not model.backbone.blocks[-1].pool.pre_norm)
     seen = []
@@ -110,7 +110,7 @@ def test_the_sampling_is_done_once_and_what_it_refuses_is_still_refused():
 
 def test_in_evaluation_nothing_runs_in_pieces():
     model = NETWORKS["x3d"]()
-    model.compute_again()
+    model.prepare(compute_again=True)
     assert model._running is model._training_programs
     with torch.no_grad():
         assert model._running is model._programs
@@ -121,7 +121,7 @@ def test_in_evaluation_nothing_runs_in_pieces():
 def test_the_peak_of_memory_falls(name, most):
     model = NETWORKS[name]()
     again = copy.deepcopy(model)
-    again.compute_again()
+    again.prepare(compute_again=True)
     x = clips(8)
     before, after = (peak(lambda: step(each, x)) for each in (model, again))
     assert after < most * before
@@ -167,7 +167,7 @@ class Watch(TorchDispatchMode):
 
 def test_a_block_is_cut_where_its_sum_is_made_and_what_changes_in_place_stays_with_what_it_changes():
     model = VideoNet(video.r3d_18(num_classes=5), stages={}, sgs=None)
-    model.compute_again()
+    model.prepare(compute_again=True)
     program = model._training_programs[0]
     pieces = [m.piece for m in program.modules() if isinstance(m, Recomputed)]
     assert len(pieces) == 8  # stem and first block, six blocks, ... each with one value to hand over

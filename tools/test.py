@@ -39,6 +39,7 @@ def test(config: DictConfig, state: dict[str, Any], path: Path, settings: Traine
     if ranks.is_main:
         jobs.report_missing(source, folder)
     model = checkpoint_config.trained_model(config, state, path, ranks)
+    model.prepare(compiled=settings.compile)
     jobs.test_and_report(model, source, clip, config=config, settings=settings, ranks=ranks, folder=folder, checkpoint=path)
 
 

@@ -35,6 +35,7 @@ class TrainerSettings:
     accumulate: int = 1  # parts that a process runs its share of a batch in, one after the other
     sync_batch_norm: bool = False  # batch norm over the clips of all processes
     checkpoint_activations: bool = False  # compute activations again in the backward pass
+    compile: bool = False  # run the network compiled, in training and evaluation
     ema: float | None = None  # decay of the averaged weights that are validated and tested; None: off
     skip_nonfinite: int = 0  # such steps in a row that are left out before it is an error
     overfit_batches: int = 0  # train on the first so many batches over and over; 0: off
@@ -53,6 +54,8 @@ class TrainerSettings:
         for name in ("mixup", "cutmix"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"trainer.{name} must be above 0 or null, not {getattr(self, name)}")
+        if self.compile and self.sync_batch_norm:
+            raise ValueError("trainer.compile=true compiles batch norms, which trainer.sync_batch_norm=true replaces: set one of them to false")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"trainer.ema must be above 0 and below 1 or null, not {self.ema}")
         if not 0 <= self.label_smoothing < 1:

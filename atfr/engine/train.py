@@ -72,8 +72,7 @@ class Training:
         self.batches, self.steps_per_epoch, self.validate = batches, steps_per_epoch, validate
         self.normalise, self.settings, self.ranks = normalise, settings, ranks
         self.folder, self.identity, self.mix, self.stop = folder, identity, mix, stop
-        if settings.checkpoint_activations:
-            model.compute_again()
+        model.prepare(compute_again=settings.checkpoint_activations, compiled=settings.compile)
         self.last, self.best = folder / "checkpoints" / "last.pt", folder / "checkpoints" / "best.pt"
         self.total_steps = settings.epochs * steps_per_epoch
         if settings.max_steps is not None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import logging
-from typing import Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from atfr.models import trials
-from atfr.models.pieces import recomputing
+from atfr.models.compiled import compiling, require_compiler
 from atfr.models.packed_forms import NoPackedForm
+from atfr.models.pieces import blocks, recomputing
 from atfr.models.program import INPUT, PackedTrunk, Time, Traced
 from atfr.models.segments import take
 from atfr.models.sgs_layer import SGS, Sampled, SGSOptions, sample
@@ -82,7 +83,8 @@ class VideoNet(nn.Module):
         # Kept out of the module tree: the programs call the backbone's own modules, and registering
         # them would list every parameter a second time.
         self._programs: tuple[nn.Module, ...] = (self.backbone,)
-        self._training_programs: tuple[nn.Module, ...] | None = None
+        self._training_programs: tuple[nn.Module, ...] | None = None  # see `prepare`
+        self._evaluation_programs: tuple[nn.Module, ...] | None = None
         if sgs is None:
             return
         self.places = places = _resolve(sgs.places, stages, backbone)
@@ -140,22 +142,37 @@ class VideoNet(nn.Module):
         trunk = self._running[1]
         return trunk(*features, forced) if self.execution == "packed" else self._bucketed(trunk, *features, forced=forced)
 
-    def compute_again(self) -> None:
-        """From now on training keeps few activations for the backward pass, which computes the others again.
+    def prepare(self, *, compute_again: bool = False, compiled: bool = False, backend: str | Callable = "inductor") -> None:
+        """How the network runs from now on; copies of it run as they did at first.
+
+        Args:
+            compute_again: training keeps few activations for the backward pass, which computes the others again.
+            compiled: training and evaluation run compiled by this backend of torch.compile.
 
         Raises:
-            ValueError: torch.fx cannot trace the backbone.
+            ValueError: torch.fx cannot trace the backbone, or there is nothing to compile with.
         """
-        if self.sgs:
-            stem, trunk = self._programs
-            self._training_programs = recomputing(stem, ends=False), recomputing(trunk, ends=True)
-        else:
-            self._training_programs = (recomputing(Traced(self.backbone, {}, before_activation=False).whole(self, PREFIX), ends=True),)
+        self._training_programs = self._evaluation_programs = None
+        if not (compute_again or compiled):
+            return
+        programs = self._programs if self.sgs else (Traced(self.backbone, {}, before_activation=False).whole(self, PREFIX),)
+        if compiled:
+            require_compiler()
+            ends = [{block[-1] for block in blocks(program)} if compute_again else () for program in programs]
+            programs = self._evaluation_programs = tuple(compiling(program, backend=backend, cut_behind=cuts) for program, cuts in zip(programs, ends))
+        if compute_again:
+            programs = tuple(recomputing(program, ends=program is programs[-1]) for program in programs)
+        self._training_programs = programs
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_training_programs": None, "_evaluation_programs": None}
 
     @property
     def _running(self) -> tuple[nn.Module, ...]:
-        trains = self._training_programs is not None and self.training and torch.is_grad_enabled()
-        return self._training_programs if trains else self._programs
+        if not self.training:
+            return self._evaluation_programs or self._programs
+        # Statistics are taken in training mode and without gradients, with other batch norms.
+        return (torch.is_grad_enabled() and self._training_programs) or self._programs
 
     @property
     def levels(self) -> list[list[SGS]]:

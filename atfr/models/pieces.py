@@ -70,7 +70,7 @@ def in_pieces(program: fx.GraphModule, groups: Sequence[Sequence[fx.Node]], wrap
             copies[node] = graph.node_copy(node, copies.__getitem__)
     for node in [n for n in graph.nodes if n.op == "get_attr" and not n.users]:
         graph.erase_node(node)
-    own = {n.target: _fetched(program, n.target) for n in graph.nodes if n.op in ("call_module", "get_attr") and n.target not in modules}
+    own = {n.target: fetched(program, n.target) for n in graph.nodes if n.op in ("call_module", "get_attr") and n.target not in modules}
     return fx.GraphModule({**own, **modules}, graph, type(program).__name__)
 
 
@@ -88,7 +88,8 @@ def _own_program(program: fx.GraphModule, group: Sequence[fx.Node]) -> tuple[lis
     return inputs, outputs, fx.GraphModule(program, graph, "Piece")
 
 
-def _fetched(root: nn.Module, path: str) -> Any:
+def fetched(root: nn.Module, path: str) -> Any:
+    """The module, parameter or buffer with this name."""
     return operator.attrgetter(path)(root)
 
 
@@ -102,7 +103,7 @@ def blocks(program: fx.GraphModule) -> list[list[fx.Node]]:
     last_use = [max((place.get(user, len(nodes)) for user in node.users), default=i) for i, node in enumerate(nodes)]
     values = [i for i, node in enumerate(nodes) if not holds_no_tensor(node)]
     alive = [sum(v <= i < last_use[v] for v in values) for i in range(len(nodes))] + [0]
-    changed = [_changed_in_place(node, program) for node in nodes]
+    changed = [changed_in_place(node, program) for node in nodes]
     groups: list[list[fx.Node]] = [[]]
     for i, node in enumerate(nodes):
         group = groups[-1]
@@ -116,10 +117,10 @@ def blocks(program: fx.GraphModule) -> list[list[fx.Node]]:
     return [group for group in groups if group]
 
 
-def _changed_in_place(node: fx.Node, program: fx.GraphModule) -> fx.Node | None:
+def changed_in_place(node: fx.Node, program: fx.GraphModule) -> fx.Node | None:
     """The value that an operation writes over, if it does."""
     if node.op == "call_module":
-        changes = getattr(_fetched(program, node.target), "inplace", False)
+        changes = getattr(fetched(program, node.target), "inplace", False)
     elif node.op == "call_method":
         changes = node.target.endswith("_") and not node.target.endswith("__")
     else:

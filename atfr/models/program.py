@@ -285,7 +285,7 @@ def _trace(tracer: fx.Tracer, network: nn.Module) -> list[fx.Node]:
         own = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((TORCH, __file__, "<"))]
         place = f"{own[-1].filename}:{own[-1].lineno}" if own else "an unknown place"
         raise ValueError(
-            f"torch.fx cannot trace {type(network).__name__}, which SGS and trainer.checkpoint_activations need: {trials.first_line(error)} at {place}; write that without Python's range, if, int"
+            f"torch.fx cannot trace {type(network).__name__}, which SGS, trainer.checkpoint_activations and trainer.compile need: {trials.first_line(error)} at {place}; write that without Python's range, if, int"
             " or unpacking of tensors and their sizes, or give the module a packed_forward (atfr/models/packed_forms.py): it is then taken as a whole"
         ) from error
 
