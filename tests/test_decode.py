@@ -231,6 +231,14 @@ def test_frames_of_a_folder_are_scaled_and_coloured_alike(tmp_path):
     assert clip.shape == (2, 24, 32, 3) and np.abs(clip.astype(int) - 90).max() <= 2
 
 
+def test_frames_of_a_folder_are_scaled_as_pillow_scales_them(tmp_path):
+    path = write_jpgs(tmp_path / "frames", np.random.default_rng(0).integers(0, 256, (3, 96, 128, 3), dtype=np.uint8))
+    clip = read_clip(path, chosen(2, 0), short_side=57)
+    for frame, number in zip(clip, (3, 1), strict=True):
+        expected = Image.open(os.path.join(path, f"img_{number}.jpg")).resize((76, 57), Image.Resampling.BILINEAR)
+        assert np.abs(frame.astype(int) - np.asarray(expected)).max() <= 1
+
+
 def test_only_the_frames_wanted_are_opened_and_a_bad_one_is_named(tmp_path):
     path = write_jpgs(tmp_path / "frames", np.zeros((4, 48, 64, 3), dtype=np.uint8))
     whole = (tmp_path / "frames" / "img_2.jpg").read_bytes()
