@@ -1,0 +1,66 @@
+"""Framewise convolutions run as convolutions of images give what torch's 3D convolution gives."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from atfr.models.framewise_conv import FramewiseConv3d, run_frames_as_images
+
+CONVOLUTIONS = {
+    "1x1x1": dict(kernel_size=1),
+    "strided": dict(kernel_size=1, stride=(1, 2, 2), bias=False),
+    "1x3x3": dict(kernel_size=(1, 3, 3), padding=(0, 1, 1)),
+    "depthwise": dict(kernel_size=(1, 3, 3), padding=(0, 2, 2), dilation=(1, 2, 2), groups=4, bias=False),
+}
+
+
+@pytest.mark.parametrize(("name", "clips", "channels_last"), itertools.product(CONVOLUTIONS, (1, 3), (True, False)))
+def test_outputs_and_gradients_are_those_of_torch(name, clips, channels_last):
+    torch.manual_seed(0)
+    plain = nn.Conv3d(4, 8, **CONVOLUTIONS[name])
+    x = torch.randn(clips, 4, 5, 7, 6)
+    ours, given = copy.deepcopy(plain), x.clone()
+    if channels_last:
+        ours, given = ours.to(memory_format=torch.channels_last_3d), given.contiguous(memory_format=torch.channels_last_3d)
+    run_frames_as_images(ours)
+    assert type(ours) is FramewiseConv3d and list(ours.state_dict()) == list(plain.state_dict())
+    results = []
+    for conv, clip in ((plain, x), (ours, given)):
+        out = conv(clip.requires_grad_())
+        (out * torch.linspace(0, 1, out.numel()).view_as(out)).sum().backward()
+        results.append((out, clip.grad, *(p.grad for p in conv.parameters())))
+    for expected, found in zip(*results):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    if channels_last:
+        assert results[1][0].is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_a_1x1x1_convolution_of_one_small_clip_runs_in_one_dnn(channels_last):
+    """The other way is what this is there to avoid; it also leaves channels-last memory."""
+    conv = nn.Conv3d(24, 108, 1).to(memory_format=torch.channels_last_3d)
+    run_frames_as_images(conv)
+    x = torch.randn(1, 24, 20, 20, 20)
+    x = x.contiguous(memory_format=torch.channels_last_3d) if channels_last else x
+    with torch.inference_mode(), torch.profiler.profile() as profile:
+        conv(x)
+    slow = any("slow_conv" in event.key for event in profile.key_averages())
+    assert slow != channels_last
+
+
+def test_what_looks_along_time_or_may_do_more_than_its_name_says_stays_as_it_is():
+    class Own(nn.Conv3d):
+        pass
+
+    others = nn.Sequential(
+        nn.Conv3d(2, 2, 3), nn.Conv3d(2, 2, (3, 1, 1)), nn.Conv3d(2, 2, 1, stride=2), nn.Conv3d(2, 2, 1, padding=1), nn.Conv3d(2, 2, (1, 3, 3), padding="same"),
+        nn.Conv3d(2, 2, (1, 3, 3), padding=(0, 1, 1), padding_mode="reflect"), Own(2, 2, 1),
+    )  # fmt: skip
+    before = [type(module) for module in others]
+    run_frames_as_images(others)
+    assert [type(module) for module in others] == before
