@@ -1,4 +1,4 @@
-"""Framewise convolutions run as convolutions of images give what torch's 3D convolution gives."""
+"""Convolutions over space or time alone, run as convolutions of images, give what torch's 3D convolution gives."""
 
 from __future__ import annotations
 
@@ -9,26 +9,31 @@ import pytest
 import torch
 from torch import nn
 
-from atfr.models.framewise_conv import FramewiseConv3d, run_frames_as_images
+from atfr.models.conv_as_images import SpatialConv3d, TemporalConv3d, run_as_images
 
 CONVOLUTIONS = {
-    "1x1x1": dict(kernel_size=1),
-    "strided": dict(kernel_size=1, stride=(1, 2, 2), bias=False),
-    "1x3x3": dict(kernel_size=(1, 3, 3), padding=(0, 1, 1)),
-    "depthwise": dict(kernel_size=(1, 3, 3), padding=(0, 2, 2), dilation=(1, 2, 2), groups=4, bias=False),
+    "1x1x1": (SpatialConv3d, dict(kernel_size=1)),
+    "1x1x1 strided": (SpatialConv3d, dict(kernel_size=1, stride=(1, 2, 2), bias=False)),
+    "1x3x3": (SpatialConv3d, dict(kernel_size=(1, 3, 3), padding=(0, 1, 1))),
+    "1x3x3 depthwise": (SpatialConv3d, dict(kernel_size=(1, 3, 3), padding=(0, 2, 2), dilation=(1, 2, 2), groups=4, bias=False)),
+    "3x1x1": (TemporalConv3d, dict(kernel_size=(3, 1, 1), padding=(1, 0, 0))),
+    "5x1x1 strided": (TemporalConv3d, dict(kernel_size=(5, 1, 1), stride=(2, 1, 1), padding=(3, 0, 0), bias=False)),
+    "3x1x1 depthwise": (TemporalConv3d, dict(kernel_size=(3, 1, 1), padding=(2, 0, 0), dilation=(2, 1, 1), groups=4)),
+    "1x1x1 strided in time": (TemporalConv3d, dict(kernel_size=1, stride=(3, 1, 1))),
 }
 
 
 @pytest.mark.parametrize(("name", "clips", "channels_last"), itertools.product(CONVOLUTIONS, (1, 3), (True, False)))
 def test_outputs_and_gradients_are_those_of_torch(name, clips, channels_last):
     torch.manual_seed(0)
-    plain = nn.Conv3d(4, 8, **CONVOLUTIONS[name])
+    kind, options = CONVOLUTIONS[name]
+    plain = nn.Conv3d(4, 8, **options)
     x = torch.randn(clips, 4, 5, 7, 6)
     ours, given = copy.deepcopy(plain), x.clone()
     if channels_last:
         ours, given = ours.to(memory_format=torch.channels_last_3d), given.contiguous(memory_format=torch.channels_last_3d)
-    run_frames_as_images(ours)
-    assert type(ours) is FramewiseConv3d and list(ours.state_dict()) == list(plain.state_dict())
+    run_as_images(ours)
+    assert type(ours) is kind and list(ours.state_dict()) == list(plain.state_dict())
     results = []
     for conv, clip in ((plain, x), (ours, given)):
         out = conv(clip.requires_grad_())
@@ -41,10 +46,10 @@ def test_outputs_and_gradients_are_those_of_torch(name, clips, channels_last):
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_a_1x1x1_convolution_of_one_small_clip_runs_in_one_dnn(channels_last):
-    """The other way is what this is there to avoid; it also leaves channels-last memory."""
+def test_a_small_1x1x1_convolution_of_one_clip_runs_in_one_dnn(channels_last):
+    """The other way is what this is there to avoid; without channels-last memory it is still taken."""
     conv = nn.Conv3d(24, 108, 1).to(memory_format=torch.channels_last_3d)
-    run_frames_as_images(conv)
+    run_as_images(conv)
     x = torch.randn(1, 24, 20, 20, 20)
     x = x.contiguous(memory_format=torch.channels_last_3d) if channels_last else x
     with torch.inference_mode(), torch.profiler.profile() as profile:
@@ -53,14 +58,14 @@ def test_a_1x1x1_convolution_of_one_small_clip_runs_in_one_dnn(channels_last):
     assert slow != channels_last
 
 
-def test_what_looks_along_time_or_may_do_more_than_its_name_says_stays_as_it_is():
+def test_what_is_over_both_or_may_do_more_than_its_name_says_stays_as_it_is():
     class Own(nn.Conv3d):
         pass
 
     others = nn.Sequential(
-        nn.Conv3d(2, 2, 3), nn.Conv3d(2, 2, (3, 1, 1)), nn.Conv3d(2, 2, 1, stride=2), nn.Conv3d(2, 2, 1, padding=1), nn.Conv3d(2, 2, (1, 3, 3), padding="same"),
+        nn.Conv3d(2, 2, 3), nn.Conv3d(2, 2, 1, stride=2), nn.Conv3d(2, 2, 1, padding=1), nn.Conv3d(2, 2, (1, 3, 3), padding="same"),
         nn.Conv3d(2, 2, (1, 3, 3), padding=(0, 1, 1), padding_mode="reflect"), Own(2, 2, 1),
     )  # fmt: skip
     before = [type(module) for module in others]
-    run_frames_as_images(others)
+    run_as_images(others)
     assert [type(module) for module in others] == before
