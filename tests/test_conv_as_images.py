@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from atfr.models.conv_as_images import SpatialConv3d, TemporalConv3d, run_as_images
 
@@ -69,3 +69,12 @@ def test_what_is_over_both_or_may_do_more_than_its_name_says_stays_as_it_is():
     before = [type(module) for module in others]
     run_as_images(others)
     assert [type(module) for module in others] == before
+
+
+def test_torch_fx_finds_the_3d_convolutions_in_them():
+    network = nn.Sequential(nn.Conv3d(2, 3, 1), nn.Conv3d(3, 2, (3, 1, 1))).to(memory_format=torch.channels_last_3d)
+    run_as_images(network)
+    x = torch.randn(2, 2, 4, 5, 5).contiguous(memory_format=torch.channels_last_3d)
+    traced = fx.symbolic_trace(network)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [torch.conv3d, torch.conv3d]
+    torch.testing.assert_close(traced(x), network(x))
