@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from atfr.models import trials
+from atfr.models.conv_as_images import run_as_images
 from atfr.models.packed_forms import NoPackedForm
 from atfr.models.program import INPUT, PackedTrunk, Time, Traced
 from atfr.models.segments import take
@@ -73,6 +74,7 @@ class VideoNet(nn.Module):
     def __init__(self, backbone: nn.Module, *, stages: Stages, sgs: SGSOptions | None, probe: tuple[int, int, int] = (16, 64, 64)) -> None:
         super().__init__()
         self.backbone = backbone.to(memory_format=torch.channels_last_3d)
+        run_as_images(self.backbone)
         self.sgs = nn.ModuleDict()  # a layer each place, under its name with _ for .
         self.execution = "dense"
         self.times: dict[str, Time] = {}
