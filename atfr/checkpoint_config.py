@@ -67,7 +67,7 @@ def given_overrides(arguments: list[str]) -> list[str]:
     for override in OverridesParser.create().parse_overrides([a for a in arguments if is_override(a)]):
         if override.is_delete() or override.key_or_group == "experiment":
             raise ValueError(f"{program} does not take {override.input_line}: change the checkpoint's config key by key")
-        if override.key_or_group == "model.weights":
+        if override.key_or_group in ("model.weights", "init_from"):
             raise ValueError(f"{program} does not take {override.input_line}: the weights tested are those of checkpoint=...")
         keys.append(override.key_or_group)
     return keys

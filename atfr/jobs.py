@@ -84,8 +84,8 @@ def clip_settings(config: DictConfig) -> ClipSettings:
 def build_model(config: DictConfig, *, num_classes: int, ranks: Ranks, seed: int = 0, pretrained: bool = False) -> VideoNet:
     """The network of `model`, initialised from the seed, on this process's device.
 
-    With `pretrained` the weights of `model.weights`, if it is set, are loaded into it, and the main
-    process prints what came of them. A network whose own checkpoint is read next needs none.
+    With `pretrained` the weights of `model.weights` or `init_from`, if one is set, are loaded into it, and the
+    main process prints what came of them. A network whose own checkpoint is read next needs none.
 
     Raises:
         ValueError: options that do not fit, or clips of `dataset.clip` that the network cannot run on.
@@ -98,12 +98,27 @@ def build_model(config: DictConfig, *, num_classes: int, ranks: Ranks, seed: int
         model.check_clip(config.dataset.clip.frames, config.dataset.clip.crop_size, config.dataset.clip.crop_size)
     except ValueError as error:
         raise ValueError(f"dataset.clip.frames={config.dataset.clip.frames}, dataset.clip.crop_size={config.dataset.clip.crop_size}: {error}") from error
-    weights = config.model.get("weights")
-    if pretrained and weights is not None:
-        report = load_pretrained(model, Path(str(weights)).expanduser())
+    given = weights_given(config)
+    if pretrained and given is not None:
+        report = load_pretrained(model, given[1], key=given[0])
         if ranks.is_main:
             print(report.as_table(), flush=True)
     return model.to(ranks.device)
+
+
+def weights_given(config: DictConfig) -> tuple[str, Path] | None:
+    """The option that names the weights to start from, and their file; of a run folder, its best checkpoint.
+
+    Raises:
+        ValueError: both options are set.
+    """
+    weights, start = config.model.get("weights"), config.get("init_from")
+    if weights is not None and start is not None:
+        raise ValueError(f"model.weights={weights} and init_from={start} both say what to start from: set one of them to null")
+    if start is None:
+        return None if weights is None else ("model.weights", Path(str(weights)).expanduser())
+    path = Path(str(start)).expanduser()
+    return "init_from", path / "checkpoints" / "best.pt" if path.is_dir() else path
 
 
 def gflops_table(model: VideoNet, clip: ClipSettings) -> GflopsTable:

@@ -5,12 +5,14 @@
 One forward and backward pass in training mode on the CPU; the peak is the most that the allocator
 had in use after any operation of it, beyond what was in use before (weights and clips). `share` is of
 dense; `linear` is what it would be if all that the trunk adds to the stem's peak shrank with B'. The
-early stages, with their large frames, hold more of the memory than of the FLOPs.
+early stages, with their large frames, hold more of the memory than of the FLOPs. `again` are the peaks of dense and
+packed with `trainer.checkpoint_activations=true`, as shares of dense.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import gc
 import warnings
@@ -23,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atfr.engine.accounting import GflopsTable
+from atfr.models.network import VideoNet
 
 
 def main() -> None:
@@ -32,7 +35,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    lines = [f"batch {arguments.batch}; torch {torch.__version__}", f"{'model':<13}{'B-prime':<9}{'dense MB':>10}{'packed MB':>11}{'share':>8}{'linear':>8}{'FLOPs':>8}"]
+    lines = [f"batch {arguments.batch}; torch {torch.__version__}", f"{'model':<13}{'B-prime':<9}{'dense MB':>10}{'packed MB':>11}{'share':>8}{'linear':>8}{'FLOPs':>8}{'again: dense':>14}{'packed':>8}"]
     print("\n".join(lines), flush=True)
     for name in arguments.models:
         model = SUBJECTS[name].build(OPTIONS).train()
@@ -40,12 +43,16 @@ def main() -> None:
         clips = torch.randn(arguments.batch, *SUBJECTS[name].clip).contiguous(memory_format=torch.channels_last_3d)
         dense = peak(lambda: model.backbone(clips).sum(), model)
         stem = peak(lambda: sum(x.sum() for x in model.stem(clips)), model)
+        others = VideoNet(model.backbone, stages={}, sgs=None), copy.deepcopy(model)
+        for other in others:
+            other.train().compute_again()
+        dense_again = peak(lambda: others[0](clips).logits.sum(), others[0])
         for distribution, bins in distributions(arguments.batch, table.frames[0], table.least[0], None):
-            packed = peak(lambda: model(clips, [bins]).logits.sum(), model)
+            packed, again = (peak(lambda: one(clips, [bins]).logits.sum(), one) for one in (model, others[1]))
             kept = sum(bins) / len(bins) / table.frames[0]
             flops = sum(table.at((b,)) for b in bins) / len(bins) / table.dense
             linear = (stem + (dense - stem) * kept) / dense
-            lines.append(f"{name:<13}{distribution:<9}{dense / 1e6:>10.1f}{packed / 1e6:>11.1f}{packed / dense:>8.3f}{linear:>8.3f}{flops:>8.3f}")
+            lines.append(f"{name:<13}{distribution:<9}{dense / 1e6:>10.1f}{packed / 1e6:>11.1f}{packed / dense:>8.3f}{linear:>8.3f}{flops:>8.3f}{dense_again / dense:>14.3f}{again / dense:>8.3f}")
             print(lines[-1], flush=True)
     if arguments.output:
         arguments.output.write_text("\n".join(lines) + "\n")

@@ -121,6 +121,12 @@ def check_a_signal_on_one_process_ends_the_evaluation_on_both(ranks: distributed
     assert len(evaluate(nn.Identity(), Loader([Batch] * (5 - ranks.rank)), normalise=nn.Identity(), ranks=ranks, stop=StopFlag()).failed) == 1
 
 
+def check_what_one_process_says_is_heard_by_both_at_the_next_call(ranks: distributed.Ranks) -> None:
+    told = distributed.OneCallLate()
+    said = [0, 5 if ranks.rank else 0, 0, 3, 0]
+    assert [told.largest(number) for number in said] == [0, 0, 5, 0, 3]
+
+
 def check_a_nan_on_one_process_stops_both(folder: Path, ranks: distributed.Ranks) -> None:
     training = training_of(folder, ranks)
     loss = training.loss
@@ -162,6 +168,7 @@ def main() -> None:
     assert ranks.world == 2
     check_states_and_lists_that_differ_stop_both(Path(sys.argv[1]), ranks)
     check_a_signal_on_one_process_ends_the_evaluation_on_both(ranks)
+    check_what_one_process_says_is_heard_by_both_at_the_next_call(ranks)
     check_a_nan_on_one_process_stops_both(Path(sys.argv[1]) / "stops", ranks)
     check_a_nan_in_the_features_of_one_process_is_left_out_by_both(Path(sys.argv[1]), ranks)
     distributed.stop()

@@ -2,7 +2,7 @@
 
     python tools/calibrate.py model=x3d_sgs model.weights=X3D_S.pyth dataset=kinetics400 dataset.root=/data/k400
     python tools/calibrate.py ... model/sgs=uniform              # a baseline at the same GFLOPs
-    python tools/calibrate.py ... model.weights=RUN/checkpoints/best.pt budgets=[0.3,0.5,0.8]
+    python tools/calibrate.py ... init_from=RUN budgets=[0.3,0.5,0.8]
 
 For each budget (mean GFLOPs over dense) the bin width is chosen on `trainer.statistics_clips` training
 clips, and the test videos are run. Writes calibration.json, a list with one entry a budget, and for each
@@ -39,8 +39,8 @@ def main(config: DictConfig) -> None:
     budgets = [float(budget) for budget in config.budgets]
     if not budgets or not all(0 < budget <= 1 for budget in budgets):
         raise ValueError(f"budgets={budgets} must be shares of the dense GFLOPs, above 0 and at most 1")
-    if config.model.get("weights") is None:
-        raise ValueError("model.weights is not set: it names the trained network that SGS is put into")
+    if jobs.weights_given(config) is None:
+        raise ValueError("model.weights is not set, nor init_from: it names the trained network that SGS is put into")
     folder = run_folder(settings.output_dir, under="calibrated")
     on_every_process(lambda ranks: calibrate(config, settings, ranks, budgets, folder), config, settings, program=__file__, folder=folder)
 
@@ -88,7 +88,7 @@ def calibrate(config: DictConfig, settings: TrainerSettings, ranks: distributed.
 def state_of(model: VideoNet, plain: dict[str, Any], share: float, source: VideoSource, *, whole: bool) -> dict[str, Any]:
     """What tools/test.py needs to run the network as it is now."""
     changed = {"target": share, **({"num_bins": None} if whole else {})}
-    config = {**plain, "model": {**plain["model"], "weights": None, "sgs": {**plain["model"]["sgs"], **changed}}}
+    config = {**plain, "init_from": None, "model": {**plain["model"], "weights": None, "sgs": {**plain["model"]["sgs"], **changed}}}
     return {"model": model.state_dict(), "config": config, "choices": choices(), "class_names": list(source.class_names)}
 
 

@@ -3,6 +3,7 @@
     python tools/train.py                                  # built-in data, a tiny X3D with SGS
     python tools/train.py dataset=kinetics400 model=x3d_sgs dataset.root=/data/k400
     python tools/train.py ... trainer.devices=2            # two processes; on GPUs, by default one for each
+    python tools/train.py ... init_from=RUN trainer.output_dir=OTHER   # from the weights of another run, with a new schedule
 
 torchrun, srun and submitit may start the processes instead. The same command run again goes on from where it stopped. Options: configs/train.yaml.
 """
@@ -61,6 +62,8 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
     plain = OmegaConf.to_container(config, resolve=True)
     if ranks.is_main:
         claim_folder(folder, plain, "training", resume=settings.resume)
+        if not starts and (given := jobs.weights_given(config)):
+            print(f"{given[0]} is left alone: this run goes on from its own {folder / 'checkpoints' / 'last.pt'}", flush=True)
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         print(
             f"{source.name}: {len(source.train)} training, {len(source.val)} validation, {len(source.test)} test videos,"

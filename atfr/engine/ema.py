@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ class Ema:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.parameters, self.decay, self.steps = list(model.parameters()), decay, 0
+        self.names, self.parameters = zip(*model.named_parameters())
+        self.decay, self.steps = decay, 0
         self.averages = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
@@ -40,14 +41,15 @@ class Ema:
             _copy(buffers, list(model.buffers()))
 
     def state_dict(self) -> dict[str, object]:
-        return {"averages": self.averages, "steps": self.steps}
+        return {"averages": dict(zip(self.names, self.averages)), "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
-        _copy(state["averages"], self.averages)
+        averages = state["averages"]  # a list in files from before they had names
+        _copy(averages if isinstance(averages, list) else [averages[name] for name in self.names], self.averages)
         self.steps = state["steps"]
 
 
 @torch.no_grad()
-def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
     for source, target in zip(sources, targets, strict=True):
         target.copy_(source)

@@ -27,19 +27,28 @@ class Pending:
         self.norms: list[Tensor] = []
         self.paths: list[Sequence[str]] = []
         self.sums: dict[str, float] = {}
+        self._fetched: tuple[list[float], list[float]] | None = None
 
     def add(self, loss: Tensor, norm: Tensor, paths: Sequence[str], **values: float) -> None:
         self.losses.append(loss)
         self.norms.append(norm)
         self.paths.append(paths)
+        self._fetched = None
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def fetched(self) -> tuple[list[float], list[float]]:
+        """Losses and norms on the host: the one wait for the device."""
+        if self._fetched is None:
+            values, count = torch.stack([*self.losses, *self.norms]).tolist(), len(self.losses)
+            self._fetched = values[:count], values[count:]
+        return self._fetched
 
     def check(self, step: int, *, scaled: bool = False) -> None:
         """Raise FloatingPointError if a loss or, unless fp16 scaling deals with it, a gradient is not finite."""
         if not self.losses:
             return
-        losses, norms = torch.stack(self.losses).tolist(), torch.stack(self.norms).tolist()
+        losses, norms = self.fetched()
         first = step - len(losses) + 1
         for number, (loss, norm, paths) in enumerate(zip(losses, norms, self.paths), start=first):
             if not math.isfinite(loss):
@@ -49,9 +58,10 @@ class Pending:
 
     def means(self, ranks: Ranks) -> dict[str, float]:
         """Means over the steps and all processes; `replaced` is the number of videos replaced in them."""
-        count = len(self.losses)
-        sums = [torch.stack(self.losses).sum().item(), torch.stack(self.norms).sum().item(), *self.sums.values()]
-        totals = distributed.summed(torch.tensor(sums, dtype=torch.float64, device=ranks.device)).tolist()
-        means = dict(zip(("loss", "grad_norm", *self.sums), (total / count / ranks.world for total in totals)))
-        means["replaced"] *= count * ranks.world
+        losses, norms = self.fetched()
+        totals = [math.fsum(losses), math.fsum(norms), *self.sums.values()]
+        if ranks.world > 1:
+            totals = distributed.summed(torch.tensor(totals, dtype=torch.float64, device=ranks.device)).tolist()
+        means = dict(zip(("loss", "grad_norm", *self.sums), (total / len(losses) / ranks.world for total in totals)))
+        means["replaced"] *= len(losses) * ranks.world
         return means

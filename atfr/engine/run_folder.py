@@ -11,7 +11,7 @@ from atfr.engine.files import write_text
 
 LEFT = {"training": "checkpoints/last.pt", "calibration": "calibration.json"}  # what each kind of job leaves
 # What may change between the runs of one experiment without making it another one.
-FREE = ("output_dir", "max_steps", "accelerator", "devices", "workers", "timeout_s", "save_every", "keep", "log_every", "profile", "resume", "test")
+FREE = ("output_dir", "max_steps", "accelerator", "devices", "workers", "timeout_s", "save_every", "keep", "log_every", "profile", "resume", "test", "checkpoint_activations")
 _ONCE = {"dataset.clip.sampling": "dense", "trainer.accumulate": 1}  # what there was before there was a choice
 
 

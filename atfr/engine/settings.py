@@ -34,6 +34,7 @@ class TrainerSettings:
     class_balanced: bool = False  # every class equally often in an epoch
     accumulate: int = 1  # parts that a process runs its share of a batch in, one after the other
     sync_batch_norm: bool = False  # batch norm over the clips of all processes
+    checkpoint_activations: bool = False  # compute activations again in the backward pass
     ema: float | None = None  # decay of the averaged weights that are validated and tested; None: off
     skip_nonfinite: int = 0  # such steps in a row that are left out before it is an error
     overfit_batches: int = 0  # train on the first so many batches over and over; 0: off

@@ -104,21 +104,24 @@ def _calibrate(model: VideoNet, layers: list[SGS], batches: Iterable[Tensor], mo
 
 def draw_shares(model: VideoNet, *, seed: int, step: int) -> None:
     """Before a training step: choose the share to keep of each layer whose shares are drawn, the same one on all processes."""
-    random = np.random.default_rng((seed, step, 1))  # not what mixup draws from
-    for layer in model.sgs.values():
-        if layer.options.drawn is not None:
-            layer.share = random.uniform(*layer.options.drawn)
+    drawn = [layer for layer in model.sgs.values() if layer.options.drawn is not None]
+    random = np.random.default_rng((seed, step, 1)) if drawn else None  # not what mixup draws from
+    for layer in drawn:
+        layer.share = random.uniform(*layer.options.drawn)
 
 
 @torch.no_grad()
 def steer_width(model: VideoNet, parts: Sequence[Sequence[Sampled]]) -> None:
     """After a training step: move the tracked widths towards their target mean B' / T, over all parts of the batch."""
-    for layer, *done in zip(model.sgs.values(), *parts):
-        if layer.tracks_width:
-            sums = [float(sum(sum(d.segments.lengths) for d in done)), float(sum(sum(d.given) for d in done))]
-            counts = torch.tensor(sums, device=layer.width.device)
-            kept, given = distributed.summed(counts)
-            layer.steer(kept / given)
+    tracked = [(layer, done) for layer, *done in zip(model.sgs.values(), *parts) if layer.tracks_width]
+    if not tracked:
+        return
+    sums = [float(sum(n)) for _, done in tracked for n in ((sum(d.segments.lengths) for d in done), (sum(d.given) for d in done))]
+    # Filled on the device: to copy numbers there from the host would be to wait for it.
+    device = tracked[0][0].width.device
+    counts = distributed.summed(torch.stack([torch.full((), number, device=device) for number in sums]))
+    for (layer, _), (kept, given) in zip(tracked, counts.view(-1, 2)):
+        layer.steer(kept / given)
 
 
 class _Reached(Exception):

@@ -68,9 +68,12 @@ class Training:
         stop: StopFlag | None = None,
     ) -> None:
         self.model, self.optimizer, self.factor = model, optimizer, learning_rate_factor
+        self.parameters = list(model.parameters())
         self.batches, self.steps_per_epoch, self.validate = batches, steps_per_epoch, validate
         self.normalise, self.settings, self.ranks = normalise, settings, ranks
         self.folder, self.identity, self.mix, self.stop = folder, identity, mix, stop
+        if settings.checkpoint_activations:
+            model.compute_again()
         self.last, self.best = folder / "checkpoints" / "last.pt", folder / "checkpoints" / "best.pt"
         self.total_steps = settings.epochs * steps_per_epoch
         if settings.max_steps is not None:
@@ -82,6 +85,7 @@ class Training:
         self.skipped, self.skipped_in_a_row = 0, 0
         self.ema = Ema(model, settings.ema) if settings.ema is not None else None
         self.pending = Pending()
+        self.told = distributed.OneCallLate()
         self.data_wait = DataWait()
         self.named: set[str] = set()  # the bad videos that were told of
 
@@ -143,8 +147,8 @@ class Training:
         self.check_losses(epoch)
 
     def stop_if_told(self, epoch: int) -> None:
-        """Save and end, all processes at the same step, if one of them was told to."""
-        number = 0 if self.stop is None else distributed.largest(self.stop.signal or 0)
+        """Save and end, all processes at the same step, if one of them was told to: of several, at the next call."""
+        number = 0 if self.stop is None else self.told.largest(self.stop.signal or 0)
         if number:
             self.check_losses(epoch)
             self.save(self.last)
@@ -182,7 +186,9 @@ class Training:
         """One optimizer step on one global batch."""
         began = time.perf_counter()
         # Dropout draws from a generator that depends on the step alone: nothing to save for a resume.
-        torch.manual_seed(hash((self.settings.seed, self.step, self.ranks.rank)) % 2**63)
+        # (torch.manual_seed notes for a GPU that is not there, too, where it was called from.)
+        seeded = torch.default_generator if self.ranks.device.type == "cpu" else torch
+        seeded.manual_seed(hash((self.settings.seed, self.step, self.ranks.rank)) % 2**63)
         draw_shares(self.model, seed=self.settings.seed, step=self.step)
         self.set_learning_rate()
         buffers = [b.clone() for b in self.model.buffers()] if self.settings.skip_nonfinite else []
@@ -216,7 +222,7 @@ class Training:
     def gradients(self, batch: Any) -> tuple[Tensor, Tensor, list[Prediction]]:
         """This process's addend of the mean loss, with its clipped gradient left in the parameters; the gradient's norm; the predictions of each part."""
         clips = self.normalise(batch.clips.to(self.ranks.device, non_blocking=True))
-        targets = batch.labels.to(self.ranks.device)
+        targets = batch.labels.to(self.ranks.device, non_blocking=True)
         if self.mix is not None:
             clips, targets = self.mix(clips, targets, self.step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -233,8 +239,15 @@ class Training:
             total += loss.detach()
             parts.append(prediction)
         self.scaler.unscale_(self.optimizer)
-        limit = self.settings.clip_norm if self.settings.clip_norm is not None else float("inf")
-        return total, nn.utils.clip_grad_norm_(self.model.parameters(), limit), parts
+        return total, self.clipped(), parts
+
+    def clipped(self) -> Tensor:
+        """The gradient's norm, to which it is cut down if it was larger than may be."""
+        norm, limit = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]), self.settings.clip_norm
+        # To look whether it is larger is to wait for a GPU, which rather multiplies with 1.
+        if limit is not None and (norm.device.type != "cpu" or norm > limit):
+            nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
+        return norm
 
     def predict(self, clips: Tensor) -> tuple[Prediction, float]:
         """The network's forward pass, and what to multiply its loss with: 1, or NaN if the step has to be left out."""

@@ -18,7 +18,7 @@ def baseline(similarity: str, frames: Tensor, *, num_frames: int, num_bins: int)
     if similarity == "none":
         return time, torch.ones_like(time)
     if similarity == "random":
-        chosen = _random_frames(num_frames, num_bins).to(frames.device)[frames]
+        chosen = _random_frames(num_frames, num_bins).to(frames.device, non_blocking=True)[frames]
         return (chosen.cumsum(dim=1) - 1).clamp(min=0), chosen
     parts = frames.clamp(max=num_bins)[:, None]
     bins = uniform_bins(frames[:, None], parts, num_frames)

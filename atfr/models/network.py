@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from atfr.models import trials
 from atfr.models.conv_as_images import run_as_images
 from atfr.models.packed_forms import NoPackedForm
+from atfr.models.pieces import recomputing
 from atfr.models.program import INPUT, PackedTrunk, Time, Traced
 from atfr.models.segments import take
 from atfr.models.sgs_layer import SGS, Sampled, SGSOptions, sample
@@ -80,6 +81,10 @@ class VideoNet(nn.Module):
         self.times: dict[str, Time] = {}
         self.layer_inputs: dict[str, Time] = {}
         self.places: dict[str, str] = {}
+        # Kept out of the module tree: the programs call the backbone's own modules, and registering
+        # them would list every parameter a second time.
+        self._programs: tuple[nn.Module, ...] = (self.backbone,)
+        self._training_programs: tuple[nn.Module, ...] | None = None
         if sgs is None:
             return
         self.places = places = _resolve(sgs.places, stages, backbone)
@@ -92,8 +97,6 @@ class VideoNet(nn.Module):
                 shape = list(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
                 raise ValueError(f"model.sgs.after={name!r} gives {shape} for a clip of {probe}: SGS needs [N, C, T, H, W] with more than one feature in time")
             self.sgs[_key(name)] = SGS(x.shape[1], sgs, name=name)
-        # Kept out of the module tree: the programs call the backbone's own modules, and registering
-        # them would list every parameter a second time.
         self._levels = [[_key(traced.cuts[cut]) for cut in cuts] for cuts in traced.levels]
         stem = traced.stem(self, PREFIX)
         self._programs = (stem, self._trunk(traced, stem, sgs.execution, probe))
@@ -113,7 +116,7 @@ class VideoNet(nn.Module):
         clips = clips.contiguous(memory_format=torch.channels_last_3d)
         try:
             if not self.sgs:
-                return Prediction(self.backbone(clips), (), clips.shape[2])
+                return Prediction(self._running[0](clips), (), clips.shape[2])
             logits, sampled = self.trunk(*self.stem(clips), forced=forced)
         except (RuntimeError, IndexError) as error:
             self._explain(error, clips)
@@ -132,12 +135,29 @@ class VideoNet(nn.Module):
 
     def stem(self, clips: Tensor) -> tuple[Tensor, ...]:
         """What runs before any sampling: the features to sample, then whatever passes them by."""
-        return self._programs[0](clips)
+        return self._running[0](clips)
 
     def trunk(self, *features: Tensor, forced: Sequence[tuple[int, ...]] | None = None) -> tuple[Tensor, tuple[Sampled, ...]]:
         """Sampling and what follows it, on what the stem gave: (logits [N, classes], what was done)."""
-        trunk = self._programs[1]
+        trunk = self._running[1]
         return trunk(*features, forced) if self.execution == "packed" else self._bucketed(trunk, *features, forced=forced)
+
+    def compute_again(self) -> None:
+        """From now on training keeps few activations for the backward pass, which computes the others again.
+
+        Raises:
+            ValueError: torch.fx cannot trace the backbone.
+        """
+        if self.sgs:
+            stem, trunk = self._programs
+            self._training_programs = recomputing(stem, ends=False), recomputing(trunk, ends=True)
+        else:
+            self._training_programs = (recomputing(Traced(self.backbone, {}, before_activation=False).whole(self, PREFIX), ends=True),)
+
+    @property
+    def _running(self) -> tuple[nn.Module, ...]:
+        trains = self._training_programs is not None and self.training and torch.is_grad_enabled()
+        return self._training_programs if trains else self._programs
 
     @property
     def levels(self) -> list[list[SGS]]:

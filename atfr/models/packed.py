@@ -14,7 +14,9 @@ In channels-last memory a frame is one contiguous block, so moving frames is a c
 from __future__ import annotations
 
 import functools
-from typing import Callable, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +34,22 @@ def apart(run: Callable[[Tensor], Tensor], x: Tensor, segments: Segments, window
         spaced = take(x, plan.source).index_fill_(2, plan.gaps, fill)
         return take(_by_rows(run, spaced, plan.rows), plan.kept)
     spaced = take(x, plan.source).index_fill(2, plan.gaps, fill)
-    with _made_again(spaced, x, lambda: take(x.detach(), plan.source).index_fill_(2, plan.gaps, fill)):
+    with nullcontext() if _KEEPING.get() else _made_again(spaced, x, lambda: take(x.detach(), plan.source).index_fill_(2, plan.gaps, fill)):
         out = _by_rows(run, spaced, plan.rows)
     return take(out, plan.kept)
+
+
+_KEEPING: ContextVar[bool] = ContextVar("keeping", default=False)
+
+
+@contextmanager
+def nothing_made_again() -> Iterator[None]:
+    """Meanwhile operations leave it to their caller what is kept for the backward pass."""
+    before = _KEEPING.set(True)
+    try:
+        yield
+    finally:
+        _KEEPING.reset(before)
 
 
 def _made_again(spaced: Tensor, x: Tensor, make: Callable[[], Tensor]) -> torch.autograd.graph.saved_tensors_hooks:

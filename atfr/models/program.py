@@ -112,6 +112,13 @@ class Traced:
         graph.output(tuple(copies[node] for node in outputs))
         return fx.GraphModule(root, graph, "Stem")
 
+    def whole(self, root: nn.Module, prefix: str) -> fx.GraphModule:
+        """Clips -> what the network makes of them, nothing sampled."""
+        graph, copies = fx.Graph(), {}
+        for node in self.nodes:
+            copies[node] = _copy(graph, node, copies, prefix)
+        return fx.GraphModule(root, graph, "Network")
+
     def plain_trunk(self, root: nn.Module, prefix: str) -> fx.GraphModule:
         """The frontier, its features sampled already and all of one length -> the network's output."""
         graph = fx.Graph()
@@ -278,7 +285,7 @@ def _trace(tracer: fx.Tracer, network: nn.Module) -> list[fx.Node]:
         own = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((TORCH, __file__, "<"))]
         place = f"{own[-1].filename}:{own[-1].lineno}" if own else "an unknown place"
         raise ValueError(
-            f"torch.fx cannot trace {type(network).__name__}, which SGS needs: {trials.first_line(error)} at {place}; write that without Python's range, if, int"
+            f"torch.fx cannot trace {type(network).__name__}, which SGS and trainer.checkpoint_activations need: {trials.first_line(error)} at {place}; write that without Python's range, if, int"
             " or unpacking of tensors and their sizes, or give the module a packed_forward (atfr/models/packed_forms.py): it is then taken as a whole"
         ) from error
 
@@ -305,6 +312,17 @@ def _copy(graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node], pre
     if node.op in ("call_module", "get_attr"):
         copied.target = prefix + node.target
     return copied
+
+
+def is_sampling(node: fx.Node) -> bool:
+    """Whether an operation of a packed trunk samples, or reads what a sampling gave."""
+    return node.target in (sample, _forced, _item) or (node.target is getattr and node.args[0].target is _item)
+
+
+def holds_no_tensor(node: fx.Node) -> bool:
+    """Whether a value of a packed trunk is of no size: lengths, and what the sampling did."""
+    features = node.target is _item and node.args[1] == 0
+    return (is_sampling(node) and not features) or node.target in (Segments.through, _whole) or node.name == "forced"
 
 
 def _forced(forced: Sequence[tuple[int, ...]] | None, layers: tuple[int, ...]) -> list[tuple[int, ...]] | None:

@@ -172,7 +172,7 @@ def _existing_frames(z: Tensor, valid: Tensor | None, least: int = 1) -> tuple[T
             raise ValueError(f"valid announces a clip of {int(valid.max())} frames, of which z holds {num_frames}")
     if shortest < least:
         raise ValueError(f"a clip of {shortest} frames cannot give the {least} bins that are needed at least (min_bins)")
-    frames = valid.to(z.device)
+    frames = valid.to(z.device, non_blocking=True)
     mask = torch.arange(num_frames, device=z.device) < frames[:, None]
     spoilt = (~z.isfinite().all(dim=2) & mask).any(dim=1)
     return z.masked_fill(~(mask & ~spoilt[:, None])[:, :, None], 0), mask, frames, spoilt

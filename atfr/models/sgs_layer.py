@@ -273,9 +273,8 @@ class SGS(nn.Module):
         z = z.nan_to_num(0, 0, 0)
         if self.options.similarity != "partition":
             return self._width_for(z, valid, share)
-        frames = torch.full((len(z),), z.shape[1]) if valid is None else valid
-        mean_bins = share * frames.double().mean().item()
-        frames = frames.to(z.device)
+        frames = torch.full((len(z),), z.shape[1], device=z.device) if valid is None else valid.to(z.device, non_blocking=True)
+        mean_bins = share * (z.shape[1] if valid is None else valid.double().mean().item())  # lengths are on the host
         z = z.masked_fill((torch.arange(z.shape[1], device=z.device) >= frames[:, None])[:, :, None], 0)
         return width_keeping(z, frames, num_bins=self.most_bins(z.shape[1]), mean_bins=mean_bins, evenness=self.options.evenness)
 

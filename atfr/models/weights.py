@@ -1,7 +1,8 @@
 """Pretrained weights: files of other libraries and our own checkpoints, into any network that they fit.
 
 Read are pytorchvideo's zoo files and PySlowFast's checkpoints (`model_state`), torchvision's state
-dicts and our own checkpoints (`model`), whatever they are called. Nothing in a file is run.
+dicts and our own checkpoints (`model`, with the averages of `ema` where there are some), whatever they
+are called. Nothing in a file is run.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ class _Given(NamedTuple):
     value: Tensor
 
 
-def load_pretrained(model: VideoNet, path: Path) -> LoadReport:
-    """Copy into the network every tensor of the file that has its name and shape.
+def load_pretrained(model: VideoNet, path: Path, *, key: str = "model.weights") -> LoadReport:
+    """Copy into the network every tensor of the file that has its name and shape; `key` is the option that named the file.
 
     A classifier for another number of classes stays as it was initialised; so do a classifier and
     a sampling layer of which a part does not fit. Where this raises, the network is untouched.
@@ -78,19 +79,20 @@ def load_pretrained(model: VideoNet, path: Path) -> LoadReport:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, or fits less than half of the backbone; one line.
     """
-    given = _unwrapped({name: _Given(name, value) for name, value in read_tensors(path).items()})
+    tensors, averaged = read_tensors(path, key=key)
+    given = _unwrapped({name: _Given(name, value) for name, value in tensors.items()})
     for_sgs = {name.removeprefix("sgs."): g for name, g in given.items() if name.startswith("sgs.")}
     for_backbone = {name.removeprefix("backbone."): g for name, g in given.items() if not name.startswith("sgs.")}
     kind = "a checkpoint of this project" if any(name.startswith("backbone.") for name in given) else "names of pytorchvideo or torchvision"
     own = model.backbone.state_dict()
-    notes: list[str] = []
+    notes = ["these are the averaged weights (trainer.ema)"] if averaged else []
     if weight_names.is_pyslowfast(for_backbone):
         kind = "names of PySlowFast"
         for_backbone, notes = _from_pyslowfast(for_backbone, own)
 
     classifier = _classifier(model.backbone)
     fitting, skipped = _match(own, for_backbone, classifier=classifier)
-    _require_half(own, for_backbone, fitting, classifier=classifier, path=path)
+    _require_half(own, for_backbone, fitting, classifier=classifier, file=f"{key}={path}")
     _all_or_none([name for name in own if _in(name, classifier)], fitting, for_backbone, skipped)
     surplus = sum(entry.reason == MISSING for entry in skipped)
     if 4 * surplus > len(fitting):
@@ -116,30 +118,37 @@ def load_pretrained(model: VideoNet, path: Path) -> LoadReport:
     )
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The state dict that a file holds, on the CPU, without running code from it.
+def read_tensors(path: Path, *, key: str = "model.weights") -> tuple[dict[str, Tensor], bool]:
+    """The state dict that a file holds, on the CPU, without running code from it, and whether averaged weights are in it.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no file of torch.save, is damaged, or holds no tensors or more than tensors.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"model.weights={path} does not exist, or is not a file")
+        raise FileNotFoundError(f"{key}={path} does not exist, or is not a file")
     with open(path, "rb") as file:
         start = file.read(64)
     if not start.startswith(ZIP) and LEGACY not in start:
-        raise ValueError(f"model.weights={path} was not written by torch.save (Caffe2's .pkl files, as in older model zoos, are not read)")
+        raise ValueError(f"{key}={path} was not written by torch.save (Caffe2's .pkl files, as in older model zoos, are not read)")
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make torch raise anything, OSError for a bad offset among it
-        raise ValueError(f"model.weights={path} {_why_unread(error)}") from error
+        raise ValueError(f"{key}={path} {_why_unread(error)}") from error
     for candidate in [*(contents.get(key) for key in CONTAINERS), contents] if isinstance(contents, Mapping) else []:
         if isinstance(candidate, Mapping):
             tensors = {name: value for name, value in candidate.items() if isinstance(name, str) and isinstance(value, Tensor)}
             if tensors:
-                return tensors
+                averages = _averages(contents)
+                return {**tensors, **averages}, bool(averages)
     holds = f"it has the keys {_some(map(str, contents))}" if isinstance(contents, Mapping) else f"it is a {type(contents).__name__}"
-    raise ValueError(f"model.weights={path} holds no weights: {holds}; names and tensors may be all of it, or under {', '.join(CONTAINERS)}")
+    raise ValueError(f"{key}={path} holds no weights: {holds}; names and tensors may be all of it, or under {', '.join(CONTAINERS)}")
+
+
+def _averages(contents: Mapping) -> dict[str, Tensor]:
+    """The averaged weights of a checkpoint of ours, by name."""
+    averages = contents["ema"].get("averages") if isinstance(contents.get("ema"), Mapping) else None
+    return dict(averages) if isinstance(averages, Mapping) else {}
 
 
 def _why_unread(error: Exception) -> str:
@@ -239,7 +248,7 @@ def _open_to_files(sgs: nn.ModuleDict, given: dict[str, _Given]) -> tuple[dict[s
     return own, skipped
 
 
-def _require_half(own: Mapping[str, Tensor], given: Mapping[str, _Given], fitting: Mapping[str, Tensor], *, classifier: str, path: Path) -> None:
+def _require_half(own: Mapping[str, Tensor], given: Mapping[str, _Given], fitting: Mapping[str, Tensor], *, classifier: str, file: str) -> None:
     """Raise ValueError, with what the file and the network hold, if the file is of another network."""
     wanted = [name for name in own if not _in(name, classifier) and not name.endswith(COUNTER)]
     found = sum(name in fitting for name in wanted)
@@ -248,7 +257,7 @@ def _require_half(own: Mapping[str, Tensor], given: Mapping[str, _Given], fittin
     first = next(name for name in wanted if name not in fitting)
     there = list(given[first].value.shape) if first in given else "missing"
     raise ValueError(
-        f"model.weights={path} is of another network: {found} of {len(wanted)} tensors fit (first difference: {first} is {there} there, {list(own[first].shape)} here);"
+        f"{file} is of another network: {found} of {len(wanted)} tensors fit (first difference: {first} is {there} there, {list(own[first].shape)} here);"
         f" the file holds {_some(g.name for g in given.values())}, the network has {_some(wanted)};"
         " choose the model and model.size that it was trained with"
     )

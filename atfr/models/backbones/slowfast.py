@@ -116,7 +116,7 @@ def slow_frames(clips: Tensor, alpha: int) -> Tensor:
         raise ValueError(f"this SlowFast needs clips of a multiple of {alpha} frames, not of {frames}; set dataset.clip.frames")
     # On the CPU, since devices may round differently and a frame is cut to the whole number below.
     chosen = torch.linspace(0, frames - 1, frames // alpha, device="cpu").long()
-    return clips.index_select(2, chosen.to(clips.device))
+    return clips.index_select(2, chosen.to(clips.device, non_blocking=True))
 
 
 class Fusion(nn.Module):

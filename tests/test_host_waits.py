@@ -1,0 +1,124 @@
+"""How often a training step makes the host wait for the device, on a GPU of stand-ins: fake tensors have a device and a shape and no values."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import pytest
+import torch
+from test_train import SETTINGS, Batch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from atfr.data.transforms import Normalizer
+from atfr.engine.distributed import Ranks
+from atfr.engine.train import Training
+from atfr.models import segments, sgs_layer
+from atfr.models.backbones.slowfast import slowfast
+from atfr.models.backbones.x3d import x3d
+from atfr.models.network import VideoNet
+from atfr.models.sgs_layer import SGSOptions
+
+GPU = torch.device("cuda:0")
+ATFR = SGSOptions(similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
+
+
+class Waits(TorchDispatchMode):
+    """Raises at a copy between host and device that waits; reading a value raises of itself, since a stand-in has none."""
+
+    def __torch_dispatch__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and args[0].device != result.device:
+            if result.device.type == "cpu" or not kwargs.get("non_blocking"):
+                raise AssertionError(f"a copy that waits, from {args[0].device} to {result.device}")
+        return result
+
+
+def on_gpu(module: nn.Module) -> None:
+    """Stand-ins on a GPU in place of all parameters and buffers."""
+    for each in module.modules():
+        for name, p in each._parameters.items():
+            if p is not None:
+                each._parameters[name] = nn.Parameter(torch.empty_like(p, device=GPU), requires_grad=p.requires_grad)
+        for name, b in each._buffers.items():
+            each._buffers[name] = torch.empty_like(b, device=GPU)
+
+
+def step_on_gpu(monkeypatch, folder: Path, model: VideoNet, **settings: object) -> int:
+    """Take one step; how often the lengths of the kept features were fetched in it."""
+    fetched = 0
+
+    def lengths(layers, proposals, *, checked):
+        nonlocal fetched
+        fetched += 1
+        return [tuple(3 + i % 2 for i in range(len(p.lengths))) for p in proposals]
+
+    def backward(loss: Tensor, *_: Any, **__: Any) -> None:  # autograd needs a thread for the GPU, which is not there
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+
+    monkeypatch.setattr(sgs_layer, "_on_host", lengths)
+    monkeypatch.setattr(segments, "_on", lambda values, device: torch.empty(np.shape(values), dtype=torch.int64, device=device))
+    monkeypatch.setattr(Tensor, "backward", backward)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        normalise = Normalizer([0.4] * 3, [0.2] * 3)
+        on_gpu(model)
+        on_gpu(normalise)
+        training = Training(
+            model=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+            learning_rate_factor=lambda step, total: 1.0,
+            batches=lambda epoch, start: [],
+            steps_per_epoch=9,
+            validate=lambda: {},
+            normalise=normalise,
+            settings=replace(SETTINGS, log_every=10, clip_norm=1.0, ema=0.9, **settings),
+            ranks=Ranks(0, 1, GPU),
+            folder=folder,
+            identity={},
+        )
+        training.network = model.train()
+        training.bar = type("Bar", (), {"update": lambda self: None})()
+        batch = Batch(torch.zeros(4, 3, 32, 64, 64, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), ("a",) * 4)
+        assert isinstance(batch.clips, FakeTensor)
+        with Waits():
+            training.train_step(batch, epoch=0, data_s=0.0)
+    return fetched
+
+
+def network(sgs: SGSOptions | None) -> VideoNet:
+    return x3d(size="tiny", num_classes=3, sgs=sgs)
+
+
+def test_a_dense_step_never_waits_for_the_device(monkeypatch, tmp_path):
+    assert step_on_gpu(monkeypatch, tmp_path, network(None)) == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [SGSOptions(), ATFR, replace(ATFR, drawn=(0.3, 0.7)), SGSOptions(similarity="random", kernel="mean")],
+    ids=["reference", "atfr", "drawn", "random"],
+)
+def test_a_step_with_sampling_waits_once_for_the_lengths(monkeypatch, tmp_path, options):
+    assert step_on_gpu(monkeypatch, tmp_path, network(options)) == 1
+    assert step_on_gpu(monkeypatch, tmp_path, network(options), accumulate=2) == 2  # once for each part
+
+
+def test_both_pathways_of_a_slowfast_are_one_level(monkeypatch, tmp_path):
+    model = slowfast(size="8x8-R50", num_classes=3, sgs=replace(ATFR, after="res2"))
+    assert step_on_gpu(monkeypatch, tmp_path, model) == 1
+
+
+def test_what_waits_is_noticed(monkeypatch, tmp_path):
+    model = network(None)
+    model.register_forward_pre_hook(lambda module, inputs: torch.tensor([1.0]).to(GPU))
+    with pytest.raises(AssertionError, match="a copy that waits"):
+        step_on_gpu(monkeypatch, tmp_path, model)
+    model = network(None)
+    model.register_forward_hook(lambda module, inputs, output: output.logits.sum().item())
+    with pytest.raises(Exception, match="_local_scalar_dense|data-dependent"):
+        step_on_gpu(monkeypatch, tmp_path, model)

@@ -1,0 +1,184 @@
+"""Activations that are computed again in the backward pass: the same step as without, in less memory."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_train import SETTINGS, batch, train
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models import video
+
+from atfr.models.backbones.slowfast import slowfast
+from atfr.models.backbones.x3d import x3d
+from atfr.models.network import VideoNet
+from atfr.models.pieces import Recomputed, blocks
+from atfr.models.sgs_layer import NonFiniteFeatures, SGSOptions
+
+ATFR = SGSOptions(similarity="partition", kernel="mean", scale="absolute", width=0.6, order="time", embedding="pooled", before_activation=False, after="stem")
+
+
+def of_x3d(sgs: SGSOptions | None) -> Callable[[], VideoNet]:
+    return lambda: x3d(size="tiny", num_classes=5, sgs=sgs)
+
+
+def of_r3d(sgs: SGSOptions | None) -> Callable[[], VideoNet]:
+    """Torchvision's, which adds in place and has ReLUs in place."""
+    return lambda: VideoNet(video.r3d_18(num_classes=5), stages={}, sgs=sgs)
+
+
+NETWORKS = {
+    "x3d": of_x3d(None),
+    "x3d atfr": of_x3d(ATFR),
+    "x3d reference": of_x3d(SGSOptions()),
+    "x3d two levels": of_x3d(replace(ATFR, after=("stem", "res3"))),
+    "r3d": of_r3d(None),
+    "r3d reference": of_r3d(SGSOptions(after="layer1")),
+    "slowfast atfr": lambda: slowfast(size="8x8-R50", num_classes=5, sgs=replace(ATFR, after="res2")),
+}
+
+
+def clips(n: int = 4, frames: int = 16) -> Tensor:
+    """Of different amounts of change, so that they keep different numbers of features."""
+    x = torch.randn(n, 3, frames, 32, 32, generator=torch.Generator().manual_seed(1)).cumsum(dim=2)
+    return x * torch.linspace(0.05, 1, n)[:, None, None, None, None]
+
+
+def step(model: VideoNet, x: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], list[tuple[int, ...]]]:
+    """Logits, gradients, buffers and B' of a training step."""
+    torch.manual_seed(3)  # of dropout
+    model.train().zero_grad()
+    prediction = model(x)
+    nn.functional.cross_entropy(prediction.logits, torch.arange(len(x)) % 5).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return prediction.logits.detach(), gradients, dict(model.named_buffers()), prediction.bins
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_step_is_the_same_in_loss_gradients_and_running_statistics(name):
+    model = NETWORKS[name]()
+    again = copy.deepcopy(model)
+    again.compute_again()
+    assert list(again.state_dict()) == list(model.state_dict())
+    x = clips(frames=32) if name.startswith("slowfast") else clips()
+    expected, found = step(model, x), step(again, x)
+    assert "atfr" not in name or len(set(expected[3])) > 1
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(again.eval()(x).logits, model.eval()(x).logits, rtol=0, atol=0)
+
+
+def test_dropout_draws_the_same_the_second_time_and_the_next_draw_is_another():
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.Conv3d(4, 4, 3, padding=1), nn.Dropout(0.5), nn.ReLU(inplace=True)) for _ in range(3))
+            self.stem, self.pool, self.head = nn.Conv3d(3, 4, 1), nn.AdaptiveAvgPool3d(1), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for layer in self.layers:
+                x = x + layer(x)
+            return self.head(self.pool(x).flatten(1))
+
+    model = VideoNet(Dropping(), stages={}, sgs=None)
+    again = copy.deepcopy(model)
+    again.compute_again()
+    torch.testing.assert_close(step(again, clips()), step(model, clips()), rtol=0, atol=0)
+    assert not torch.equal(again(clips()).logits, again(clips()).logits)
+
+
+def test_the_sampling_is_done_once_and_what_it_refuses_is_still_refused():
+    model, calls = NETWORKS["x3d atfr"](), []
+    model.compute_again()
+    model.sgs["stem"].register_forward_hook(lambda *_: calls.append(1))
+    norm = next(m for m in reversed(list(model.backbone.modules())) if isinstance(m, nn.BatchNorm3d) and m is not model.backbone.blocks[-1].pool.pre_norm)
+    seen = []
+    norm.register_forward_hook(lambda *_: seen.append(1))
+    step(model, clips())
+    assert len(calls) == 1 and norm.num_batches_tracked == 1
+    spoilt = clips()
+    spoilt[1, 0, 0, 0, 0] = torch.nan
+    with pytest.raises(NonFiniteFeatures):
+        model(spoilt)
+
+
+def test_in_evaluation_nothing_runs_in_pieces():
+    model = NETWORKS["x3d"]()
+    model.compute_again()
+    assert model._running is model._training_programs
+    with torch.no_grad():
+        assert model._running is model._programs
+    assert model.eval()._running is model._programs
+
+
+@pytest.mark.parametrize("name, most", [("x3d", 0.6), ("x3d atfr", 0.7)])
+def test_the_peak_of_memory_falls(name, most):
+    model = NETWORKS[name]()
+    again = copy.deepcopy(model)
+    again.compute_again()
+    x = clips(8)
+    before, after = (peak(lambda: step(each, x)) for each in (model, again))
+    assert after < most * before
+
+
+def peak(run: Callable[[], object]) -> int:
+    """The most bytes that tensors made in this call had at any time."""
+    watch = Watch()
+    with watch:
+        run()
+    return watch.most
+
+
+class Watch(TorchDispatchMode):
+    """Adds up the storages that operations make, and takes off those that are gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
+        given = {id(s) for s in map(Tensor.untyped_storage, (a for a in args if isinstance(a, Tensor)))}
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage(), given)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known or id(storage) in given:
+            return
+        self.known.add(key)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def test_a_block_is_cut_where_its_sum_is_made_and_what_changes_in_place_stays_with_what_it_changes():
+    model = VideoNet(video.r3d_18(num_classes=5), stages={}, sgs=None)
+    model.compute_again()
+    program = model._training_programs[0]
+    pieces = [m.piece for m in program.modules() if isinstance(m, Recomputed)]
+    assert len(pieces) == 8  # stem and first block, six blocks, ... each with one value to hand over
+    assert all(len(next(iter(reversed(piece.graph.nodes))).args[0]) == 1 for piece in pieces)
+
+
+def test_a_training_with_it_ends_with_the_same_weights(tmp_path):
+    batches = [batch(seed) for seed in range(3)]
+    models = [x3d(size="tiny", num_classes=3, sgs=replace(ATFR, width=None)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    settings = replace(SETTINGS, accumulate=2, clip_norm=1.0, ema=0.9)
+    for number, (model, on) in enumerate(zip(models, (False, True))):
+        train(tmp_path / str(number), batches, replace(settings, checkpoint_activations=on), model)
+    torch.testing.assert_close(dict(models[1].state_dict()), dict(models[0].state_dict()), rtol=0, atol=0)
