@@ -78,7 +78,9 @@ def nothing(**options: Any) -> None:
 
 
 def warn_of_ignored(config: DictConfig) -> None:
-    """Say in one line that the command's `model.sgs.*` are for nothing, where they are."""
+    """Say in one line that the command's `model.sgs.*` are for nothing, where they are; a config composed without a command has none."""
+    if not HydraConfig.initialized():
+        return
     given = [override for override in HydraConfig.get().overrides.task if override.lstrip("+").startswith("model.sgs.")]
     if given and config.model.get("sgs") is None:
         name = HydraConfig.get().runtime.choices.get("model")

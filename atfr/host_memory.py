@@ -24,8 +24,8 @@ def hand_back_freed_memory() -> bool:
     For a process that reads videos: each size of frame leaves holes that the next does not fit, and
     the threshold that glibc raises by itself keeps them all, so that a loader's worker grows for
     thousands of clips (`benchmarks/loader_speed.py`). Smaller things come and go with every frame:
-    for these it keeps up to 64 MiB, since mapping them anew costs a tenth of the decoding of jpg
-    files. Undoes `keep_freed_memory`, which a forked process has from its parent.
+    for these it keeps up to 64 MiB, since mapping them anew takes its time where decoding is quick.
+    Undoes `keep_freed_memory`, which a forked process has from its parent.
     """
     return _set(MMAP_MAX, 65536) and _set(MMAP_THRESHOLD, 2**22) and _set(TRIM_THRESHOLD, 2**26)
 

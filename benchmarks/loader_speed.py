@@ -10,6 +10,7 @@ VP9, and jpg folders. Three read the same frames of the same files at the same s
 - the bare library: PyAV, or Pillow for jpg files, in as few lines as it takes and with no check of anything (`Bare`). It
   trusts the header, seeks once, and decodes on to the last frame; what it decodes is scaled to the size and dropped.
 - our reader: `ClipSettings.read` alone, which counts packets, knows every frame by its timestamp and meets bad files.
+  It scales jpg files with torchvision, which is quicker than Pillow; loader/reader says what the loader adds to it.
 - the loader: reads, transforms and collates training clips as training does, and hands on uint8 batches.
 
 Each figure is the median over the rounds, in which they take turns; loader/bare and loader/reader are those of the ratios
@@ -57,7 +58,7 @@ SAVED = Path(__file__).parent / "results" / "loader_speed-cpu.txt"
 class Bare(ClipSettings):
     """Reads with the libraries themselves, in files as they are written here."""
 
-    def read(self, path: str, pick: Pick, *, short_side: int) -> Decoded:
+    def read(self, path: str, pick: Pick, *, short_side: int, key: tuple) -> Decoded:
         read = bare_jpgs if os.path.isdir(path) else bare_video
         return Decoded(read(path, pick, short_side), "bare", 0, RATE)
 

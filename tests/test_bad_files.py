@@ -8,17 +8,19 @@ import os
 import shutil
 import time
 from collections import Counter
+from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from run_tools import run_tool, small_job
-from video_files import lay_down, lie_about_duration, write_sound, write_video
+from video_files import lay_down, lie_about_duration, write_jpgs, write_sound, write_video
 
 from atfr.data import decode
 from atfr.data.dataset import ClipSettings, TestClips, TrainClips
 from atfr.data.decode import read_clip
 from atfr.data.loader import TrainSampler, test_loader, train_loader
-from atfr.data.records import Video
+from atfr.data.records import Video, VideoError
 
 GRAY = [0.5, 0.5, 0.5]
 CLIP = ClipSettings(frames=8, stride=2, crop_size=32, train_short_side=[32, 40], test_short_side=32, mean=GRAY, std=GRAY)
@@ -69,6 +71,37 @@ def miniature(small_videos, tmp_path_factory):
         with open(root / f"{split}.csv", "a") as file:
             file.writelines(f"{name},right\n" for name in (*broken, *strange))
     return root, sorted(broken)
+
+
+@contextmanager
+def as_somebody_else():
+    """Root may read everything, so for a while this is not root."""
+    if os.getuid() == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+
+
+def test_what_one_may_not_read_is_refused_with_that_reason(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # and relative paths, since the folders above are not for everybody
+    tmp_path.chmod(0o755)
+    pictures = np.zeros((3, 48, 64, 3), dtype=np.uint8)
+    reasons = {
+        write_video(tmp_path / "video.mp4", 20, codec="libx264"): "Permission denied",
+        write_jpgs(tmp_path / "folder", pictures): "Permission denied",
+        write_jpgs(tmp_path / "one frame", pictures): "frame img_2.jpg: Permission denied",
+    }
+    for name in ("video.mp4", "folder", "one frame/img_2.jpg"):
+        os.chmod(name, 0)
+    with as_somebody_else():
+        for path, reason in reasons.items():
+            name = os.path.basename(path)
+            with pytest.raises(VideoError, match=f"cannot read {name}: {reason}$"):
+                read_clip(name, lambda num_frames, fps: [0, 1])
+    os.chmod("folder", 0o755)  # pytest cleans up
 
 
 def test_strange_files_are_read_upright_and_at_their_size(tmp_path):

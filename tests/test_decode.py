@@ -3,15 +3,18 @@
 import csv
 import os
 import pickle
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 from torchvision.io import decode_image
 from video_files import damage, numbers, write_jpgs, write_sound, write_video
 
-from atfr.data import decode
+from atfr.data import decode, readers
 from atfr.data.frame_folder import FrameFolder
 from atfr.data.readers import AvVideo, Unsupported, scaled_size
 from atfr.data.records import VideoError
@@ -98,6 +101,35 @@ def test_a_clip_whose_frames_lie_close_is_decoded_in_one_go(tmp_path, monkeypatc
     video.read([0, 3, 30, 33], None)
     (*_, before) = [key.position for key in video.keyframes if key.position <= 30]
     assert len(decoded) == 4 + (33 - before + 1) < 34
+
+
+@pytest.mark.parametrize("kind, first, times", [("h264_mp4", 0, 1), ("h264_mp4", 25, 1), ("vp9_webm", 30, 1), ("packed", 25, 2)])
+def test_a_file_known_by_its_timestamps_is_opened_once_for_a_clip(tmp_path, monkeypatch, kind, first, times):
+    codec, ending = FORMATS["mpeg4_avi" if kind == "packed" else kind]
+    path = write_video(tmp_path / f"video.{ending}", 40, codec=codec)
+    if kind == "packed":  # then it is counted from its start
+        monkeypatch.setattr(readers, "_PLACEHOLDER_BYTES", 10**6)
+    opened, open_file = [], av.open
+    monkeypatch.setattr(av, "open", lambda *arguments, **options: opened.append(path) or open_file(*arguments, **options))
+    assert numbers(read_clip(path, chosen(first, first + 3))) == [first, first + 3]
+    assert len(opened) == times
+
+
+def test_a_file_that_cannot_be_sought_in_is_counted_from_its_start(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "video.mp4", 40, codec="libx264")
+    refused, open_file = [], AvVideo._open
+
+    def refuse(*_, **__):
+        refused.append(True)
+        raise av.error.PermissionError(1, "Operation not permitted")
+
+    @contextmanager
+    def unseekable(self, **options):
+        with open_file(self, **options) as (container, stream):
+            yield SimpleNamespace(demux=container.demux, seek=refuse), stream
+
+    monkeypatch.setattr(AvVideo, "_open", unseekable)
+    assert numbers(read_clip(path, chosen(25, 31))) == [25, 31] and refused
 
 
 def test_frames_are_scaled_to_the_short_side_and_never_enlarged(tmp_path):
@@ -229,6 +261,14 @@ def test_frames_of_a_folder_are_scaled_and_coloured_alike(tmp_path):
     Image.new("L", (200, 100), 90).save(os.path.join(path, "img_3.jpg"))  # gray, and of another size
     clip = read_clip(path, chosen(0, 2), short_side=24)
     assert clip.shape == (2, 24, 32, 3) and np.abs(clip.astype(int) - 90).max() <= 2
+
+
+def test_frames_of_a_folder_are_scaled_as_pillow_scales_them(tmp_path):
+    path = write_jpgs(tmp_path / "frames", np.random.default_rng(0).integers(0, 256, (3, 96, 128, 3), dtype=np.uint8))
+    clip = read_clip(path, chosen(2, 0), short_side=57)
+    for frame, number in zip(clip, (3, 1), strict=True):
+        expected = Image.open(os.path.join(path, f"img_{number}.jpg")).resize((76, 57), Image.Resampling.BILINEAR)
+        assert np.abs(frame.astype(int) - np.asarray(expected)).max() <= 1
 
 
 def test_only_the_frames_wanted_are_opened_and_a_bad_one_is_named(tmp_path):

@@ -1,9 +1,10 @@
 """Reads the frames of one clip out of a video file or a folder of frames, frame for frame.
 
 Two libraries can read; each is the other's fallback. PyAV goes first unless told otherwise: `benchmarks/decoders.py`
-shows that it is about as fast as decord on H.264 and VP9 and faster on MPEG-4, where decord's random access returns
-other frames than were asked for on packed B-frames (UT-Interaction, HMDB51). decord can also spin for ever in native
-code, out of reach of Python's signals (github.com/dmlc/decord/issues/373): datasets read under a `TimeLimit`.
+measured it as quicker than decord on all sets of real files that were tried (`benchmarks/results/decoders-cpu.txt`), and
+decord's random access returns other frames than were asked for in MPEG-4 with packed B-frames (UT-Interaction, HMDB51);
+it is read frame after frame here. decord can also spin for ever in native code, out of reach
+of Python's signals (github.com/dmlc/decord/issues/373): datasets read under a `TimeLimit`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 
-from atfr.data.readers import Found, one_line, scaled_size
+from atfr.data.readers import Found, one_line, resized, scaled_size
 from atfr.data.records import VideoError
 
 _ENDINGS = (".jpg", ".jpeg")
@@ -32,29 +32,30 @@ class FrameFolder:
         if not files:
             raise VideoError(path, "it is a folder without jpg files")
         # Where digits stand in the same places in all names, as in img_00001.jpg, order by letters is order by value.
-        alike = len({file.translate(_DIGITS) for file in files}) == 1
+        alike = len(set("/".join(files).translate(_DIGITS).split("/"))) == 1
         self.files = sorted(files, key=None if alike else _by_number)
         self.num_frames = len(files)
 
     def read(self, wanted: list[int], short_side: int | None, *, leap: bool = True) -> Found:
-        frames: dict[int, np.ndarray] = {}
         size: tuple[int, int] | None = None
+        pictures = []
         for position in wanted:
-            frames[position], size = self._open(self.files[position], short_side, size)
-        return frames, None
+            picture, size = self._open(self.files[position], short_side, size)
+            pictures.append(picture)
+        alike = len({picture.shape for picture in pictures}) == 1  # or else they are of several cameras
+        groups = [pictures] if alike else [[picture] for picture in pictures]
+        return dict(zip(wanted, (frame for group in groups for frame in resized(np.stack(group), size)))), None
 
     def _open(self, file: str, short_side: int | None, size: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
-        """uint8 [H, W, 3] and its (width, height): `size`, or what `short_side` makes of the frame's own."""
+        """uint8 [H, W, 3], not much larger than the (width, height) that follows: `size`, or what `short_side` makes of the frame's own."""
         from PIL import Image
 
         try:
             with Image.open(os.path.join(self.path, file)) as image:
                 size = size or scaled_size(*image.size, short_side)
                 image.draft("RGB", size)  # libjpeg decodes at 1/2, 1/4 or 1/8 where that is still large enough
-                image = image.convert("RGB")
-                if image.size != size:
-                    image = image.resize(size, Image.Resampling.BILINEAR)  # antialiased
-                return np.asarray(image), size
+                # Converting makes a copy even of what is RGB.
+                return np.asarray(image if image.mode == "RGB" else image.convert("RGB")), size
         except (OSError, SyntaxError, ValueError) as error:
             # The message has the file's name without its folder at best.
             raise VideoError(self.path, f"frame {file}: {one_line(error)}") from error

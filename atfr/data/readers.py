@@ -2,14 +2,14 @@
 
 A reader opens a file in its constructor, says how many frames to expect in `num_frames` and how many there are a
 second in `fps` (None: not known), and `read(wanted, short_side)` gives back the frames at the positions `wanted`
-(sorted, in order of display). Nothing is kept open between calls by PyAV, and no reader may live through a fork.
+(sorted, in order of display). A file may stay open in between, so no reader may live through a fork.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,32 +76,49 @@ class AvVideo:
         self.av = av
         self.path = path
         av.logging.set_level(av.logging.PANIC)
+        self._kept: tuple[Any, Any] | None = None
         self._index()
 
     @contextmanager
-    def _open(self) -> Iterator[tuple[Any, Any]]:
-        """The open container and its video stream. Whatever FFmpeg finds wrong becomes a VideoError."""
+    def _open(self, *, keep: bool = False, seeking: bool = False) -> Iterator[tuple[Any, Any]]:
+        """The open container and its video stream. Whatever FFmpeg finds wrong becomes a VideoError.
+
+        What was opened with `keep` goes on to the next one with `seeking`, wherever it then stands.
+        """
         try:
-            # Titles in other encodings than UTF-8 are common in old AVI files.
-            with self.av.open(self.path, metadata_errors="replace") as container:
-                # The cover picture of an audio file is a video stream, too.
-                streams = [s for s in container.streams.video if "attached_pic" not in str(getattr(s, "disposition", ""))]
-                if not streams:
-                    raise VideoError(self.path, "it has no video stream")
-                if streams[0].codec_context is None:
-                    raise Unsupported(self.path, "PyAV has no decoder for it")
-                streams[0].thread_type = "NONE"
-                streams[0].codec_context.thread_count = 1
-                yield container, streams[0]
+            with ExitStack() as stack:
+                if seeking and self._kept:
+                    (container, stream), self._kept = self._kept, None
+                    stack.enter_context(container)
+                else:
+                    # Titles in other encodings than UTF-8 are common in old AVI files.
+                    container = stack.enter_context(self.av.open(self.path, metadata_errors="replace"))
+                    stream = self._video_stream(container)
+                yield container, stream
+                if keep:
+                    self._kept = container, stream
+                    stack.pop_all()
         except self.av.error.DecoderNotFoundError as error:
             raise Unsupported(self.path, f"PyAV has no decoder for it ({one_line(error)})") from error
         except (self.av.error.FFmpegError, OSError, UnicodeError) as error:
             raise VideoError(self.path, one_line(error)) from error
 
+    def _video_stream(self, container: Any) -> Any:
+        # The cover picture of an audio file is a video stream, too.
+        streams = [s for s in container.streams.video if "attached_pic" not in str(getattr(s, "disposition", ""))]
+        if not streams:
+            raise VideoError(self.path, "it has no video stream")
+        if streams[0].codec_context is None:
+            raise Unsupported(self.path, "PyAV has no decoder for it")
+        streams[0].thread_type = "NONE"
+        streams[0].codec_context.thread_count = 1
+        return streams[0]
+
     def _index(self) -> None:
         """Counts the packets and their timestamps, without decoding: what a container announces is often wrong."""
         packets = []
-        with self._open() as (container, stream):
+        # Kept, since opening it again means probing it again.
+        with self._open(keep=True) as (container, stream):
             codec = stream.codec_context.name
             time_base, announced = stream.time_base, stream.average_rate
             try:
@@ -165,21 +182,27 @@ class AvVideo:
             elif runs:
                 runs[-1][1].append(position)
             else:
-                runs.append((None, [position]))
+                # The start of a file that is known by its timestamps can be sought, too.
+                at_start = key is not None and key.position == key.packet == 0
+                runs.append((key if at_start else None, [position]))
             last = position
         return runs
 
     def _collect(self, runs: list[_Run], short_side: int | None) -> Found | None:
         """Decodes each run from its keyframe (None: from where the file begins) up to the last frame wanted of it.
 
-        After a seek a frame is known by its timestamp; None if the timestamps do not lead from frame to frame.
+        After a seek a frame is known by its timestamp; None if the timestamps do not lead from frame to frame, or the
+        file cannot be sought in.
         """
         to_array = _Scaler(self.av, short_side)
         frames: dict[int, np.ndarray] = {}
-        with self._open() as (container, stream):
+        with self._open(seeking=runs[0][0] is not None) as (container, stream):
             for key, wanted in runs:
                 if key is not None:
-                    container.seek(key.pts, stream=stream)
+                    try:
+                        container.seek(key.pts, stream=stream)
+                    except self.av.error.FFmpegError:
+                        return None
                 position, frame = -1, None
                 for frame in self._decode(container, stream, packet=key.packet if key else 0):
                     if key is None:
@@ -286,24 +309,28 @@ class DecordVideo:
                 frame = self.reader.next()
                 position += 1
                 if position in wanted:
-                    frames[position] = _resize(frame.asnumpy(), short_side)
+                    frames[position] = self._scaled(frame, short_side)
         except StopIteration:
             if frame is not None:
-                frames[position] = _resize(frame.asnumpy(), short_side)
+                frames[position] = self._scaled(frame, short_side)
             return frames, position + 1
         except self.errors as error:
             raise VideoError(self.path, f"decord: {one_line(error)}") from error
         return frames, None
 
+    def _scaled(self, frame: Any, short_side: int | None) -> np.ndarray:
+        # decord could decode at the target size, but fails on some sizes ("the size must exactly match").
+        array = frame.asnumpy()
+        return resized(array[None], scaled_size(array.shape[1], array.shape[0], short_side))[0]
 
-def _resize(array: np.ndarray, short_side: int | None) -> np.ndarray:
-    """decord could decode at the target size, but fails on some sizes ("the size must exactly match")."""
+
+def resized(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [T, H, W, 3] at another (width, height), antialiased, by torchvision, which is quicker than Pillow (`benchmarks/loader_speed.py`)."""
     import torch
     from torchvision.transforms.v2 import functional as F
 
-    height, width = array.shape[:2]
-    width, height = scaled_size(width, height, short_side)
-    if (height, width) == array.shape[:2]:
-        return array
-    image = F.resize(torch.from_numpy(array).permute(2, 0, 1), [height, width], antialias=True)
-    return image.permute(1, 2, 0).numpy()
+    width, height = size
+    if (height, width) == frames.shape[1:3]:
+        return frames
+    images = F.resize(torch.from_numpy(frames).permute(0, 3, 1, 2), [height, width], antialias=True)
+    return images.permute(0, 2, 3, 1).numpy()

@@ -147,6 +147,6 @@ class Normalizer(nn.Module):
 
 def _to_clip(frames: Tensor) -> Tensor:
     """[T, C, H, W] -> [C, T, H, W] in one block, so that batches can be stacked and pinned."""
-    # numpy copies in one thread. Torch spreads even such a small copy over all cores, which on a busy machine makes
-    # the whole transform a hundred times slower.
+    # numpy copies in one thread. Torch spreads even such a small copy over all cores, and on a busy machine waits for
+    # them, far longer than all the rest takes.
     return torch.from_numpy(np.ascontiguousarray(frames.numpy().transpose(1, 0, 2, 3)))

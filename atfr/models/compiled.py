@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,9 +20,9 @@ COMPILERS = ("g++", "clang++")
 WORTH_IT = 2  # operations in a piece, at least: one alone gains nothing
 
 
-def compiling(program: fx.GraphModule, *, backend: str | Callable = "inductor", cut_behind: Collection[fx.Node] = ()) -> fx.GraphModule:
-    """The same program with its pieces compiled when they are first run, once each for training and evaluation; no piece goes on behind `cut_behind`."""
-    groups = [group for group in tensor_runs(program, cut_behind) if len(group) >= WORTH_IT]
+def compiling(program: fx.GraphModule, *, backend: str | Callable = "inductor") -> fx.GraphModule:
+    """The same program with its pieces compiled when they are first run, once each for training and evaluation."""
+    groups = [group for group in tensor_runs(program) if len(group) >= WORTH_IT]
     return in_pieces(program, groups, lambda piece: Compiled(piece, backend))
 
 
@@ -60,7 +60,7 @@ def _plain(x: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(frames, frames.shape).permute(0, 4, 1, 2, 3)
 
 
-def tensor_runs(program: fx.GraphModule, cut_behind: Collection[fx.Node] = ()) -> list[list[fx.Node]]:
+def tensor_runs(program: fx.GraphModule) -> list[list[fx.Node]]:
     """The longest runs of operations, one after another, that see tensors only."""
     groups: list[list[fx.Node]] = [[]]
     for node in program.graph.nodes:
@@ -70,8 +70,6 @@ def tensor_runs(program: fx.GraphModule, cut_behind: Collection[fx.Node] = ()) -
             groups.append([])
             continue
         groups[-1].append(node)
-        if node in cut_behind:
-            groups.append([])
     return [group for group in groups if group]
 
 

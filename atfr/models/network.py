@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from atfr.models import trials
 from atfr.models.compiled import compiling, require_compiler
+from atfr.models.conv_as_images import run_as_images
 from atfr.models.packed_forms import NoPackedForm
-from atfr.models.pieces import blocks, recomputing
+from atfr.models.pieces import recomputing
 from atfr.models.program import INPUT, PackedTrunk, Time, Traced
 from atfr.models.segments import take
 from atfr.models.sgs_layer import SGS, Sampled, SGSOptions, sample
@@ -75,6 +76,7 @@ class VideoNet(nn.Module):
     def __init__(self, backbone: nn.Module, *, stages: Stages, sgs: SGSOptions | None, probe: tuple[int, int, int] = (16, 64, 64)) -> None:
         super().__init__()
         self.backbone = backbone.to(memory_format=torch.channels_last_3d)
+        run_as_images(self.backbone)
         self.sgs = nn.ModuleDict()  # a layer each place, under its name with _ for .
         self.execution = "dense"
         self.times: dict[str, Time] = {}
@@ -150,19 +152,19 @@ class VideoNet(nn.Module):
             compiled: training and evaluation run compiled by this backend of torch.compile.
 
         Raises:
-            ValueError: torch.fx cannot trace the backbone, or there is nothing to compile with.
+            ValueError: torch.fx cannot trace the backbone, there is nothing to compile with, or both are asked for.
         """
         self._training_programs = self._evaluation_programs = None
+        if compute_again and compiled:
+            raise ValueError("trainer.compile and trainer.checkpoint_activations do not go together: the compiler chooses itself what is computed again")
         if not (compute_again or compiled):
             return
         programs = self._programs if self.sgs else (Traced(self.backbone, {}, before_activation=False).whole(self, PREFIX),)
-        if compiled:
-            require_compiler()
-            ends = [{block[-1] for block in blocks(program)} if compute_again else () for program in programs]
-            programs = self._evaluation_programs = tuple(compiling(program, backend=backend, cut_behind=cuts) for program, cuts in zip(programs, ends))
         if compute_again:
-            programs = tuple(recomputing(program, ends=program is programs[-1]) for program in programs)
-        self._training_programs = programs
+            self._training_programs = tuple(recomputing(program, ends=program is programs[-1]) for program in programs)
+            return
+        require_compiler()
+        self._training_programs = self._evaluation_programs = tuple(compiling(program, backend=backend) for program in programs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_training_programs": None, "_evaluation_programs": None}

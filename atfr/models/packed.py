@@ -98,14 +98,12 @@ def conv3d(module: nn.Conv3d, x: Tensor, segments: Segments) -> Tensor:
         x = take(x, centres(segments.lengths, window, x.device))
         stride = (1, *module.stride[1:])
         return nn.functional.conv3d(x, module.weight, module.bias, stride, module.padding, module.dilation, module.groups)
-    image = x.device.type == "cpu" and _over_time_alone(module)
-    run = (lambda y: _as_image(module, y)) if image else module
     if segments.layout is not None:
-        return _by_rows(run, x.index_fill_(2, segments.layout.gaps, 0), segments.layout.rows)
+        return _by_rows(module, x.index_fill_(2, segments.layout.gaps, 0), segments.layout.rows)
     if way == "mend":
         return _mended(module, x, segments)
-    out = as_batch(run, x, segments) if way == "batch" else None
-    return apart(run, x, segments, window) if out is None else out
+    out = as_batch(module, x, segments) if way == "batch" else None
+    return apart(module, x, segments, window) if out is None else out
 
 
 def way_of(module: nn.Conv3d, lengths: Sequence[int], device: torch.device) -> str:
@@ -149,20 +147,6 @@ def wasted(module: nn.Conv3d, lengths: Sequence[int], device: torch.device) -> f
         return 0
     long, rows = rows_of(tuple(lengths), window)
     return len(rows) * window.out(long) - sum(window.out(length) for length in lengths)
-
-
-def _over_time_alone(module: nn.Conv3d) -> bool:
-    return module.kernel_size[1:] == (1, 1) and module.stride[1:] == (1, 1) and module.padding[1:] == (0, 0)
-
-
-def _as_image(module: nn.Conv3d, x: Tensor) -> Tensor:
-    """A convolution over time alone, as one over images of T x (H W) pixels, for which CPUs are faster."""
-    n, _, _, h, w = x.shape
-    weight = module.weight[..., 0]  # [C', C, k, 1]
-    padding, stride, dilation = (module.padding[0], 0), (module.stride[0], 1), (module.dilation[0], 1)
-    image = x.permute(0, 2, 3, 4, 1).flatten(2, 3).permute(0, 3, 1, 2)  # [N, C, T, H W]
-    out = nn.functional.conv2d(image, weight, module.bias, stride, padding, dilation, module.groups)
-    return out.unflatten(3, (h, w))
 
 
 def _mended(module: nn.Conv3d, x: Tensor, segments: Segments) -> Tensor:

@@ -16,6 +16,7 @@ from pytorchvideo.layers.swish import Swish
 from torch import fx, nn
 
 from atfr.models import packed
+from atfr.models.conv_as_images import SpatialConv3d, TemporalConv3d
 from atfr.models.segments import Window, window_of
 
 FRAMEWISE_MODULES = (
@@ -66,7 +67,7 @@ def module_form(module: nn.Module, path: str) -> Form:
         window = window_of(module)
         if window == Window(1, dilation=window.dilation):
             return Form()
-        if module._forward_pre_hooks or type(module)._conv_forward is not nn.Conv3d._conv_forward:
+        if module._forward_pre_hooks or type(module)._conv_forward not in (nn.Conv3d._conv_forward, SpatialConv3d._conv_forward, TemporalConv3d._conv_forward):
             raise NoPackedForm(f"{path} behind SGS has no packed form: a convolution that makes its weight when it is called")
         if module.padding_mode != "zeros":
             raise NoPackedForm(f"{path} behind SGS has no packed form: it pads in time with {module.padding_mode}")
