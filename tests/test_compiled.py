@@ -46,6 +46,7 @@ def counted(name: str, inner: str) -> tuple[VideoNet, VideoNet, Counting]:
     return model, compiled, backend
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["x3d atfr", "x3d two levels", "r3d reference"])
 def test_no_graph_is_compiled_anew_whatever_the_clips_keep(name):
     model, compiled, backend = counted(name, "eager")
@@ -65,14 +66,16 @@ def test_no_graph_is_compiled_anew_whatever_the_clips_keep(name):
             found, expected = (m.eval()(x, forced).logits for m in (compiled, model.train(False)))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
-    both([(9, 5, 7)] + [(4, 3, 4)] * (len(least) - 1))
+    for most_and_least in ([(16,) * 3] * len(least), [(max(least),) * 3] * len(least)):
+        both(most_and_least)  # on one thread torch's convolutions differ below and from 16 images, and graphs with them
     graphs = backend.graphs
     assert graphs > 0
-    for forced in [[(16,) * 3] * len(least), [(max(least),) * 3] * len(least), *(lengths() for _ in range(8))]:
+    for forced in [[(9, 5, 7)] + [(4, 3, 4)] * (len(least) - 1), *(lengths() for _ in range(6))]:
         both(forced)
     assert backend.graphs == graphs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["x3d", "x3d atfr", "r3d reference"])
 def test_a_compiled_step_is_the_networks_step(name):
     model, compiled, _ = counted(name, "aot_eager")
@@ -81,6 +84,7 @@ def test_a_compiled_step_is_the_networks_step(name):
     torch.testing.assert_close(step(compiled.double(), clips().double()), step(model.double(), clips().double()), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_dense_network_is_one_graph_for_training_and_one_for_evaluation_for_any_number_of_clips():
     _, compiled, backend = counted("x3d", "eager")
     for n in (4, 2, 5, 3):

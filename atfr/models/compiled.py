@@ -1,7 +1,8 @@
 """Programs whose operations on tensors alone are compiled, and nothing of which is compiled anew for clips that keep other B'.
 
 What takes lengths (the sampling, and the packed operations that look along time) depends on them in Python, and stays
-as it is. Between them lie pieces that see tensors only, in which the number of features, or of clips, is a symbol.
+as it is. Between them lie pieces that see tensors only, in which the number of features, or of clips, is a symbol. (On one CPU
+thread there are two graphs of each: torch chooses another convolution for fewer than 16 images.)
 """
 
 from __future__ import annotations
