@@ -120,3 +120,9 @@ def test_a_compiled_training_goes_as_one_that_is_not_and_their_checkpoints_are_o
     train(tmp_path / "compiled", batches, replace(settings, compile=True, max_steps=2), models[1])
     train(tmp_path / "compiled", batches, replace(settings, compile=False), models[1])  # resumes it
     torch.testing.assert_close(dict(models[1].state_dict()), dict(plain.model.state_dict()), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("other", ["sync_batch_norm", "checkpoint_activations"])
+def test_what_does_not_go_with_compiling_is_refused_in_one_line(other):
+    with pytest.raises(ValueError, match=f"trainer.compile=true .*trainer.{other}"):
+        replace(SETTINGS, compile=True, **{other: True})

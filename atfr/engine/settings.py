@@ -56,6 +56,8 @@ class TrainerSettings:
                 raise ValueError(f"trainer.{name} must be above 0 or null, not {getattr(self, name)}")
         if self.compile and self.sync_batch_norm:
             raise ValueError("trainer.compile=true compiles batch norms, which trainer.sync_batch_norm=true replaces: set one of them to false")
+        if self.compile and self.checkpoint_activations:
+            raise ValueError("trainer.compile=true chooses itself what is computed again in the backward pass: set trainer.checkpoint_activations to false")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"trainer.ema must be above 0 and below 1 or null, not {self.ema}")
         if not 0 <= self.label_smoothing < 1:

@@ -156,7 +156,7 @@ class VideoNet(nn.Module):
         """
         self._training_programs = self._evaluation_programs = None
         if compute_again and compiled:
-            raise ValueError("trainer.compile and trainer.checkpoint_activations do not go together: the compiler chooses itself what is computed again")
+            raise ValueError("compute_again and compiled do not go together: the compiler chooses itself what is computed again")
         if not (compute_again or compiled):
             return
         programs = self._programs if self.sgs else (Traced(self.backbone, {}, before_activation=False).whole(self, PREFIX),)
