@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import time
 
 import pytest
 import torch
@@ -121,6 +122,7 @@ def test_tensorboard_shows_no_step_twice_and_loses_none_after_a_resume(tmp_path)
         if step % 10 == 0:
             log.write(step=step, epoch=0, split="val", values={"top1": 50.0 + step})
     log.close()
+    time.sleep(1.01 - time.time() % 1)  # TensorBoard reads files of one second in the order of their names, number 10 before number 9
     log = RunLog(tmp_path, resume_step=20, evaluated=10)  # killed in step 25, and the validation of step 20 was not saved
     log.write(step=20, epoch=0, split="val", values={"top1": 99.0})
     log.write(step=25, epoch=1, split="train", values={"loss": 0.5})
