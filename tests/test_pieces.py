@@ -98,8 +98,6 @@ def test_the_sampling_is_done_once_and_what_it_refuses_is_still_refused():
     model.prepare(compute_again=True)
     model.sgs["stem"].register_forward_hook(lambda *_: calls.append(1))
     norm = next(m for m in reversed(list(model.backbone.modules())) if isinstance(m, nn.BatchNorm3d) and m is not model.backbone.blocks[-1].pool.pre_norm)
-    seen = []
-    norm.register_forward_hook(lambda *_: seen.append(1))
     step(model, clips())
     assert len(calls) == 1 and norm.num_batches_tracked == 1
     spoilt = clips()
