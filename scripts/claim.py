@@ -31,6 +31,7 @@ from claim_change import RESULT as PROBED
 from claim_methods import BUDGETS, METHODS, NETWORKS, WARM
 from claim_report import report
 from claim_rows import saved
+from claim_speed import RESULT as TIMED
 from claim_videos import shrink
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
@@ -58,23 +59,19 @@ class Job:
 
     @property
     def done(self) -> bool:
-        if METHODS[self.method].tool == "train":
-            return (self.folder / "results.json").exists() and (not self.probed or (self.folder / PROBED).exists())
-        path = self.folder / "calibration.json"
-        return path.exists() and {entry["budget"] for entry in json.loads(path.read_text())} >= set(BUDGETS)
+        return not self.missing()
 
-    @property
-    def probed(self) -> bool:
-        """Whether it is asked how B' follows the change of clips of which that is known."""
-        method = METHODS[self.method]
-        return method.tool == "train" and method.adapts and is_generated(self.data)
+    def missing(self) -> list[list[str]]:
+        """The commands whose results are not there yet."""
+        return [command for name, command in self.commands().items() if not complete(self.folder / name)]
 
     @property
     def needs(self) -> Job | None:
         start = METHODS[self.method].start
         return None if start is None else Job(self.network, self.data, start, self.seed)
 
-    def commands(self) -> list[list[str]]:
+    def commands(self) -> dict[str, list[str]]:
+        """What is run, one after the other, by the name of the file that it leaves in the folder."""
         method = METHODS[self.method]
         model = (f"model={self.network}_sgs", f"model.sgs.after={method.after}") if method.after else (f"model={self.network}",)
         epochs = config_of(self.data).trainer.epochs
@@ -87,8 +84,19 @@ class Job:
             sys.executable, f"tools/{method.tool}.py", f"experiment=claim/{self.data}", *model, "model.size=tiny", *method.overrides, *training,
             f"trainer.seed={self.seed}", f"trainer.output_dir={self.folder}",
         ]  # fmt: skip
-        probe = [sys.executable, "scripts/claim_change.py", str(self.folder)]
-        return [main, probe] if self.probed else [main]
+        if method.tool == "calibrate":
+            return {"calibration.json": main}
+        commands = {"results.json": main}
+        if method.adapts and is_generated(self.data):  # how B' follows the change of clips is known of these alone
+            commands[PROBED] = [sys.executable, "scripts/claim_change.py", str(self.folder)]
+        if method.after:
+            commands[TIMED] = [sys.executable, "scripts/claim_speed.py", str(self.folder)]
+        return commands
+
+
+def complete(path: Path) -> bool:
+    """Whether the file is there and, of a calibration, has all budgets."""
+    return path.exists() and (path.name != "calibration.json" or {entry["budget"] for entry in json.loads(path.read_text())} >= set(BUDGETS))
 
 
 @cache
@@ -183,7 +191,7 @@ def run(job: Job, through: list[str]) -> str:
     log = job.folder / "job.log"
     try:
         with open(log, "w") as file:
-            for command in job.commands():
+            for command in job.missing():
                 code = subprocess.run([*through, *command], stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
                 if code:
                     break

@@ -17,14 +17,13 @@ from typing import Iterator
 
 import numpy as np
 import torch
+from claim_trained import trained
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from atfr import jobs
 from atfr.data.synthetic_scene import NOISE, WINDOW, render, step_changes
 from atfr.data.transforms import Normalizer, test_crops
-from atfr.engine import checkpoint
-from atfr.engine.distributed import Ranks
 from atfr.engine.files import write_text
 
 CLIPS, STATIC_EVERY, BATCH = 300, 5, 50
@@ -35,11 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    path = folder / "checkpoints" / "last.pt"
-    state = checkpoint.load(path)
-    config, ranks = OmegaConf.create(state["config"]), Ranks(0, 1, torch.device("cpu"))
-    model = jobs.build_model(config, num_classes=len(state["class_names"]), ranks=ranks)
-    checkpoint.load_weights(model, state["model"], path)
+    model, config = trained(folder)
     clip = jobs.clip_settings(config)
     normalise = Normalizer(clip.mean, clip.std)
 
@@ -51,7 +46,6 @@ def main() -> None:
                 found += model(normalise(torch.stack(clips[begin : begin + BATCH]))).sampled[-1].segments.lengths
         return found
 
-    model.eval()
     played = list(plays(config.dataset, frames=clip.frames, side=clip.crop_size))
     kept = bins([shown for shown, _ in played])
     busy = bins(shuffled([shown for shown, _ in played]))

@@ -62,6 +62,8 @@ METHODS: dict[str, Method] = {
     "one-price-0.32": sampled("atfr", "model.sgs.evenness=0", target(0.32)),
     "own-price-0.4": sampled("atfr", "model.sgs.evenness=1", AT_HALF),
     "global-0.4": sampled("atfr", "model.sgs.grid=1", AT_HALF),
+    # Its bins, with a z that is learned by the gradient of their kernel, and the same with one that is not.
+    **{f"path-{embedding}-0.4": sampled("atfr", *PATH[:1], f"model.sgs.embedding={embedding}", "model.sgs.kernel=linear_normalized", "model.sgs.edges=inclusive", AT_HALF) for embedding in ("mlp", "frozen")},
     # Other places. Half of the GFLOPs leaves 2 (x3d), 3 (r2plus1d) or 5 (resnet3d) features after res2, and none or 2 (resnet3d) after res3.
     "early-0.37": sampled("atfr", target(0.37), after="blocks.0.conv.conv_t", networks=("x3d",)),  # inside the stem, before its temporal convolution
     **{f"input-{share}": sampled("atfr", target(share), after="input") for share in (0.3, 0.44)},
@@ -96,6 +98,8 @@ METHODS: dict[str, Method] = {
     # One network at many budgets, and no training at all.
     "drawn-0.4": sampled("atfr", "model.sgs.drawn=[0.15,1]", AT_HALF),
     "budgets-drawn-0.4": untrained("drawn-0.4", "atfr", "refresh_batch_norm=true"),
+    "input-drawn-0.44": sampled("atfr", "model.sgs.drawn=[0.15,1]", target(0.44), after="input"),
+    "budgets-input-drawn-0.44": untrained("input-drawn-0.44", "atfr", "refresh_batch_norm=true", after="input"),
     "budgets-atfr-0.4": untrained("atfr-0.4", "atfr", "refresh_batch_norm=true"),
     "untrained-atfr": untrained(WARM, "atfr"),
     "untrained-anchor": untrained(WARM, "atfr", *ANCHOR),

@@ -15,6 +15,7 @@ from atfr.engine.files import write_text
 DOCUMENT, README, PLOT = Path("docs/claim.md"), Path("README.md"), Path("docs/claim.svg")
 OURS = ("atfr", "input")  # the preset's layer after the stem, and before it, on the clips themselves
 FIXED = ("uniform", "stride", "random", "input-uniform", "input-stride")  # what keeps equally many features of all clips
+DRAWN = ("budgets-drawn", "budgets-input-drawn")  # one network that was trained for all its budgets
 ONE = "one seed against"  # what `relation` says of it
 Groups = dict[tuple[str, str, str], list[Row]]  # by data, method and budget
 
@@ -65,8 +66,8 @@ def table(data: str, groups: Groups) -> list[str]:
     """One line a method: means over seeds, with the standard error of top-1."""
     lines = [
         f"**{data}**", "",
-        "| method | budget | seeds | top-1, % | mean class, % | GFLOPs of dense | B' mean (min-max) of T | B' follows change: test, played | static, busy |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| method | budget | seeds | top-1, % | mean class, % | GFLOPs of dense | time of dense | B' mean (min-max) of T | B' follows change: test, played | static, busy |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     own = [(key[1:], rows) for key, rows in groups.items() if key[0] == data]
     for (method, budget), rows in own:
@@ -74,8 +75,10 @@ def table(data: str, groups: Groups) -> list[str]:
         kept = f"{mean(r.bins for r in rows):.1f} ({min(r.least for r in rows)}-{max(r.most for r in rows)}) of {rows[0].frames}"
         follows = known(mean(r.follows_change for r in rows), mean(r.follows_played for r in rows), digits=2)
         ends = known(mean(r.static for r in rows), mean(r.busy for r in rows), digits=1)
+        times = [row.time for row in rows if row.time == row.time]
+        time = f"{mean(times):.2f}" if times else ""
         lines.append(
-            f"| {method} | {budget} | {len(rows)} | {with_error(tops)} | {mean(r.balanced for r in rows):.1f} | {mean(r.gflops for r in rows):.3f}"
+            f"| {method} | {budget} | {len(rows)} | {with_error(tops)} | {mean(r.balanced for r in rows):.1f} | {mean(r.gflops for r in rows):.3f} | {time}"
             f" | {kept} | {follows} | {ends} |"
         )
     return [*lines, ""]
@@ -165,15 +168,15 @@ def headline(groups: Groups) -> str:
 
 
 def one_network(data: str, groups: Groups, trained: dict[str, dict[int, Row]]) -> list[str]:
-    """One trained network at several budgets, each beside what separately trained fixed-cost networks have at these GFLOPs.
+    """One trained network (of each that was) at several budgets, each beside what separately trained fixed-cost networks have at these GFLOPs.
 
     Between two of those, as between the most costly one and the dense network, on the straight line; below the cheapest
     one, that one, which costs more.
     """
     curve = [method for method in trained if size_of(method, "uniform") or method == "dense"]
-    found = []
+    found: dict[str, list[str]] = defaultdict(list)
     for (at, method, budget), rows in groups.items():
-        if at != data or not budget or not method.startswith("budgets-drawn"):
+        if at != data or not budget or not method.startswith(DRAWN):
             continue
         differences = []
         for row in rows:
@@ -181,8 +184,8 @@ def one_network(data: str, groups: Groups, trained: dict[str, dict[int, Row]]) -
             if points:
                 differences.append(row.balanced - float(np.interp(row.gflops, *zip(*points))))
         if differences:
-            found.append(f"{relation(differences)} at {mean(row.gflops for row in rows):.2f} ({with_error(differences, sign='+')})")
-    return [f"  - one network, many budgets, against separately trained `uniform` ones: {', '.join(found)}"] if found else []
+            found[method].append(f"{relation(differences)} at {mean(row.gflops for row in rows):.2f} ({with_error(differences, sign='+')})")
+    return [f"  - one network, many budgets ({method}), against separately trained `uniform` ones: {', '.join(places)}" for method, places in found.items()]
 
 
 def matched(own: str, cost: dict[str, float]) -> list[str]:

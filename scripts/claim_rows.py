@@ -17,6 +17,7 @@ from typing import Iterator
 import numpy as np
 from claim_change import RESULT as PROBED
 from claim_change import spearman
+from claim_speed import RESULT as TIMED
 
 from atfr.engine.files import write_text
 
@@ -44,6 +45,7 @@ class Row:
     follows_played: float  # the same on the clips of claim_change.py, which differ in it
     static: float  # mean B' of clips that hold one frame
     busy: float  # mean B' of clips whose every frame is of another video
+    time: float  # in the network, of dense; nan where it was not measured
     commit: str
 
     @property
@@ -79,8 +81,7 @@ def found(runs: Path) -> Iterator[Row]:
             continue
         data, method, seed = path.parent.parts[-3:]
         results = json.loads(path.read_text())
-        probe = path.with_name(PROBED)
-        played = json.loads(probe.read_text()) if probe.exists() else {}
+        played, timed = (json.loads(asked.read_text()) if asked.exists() else {} for asked in (path.with_name(PROBED), path.with_name(TIMED)))
         for result in results if isinstance(results, list) else [results]:
             bins, gflops = result["bins"], result["gflops"]
             yield Row(
@@ -89,7 +90,7 @@ def found(runs: Path) -> Iterator[Row]:
                 bins["mean"], bins["min"], bins["max"], bins["frames"], " ".join(f"{kept}:{clips}" for kept, clips in bins["histogram"].items()),
                 follows_change(path.with_name("predictions.csv"), Path("data/claim", data.rpartition("-")[0], "truth.csv")) if "budget" not in result else NAN,
                 *(played.get(key, NAN) for key in ("spearman", "static", "busy")),
-                result["protocol"]["commit"] or "",
+                timed.get("time_of_dense", NAN), result["protocol"]["commit"] or "",
             )  # fmt: skip
 
 

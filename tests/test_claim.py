@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import claim  # noqa: E402
 import claim_change  # noqa: E402
 import claim_report  # noqa: E402
 import claim_rows  # noqa: E402
+import claim_speed  # noqa: E402
 import claim_videos  # noqa: E402
 
 
@@ -56,7 +58,8 @@ def stubbed(tmp_path, monkeypatch):
         name = "results.json" if claim.METHODS[job.method].tool == "train" else "calibration.json"
         job.folder.mkdir(parents=True, exist_ok=True)
         (job.folder / name).write_text(json.dumps([{"budget": budget} for budget in claim.BUDGETS]))
-        (job.folder / claim.PROBED).write_text("{}")
+        for name in (claim.PROBED, claim.TIMED):
+            (job.folder / name).write_text("{}")
         return ""
 
     monkeypatch.setattr(claim, "run", run)
@@ -86,13 +89,30 @@ def test_a_calibration_that_was_interrupted_between_budgets_is_not_done(tmp_path
     assert not job.done
 
 
+def test_what_a_run_has_already_is_not_run_again(stubbed):
+    job = claim.Job("x3d", "uneven", "atfr-0.4", 0)
+    assert [command[1] for command in job.missing()] == ["tools/train.py", "scripts/claim_change.py", "scripts/claim_speed.py"]
+    claim.run_all([job], parallel=1, through=[])
+    assert job.done
+    (job.folder / claim.TIMED).unlink()
+    assert [command[1] for command in job.missing()] == ["scripts/claim_speed.py"]
+
+
+def test_ways_take_turns_and_the_first_batch_does_not_count():
+    calls = []
+    ways = (lambda batch: calls.append(("long", batch)) or time.sleep(0.05), lambda batch: calls.append(("short", batch)) or time.sleep(0.01))
+    long, short = claim_speed.in_turns(ways, [0, 1, 2])
+    assert calls == [(way, batch) for batch in range(3) for way in ("long", "short")]
+    assert long >= 0.1 and 0.02 <= short < long
+
+
 def test_a_launcher_that_is_not_there_is_a_run_that_failed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "no-such-launcher" in claim.run(claim.Job("x3d", "uneven", "warm", 0), ["no-such-launcher"])
 
 
 def row(method: str, seed: int, top1: float, gflops: float) -> claim_rows.Row:
-    return claim_rows.Row("uneven-x3d", method, seed, "", top1, top1, gflops, 6, 1, 9, 16, "1:3 9:5", 0.5, 0.9, 1, 12, "abc")
+    return claim_rows.Row("uneven-x3d", method, seed, "", top1, top1, gflops, 6, 1, 9, 16, "1:3 9:5", 0.5, 0.9, 1, 12, 0.6, "abc")
 
 
 def test_a_verdict_compares_within_seeds_and_allows_the_fixed_cost_one_more_feature():
@@ -127,15 +147,16 @@ def test_one_network_at_several_budgets_is_held_against_the_line_between_fixed_c
 def test_every_method_has_a_start_that_exists_and_a_command_with_its_seed():
     for name, method in claim.METHODS.items():
         assert method.start is None or method.start in claim.METHODS, name
-        first, *probe = claim.Job(method.networks[0], "even", name, 7).commands()
-        assert "trainer.seed=7" in first
-        plain = any(word in first for word in ("model/sgs=uniform", "model/sgs=stride", "model/sgs=random", "model/sgs=none")) or not method.after
-        assert len(probe) == (not plain and method.tool == "train"), name
+        (first, command), *others = claim.Job(method.networks[0], "even", name, 7).commands().items()
+        assert "trainer.seed=7" in command and first == ("results.json" if method.tool == "train" else "calibration.json")
+        plain = any(word in command for word in ("model/sgs=uniform", "model/sgs=stride", "model/sgs=random", "model/sgs=none")) or not method.after
+        asked = [claim.PROBED] * (not plain) + [claim.TIMED] * (method.after is not None)
+        assert [name for name, _ in others] == asked * (method.tool == "train"), name
 
 
 def test_every_method_has_options_that_fit():
     for name, method in claim.METHODS.items():
-        words = claim.Job(method.networks[0], "uneven", name, 0).commands()[0][2:]
+        words = list(claim.Job(method.networks[0], "uneven", name, 0).commands().values())[0][2:]
         with initialize_config_dir(str(claim.ROOT / "configs"), version_base="1.3"):
             config = compose(method.tool, [word for word in words if not word.startswith("trainer.")])
         if method.after:
@@ -171,7 +192,7 @@ def test_the_headline_names_where_the_claim_holds_and_where_not():
 
 def test_runs_from_scratch_have_as_many_epochs_as_those_with_a_warm_start():
     def epochs(method: str, data: str) -> int:
-        (command, *_) = claim.Job("x3d", data, method, 0).commands()
+        command = claim.Job("x3d", data, method, 0).commands()["results.json"]
         return next(int(word.partition("=")[2]) for word in command if word.startswith("trainer.epochs="))
 
     for data in ("uneven", "even", "ut_interaction"):
@@ -238,6 +259,8 @@ def report_in(tmp_path, monkeypatch):
             (folder / "results.json").write_text(json.dumps(result))
             (folder / "predictions.csv").write_text("video,bins\n/data/test/x/a.mp4,2\n/data/test/y/b.mp4,6\n")
             (folder / "change.json").write_text(json.dumps({"spearman": 0.9, "static": 1.0, "busy": 12.0}))
+            if seed == 0:  # a run from before times were measured has none
+                (folder / "speed.json").write_text('{"time_of_dense": 0.6}')
         claim_report.report(Path("runs"))
         return claim_report.DOCUMENT.read_text()
 
@@ -247,7 +270,7 @@ def report_in(tmp_path, monkeypatch):
 def test_a_report_holds_every_run_and_means_over_seeds(report_in):
     text = report_in({("atfr-0.4", 0): 90.0, ("atfr-0.4", 1): 94.0})
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "| atfr-0.4 |  | 2 | 92.0 ± 2.0 | 92.0 | 0.500 | 4.0 (2-6) of 16 | 1.00, 0.90 | 1.0, 12.0 |" in text
+    assert "| atfr-0.4 |  | 2 | 92.0 ± 2.0 | 92.0 | 0.500 | 0.60 | 4.0 (2-6) of 16 | 1.00, 0.90 | 1.0, 12.0 |" in text
     assert len(claim_rows.ROWS.read_text().splitlines()) == 3 and claim_report.PLOT.stat().st_size > 1000
     assert claim_rows.saved()[0].histogram == "2:1 6:1"
     assert "old" not in claim_report.README.read_text()

@@ -427,3 +427,13 @@ def test_plans_made_in_inference_mode_serve_training():
         packed.conv3d(conv, x, segments_of(lengths))
     packed.conv3d(conv, x.requires_grad_(), segments_of(lengths)).sum().backward()
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("memory", FORMATS)
+@pytest.mark.parametrize(("size", "grid"), [((32, 48), 4), ((30, 48), 4), ((8, 8), 4), ((16, 16), 1)], ids=["equal cells", "unequal cells", "small cells", "whole"])
+def test_frames_are_pooled_as_torch_pools_images(size, grid, memory):
+    x = torch.randn(2, 3, 5, *size, dtype=torch.float64).contiguous(memory_format=FORMATS[memory])
+    wanted = torch.stack([nn.functional.adaptive_avg_pool2d(clip.transpose(0, 1), grid).flatten(1) for clip in x])  # [N, T, C g g]
+    torch.testing.assert_close(packed.framewise_pool(x, grid), wanted, rtol=1e-12, atol=1e-12)
+    alone = torch.cat([packed.framewise_pool(x[i : i + 1], grid) for i in range(2)])
+    assert torch.equal(packed.framewise_pool(x, grid), alone)

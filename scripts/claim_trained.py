@@ -1,0 +1,25 @@
+"""The network that a run of the study (scripts/claim.py) has trained, for what is asked of it afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from atfr import jobs
+from atfr.engine import checkpoint
+from atfr.engine.distributed import Ranks
+from atfr.models.network import VideoNet
+
+CPU = Ranks(0, 1, torch.device("cpu"))
+
+
+def trained(folder: Path) -> tuple[VideoNet, DictConfig]:
+    """The last state of the run in `folder`, for evaluation, and its config."""
+    path = folder / "checkpoints" / "last.pt"
+    state = checkpoint.load(path)
+    config = OmegaConf.create(state["config"])
+    model = jobs.build_model(config, num_classes=len(state["class_names"]), ranks=CPU)
+    checkpoint.load_weights(model, state["model"], path)
+    return model.eval(), config
