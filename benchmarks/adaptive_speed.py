@@ -62,6 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SUBJECTS), choices=SUBJECTS)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--after", default="res2", help="the place that is sampled: input, stem, res2 or res3")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true", help="under autocast to bfloat16")
@@ -76,7 +77,7 @@ def main() -> None:
         keep_freed_memory()
     device = torch.device(arguments.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    lines = [f"{name}; torch {torch.__version__}; {'bf16' if arguments.bf16 else 'fp32'}; median of {arguments.rounds} rounds", HEADER]
+    lines = [f"{name}; torch {torch.__version__}; {'bf16' if arguments.bf16 else 'fp32'}; SGS after {arguments.after}; median of {arguments.rounds} rounds", HEADER]
     print("\n".join(lines), flush=True)
     rows = []
     for row in measurements(arguments, device):
@@ -101,9 +102,10 @@ def measurements(arguments: argparse.Namespace, device: torch.device) -> Iterato
     """One row for each model, batch, distribution and way."""
     for name in arguments.models:
         subject = SUBJECTS[name]
-        model = subject.build(OPTIONS).to(device).eval()
+        options = replace(OPTIONS, after=arguments.after)
+        model = subject.build(options).to(device).eval()
         table = GflopsTable(model, subject.clip)
-        ways = Ways(model, subject.build(replace(OPTIONS, execution="bucketed")).to(device).eval())
+        ways = Ways(model, subject.build(replace(options, execution="bucketed")).to(device).eval())
         for batch in arguments.batches:
             clips = torch.randn(batch, *subject.clip, device=device).contiguous(memory_format=CLIPS_LAST)
             for distribution, bins in distributions(batch, table.frames[0], table.least[0], arguments.predictions):
@@ -133,9 +135,7 @@ class Ways:
         bucketed.load_state_dict(model.state_dict())
         # As the source library runs it: memory in torch's default order.
         self.source = copy.deepcopy(model.backbone).to(memory_format=torch.contiguous_format)
-        stage = model.backbone.get_submodule("layer1") if hasattr(model.backbone, "layer1") else model.backbone.blocks[1]
-        path = next(path for path, module in model.backbone.named_modules() if module is stage)
-        self.plain = Traced(model.backbone, {"res2": path}, before_activation=False).plain_trunk(model, "backbone.")
+        self.plain = Traced(model.backbone, model.places, before_activation=False).plain_trunk(model, "backbone.")
         self._compiled: tuple[nn.Module, nn.Module] | None = None
 
     def runs(self, clips: Tensor, bins: tuple[int, ...], *, compiled: bool) -> dict[str, Callable[[], object]]:

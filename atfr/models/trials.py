@@ -72,7 +72,7 @@ def least_features(trunk: fx.GraphModule, x: Tensor, passing: Sequence[Tensor], 
         if length == x.shape[2]:
             raise ValueError(f"model.sgs.after={name!r}: what follows does not run behind SGS, at {steps.place}: {reason}")
         if length == x.shape[2] - 1:
-            raise ValueError(f"model.sgs.after={name!r}: what follows runs on all {length + 1} features and on no fewer, because of {steps.place}: {reason}")
+            raise ValueError(f"model.sgs.after={name!r}: what follows runs on all {length + 1} features and on no fewer, so sample at a later place. With one less, {steps.place} says: {reason}")
         return length + 1
     return 1
 
