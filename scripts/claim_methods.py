@@ -45,6 +45,7 @@ def target(share: float) -> str:
 AT_HALF = target(0.4)  # of the features: with stem and sampling about half of the GFLOPs
 ANCHOR = ("model.sgs.similarity=anchor",)
 PATH = ("model.sgs.similarity=path", "model.sgs.noise_floor=true")
+MIDDLE = "model.sgs.kernel=middle"
 TWELVE = "model.sgs.num_bins=12"  # of which the published layer fills about half
 REPAIRED = ("model.sgs.edges=inclusive", "model.sgs.kernel=linear_normalized", "model.sgs.order=time")
 ABSOLUTE = (*REPAIRED, "model.sgs.scale=absolute", AT_HALF)
@@ -61,13 +62,14 @@ METHODS: dict[str, Method] = {
     "one-price-0.4": sampled("atfr", "model.sgs.evenness=0", AT_HALF),
     "one-price-0.32": sampled("atfr", "model.sgs.evenness=0", target(0.32)),
     "own-price-0.4": sampled("atfr", "model.sgs.evenness=1", AT_HALF),
+    **{f"middle-{share}": sampled("atfr", MIDDLE, target(share)) for share in (0.37, 0.4)},
     "global-0.4": sampled("atfr", "model.sgs.grid=1", AT_HALF),
     # Its bins, with a z that is learned by the gradient of their kernel, and the same with one that is not.
     **{f"path-{embedding}-0.4": sampled("atfr", *PATH[:1], f"model.sgs.embedding={embedding}", "model.sgs.kernel=linear_normalized", "model.sgs.edges=inclusive", AT_HALF) for embedding in ("mlp", "frozen")},
     # Other places. Half of the GFLOPs leaves 2 (x3d), 3 (r2plus1d) or 5 (resnet3d) features after res2, and none or 2 (resnet3d) after res3.
     "early-0.37": sampled("atfr", target(0.37), after="blocks.0.conv.conv_t", networks=("x3d",)),  # inside the stem, before its temporal convolution
     **{f"input-{share}": sampled("atfr", target(share), after="input") for share in (0.3, 0.44)},
-    "input-middle-0.44": sampled("atfr", "model.sgs.kernel=middle", target(0.44), after="input"),
+    "input-middle-0.44": sampled("atfr", MIDDLE, target(0.44), after="input"),
     **{f"input-{name}-{k}": fixed(name, k, after="input") for name in ("uniform", "stride") for k in KEPT},
     "res2-0.16": sampled("atfr", target(0.16), after="res2"),
     "res2-0.32": sampled("atfr", target(0.32), after="res2"),
