@@ -7,7 +7,7 @@ from dataclasses import dataclass
 WARM = "warm"  # the dense network that the other runs of a seed start from
 
 NETWORKS = ("x3d", "r2plus1d", "resnet3d")  # each in its size `tiny`, sampled after the stem
-SHARES = (0.25, 0.32, 0.4, 0.5)  # target mean B' / T
+SHARES = (0.25, 0.32, 0.36, 0.4, 0.5)  # target mean B' / T
 KEPT = (2, 3, 4, 5, 6, 7, 8, 11)  # features of 16
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # mean GFLOPs of dense that tools/calibrate.py aims at
 
@@ -45,6 +45,8 @@ def target(share: float) -> str:
 AT_HALF = target(0.4)  # of the features: with stem and sampling about half of the GFLOPs
 ANCHOR = ("model.sgs.similarity=anchor",)
 PATH = ("model.sgs.similarity=path", "model.sgs.noise_floor=true")
+FEATURES = "model.sgs.look=features"
+DRAWN = "model.sgs.drawn=[0.15,1]"
 MIDDLE = "model.sgs.kernel=middle"
 TWELVE = "model.sgs.num_bins=12"  # of which the published layer fills about half
 REPAIRED = ("model.sgs.edges=inclusive", "model.sgs.kernel=linear_normalized", "model.sgs.order=time")
@@ -55,19 +57,21 @@ METHODS: dict[str, Method] = {
     "none": sampled("none"),
     # The layer of model/sgs=atfr, and what keeps equally many features of all clips.
     **{f"atfr-{share}": sampled("atfr", target(share)) for share in SHARES},
+    **{f"middle-{share}": sampled("atfr", MIDDLE, target(share)) for share in SHARES},
     **{f"{name}-{k}": fixed(name, k) for name in ("uniform", "stride", "random") for k in KEPT},
-    # Its family.
-    "anchor-0.4": sampled("atfr", *ANCHOR, AT_HALF),
-    "path-0.4": sampled("atfr", *PATH, AT_HALF),
-    "one-price-0.4": sampled("atfr", "model.sgs.evenness=0", AT_HALF),
-    "one-price-0.32": sampled("atfr", "model.sgs.evenness=0", target(0.32)),
-    "own-price-0.4": sampled("atfr", "model.sgs.evenness=1", AT_HALF),
-    **{f"middle-{share}": sampled("atfr", MIDDLE, target(share)) for share in (0.37, 0.4)},
-    "global-0.4": sampled("atfr", "model.sgs.grid=1", AT_HALF),
+    # Its family, which looks at the features that it samples.
+    **{f"features-{share}": sampled("atfr", FEATURES, target(share)) for share in SHARES},
+    "features-middle-0.37": sampled("atfr", FEATURES, MIDDLE, target(0.37)),
+    "anchor-0.4": sampled("atfr", FEATURES, *ANCHOR, AT_HALF),
+    "path-0.4": sampled("atfr", FEATURES, *PATH, AT_HALF),
+    "one-price-0.4": sampled("atfr", FEATURES, "model.sgs.evenness=0", AT_HALF),
+    "one-price-0.32": sampled("atfr", FEATURES, "model.sgs.evenness=0", target(0.32)),
+    "own-price-0.4": sampled("atfr", FEATURES, "model.sgs.evenness=1", AT_HALF),
+    "global-0.4": sampled("atfr", FEATURES, "model.sgs.grid=1", AT_HALF),
     # Its bins, with a z that is learned by the gradient of their kernel, and the same with one that is not.
-    **{f"path-{embedding}-0.4": sampled("atfr", *PATH[:1], f"model.sgs.embedding={embedding}", "model.sgs.kernel=linear_normalized", "model.sgs.edges=inclusive", AT_HALF) for embedding in ("mlp", "frozen")},
+    **{f"path-{embedding}-0.4": sampled("atfr", FEATURES, *PATH[:1], f"model.sgs.embedding={embedding}", "model.sgs.kernel=linear_normalized", "model.sgs.edges=inclusive", AT_HALF) for embedding in ("mlp", "frozen")},
     # Other places. Half of the GFLOPs leaves 2 (x3d), 3 (r2plus1d) or 5 (resnet3d) features after res2, and none or 2 (resnet3d) after res3.
-    "early-0.37": sampled("atfr", target(0.37), after="blocks.0.conv.conv_t", networks=("x3d",)),  # inside the stem, before its temporal convolution
+    "early-0.37": sampled("atfr", FEATURES, target(0.37), after="blocks.0.conv.conv_t", networks=("x3d",)),  # inside the stem, before its temporal convolution
     **{f"input-{share}": sampled("atfr", target(share), after="input") for share in (0.3, 0.44)},
     "input-middle-0.44": sampled("atfr", MIDDLE, target(0.44), after="input"),
     **{f"input-{name}-{k}": fixed(name, k, after="input") for name in ("uniform", "stride") for k in KEPT},
@@ -99,18 +103,19 @@ METHODS: dict[str, Method] = {
     "absolute-0.4": sampled("reference", *ABSOLUTE),
     "absolute-magnitude-0.4": sampled("reference", *ABSOLUTE, "model.sgs.similarity=magnitude"),
     # One network at many budgets, and no training at all.
-    "drawn-0.4": sampled("atfr", "model.sgs.drawn=[0.15,1]", AT_HALF),
-    "budgets-drawn-0.4": untrained("drawn-0.4", "atfr", "refresh_batch_norm=true"),
-    "input-drawn-0.44": sampled("atfr", "model.sgs.drawn=[0.15,1]", target(0.44), after="input"),
-    "budgets-input-drawn-0.44": untrained("input-drawn-0.44", "atfr", "refresh_batch_norm=true", after="input"),
-    "budgets-atfr-0.4": untrained("atfr-0.4", "atfr", "refresh_batch_norm=true"),
+    "drawn-0.36": sampled("atfr", DRAWN, target(0.36)),
+    "budgets-drawn-0.36": untrained("drawn-0.36", "atfr", "refresh_batch_norm=true"),
+    "features-drawn-0.4": sampled("atfr", FEATURES, DRAWN, AT_HALF),
+    "budgets-features-drawn-0.4": untrained("features-drawn-0.4", "atfr", FEATURES, "refresh_batch_norm=true"),
+    "budgets-features-0.4": untrained("features-0.4", "atfr", FEATURES, "refresh_batch_norm=true"),
     "untrained-atfr": untrained(WARM, "atfr"),
-    "untrained-anchor": untrained(WARM, "atfr", *ANCHOR),
+    "untrained-features": untrained(WARM, "atfr", FEATURES),
+    "untrained-anchor": untrained(WARM, "atfr", FEATURES, *ANCHOR),
     "untrained-uniform": untrained(WARM, "uniform"),
     "untrained-stride": untrained(WARM, "stride"),
     "untrained-random": untrained(WARM, "random"),
     **{f"untrained-input-{name}": untrained(WARM, name, after="input") for name in ("atfr", "uniform", "stride")},
     # A third of the further epochs.
     "dense-briefly": Method((), after=None, briefly=True),
-    "atfr-briefly": sampled("atfr", AT_HALF, briefly=True),
+    "features-briefly": sampled("atfr", FEATURES, AT_HALF, briefly=True),
 }

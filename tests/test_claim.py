@@ -67,11 +67,11 @@ def stubbed(tmp_path, monkeypatch):
 
 
 def test_runs_come_after_those_that_they_start_from_and_only_once(stubbed):
-    wanted = [claim.Job("x3d", "uneven", method, 0) for method in ("budgets-atfr-0.4", "dense", "atfr-0.4")]
+    wanted = [claim.Job("x3d", "uneven", method, 0) for method in ("budgets-features-0.4", "dense", "features-0.4")]
     assert claim.run_all(wanted, parallel=2, through=[]) == []
     names = [method for method, _ in stubbed]
-    assert sorted(names) == ["atfr-0.4", "budgets-atfr-0.4", "dense", "warm"]
-    assert names[0] == "warm" and names.index("atfr-0.4") < names.index("budgets-atfr-0.4")
+    assert sorted(names) == ["budgets-features-0.4", "dense", "features-0.4", "warm"]
+    assert names[0] == "warm" and names.index("features-0.4") < names.index("budgets-features-0.4")
     assert claim.run_all(wanted, parallel=2, through=[]) == [] and len(stubbed) == 4
 
 
@@ -197,7 +197,7 @@ def test_runs_from_scratch_have_as_many_epochs_as_those_with_a_warm_start():
 
     for data in ("uneven", "even", "ut_interaction"):
         assert epochs("scratch-0.4", data) == epochs("warm", data) + epochs("dense", data) > epochs("warm", data)
-    assert epochs("atfr-briefly", "even") * 3 == epochs("atfr-0.4", "even") == epochs("dense", "even")
+    assert epochs("features-briefly", "even") * 3 == epochs("features-0.4", "even") == epochs("dense", "even")
 
 
 def test_the_probe_holds_some_clips_still_and_knows_how_much_the_others_change():

@@ -100,8 +100,8 @@ def test_a_dense_step_never_waits_for_the_device(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [SGSOptions(), ATFR, replace(ATFR, drawn=(0.3, 0.7)), SGSOptions(similarity="random", kernel="mean")],
-    ids=["reference", "atfr", "drawn", "random"],
+    [SGSOptions(), ATFR, replace(ATFR, look="clip"), replace(ATFR, drawn=(0.3, 0.7)), SGSOptions(similarity="random", kernel="mean")],
+    ids=["reference", "atfr", "looks at the clip", "drawn", "random"],
 )
 def test_a_step_with_sampling_waits_once_for_the_lengths(monkeypatch, tmp_path, options):
     assert step_on_gpu(monkeypatch, tmp_path, network(options)) == 1

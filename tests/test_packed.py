@@ -18,7 +18,7 @@ from atfr.models.backbones.resnets import slow
 from atfr.models.backbones.x3d import SIZES, STAGES, x3d
 
 ATFR = dict(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=0.3)
-PRESETS = {"reference": {}, "cosine": {"metric": "cosine"}, "atfr": ATFR}
+PRESETS = {"reference": {}, "cosine": {"metric": "cosine"}, "atfr": ATFR, "looks at the clip": {**ATFR, "look": "clip"}}
 TOLERANCE = 1e-4  # of logits of spread one
 
 

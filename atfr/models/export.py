@@ -67,7 +67,7 @@ def _one_clip(model: VideoNet) -> fx.GraphModule:
     if len(traced.levels) > 1:
         behind = ", ".join(traced.cuts[cut] for cuts in traced.levels[1:] for cut in cuts)
         raise ValueError(f"a network whose SGS layers follow each other cannot be exported: {behind} samples what was sampled already")
-    graph, copies, times, kept = fx.Graph(), {}, {}, {}
+    graph, copies, times, kept, clip = fx.Graph(), {}, {}, {}, None
     for node in traced.nodes:
         if node.op == "output":
             bins = graph.call_function(torch.cat, ([kept[cut] for cut in traced.cuts],))
@@ -88,9 +88,10 @@ def _one_clip(model: VideoNet) -> fx.GraphModule:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             if node.op in ("call_module", "get_attr"):
                 copies[node].target = PREFIX + node.target
+        clip = copies[node] if node.op == "placeholder" else clip
         if node in traced.cuts:
             layer = graph.get_attr("sgs." + traced.cuts[node].replace(".", "_"))
-            result = graph.call_function(_keep, (layer, copies[node]))
+            result = graph.call_function(_keep, (layer, copies[node], clip))
             copies[node], times[node], kept[node] = (graph.call_function(getitem, (result, i)) for i in range(3))
     return fx.GraphModule(model, graph, "OneClip")
 
@@ -102,9 +103,9 @@ def _check_fusion(model: VideoNet, module: nn.Module, path: str) -> None:
         raise ValueError(f"{path} cannot be exported: between SGS and this fusion the features are not those that were kept")
 
 
-def _keep(layer: SGS, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _keep(layer: SGS, x: Tensor, clip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Features [1, C, T, H, W] -> the kept ones [1, C, B', H, W], their times [B'], and B' [1]."""
-    proposal = layer(x)
+    proposal = layer(x, None, clip)
     _, c, t, h, w = x.shape
     bins = proposal.lengths[0].item()  # from here on a number that the compiler knows these bounds of
     torch._check(bins >= layer.min_bins)

@@ -90,7 +90,8 @@ class VideoNet(nn.Module):
         if sgs is None:
             return
         self.places = places = _resolve(sgs.places, stages, backbone)
-        traced = Traced(backbone, places, before_activation=sgs.before_activation)
+        traced = Traced(backbone, places, before_activation=sgs.before_activation, looks=sgs.looks_at_clip)
+        looking = {traced.cuts[cut] for cut in traced.levels[0]} if sgs.looks_at_clip else set()
         clip = torch.zeros(1, 3, *probe, device=next(backbone.parameters()).device)
         with evaluating(self):  # so that the probe leaves the running statistics alone
             features = traced.stem(self, PREFIX, list(traced.cuts))(clip)
@@ -98,7 +99,7 @@ class VideoNet(nn.Module):
             if not isinstance(x, Tensor) or x.dim() != 5 or x.shape[2] < 2:
                 shape = list(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
                 raise ValueError(f"model.sgs.after={name!r} gives {shape} for a clip of {probe}: SGS needs [N, C, T, H, W] with more than one feature in time")
-            self.sgs[_key(name)] = SGS(x.shape[1], sgs, name=name)
+            self.sgs[_key(name)] = SGS(clip.shape[1] if name in looking else x.shape[1], sgs, name=name)
         self._levels = [[_key(traced.cuts[cut]) for cut in cuts] for cuts in traced.levels]
         stem = traced.stem(self, PREFIX)
         self._programs = (stem, self._trunk(traced, stem, sgs.execution, probe))
@@ -216,7 +217,7 @@ class VideoNet(nn.Module):
         """Clips that keep equally many features run together."""
         if any(m.training for m in self.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
             raise ValueError("bucketed execution would give batch norm the statistics of one bucket after the other: freeze it, or make the network packable")
-        packed, sampled = sample(list(self.sgs.values()), [x], [None], forced)
+        packed, sampled = sample(list(self.sgs.values()), [x], [None], forced, (*passing, x)[0])  # the clip is the first to pass
         lengths = torch.tensor(sampled[0].segments.lengths)
         starts, logits = lengths.cumsum(0) - lengths, {}
         for length in lengths.unique().tolist():

@@ -65,7 +65,8 @@ class Value(NamedTuple):
 class Traced:
     """A network's graph, the nodes that are sampled, and each node's level."""
 
-    def __init__(self, network: nn.Module, places: Mapping[str, str], *, before_activation: bool) -> None:
+    def __init__(self, network: nn.Module, places: Mapping[str, str], *, before_activation: bool, looks: bool = False) -> None:
+        self.looks = looks  # whether the layers look at the clip, which then passes the stem by
         tracer = _LeafTracer()
         self.network = network
         self.nodes = _trace(tracer, network)
@@ -92,11 +93,12 @@ class Traced:
 
     @property
     def frontier(self) -> list[fx.Node]:
-        """What the stem hands over: the features to sample first, then whatever passes them by."""
+        """What the stem hands over: the features to sample first, then the clip where it is looked at, then whatever passes them by."""
         first = self.levels[0]
+        clip = [self.nodes[0]] if self.looks and self.nodes[0] not in first else []
         later = [n for n in self.nodes if self.level[n] > 0]
         passing = {i: None for n in later for i in n.all_input_nodes if self.level[i] == 0 and i.op != "get_attr" and i not in first}
-        return first + list(passing)
+        return first + clip + [node for node in passing if node not in clip]
 
     def stem(self, root: nn.Module, prefix: str, outputs: Sequence[fx.Node] | None = None) -> fx.GraphModule:
         """Clips [N, 3, T, H, W] -> the frontier, or other outputs, as a tuple."""
@@ -196,7 +198,9 @@ class PackedTrunk:
         segments = tuple(self.values[cut].segments for cut in cuts)
         order = list(self.traced.cuts)
         forced = self.graph.call_function(_forced, (self.forced, tuple(order.index(cut) for cut in cuts)))
-        result = self.graph.call_function(sample, (layers, features, segments, forced))
+        looks = self.traced.looks and cuts == self.traced.levels[0]
+        clip = self.values[self.traced.nodes[0]].node if looks else None
+        result = self.graph.call_function(sample, (layers, features, segments, forced, clip))
         for i, (cut, name) in enumerate(zip(cuts, names)):
             kept = self.graph.call_function(_item, (result, 0, i))
             self.done[cut] = self.graph.call_function(_item, (result, 1, i))

@@ -19,6 +19,7 @@ from atfr.models.partition import width_keeping
 from atfr.models.segments import Layout, Segments, shared_gap, unpadded
 
 EMBEDDINGS = ("mlp", "pooled", "frozen")
+LOOKS = ("features", "clip")
 
 
 class NonFiniteFeatures(ValueError):
@@ -44,6 +45,7 @@ class SGSOptions:
     embedding: str = "mlp"  # mlp (learned, as published) | frozen (the same, not learned) | pooled (no parameters)
     embedding_dim: int = 8  # D of the mlp
     grid: int = 4  # cells a side of the pooled embedding
+    look: str = "features"  # what z is taken from: the sampled features | the clip itself (not of a layer behind another one)
     width: float | None = None  # absolute scale: a fixed bin width; None: held to `target`
     target: float = 0.5  # mean B' / T that a width is held to, and what a baseline keeps without num_bins
     drawn: Sequence[float] | None = None  # train each batch at a mean B' / T drawn from this range, for all its budgets
@@ -55,6 +57,7 @@ class SGSOptions:
         sgs.check_choices(self.similarity, self.metric, self.kernel, self.scale, self.edges, self.order)
         for name, value, possible in (
             ("embedding", self.embedding, EMBEDDINGS),
+            ("look", self.look, LOOKS),
             ("execution", self.execution, ("auto", "packed", "bucketed")),
         ):
             if value not in possible:
@@ -84,6 +87,11 @@ class SGSOptions:
                 raise ValueError("sgs drawn chooses the width of each training batch: set scale=absolute and width=null")
         if self.noise_floor and self.similarity != "path":
             raise ValueError(f"sgs noise_floor is taken off the steps of similarity=path, not of {self.similarity}")
+
+    @property
+    def looks_at_clip(self) -> bool:
+        """Whether there is a z at all, and it is taken from the clip itself."""
+        return self.look == "clip" and self.similarity not in sgs.BASELINES
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -201,10 +209,11 @@ class SGS(nn.Module):
         cuts = self.is_baseline and self.options.similarity != "none"
         return max(self.min_bins, round(self.options.target * frames)) if cuts else frames
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Proposal:
+    def forward(self, x: Tensor, segments: Segments | None = None, clips: Tensor | None = None) -> Proposal:
         """Sample features [N, C, T, H, W], or packed ones [1, C, M, H, W] with their segments.
 
-        In float32 or float64 even under autocast.
+        With look=clip by what `clips` [N, 3, T', H', W'] show, where they are given: the z of a feature is that of the
+        frame at its time, or the mean of several where T < T'. In float32 or float64 even under autocast.
 
         Raises:
             ValueError: the layer lies on another device than x, or a clip is too short for what follows.
@@ -213,7 +222,7 @@ class SGS(nn.Module):
             if tensor.device != x.device:
                 raise ValueError(f"SGS after {self.name!r}: its {name} is on {tensor.device} and the features are on {x.device}: move the network with model.to(device)")
         with torch.autocast(x.device.type, enabled=False):
-            return self._propose(_at_least_float32(x), segments)
+            return self._propose(_at_least_float32(x), segments, _at_least_float32(clips) if clips is not None and self.options.looks_at_clip else None)
 
     def _most_bins_for(self, lengths: Sequence[int], frames: int) -> int:
         if min(lengths) < self.min_bins:
@@ -222,7 +231,7 @@ class SGS(nn.Module):
             raise ValueError(f"model.sgs.num_bins={self.num_bins} is too few: what follows {self.name!r} needs at least {self.min_bins}")
         return self.most_bins(frames)
 
-    def _propose(self, x: Tensor, segments: Segments | None) -> Proposal:
+    def _propose(self, x: Tensor, segments: Segments | None, clips: Tensor | None) -> Proposal:
         o = self.options
         frames = int(x.shape[2] if segments is None else segments.frames)  # a tensor while torch.jit traces
         num_bins = self._most_bins_for((frames,) if segments is None else segments.lengths, frames)
@@ -230,10 +239,12 @@ class SGS(nn.Module):
             z = x.new_zeros(*(x.shape[::2][:2] if segments is None else segments.padded.shape), 1)  # [N, T, 1]
             finite = x.detach().sum(dim=(1, 3, 4)).isfinite()  # [N, T], or [1, M]: one look at each value, and no copy
         else:
-            pooled = self.embedding.pool(x)  # [N, T, ...] or [1, M, ...]
+            pooled = self.embedding.pool(x) if clips is None else _parts(self.embedding.pool(clips), frames)  # [N, T, ...] or [1, M, ...]
             z = self.embedding(pooled)
             # Batch norm spreads a NaN to the z of every clip, so the clip at fault shows in what was pooled.
             finite = pooled.isfinite().all(dim=2)
+            if clips is not None:
+                finite = finite & x.detach().sum(dim=(1, 3, 4)).isfinite()
             z = z if segments is None else z[0][segments.padded]
         finite = (finite if segments is None else finite[0][segments.padded]).all(dim=1)
         valid = None if segments is None else torch.tensor(segments.lengths)  # on the host, where it is checked
@@ -310,6 +321,11 @@ class SGS(nn.Module):
         return f"after={self.name}, similarity={o.similarity}, kernel={o.kernel}, scale={o.scale}, order={o.order}, num_bins={self.num_bins or 'T'}"
 
 
+def _parts(pooled: Tensor, count: int) -> Tensor:
+    """Means over so many equal parts of time: [N, T', D] -> [N, count, D]."""
+    return pooled if pooled.shape[1] == count else nn.functional.adaptive_avg_pool1d(pooled.transpose(1, 2), count).transpose(1, 2)
+
+
 class Sampled(NamedTuple):
     """What a layer did with a batch."""
 
@@ -331,6 +347,7 @@ def sample(
     features: Sequence[Tensor],
     segments: Sequence[Segments | None],
     forced: Sequence[tuple[int, ...]] | None = None,
+    clips: Tensor | None = None,
 ) -> tuple[tuple[Tensor, ...], tuple[Sampled, ...]]:
     """Sample features of one batch at several places at once: packed features, and what was done.
 
@@ -338,12 +355,13 @@ def sample(
         features: for each layer [N, C, T, H, W], or packed [1, C, M, H, W] where it has segments.
         forced: for each layer the B' of each clip, in place of what the layer proposes: bins of
             equal size, at the same cost.
+        clips: [N, 3, T', H', W'] for layers of look=clip.
 
     Raises:
         NonFiniteFeatures: naming layer and clip, if features hold a NaN or an infinity.
         ValueError: a width that is unset, or forced bins that a clip has not the features for.
     """
-    proposals = [layer(x, s) for layer, x, s in zip(layers, features, segments)]
+    proposals = [layer(x, s, clips) for layer, x, s in zip(layers, features, segments)]
     lengths = _on_host(layers, proposals, checked=forced is None)
     packed, done = [], []
     for i, (layer, x, before, proposal) in enumerate(zip(layers, features, segments, proposals)):
