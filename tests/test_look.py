@@ -54,9 +54,7 @@ def test_a_feature_of_several_frames_has_the_mean_of_theirs():
 def test_a_layer_behind_another_one_looks_at_its_features():
     model = x3d(size="tiny", num_classes=3, sgs=replace(CLIP, after=("stem", "res3"))).eval()
     first, second = model(phases(4, 4, 4, 4)).sampled
-
-    assert first.proposal.z.shape[2] == 3 * 16
-    assert second.proposal.z.shape[2] % 16 == 0 and second.proposal.z.shape[2] > 3 * 16
+    assert first.proposal.z.shape[2] == 3 * 16 < second.proposal.z.shape[2]
 
 
 def test_a_learned_embedding_is_built_for_what_it_looks_at():
