@@ -210,8 +210,8 @@ def framewise_pool(x: Tensor, grid: int) -> Tensor:
     """
     images = x.transpose(1, 2).flatten(0, 1)  # [N T, C, H, W]
     height, width = images.shape[2:]
-    equal = height % grid == width % grid == 0
-    if grid == 1 or not equal or min(height, width) < 4 * grid or not images.is_contiguous(memory_format=torch.channels_last):
+    large = height % grid == width % grid == 0 and min(height, width) >= 4 * grid > 4
+    if not large or torch.jit.is_tracing() or not images.is_contiguous(memory_format=torch.channels_last):  # counting sees the pooling
         return nn.functional.adaptive_avg_pool2d(images, grid).reshape(x.shape[0], x.shape[2], -1)
     rows, columns = height // grid, width // grid
     channels_last = images.permute(0, 2, 3, 1)  # [N T, H, W, C]
