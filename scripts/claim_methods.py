@@ -47,7 +47,6 @@ ANCHOR = ("model.sgs.similarity=anchor",)
 PATH = ("model.sgs.similarity=path", "model.sgs.noise_floor=true")
 FEATURES = "model.sgs.look=features"
 DRAWN = "model.sgs.drawn=[0.15,1]"
-MIDDLE = "model.sgs.kernel=middle"
 TWELVE = "model.sgs.num_bins=12"  # of which the published layer fills about half
 REPAIRED = ("model.sgs.edges=inclusive", "model.sgs.kernel=linear_normalized", "model.sgs.order=time")
 ABSOLUTE = (*REPAIRED, "model.sgs.scale=absolute", AT_HALF)
@@ -57,11 +56,9 @@ METHODS: dict[str, Method] = {
     "none": sampled("none"),
     # The layer of model/sgs=atfr, and what keeps equally many features of all clips.
     **{f"atfr-{share}": sampled("atfr", target(share)) for share in SHARES},
-    **{f"middle-{share}": sampled("atfr", MIDDLE, target(share)) for share in SHARES},
     **{f"{name}-{k}": fixed(name, k) for name in ("uniform", "stride", "random") for k in KEPT},
     # Its family, which looks at the features that it samples.
     **{f"features-{share}": sampled("atfr", FEATURES, target(share)) for share in SHARES},
-    "features-middle-0.37": sampled("atfr", FEATURES, MIDDLE, target(0.37)),
     "anchor-0.4": sampled("atfr", FEATURES, *ANCHOR, AT_HALF),
     "path-0.4": sampled("atfr", FEATURES, *PATH, AT_HALF),
     "one-price-0.4": sampled("atfr", FEATURES, "model.sgs.evenness=0", AT_HALF),
@@ -73,7 +70,6 @@ METHODS: dict[str, Method] = {
     # Other places. Half of the GFLOPs leaves 2 (x3d), 3 (r2plus1d) or 5 (resnet3d) features after res2, and none or 2 (resnet3d) after res3.
     "early-0.37": sampled("atfr", FEATURES, target(0.37), after="blocks.0.conv.conv_t", networks=("x3d",)),  # inside the stem, before its temporal convolution
     **{f"input-{share}": sampled("atfr", target(share), after="input") for share in (0.3, 0.44)},
-    "input-middle-0.44": sampled("atfr", MIDDLE, target(0.44), after="input"),
     **{f"input-{name}-{k}": fixed(name, k, after="input") for name in ("uniform", "stride") for k in KEPT},
     "res2-0.16": sampled("atfr", target(0.16), after="res2"),
     "res2-0.32": sampled("atfr", target(0.32), after="res2"),

@@ -81,7 +81,7 @@ def test_identical_frames_keep_one_bin_and_finite_gradients(metric, frames):
         ({"similarity": "path", "noise_floor": torch.ones((), device="meta")}, "noise_floor is on meta and z on cpu"),
         ({**ANCHOR}, "similarity=anchor with scale=absolute needs a width"),
         ({"similarity": "uniform", "kernel": "mean", **ABSOLUTE}, "similarity=uniform measures nothing that scale=absolute could cut: set scale=rel"),
-        ({"similarity": "stride"}, "similarity=stride has weights of its own, so kernel=linear means nothing: set kernel=mean"),
+        ({"similarity": "stride"}, "similarity=stride gives no position inside a bin, so kernel=linear means nothing: set kernel=mean"),
         ({"similarity": "anchor", "kernel": "delta", **ABSOLUTE}, "so kernel=delta means nothing: set kernel=mean"),
         ({"similarity": "anchor", "kernel": "mean"}, "similarity=anchor compares frames with one width .* scale=relative: set scale=absolute"),
         ({**ANCHOR, "width": 0.8, "metric": "cosine"}, "similarity=anchor measures root mean square distances, not metric=cosine: set metric=l2"),

@@ -17,7 +17,7 @@ MEASURED = [
     *itertools.product(["path"], ["l2", "l1", "cosine"]),
 ]
 CUTS = [("relative", "released"), ("relative", "inclusive"), ("absolute", "released")]
-KERNELS = ["linear", "linear_normalized", "delta", "delta_normalized", "mean", "middle"]
+KERNELS = ["linear", "linear_normalized", "delta", "delta_normalized", "mean"]
 BASELINES = ["uniform", "stride", "random", "none"]
 ANCHOR = dict(similarity="anchor", kernel="mean", scale="absolute", width=0.8)
 PARTITION = dict(similarity="partition", kernel="mean", scale="absolute", width=0.6)
@@ -29,7 +29,6 @@ cut = pytest.mark.parametrize("scale,edges", CUTS)
 def every_choice(width: float) -> list[dict]:
     """All combinations that make sense, as keywords of sampling_weights."""
     choices = [{**ANCHOR, "order": order} for order in ("similarity", "time")]
-    choices += [{**ANCHOR, "kernel": "middle"}, {**PARTITION, "kernel": "middle"}]
     choices += [{**PARTITION, "evenness": evenness} for evenness in (0.0, 0.5, 1.0)]
     choices += [dict(similarity=name, kernel="mean") for name in BASELINES]
     for (similarity, metric), (scale, edges), kernel, order in itertools.product(MEASURED, CUTS, KERNELS, ["similarity", "time"]):
@@ -82,9 +81,6 @@ def loop_weights(distances: list[float], *, num_bins, kernel, scale, edges, orde
         rows, kernel = (rows > 0).double(), "mean"
     if kernel == "mean" or kernel.endswith("normalized"):
         rows = rows / (rows > 0).sum(dim=1, keepdim=True)
-    if kernel == "middle":
-        for row, b in zip(rows, kept):
-            row.zero_()[members[b][(len(members[b]) - 1) // 2]] = 1
     return rows
 
 
@@ -128,7 +124,7 @@ def test_a_padded_clip_is_sampled_as_it_is_alone(min_bins):
 def test_padding_gets_no_gradient_and_valid_clips_the_one_they_get_alone():
     z, valid = torch.randn(2, 8, 3, dtype=torch.float64), torch.tensor([8, 5])
     for choice in every_choice(width=0.7):
-        if choice["kernel"] in ("mean", "middle"):
+        if choice["kernel"] == "mean":
             continue
         padded, alone = z.clone().requires_grad_(), z[1:, :5].clone().requires_grad_()
         rows = torch.randn(2, 6, 8, dtype=torch.float64)
@@ -142,7 +138,7 @@ def test_weights_add_up_to_one_in_a_bin_or_over_a_frame_as_the_kernel_promises()
     z, valid = torch.randn(5, 10, 4), torch.tensor([10, 7, 5, 2, 1])
     for choice in every_choice(width=0.6):
         weights, lengths = sampling_weights(z, num_bins=6, valid=valid, **choice)
-        if choice["kernel"] in ("mean", "middle", "delta_normalized"):
+        if choice["kernel"] in ("mean", "delta_normalized"):
             kept = torch.arange(weights.shape[1]) < lengths[:, None]
             torch.testing.assert_close(weights.sum(dim=2), kept.float(), msg=str(choice))
         if choice["kernel"] == "delta":
@@ -347,9 +343,6 @@ def test_a_clip_with_too_few_bins_is_cut_into_the_least_number_of_equal_parts():
                 continue
             bins = uniform_bins(length, 4)
             parts = torch.stack([(bins == b) / (bins == b).sum() for b in range(4)]).double()
-            if choice["kernel"] == "middle":
-                whole = [torch.where(bins == b)[0].tolist() for b in range(4)]
-                parts = torch.eye(length, dtype=torch.float64)[[frames[(len(frames) - 1) // 2] for frames in whole]]
             assert lengths[n] == 4
             torch.testing.assert_close(weights[n, :4, :length], parts, rtol=1e-6, atol=0, msg=str(choice))
             assert not weights[n, 4:].any() and not weights[n, :, length:].any()

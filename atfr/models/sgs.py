@@ -34,7 +34,7 @@ from atfr.models.partition import best_cuts, bin_counts, partition_bins
 SEGMENTING = ("anchor", "partition")  # cut the clip into contiguous bins; no frame has a position inside its bin
 SIMILARITIES = ("distance_to_mean", "magnitude", "path", *SEGMENTING, *BASELINES)
 METRICS = ("l2", "l1", "cosine", "mahalanobis")
-KERNELS = ("linear", "linear_normalized", "delta", "delta_normalized", "mean", "middle")
+KERNELS = ("linear", "linear_normalized", "delta", "delta_normalized", "mean")
 SCALES = ("relative", "absolute")
 EDGES = ("released", "inclusive")
 ORDERS = ("similarity", "time")
@@ -126,10 +126,8 @@ def check_choices(similarity: str, metric: str, kernel: str, scale: str, edges: 
         raise ValueError(f"sgs similarity={similarity} measures nothing that scale={scale} could cut: set scale=relative")
     if similarity in SEGMENTING and scale != "absolute":
         raise ValueError(f"sgs similarity={similarity} compares frames with one width for all clips, not scale={scale}: set scale=absolute")
-    if similarity in BASELINES and kernel != "mean":
-        raise ValueError(f"sgs similarity={similarity} has weights of its own, so kernel={kernel} means nothing: set kernel=mean")
-    if similarity in SEGMENTING and kernel not in ("mean", "middle"):
-        raise ValueError(f"sgs similarity={similarity} gives no position inside a bin, so kernel={kernel} means nothing: set kernel=mean or middle")
+    if similarity in (*BASELINES, *SEGMENTING) and kernel != "mean":
+        raise ValueError(f"sgs similarity={similarity} gives no position inside a bin, so kernel={kernel} means nothing: set kernel=mean")
     if similarity in SEGMENTING and metric != "l2":
         raise ValueError(f"sgs similarity={similarity} measures root mean square distances, not metric={metric}: set metric=l2")
     if similarity == "path" and metric == "mahalanobis":
@@ -305,18 +303,10 @@ def _complete(
         bins = torch.where(few, uniform_bins(frames[:, None], min_bins, bins.shape[1]), bins)
         member, averaged = _members(bins, mask, rows), averaged | few
     weights = weights.masked_fill(averaged, 1)
-    if kernel == "middle":
-        weights = weights * _middle(member)
     count = (member & (weights > 0)[:, None]).sum(dim=2).gather(1, bins).clamp(min=1)  # [N, T]
     if kernel in ("linear", "delta"):
         count = count.masked_fill(~averaged, 1)
     return bins, weights / count, member
-
-
-def _middle(member: Tensor) -> Tensor:
-    """[N, T]: whether a frame is the middle one of its bin's frames in time, of the members [N, rows, T]; of an even number the earlier of two."""
-    rank = member.cumsum(dim=2)
-    return (member & (rank == (rank[:, :, -1:] + 1) // 2)).any(dim=1)
 
 
 def compact(member: Tensor, weights: Tensor, *, order: str) -> tuple[Tensor, Tensor]:

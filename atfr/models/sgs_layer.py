@@ -38,7 +38,7 @@ class SGSOptions:
     num_bins: int | None = None  # B, the most bins a clip may keep; None: as many as there are frames
     similarity: str = "distance_to_mean"  # see atfr.models.sgs
     metric: str = "l2"  # l2 | l1 | cosine | mahalanobis
-    kernel: str = "linear"  # linear | linear_normalized | delta | delta_normalized | mean | middle
+    kernel: str = "linear"  # linear | linear_normalized | delta | delta_normalized | mean
     scale: str = "relative"  # relative to each clip's own range | absolute: one width for all clips
     edges: str = "released"  # released (2B) | inclusive (2B - 1)
     order: str = "similarity"  # of the kept bins: similarity | time
@@ -66,8 +66,8 @@ class SGSOptions:
             raise ValueError(f"sgs after={self.after!r} must be the name of a stage, the path of a module, or a list of these")
         if not self.places:
             raise ValueError("sgs after is empty: name a stage, or set model.sgs=null for the dense network")
-        if self.kernel in ("mean", "middle") and self.embedding == "mlp" and self.similarity not in sgs.BASELINES:
-            raise ValueError(f"sgs kernel={self.kernel} passes no gradient to a learned embedding, which would stay random: set embedding=pooled or frozen")
+        if self.kernel == "mean" and self.embedding == "mlp" and self.similarity not in sgs.BASELINES:
+            raise ValueError("sgs kernel=mean passes no gradient to a learned embedding, which would stay random: set embedding=pooled or frozen")
         if self.num_bins is not None and (not isinstance(self.num_bins, int) or self.num_bins < 1):
             raise ValueError(f"sgs num_bins must be a whole number of at least 1, not {self.num_bins!r}")
         if self.embedding_dim < 1 or self.grid < 1:
