@@ -153,8 +153,8 @@ def verdict(data: str, groups: Groups) -> list[str]:
 
 
 def headline(groups: Groups) -> str:
-    """The whole study in one bold line."""
-    found = [(f"{data} ({entry.own})", entry) for data in sorted({key[0] for key in groups}) for entry in verdicts(data, groups)]
+    """The whole study in one bold line, of the preset where it was run and of the next of our layers elsewhere."""
+    found = [(f"{data} ({entry.own})", entry) for data in sorted({key[0] for key in groups}) for entry in verdicts(data, groups)[:1]]
 
     def where(relations: tuple[str, ...], field: str) -> str:
         return ", ".join(name for name, entry in found if getattr(entry, field) in relations) or "none"
