@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ def test_what_cannot_be_exported_is_named(tmp_path, monkeypatch):
 def trained(small_videos, tmp_path_factory):
     """The run folder of a job of one step, in which B' differs between clips."""
     folder = tmp_path_factory.mktemp("run")
-    spread = ["model.sgs.after=res2", "model.sgs.target=0.5"]
+    spread = ["model.sgs.after=res2", "model.sgs.look=features", "model.sgs.target=0.5"]
     outcome = run_tool("train", *small_job(small_videos, folder, "trainer.max_steps=1", "trainer.test=false", *spread))
     assert outcome.code == 0, outcome.err
     return folder
