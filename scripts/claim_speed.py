@@ -38,12 +38,12 @@ def main() -> None:
     model, config = trained(folder)
     clip = jobs.clip_settings(config)
     views = TestClips(jobs.load_source(config, CPU).test, clip, views=clip.views, crops=clip.crops)
-    loader = test_loader(views, batch_size=config.trainer.batch_size, rank=0, world=1, workers=0, timeout_s=config.trainer.timeout_s)
+    loader = test_loader(views, batch_size=config.trainer.batch_size)
     normalise = Normalizer(clip.mean, clip.std)
     batches = [normalise(batch.clips).contiguous(memory_format=torch.channels_last_3d) for batch in loader if batch.clips is not None]
     repeats = -(-LEAST // len(batches))
     sampled, dense = in_turns((model, model.backbone), batches * repeats)
-    clips = repeats * sum(len(batch) for batch in batches)
+    clips = repeats * sum(len(batch) for batch in batches) - len(batches[0])  # the first batch does not count
     result = {"time_of_dense": sampled / dense, "clips_per_second": clips / sampled, "dense_clips_per_second": clips / dense, "batch_size": config.trainer.batch_size}
     write_text(folder / RESULT, json.dumps(result) + "\n")
     print(result)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from atfr import jobs
+from atfr.checkpoint_config import trained_model
 from atfr.engine import checkpoint
 from atfr.engine.distributed import Ranks
 from atfr.models.network import VideoNet
@@ -20,6 +20,4 @@ def trained(folder: Path) -> tuple[VideoNet, DictConfig]:
     path = folder / "checkpoints" / "last.pt"
     state = checkpoint.load(path)
     config = OmegaConf.create(state["config"])
-    model = jobs.build_model(config, num_classes=len(state["class_names"]), ranks=CPU)
-    checkpoint.load_weights(model, state["model"], path)
-    return model.eval(), config
+    return trained_model(config, state, path, CPU).eval(), config

@@ -52,6 +52,7 @@ def test_every_model_can_be_built_for_the_built_in_data(model):
     with torch.no_grad():
         assert network(clip).logits.shape == (1, 3)
 
+
 @pytest.mark.parametrize("preset", [name for name in names("model/sgs") if name != "dense"])
 def test_every_preset_of_the_layer_can_be_built(preset):
     config = composed("model=x3d_sgs", f"model/sgs={preset}")

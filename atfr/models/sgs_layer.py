@@ -222,7 +222,8 @@ class SGS(nn.Module):
             if tensor.device != x.device:
                 raise ValueError(f"SGS after {self.name!r}: its {name} is on {tensor.device} and the features are on {x.device}: move the network with model.to(device)")
         with torch.autocast(x.device.type, enabled=False):
-            return self._propose(_at_least_float32(x), segments, _at_least_float32(clips) if clips is not None and self.options.looks_at_clip else None)
+            looks = self.options.looks_at_clip and clips is not None and clips is not x  # at the input they are the same
+            return self._propose(_at_least_float32(x), segments, _at_least_float32(clips) if looks else None)
 
     def _most_bins_for(self, lengths: Sequence[int], frames: int) -> int:
         if min(lengths) < self.min_bins:
@@ -237,14 +238,14 @@ class SGS(nn.Module):
         num_bins = self._most_bins_for((frames,) if segments is None else segments.lengths, frames)
         if self.embedding is None:  # a baseline, which looks at the number of frames alone
             z = x.new_zeros(*(x.shape[::2][:2] if segments is None else segments.padded.shape), 1)  # [N, T, 1]
-            finite = x.detach().sum(dim=(1, 3, 4)).isfinite()  # [N, T], or [1, M]: one look at each value, and no copy
+            finite = _finite_frames(x)
         else:
             pooled = self.embedding.pool(x) if clips is None else _parts(self.embedding.pool(clips), frames)  # [N, T, ...] or [1, M, ...]
             z = self.embedding(pooled)
             # Batch norm spreads a NaN to the z of every clip, so the clip at fault shows in what was pooled.
             finite = pooled.isfinite().all(dim=2)
             if clips is not None:
-                finite = finite & x.detach().sum(dim=(1, 3, 4)).isfinite()
+                finite = finite & _finite_frames(x)
             z = z if segments is None else z[0][segments.padded]
         finite = (finite if segments is None else finite[0][segments.padded]).all(dim=1)
         valid = None if segments is None else torch.tensor(segments.lengths)  # on the host, where it is checked
@@ -319,6 +320,11 @@ class SGS(nn.Module):
     def extra_repr(self) -> str:
         o = self.options
         return f"after={self.name}, similarity={o.similarity}, kernel={o.kernel}, scale={o.scale}, order={o.order}, num_bins={self.num_bins or 'T'}"
+
+
+def _finite_frames(x: Tensor) -> Tensor:
+    """[N, C, T, H, W] -> [N, T] (or packed, [1, M]): one look at each value, and no copy."""
+    return x.detach().sum(dim=(1, 3, 4)).isfinite()
 
 
 def _parts(pooled: Tensor, count: int) -> Tensor:
