@@ -103,6 +103,8 @@ METHODS: dict[str, Method] = {
     "budgets-drawn-0.36": untrained("drawn-0.36", "atfr", "refresh_batch_norm=true"),
     "features-drawn-0.4": sampled("atfr", FEATURES, DRAWN, AT_HALF),
     "budgets-features-drawn-0.4": untrained("features-drawn-0.4", "atfr", FEATURES, "refresh_batch_norm=true"),
+    "input-drawn-0.44": sampled("atfr", DRAWN, target(0.44), after="input"),
+    "budgets-input-drawn-0.44": untrained("input-drawn-0.44", "atfr", "refresh_batch_norm=true", after="input"),
     "budgets-features-0.4": untrained("features-0.4", "atfr", FEATURES, "refresh_batch_norm=true"),
     "untrained-atfr": untrained(WARM, "atfr"),
     "untrained-features": untrained(WARM, "atfr", FEATURES),

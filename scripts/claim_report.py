@@ -15,7 +15,7 @@ from atfr.engine.files import write_text
 DOCUMENT, README, PLOT = Path("docs/claim.md"), Path("README.md"), Path("docs/claim.svg")
 OURS = ("atfr", "features", "input")  # the preset's layer, the same by what the sampled features show, and the same on the clips themselves
 FIXED = ("uniform", "stride", "random", "input-uniform", "input-stride")  # what keeps equally many features of all clips
-DRAWN = ("budgets-drawn", "budgets-features-drawn")  # one network that was trained for all its budgets
+DRAWN = ("budgets-drawn", "budgets-features-drawn", "budgets-input-drawn")  # one network that was trained for all its budgets
 ONE = "one seed against"  # what `relation` says of it
 Groups = dict[tuple[str, str, str], list[Row]]  # by data, method and budget
 
