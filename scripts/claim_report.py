@@ -146,10 +146,13 @@ def verdict_on(own: str, trained: dict[str, dict[int, Row]], cost: dict[str, flo
 def verdict(data: str, groups: Groups) -> list[str]:
     """The verdicts on one dataset and network as lines of the document."""
     found = verdicts(data, groups)
+    trained = trainings(data, groups)
     if not found:
-        return [f"- **{data}**: not decided, runs are missing."]
+        costly = ", ".join(f"{method} at {mean(row.gflops for row in rows.values()):.2f}" for method, rows in trained.items() if any(size_of(method, family) for family in OURS))
+        why = f"none of ours costs half of the GFLOPs or less ({costly})" if costly and "dense" in trained else "runs are missing"
+        return [f"- **{data}**: not decided, {why}."]
     own = [line for entry in found for line in (f"- **{data}**: {entry.lines[0]}", *entry.lines[1:])]
-    return [*own, *one_network(data, groups, trainings(data, groups))]
+    return [*own, *one_network(data, groups, trained)]
 
 
 def headline(groups: Groups) -> str:

@@ -124,7 +124,12 @@ def test_a_verdict_compares_within_seeds_and_allows_the_fixed_cost_one_more_feat
     assert "**below** dense, 93.5 % at 1.00: -1.50 ± 0.50 (2 seeds)" in text
     assert "**above** uniform-6, 80.0 % at 0.52: +12.00 ± 2.00 (2 seeds), the best of uniform-5, uniform-6" in text
     assert "rank correlation 0.90; 1.0 bins for static clips, 12.0 of 16 for busy ones" in text
-    assert "not decided" in "\n".join(claim_report.verdict("uneven-x3d", claim_report.grouped(rows[2:])))
+
+
+def test_what_is_not_decided_says_why():
+    rows = [row("atfr-0.4", 0, 99.0, 0.6), row("dense", 0, 91.0, 1.0)]
+    assert claim_report.verdict("uneven-x3d", claim_report.grouped(rows)) == ["- **uneven-x3d**: not decided, none of ours costs half of the GFLOPs or less (atfr-0.4 at 0.60)."]
+    assert claim_report.verdict("uneven-x3d", claim_report.grouped(rows[1:])) == ["- **uneven-x3d**: not decided, runs are missing."]
 
 
 def test_above_is_by_two_standard_errors_and_below_by_one():
