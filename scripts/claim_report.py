@@ -88,12 +88,35 @@ def known(*values: float, digits: int) -> str:
     return ", ".join("–" if value != value else f"{value:.{digits}f}" for value in values) if any(value == value for value in values) else ""
 
 
+class Against(NamedTuple):
+    """One of our layers against one other method, on the seeds that both have."""
+
+    method: str
+    level: float  # its mean accuracy on these seeds, %
+    cost: float  # its GFLOPs, of dense
+    differences: list[float]  # ours less its own, one a seed
+
+    @property
+    def relation(self) -> str:
+        return relation(self.differences)
+
+    @property
+    def difference(self) -> str:
+        return with_error(self.differences, sign="+", digits=2)
+
+    def __str__(self) -> str:
+        seeds = len(self.differences)
+        return f"**{self.relation}** {self.method}, {self.level:.1f} % at {self.cost:.2f}: {self.difference} ({seeds} seed{'s' * (seeds > 1)})"
+
+
 class Verdict(NamedTuple):
     """One of our layers at half the GFLOPs or less, against all else on one dataset and network."""
 
     own: str
-    dense: str  # the relation to the dense network
-    rival: str  # the relation to the best of `rivals`; empty where there are none
+    level: float  # its mean accuracy, %
+    cost: float  # its GFLOPs, of dense
+    dense: Against | None  # None: no seed of it
+    rival: Against | None  # the best of what costs the same and looks at no clip
     lines: list[str]
 
 
@@ -119,28 +142,24 @@ def trainings(data: str, groups: Groups) -> dict[str, dict[int, Row]]:
 
 
 def verdict_on(own: str, trained: dict[str, dict[int, Row]], cost: dict[str, float]) -> Verdict:
-    def differences(method: str) -> list[float]:
-        return [trained[own][seed].balanced - trained[method][seed].balanced for seed in sorted(trained[own].keys() & trained[method].keys())]
+    def against(method: str) -> Against | None:
+        seeds = sorted(trained[own].keys() & trained[method].keys())
+        ours, others = ([trained[name][seed].balanced for seed in seeds] for name in (own, method))
+        return Against(method, mean(others), cost[method], [a - b for a, b in zip(ours, others)]) if seeds else None
 
-    def against(method: str) -> str:
-        values = differences(method)
-        level = mean(trained[method][seed].balanced for seed in trained[own].keys() & trained[method].keys())
-        return f"**{relation(values)}** {method}, {level:.1f} % at {cost[method]:.2f}: {with_error(values, sign='+', digits=2)} ({len(values)} seed{'s' * (len(values) > 1)})"
-
-    lines = [f"{own} {mean(row.balanced for row in trained[own].values()):.1f} % at {cost[own]:.2f} of the GFLOPs"]
-    dense = relation(differences("dense")) if differences("dense") else ""
+    dense, others = against("dense"), [found for found in map(against, matched(own, cost)) if found]
+    level = mean(row.balanced for row in trained[own].values())
+    lines = [f"{own} {level:.1f} % at {cost[own]:.2f} of the GFLOPs"]
     if dense:
-        lines.append(f"  - {against('dense')}")
-    rivals, rival = [method for method in matched(own, cost) if differences(method)], ""
-    if rivals:
-        best = max(rivals, key=lambda method: mean(row.balanced for row in trained[method].values()))
-        lines.append(f"  - {against(best)}, the best of {', '.join(rivals)}")
-        rival = relation(differences(best))
+        lines.append(f"  - {dense}")
+    rival = max(others, key=lambda other: mean(row.balanced for row in trained[other.method].values()), default=None)
+    if rival:
+        lines.append(f"  - {rival}, the best of {', '.join(other.method for other in others)}")
     probed = [row for row in trained[own].values() if row.follows_played == row.follows_played]
     if probed:
         follows, static, busy = (mean(getattr(row, name) for row in probed) for name in ("follows_played", "static", "busy"))
         lines.append(f"  - B' follows the change of clips of which that is known: rank correlation {follows:.2f}; {static:.1f} bins for static clips, {busy:.1f} of {probed[0].frames} for busy ones")
-    return Verdict(own, dense, rival, lines)
+    return Verdict(own, level, cost[own], dense, rival, lines)
 
 
 def verdict(data: str, groups: Groups) -> list[str]:
@@ -156,18 +175,27 @@ def verdict(data: str, groups: Groups) -> list[str]:
 
 
 def headline(groups: Groups) -> str:
-    """The whole study in one bold line, of the preset where it was run and of the next of our layers elsewhere."""
-    found = [(f"{data} ({entry.own})", entry) for data in sorted({key[0] for key in groups}) for entry in verdicts(data, groups)[:1]]
+    """The whole study in one bold line and a table, of the preset where it was run and of the next of our layers elsewhere."""
+    found = [(data, entry) for data in sorted({key[0] for key in groups}) for entry in verdicts(data, groups)[:1]]
 
-    def where(relations: tuple[str, ...], field: str) -> str:
-        return ", ".join(name for name, entry in found if getattr(entry, field) in relations) or "none"
+    def times(field: str, *relations: str) -> int:
+        return sum(against is not None and against.relation in relations for against in (getattr(entry, field) for _, entry in found))
 
-    return (
-        f"**At half of the GFLOPs: not below the dense network on {where(('above', 'not below'), 'dense')}; below it on {where(('below',), 'dense')}. "
-        f"Against averaging or dropping frames at equal distances, at the same GFLOPs: above the best of these on {where(('above',), 'rival')}; "
-        f"not below on {where(('not below',), 'rival')}; below on {where(('below',), 'rival')}. "
-        f"One seed, not decided: {where((ONE,), 'dense')}.**"
+    line = (
+        f"**At half of the GFLOPs or less, of {len(found)} pairs of videos and network: not below the dense network on {times('dense', 'above', 'not below')}. "
+        f"Against averaging or dropping frames at equal distances, at the same GFLOPs: above the best of these on {times('rival', 'above')}, "
+        f"not below on {times('rival', 'not below')}, below on {times('rival', 'below')}.**"
     )
+    cells = [
+        (data, entry.own, f"{entry.level:.1f}", f"{entry.cost:.2f}", short(entry.dense), f"{short(entry.rival)} {entry.rival.method}" if entry.rival else "")
+        for data, entry in found
+    ]
+    heads = ("videos and network", "layer", "accuracy, %", "GFLOPs of dense", "less the dense network's", "less the best fixed cost's")
+    return "\n".join([line, "", *(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *cells))])
+
+
+def short(against: Against | None) -> str:
+    return f"{against.difference}, {against.relation}" if against else ""
 
 
 def one_network(data: str, groups: Groups, trained: dict[str, dict[int, Row]]) -> list[str]:
