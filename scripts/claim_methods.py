@@ -69,7 +69,7 @@ METHODS: dict[str, Method] = {
     **{f"path-{embedding}-0.4": sampled("atfr", FEATURES, *PATH[:1], f"model.sgs.embedding={embedding}", "model.sgs.kernel=linear_normalized", "model.sgs.edges=inclusive", AT_HALF) for embedding in ("mlp", "frozen")},
     # Other places. Half of the GFLOPs leaves 2 (x3d), 3 (r2plus1d) or 5 (resnet3d) features after res2, and none or 2 (resnet3d) after res3.
     "early-0.37": sampled("atfr", FEATURES, target(0.37), after="blocks.0.conv.conv_t", networks=("x3d",)),  # inside the stem, before its temporal convolution
-    **{f"input-{share}": sampled("atfr", target(share), after="input") for share in (0.3, 0.44)},
+    **{f"input-{share}": sampled("atfr", target(share), after="input") for share in (0.32, 0.36, 0.44)},
     **{f"input-{name}-{k}": fixed(name, k, after="input") for name in ("uniform", "stride") for k in KEPT},
     "res2-0.16": sampled("atfr", target(0.16), after="res2"),
     "res2-0.32": sampled("atfr", target(0.32), after="res2"),
