@@ -42,7 +42,7 @@ from atfr.configuration import build
 ROOT = Path(__file__).parent.parent
 RUNS = Path("runs", "claim")
 FURTHER = 1 / 3  # epochs of every run that starts from it, of those that it had itself
-LONGER = {"even": 1, "uneven_long": 1, "brief": 1}  # the same where sampled networks would not be trained to the end
+LONGER = {"even": 1, "uneven_long": 1}  # the same where sampled networks would not be trained to the end
 FINE_TUNING_LR = 0.02
 
 
@@ -112,7 +112,7 @@ def is_generated(data: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
-    parser.add_argument("--data", nargs="+", default=["uneven", "uneven_long", "even", "brief", "ut_interaction", "ut_interaction_sequence", "surveillance_fight"], help="files of configs/experiment/claim (default: %(default)s)")
+    parser.add_argument("--data", nargs="+", default=["uneven", "uneven_long", "even", "ut_interaction", "ut_interaction_sequence", "surveillance_fight"], help="files of configs/experiment/claim (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD", help=f"of {', '.join(METHODS)} (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--published", action="store_true", help="exactly the runs of benchmarks/results/claim.csv, whatever else is chosen")

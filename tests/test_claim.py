@@ -126,9 +126,15 @@ def test_a_verdict_compares_within_seeds_and_allows_the_fixed_cost_one_more_feat
     assert "rank correlation 0.90; 1.0 bins for static clips, 12.0 of 16 for busy ones" in text
 
 
-def test_what_is_not_decided_says_why():
-    rows = [row("atfr-0.4", 0, 99.0, 0.6), row("dense", 0, 91.0, 1.0)]
-    assert claim_report.verdict("uneven-x3d", claim_report.grouped(rows)) == ["- **uneven-x3d**: not decided, none of ours costs half of the GFLOPs or less (atfr-0.4 at 0.60)."]
+def test_the_preset_at_more_than_half_is_told_of_but_not_in_the_headline():
+    rows = [row(method, 0, t, cost) for method, t, cost in (("atfr-0.4", 99.0, 0.6), ("dense", 91.0, 1.0), ("uniform-8", 98.0, 0.6))]
+    text = claim_report.verdict("uneven-x3d", claim_report.grouped(rows))
+    assert text[:3] == [
+        "- **uneven-x3d**: atfr-0.4 99.0 % at 0.60 of the GFLOPs",
+        "  - **one seed against** dense, 91.0 % at 1.00: +8.00 (1 seed)",
+        "  - **one seed against** uniform-8, 98.0 % at 0.60: +1.00 (1 seed), the best of uniform-8",
+    ]
+    assert "of 0 pairs" in claim_report.headline(claim_report.grouped(rows))
     assert claim_report.verdict("uneven-x3d", claim_report.grouped(rows[1:])) == ["- **uneven-x3d**: not decided, runs are missing."]
 
 
