@@ -42,7 +42,7 @@ from atfr.configuration import build
 ROOT = Path(__file__).parent.parent
 RUNS = Path("runs", "claim")
 FURTHER = 1 / 3  # epochs of every run that starts from it, of those that it had itself
-LONGER = {"even": 1, "uneven_long": 1}  # the same where sampled networks would not be trained to the end
+LONGER = {"even": 1, "uneven_long": 1}  # the same where that is too few, or where it is asked whether it is
 FINE_TUNING_LR = 0.02
 
 

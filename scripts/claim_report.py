@@ -97,20 +97,16 @@ class Against(NamedTuple):
     differences: list[float]  # ours less its own, one a seed
 
     @property
-    def relation(self) -> str:
+    def says(self) -> str:
         return relation(self.differences)
-
-    @property
-    def difference(self) -> str:
-        return with_error(self.differences, sign="+", digits=2)
 
     def __str__(self) -> str:
         seeds = len(self.differences)
-        return f"**{self.relation}** {self.method}, {self.level:.1f} % at {self.cost:.2f}: {self.difference} ({seeds} seed{'s' * (seeds > 1)})"
+        return f"**{self.says}** {self.method}, {self.level:.1f} % at {self.cost:.2f}: {signed(self.differences)} ({seeds} seed{'s' * (seeds > 1)})"
 
 
 class Verdict(NamedTuple):
-    """One of our layers at half the GFLOPs or less, against all else on one dataset and network."""
+    """One run of our layers against all else on one dataset and network."""
 
     own: str
     level: float  # its mean accuracy, %
@@ -120,36 +116,23 @@ class Verdict(NamedTuple):
     lines: list[str]
 
 
-def verdicts(data: str, groups: Groups) -> list[Verdict]:
-    """What came out for one dataset and network, for each of our layers that was run on it, as costly as half the GFLOPs allow.
+def verdicts(data: str, groups: Groups) -> tuple[list[Verdict], list[Verdict]]:
+    """What came out for one dataset and network, for each of our layers as costly as half the GFLOPs allow; and for the preset where it costs more.
 
     In mean class accuracy, which is top-1 where all classes have as many test videos. Runs of a seed start from the
     same weights, so differences are taken within seeds.
     """
     trained = trainings(data, groups)
-    cost = costs(trained)
-    found = []
+    if "dense" not in trained:
+        return [], []
+    cost = {method: mean(row.gflops for row in rows.values()) for method, rows in trained.items()}
+    within, more = [], []
     for family in OURS:
-        fitting = [method for method in trained if size_of(method, family) and at_half(cost[method])]
-        if fitting and "dense" in trained:
-            found.append(verdict_on(max(fitting, key=cost.get), trained, cost))
-    return found
-
-
-def dearer(data: str, groups: Groups) -> list[Verdict]:
-    """The same of the preset wherever it was run at more than half of the GFLOPs."""
-    trained = trainings(data, groups)
-    cost = costs(trained)
-    return [verdict_on(method, trained, cost) for method in trained if size_of(method, OURS[0]) and not at_half(cost[method]) and "dense" in trained]
-
-
-def at_half(cost: float) -> bool:
-    return round(cost, 2) <= 0.5
-
-
-def costs(trained: dict[str, dict[int, Row]]) -> dict[str, float]:
-    """The mean GFLOPs of each method, of dense."""
-    return {method: mean(row.gflops for row in rows.values()) for method, rows in trained.items()}
+        members = sorted((method for method in trained if size_of(method, family)), key=cost.get)
+        fitting = [method for method in members if round(cost[method], 2) <= 0.5]
+        within += fitting[-1:]
+        more += members[len(fitting) :] if family == OURS[0] else []
+    return [verdict_on(method, trained, cost) for method in within], [verdict_on(method, trained, cost) for method in more]
 
 
 def trainings(data: str, groups: Groups) -> dict[str, dict[int, Row]]:
@@ -168,7 +151,7 @@ def verdict_on(own: str, trained: dict[str, dict[int, Row]], cost: dict[str, flo
     lines = [f"{own} {level:.1f} % at {cost[own]:.2f} of the GFLOPs"]
     if dense:
         lines.append(f"  - {dense}")
-    rival = max(others, key=lambda other: mean(row.balanced for row in trained[other.method].values()), default=None)
+    rival = max(others, key=lambda other: (len(other.differences) > 1, other.level), default=None)  # one seed alone decides nothing
     if rival:
         lines.append(f"  - {rival}, the best of {', '.join(other.method for other in others)}")
     probed = [row for row in trained[own].values() if row.follows_played == row.follows_played]
@@ -180,7 +163,8 @@ def verdict_on(own: str, trained: dict[str, dict[int, Row]], cost: dict[str, flo
 
 def verdict(data: str, groups: Groups) -> list[str]:
     """The verdicts on one dataset and network as lines of the document."""
-    found = [*verdicts(data, groups), *dearer(data, groups)]
+    within, more = verdicts(data, groups)
+    found = [*within, *more]
     if not found:
         return [f"- **{data}**: not decided, runs are missing."]
     own = [line for entry in found for line in (f"- **{data}**: {entry.lines[0]}", *entry.lines[1:])]
@@ -188,27 +172,21 @@ def verdict(data: str, groups: Groups) -> list[str]:
 
 
 def headline(groups: Groups) -> str:
-    """The whole study in one bold line and a table, of the preset where it was run and of the next of our layers elsewhere."""
-    found = [(data, entry) for data in sorted({key[0] for key in groups}) for entry in verdicts(data, groups)[:1]]
-
-    def times(field: str, *relations: str) -> int:
-        return sum(against is not None and against.relation in relations for against in (getattr(entry, field) for _, entry in found))
-
+    """The whole study in one bold line and a table, of the preset where it was run within half of the GFLOPs and of the next of our layers elsewhere."""
+    found = [(data, entry) for data in sorted({key[0] for key in groups}) for entry in verdicts(data, groups)[0][:1]]
+    dense, rival = ([against.says for _, entry in found if (against := getattr(entry, field))] for field in ("dense", "rival"))
     line = (
-        f"**At half of the GFLOPs or less, of {len(found)} pairs of videos and network: not below the dense network on {times('dense', 'above', 'not below')}. "
-        f"Against averaging or dropping frames at equal distances, at the same GFLOPs: above the best of these on {times('rival', 'above')}, "
-        f"not below on {times('rival', 'not below')}, below on {times('rival', 'below')}.**"
+        f"**At half of the GFLOPs or less, of {len(found)} pairs of videos and network: not below the dense network on {len(dense) - dense.count('below') - dense.count(ONE)}, "
+        f"below it on {dense.count('below')}. Against averaging or dropping frames at equal distances, at the same GFLOPs: above the best of these on "
+        f"{rival.count('above')}, not below on {rival.count('not below')}, below on {rival.count('below')}. One seed, not decided: {dense.count(ONE)}.**"
     )
-    cells = [
-        (data, entry.own, f"{entry.level:.1f}", f"{entry.cost:.2f}", short(entry.dense), f"{short(entry.rival)} {entry.rival.method}" if entry.rival else "")
-        for data, entry in found
-    ]
-    heads = ("videos and network", "layer", "accuracy, %", "GFLOPs of dense", "less the dense network's", "less the best fixed cost's")
-    return "\n".join([line, "", *(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *cells))])
+    heads = ("videos and network", "layer", "accuracy, %", "GFLOPs of dense", "minus dense", "minus the best fixed cost")
+    rows = [(data, entry.own, f"{entry.level:.1f}", f"{entry.cost:.2f}", cell(entry.dense), cell(entry.rival)) for data, entry in found]
+    return "\n".join([line, "", *(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))])
 
 
-def short(against: Against | None) -> str:
-    return f"{against.difference}, {against.relation}" if against else ""
+def cell(against: Against | None) -> str:
+    return f"{signed(against.differences)}: {against.says} {against.method}" if against else ""
 
 
 def one_network(data: str, groups: Groups, trained: dict[str, dict[int, Row]]) -> list[str]:
@@ -261,6 +239,10 @@ def with_error(values: list[float], *, sign: str = "", digits: int = 1) -> str:
     return f"{mean(values):{sign}.{digits}f}{error}"
 
 
+def signed(differences: list[float]) -> str:
+    return with_error(differences, sign="+", digits=2)
+
+
 def standard_error(values: list[float]) -> float:
     """Of the mean over seeds; nan for a single one."""
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
@@ -275,8 +257,11 @@ def plot(groups: Groups) -> None:
 
     plt.rcParams.update({"svg.hashsalt": "claim", "svg.fonttype": "none"})  # the same file from the same figures, with words as words
     names = sorted({key[0] for key in groups})
-    figure, axes = plt.subplots(1, len(names), figsize=(6 * len(names), 5), squeeze=False)
-    for axis, data in zip(axes[0], names):
+    lines = -(-len(names) // 3)
+    figure, axes = plt.subplots(lines, 3, figsize=(18, 5 * lines), squeeze=False)
+    for axis in axes.flat[len(names) :]:
+        axis.remove()
+    for axis, data in zip(axes.flat, names):
         curves: dict[str, list[list[Row]]] = defaultdict(list)
         for (at, method, _), rows in groups.items():
             if at == data:

@@ -88,19 +88,23 @@ def found(runs: Path) -> Iterator[Row]:
                 data, method, int(seed), f"{result['budget']:g}" if "budget" in result else "",
                 result["top1"], result["mean_class_accuracy"], gflops["mean"] / gflops["dense"],
                 bins["mean"], bins["min"], bins["max"], bins["frames"], " ".join(f"{kept}:{clips}" for kept, clips in bins["histogram"].items()),
-                follows_change(path.with_name("predictions.csv"), Path("data/claim", data.rpartition("-")[0], "truth.csv")) if "budget" not in result else NAN,
+                follows_change(path.with_name("predictions.csv")) if "budget" not in result else NAN,
                 *(played.get(key, NAN) for key in ("spearman", "static", "busy")),
                 timed.get("time_of_dense", NAN), result["protocol"]["commit"] or "",
             )  # fmt: skip
 
 
-def follows_change(predictions: Path, truth: Path) -> float:
-    """Spearman's rank correlation, over the test clips, of B' with how much the video changes."""
-    if not truth.exists() or not predictions.exists():
+def follows_change(predictions: Path) -> float:
+    """Spearman's rank correlation, over the test clips, of B' with how much the video changes; nan of other than generated videos."""
+    if not predictions.exists():
+        return NAN
+    with open(predictions, newline="") as file:
+        rows = [(Path(row["video"]), float(row["bins"].split("/")[0])) for row in csv.DictReader(file)]
+    truth = rows[0][0].parents[2] / "truth.csv"  # ROOT/test/CLASS/FILE
+    if not truth.exists():
         return NAN
     change = changes(truth)
-    with open(predictions, newline="") as file:
-        pairs = [(float(row["bins"].split("/")[0]), change["/".join(Path(row["video"]).parts[-3:])]) for row in csv.DictReader(file)]
+    pairs = [(bins, change["/".join(video.parts[-3:])]) for video, bins in rows]
     return spearman(*(np.array(values) for values in zip(*pairs)))
 
 

@@ -128,6 +128,7 @@ def test_a_verdict_compares_within_seeds_and_allows_the_fixed_cost_one_more_feat
 
 def test_the_preset_at_more_than_half_is_told_of_but_not_in_the_headline():
     rows = [row(method, 0, t, cost) for method, t, cost in (("atfr-0.4", 99.0, 0.6), ("dense", 91.0, 1.0), ("uniform-8", 98.0, 0.6))]
+    assert claim_report.verdict("uneven-x3d", claim_report.grouped([*rows, row("atfr-0.3", 0, 90.0, 0.5)]))[0].endswith("atfr-0.3 90.0 % at 0.50 of the GFLOPs")
     text = claim_report.verdict("uneven-x3d", claim_report.grouped(rows))
     assert text[:3] == [
         "- **uneven-x3d**: atfr-0.4 99.0 % at 0.60 of the GFLOPs",
@@ -192,20 +193,33 @@ def test_the_documents_say_what_the_published_rows_say():
         assert f"<!-- claim.py: {name} -->\n{text}\n<!-- claim.py: end of {name} -->" in document.read_text(), f"{document}: run scripts/claim.py --report-only"
 
 
-def test_the_headline_names_where_the_claim_holds_and_where_not():
+def test_the_headline_counts_where_the_claim_holds_and_where_not():
     figures = (("dense", 90.0, 1.0), ("atfr-0.4", 80.0, 0.5), ("input-0.4", 95.0, 0.5), ("uniform-6", 85.0, 0.5))
     rows = [row(method, s, t + s, cost) for s in (0, 1) for method, t, cost in figures]
     rows += [replace(r, data="even-x3d") for r in rows if not r.method.startswith("atfr")]
     text = claim_report.headline(claim_report.grouped(rows))
     line, _, heads, _, *cells = text.split("\n")
     assert line == (
-        "**At half of the GFLOPs or less, of 2 pairs of videos and network: not below the dense network on 1. Against averaging or dropping frames"
-        " at equal distances, at the same GFLOPs: above the best of these on 1, not below on 0, below on 1.**"
+        "**At half of the GFLOPs or less, of 2 pairs of videos and network: not below the dense network on 1, below it on 1. Against averaging or dropping"
+        " frames at equal distances, at the same GFLOPs: above the best of these on 1, not below on 0, below on 1. One seed, not decided: 0.**"
     )
-    assert heads.count("|") == 7 and cells == [
-        "| even-x3d | input-0.4 | 95.5 | 0.50 | +5.00 ± 0.00, above | +10.00 ± 0.00, above uniform-6 |",
-        "| uneven-x3d | atfr-0.4 | 80.5 | 0.50 | -10.00 ± 0.00, below | -5.00 ± 0.00, below uniform-6 |",  # the preset, where it was run
+    assert heads == "| videos and network | layer | accuracy, % | GFLOPs of dense | minus dense | minus the best fixed cost |"
+    assert cells == [
+        "| even-x3d | input-0.4 | 95.5 | 0.50 | +5.00 ± 0.00: above dense | +10.00 ± 0.00: above uniform-6 |",
+        "| uneven-x3d | atfr-0.4 | 80.5 | 0.50 | -10.00 ± 0.00: below dense | -5.00 ± 0.00: below uniform-6 |",  # the preset, where it was run
     ]
+
+
+def test_the_headline_of_one_seed_and_no_rival_decides_nothing():
+    text = claim_report.headline(claim_report.grouped([row("atfr-0.4", 0, 80.0, 0.5), row("dense", 0, 90.0, 1.0)]))
+    assert "not below the dense network on 0, below it on 0." in text and "One seed, not decided: 1." in text
+    assert text.endswith("| uneven-x3d | atfr-0.4 | 80.0 | 0.50 | -10.00: one seed against dense |  |")
+
+
+def test_a_rival_of_more_seeds_goes_before_one_of_a_single_seed():
+    rows = [row(method, s, t, cost) for s in (0, 1) for method, t, cost in (("atfr-0.4", 90.0, 0.5), ("dense", 95.0, 1.0), ("uniform-6", 85.0, 0.5))]
+    (found,), _ = claim_report.verdicts("uneven-x3d", claim_report.grouped([*rows, row("stride-6", 0, 99.0, 0.5)]))
+    assert found.rival.method == "uniform-6" and found.rival.differences == [5.0, 5.0]
 
 
 def test_runs_from_scratch_have_as_many_epochs_as_those_with_a_warm_start():
@@ -213,7 +227,8 @@ def test_runs_from_scratch_have_as_many_epochs_as_those_with_a_warm_start():
         command = claim.Job("x3d", data, method, 0).commands()["results.json"]
         return next(int(word.partition("=")[2]) for word in command if word.startswith("trainer.epochs="))
 
-    for data in ("uneven", "even", "ut_interaction"):
+    assert epochs("dense", "uneven_long") == 3 * epochs("dense", "uneven")
+    for data in ("uneven", "uneven_long", "even", "ut_interaction"):
         assert epochs("scratch-0.4", data) == epochs("warm", data) + epochs("dense", data) > epochs("warm", data)
     assert epochs("features-briefly", "even") * 3 == epochs("features-0.4", "even") == epochs("dense", "even")
 
@@ -275,7 +290,7 @@ def report_in(tmp_path, monkeypatch):
                 "bins": {"mean": 4.0, "min": 2, "max": 6, "frames": 16, "histogram": {"2": 1, "6": 1}}, "protocol": {"commit": None},
             }  # fmt: skip
             (folder / "results.json").write_text(json.dumps(result))
-            (folder / "predictions.csv").write_text("video,bins\n/data/test/x/a.mp4,2\n/data/test/y/b.mp4,6\n")
+            (folder / "predictions.csv").write_text(f"video,bins\n{tmp_path}/data/claim/uneven/test/x/a.mp4,2\n{tmp_path}/data/claim/uneven/test/y/b.mp4,6\n")
             (folder / "change.json").write_text(json.dumps({"spearman": 0.9, "static": 1.0, "busy": 12.0}))
             if seed == 0:  # a run from before times were measured has none
                 (folder / "speed.json").write_text('{"time_of_dense": 0.6}')
