@@ -258,10 +258,11 @@ def plot(groups: Groups) -> None:
     plt.rcParams.update({"svg.hashsalt": "claim", "svg.fonttype": "none"})  # the same file from the same figures, with words as words
     names = sorted({key[0] for key in groups})
     lines = -(-len(names) // 3)
-    figure, axes = plt.subplots(lines, 3, figsize=(18, 5 * lines), squeeze=False)
+    figure, axes = plt.subplots(lines, 3, figsize=(22, 5 * lines), squeeze=False)
     for axis in axes.flat[len(names) :]:
         axis.remove()
     for axis, data in zip(axes.flat, names):
+        axis.set_prop_cycle(color=plt.cm.tab20.colors)
         curves: dict[str, list[list[Row]]] = defaultdict(list)
         for (at, method, _), rows in groups.items():
             if at == data:
@@ -273,7 +274,7 @@ def plot(groups: Groups) -> None:
             error = [standard_error([r.top1 for r in rows]) for rows in points]
             axis.errorbar(x, y, yerr=error, marker="o", markersize=3, capsize=2, linestyle=":" if name.startswith(("untrained", "budgets")) else "-", label=name)
         axis.set(title=data, xlabel="mean GFLOPs of a clip / dense", ylabel="top-1, %")
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the points, of which it would hide some
     figure.tight_layout()
     figure.savefig(PLOT, metadata={"Date": None})
     plt.close(figure)
