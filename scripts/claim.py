@@ -73,7 +73,8 @@ class Job:
     def commands(self) -> dict[str, list[str]]:
         """What is run, one after the other, by the name of the file that it leaves in the folder."""
         method = METHODS[self.method]
-        model = (f"model={self.network}_sgs", f"model.sgs.after={method.after}") if method.after else (f"model={self.network}",)
+        name, size = NETWORKS[self.network]
+        model = (f"model={name}_sgs", f"model.sgs.after={method.after}") if method.after else (f"model={name}",)
         epochs = config_of(self.data).trainer.epochs
         further = max(1, round(epochs * LONGER.get(self.data, FURTHER) * (1 / 3 if method.briefly else 1)))
         if self.needs:
@@ -81,7 +82,7 @@ class Job:
         else:  # as many epochs in all
             training = (f"trainer.epochs={epochs if self.method == WARM else epochs + further}",)
         main = [
-            sys.executable, f"tools/{method.tool}.py", f"experiment=claim/{self.data}", *model, "model.size=tiny", *method.overrides, *training,
+            sys.executable, f"tools/{method.tool}.py", f"experiment=claim/{self.data}", *model, f"model.size={size}", *method.overrides, *training,
             f"trainer.seed={self.seed}", f"trainer.output_dir={self.folder}",
         ]  # fmt: skip
         if method.tool == "calibrate":

@@ -6,7 +6,12 @@ from dataclasses import dataclass
 
 WARM = "warm"  # the dense network that the other runs of a seed start from
 
-NETWORKS = ("x3d", "r2plus1d", "resnet3d")  # each in its size `tiny`, sampled after the stem
+NETWORKS = {  # model and model.size, sampled after the stem
+    "x3d": ("x3d", "tiny"),
+    "r2plus1d": ("r2plus1d", "tiny"),
+    "resnet3d": ("resnet3d", "tiny"),
+    "resnet3d_18": ("resnet3d", "18"),  # as the paper has it: its stem is half as large a part of the whole as the tiny one's
+}
 SHARES = (0.25, 0.32, 0.34, 0.36, 0.4, 0.5)  # target mean B' / T; half of the GFLOPs is .34 of resnet3d's features, .36 of x3d's and .4 of r2plus1d's
 KEPT = (2, 3, 4, 5, 6, 7, 8, 11)  # features of 16
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # mean GFLOPs of dense that tools/calibrate.py aims at
@@ -22,10 +27,10 @@ class Method:
     after: str | None = "stem"  # the place of the sampling layer; None: the network has none
     adapts: bool = False  # whether B' has to do with what a clip shows
     briefly: bool = False  # a third of the further epochs that the other runs have
-    networks: tuple[str, ...] = NETWORKS  # those that have such a place
+    networks: tuple[str, ...] = tuple(NETWORKS)  # those that have such a place
 
 
-def sampled(preset: str, *more: str, after: str = "stem", start: str | None = WARM, briefly: bool = False, networks: tuple[str, ...] = NETWORKS) -> Method:
+def sampled(preset: str, *more: str, after: str = "stem", start: str | None = WARM, briefly: bool = False, networks: tuple[str, ...] = tuple(NETWORKS)) -> Method:
     adapts = preset in ("atfr", "reference", "frozen")
     return Method((f"model/sgs={preset}", *more), after=after, start=start, adapts=adapts, briefly=briefly, networks=networks)
 
