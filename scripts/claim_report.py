@@ -34,9 +34,9 @@ def report(runs: Path) -> None:
     print(f"{text}\n{verdict_text}\n{len(rows)} rows in {ROWS}; table in {DOCUMENT}, plot in {PLOT}")
 
 
-def fill(document: Path, name: str, text: str) -> None:
+def fill(document: Path, name: str, text: str, *, script: str = "claim.py") -> None:
     """Write `text` between the document's two marks of that name."""
-    begin, end = f"<!-- claim.py: {name} -->", f"<!-- claim.py: end of {name} -->"
+    begin, end = f"<!-- {script}: {name} -->", f"<!-- {script}: end of {name} -->"
     before, found, rest = document.read_text().partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):

@@ -17,11 +17,12 @@ from hydra import compose, initialize_config_dir
 
 from atfr.configuration import build
 from atfr.data.decode import read_clip
-from atfr.data.synthetic import write_video
+from atfr.data.synthetic import render, write_video
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import claim  # noqa: E402
 import claim_change  # noqa: E402
+import claim_cuts  # noqa: E402
 import claim_report  # noqa: E402
 import claim_rows  # noqa: E402
 import claim_speed  # noqa: E402
@@ -241,6 +242,26 @@ def test_the_probe_holds_some_clips_still_and_knows_how_much_the_others_change()
     assert 0 < (still[:, 1:] - still[:, :-1]).abs().mean() < 3  # noise alone, in grey levels
     moving = [float((clip.float()[:, 1:] - clip.float()[:, :-1]).abs().mean()) for clip, _ in played]
     assert claim_change.spearman(np.array(moving), np.array(change)) > 0.8
+
+
+def test_a_phase_has_a_feature_of_its_own_where_a_bin_holds_nothing_else():
+    parts = torch.tensor([[0, 1, 2, 2, 3, 4], [0, 1, 2, 2, 3, 4]])
+    bins = torch.tensor([[0, 0, 1, 2, 3, 4], [0, 1, 2, 2, 3, -1]])  # of the first clip, phase 1 with what is before it; the second one leaves phase 4 out
+    weights = (bins[:, None] == torch.arange(6)[:, None]).float()  # [N, B, T]
+    assert claim_cuts.own_features(weights, parts) == (6 / 8, 0)
+    weights[1, 4, 5] = 0.3
+    assert claim_cuts.own_features(weights, parts) == (7 / 8, 1 / 2)
+
+
+def test_parts_begin_where_a_clip_that_is_still_but_for_its_events_changes():
+    dataset = claim.config_of("uneven").dataset
+    clips, still = claim_cuts.clips_of(dataset, "test", 12), 0
+    for index, (shown, parts) in enumerate(zip(*clips)):
+        if render(index, seed=dataset.seed, split="test", dwell=dataset.dwell)[2].busyness == 0:
+            change = (shown[:, 1:] - shown[:, :-1]).abs().mean(dim=(0, 2, 3))  # [T - 1], of the sensor's noise alone below .04
+            assert (change > 0.06).tolist() == (parts[1:] > parts[:-1]).tolist()
+            still += 1
+    assert still > 1
 
 
 def test_every_frame_of_a_busy_clip_is_of_another_video():
