@@ -113,7 +113,7 @@ def is_generated(data: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
-    parser.add_argument("--data", nargs="+", default=["uneven", "uneven_long", "even", "ut_interaction", "ut_interaction_sequence", "surveillance_fight"], help="files of configs/experiment/claim (default: %(default)s)")
+    parser.add_argument("--data", nargs="+", default=sorted(path.stem for path in (ROOT / "configs/experiment/claim").glob("*.yaml")), help="files of configs/experiment/claim (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD", help=f"of {', '.join(METHODS)} (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--published", action="store_true", help="exactly the runs of benchmarks/results/claim.csv, whatever else is chosen")

@@ -258,8 +258,8 @@ def test_parts_begin_where_a_clip_that_is_still_but_for_its_events_changes():
     clips, still = claim_cuts.clips_of(dataset, "test", 12), 0
     for index, (shown, parts) in enumerate(zip(*clips)):
         if render(index, seed=dataset.seed, split="test", dwell=dataset.dwell)[2].busyness == 0:
-            change = (shown[:, 1:] - shown[:, :-1]).abs().mean(dim=(0, 2, 3))  # [T - 1], of the sensor's noise alone below .04
-            assert (change > 0.06).tolist() == (parts[1:] > parts[:-1]).tolist()
+            change = (shown[:, 1:] - shown[:, :-1]).abs().mean(dim=(0, 2, 3))  # [T - 1]; the noise alone makes .013
+            assert (change > 0.1).tolist() == (parts[1:] > parts[:-1]).tolist()
             still += 1
     assert still > 1
 
