@@ -56,7 +56,7 @@ def main() -> None:
         seen, asked = (clips_of(dataset, split, VIDEOS) for split in ("train", "test"))
         for name, (preset, *overrides) in LAYERS.items():
             found[name, data] = found_by(layer(preset, overrides), seen, asked)
-    lines = ["| bins |" + "".join(f" {data}: B' | phases, % | clips with all, % |" for data in DATA), "|---|" + "---|---|---|" * len(DATA)]
+    lines = ["| layer |" + "".join(f" {data}: B' | phases, % | clips with all, % |" for data in DATA), "|---|" + "---|---|---|" * len(DATA)]
     for name in LAYERS:
         cells = (f" {kept:.1f} | {100 * phases:.1f} | {100 * clips:.1f} |" for kept, phases, clips in (found[name, data] for data in DATA))
         lines.append(f"| {name} |{''.join(cells)}")
