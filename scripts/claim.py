@@ -101,9 +101,9 @@ def complete(path: Path) -> bool:
 
 
 @cache
-def config_of(data: str) -> DictConfig:
+def config_of(data: str, *overrides: str) -> DictConfig:
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return compose("train", [f"experiment=claim/{data}"])
+        return compose("train", [f"experiment=claim/{data}", *overrides])
 
 
 def is_generated(data: str) -> bool:

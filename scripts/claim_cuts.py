@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from claim import ROOT, config_of
 from claim_report import DOCUMENT, fill
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
@@ -50,14 +49,15 @@ class Found(NamedTuple):
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     os.chdir(ROOT)
+    layers = {name: layer(preset, *overrides) for name, (preset, *overrides) in LAYERS.items()}
     found = {}
     for data in DATA:
         dataset = config_of(data).dataset
         seen, asked = (clips_of(dataset, split, VIDEOS) for split in ("train", "test"))
-        for name, (preset, *overrides) in LAYERS.items():
-            found[name, data] = found_by(layer(preset, overrides), seen, asked)
+        for name in layers:
+            found[name, data] = found_by(layers[name], seen, asked)
     lines = ["| layer |" + "".join(f" {data}: B' | phases, % | clips with all, % |" for data in DATA), "|---|" + "---|---|---|" * len(DATA)]
-    for name in LAYERS:
+    for name in layers:
         cells = (f" {kept:.1f} | {100 * phases:.1f} | {100 * clips:.1f} |" for kept, phases, clips in (found[name, data] for data in DATA))
         lines.append(f"| {name} |{''.join(cells)}")
     fill(DOCUMENT, "cuts", "\n".join(lines), script="claim_cuts.py")
@@ -76,10 +76,9 @@ def clips_of(dataset: DictConfig, split: str, count: int) -> Clips:
     return Clips(normalise(torch.stack(shown)), torch.from_numpy(np.stack(parts)))
 
 
-def layer(preset: str, overrides: list[str]) -> SGS:
+def layer(preset: str, *overrides: str) -> SGS:
     """The layer of that preset, for clips themselves."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose("train", [f"model/sgs={preset}", *overrides, "model.sgs.after=input"])
+    config = config_of(DATA[0], f"model/sgs={preset}", *overrides, "model.sgs.after=input")  # all data have the same layers
     return SGS(3, build(config.model.sgs, "model.sgs"), name="input").eval()
 
 
@@ -87,8 +86,8 @@ def found_by(layer: SGS, seen: Clips, asked: Clips) -> Found:
     """What the bins find in the clips `asked`, at a width that suits the clips `seen`."""
     with torch.inference_mode():
         if layer.tracks_width:
-            z = layer.embedding(layer.embedding.pool(seen.shown))
-            layer.calibrate(z, torch.full((len(z),), z.shape[1]))
+            proposal = layer(seen.shown)
+            layer.calibrate(proposal.z, proposal.valid)
         done = sample([layer], [asked.shown], [None])[1][0]
     return Found(float(np.mean(done.segments.lengths)), *own_features(done.weights, asked.parts))
 

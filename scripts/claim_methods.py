@@ -10,7 +10,7 @@ NETWORKS = {  # model and model.size, sampled after the stem
     "x3d": ("x3d", "tiny"),
     "r2plus1d": ("r2plus1d", "tiny"),
     "resnet3d": ("resnet3d", "tiny"),
-    "resnet3d_18": ("resnet3d", "18"),  # as the paper has it: its stem is half as large a part of the whole as the tiny one's
+    "resnet3d_18": ("resnet3d", "18"),  # as the paper has it: its stem is about half as large a part of the whole as the tiny one's
 }
 SHARES = (0.25, 0.32, 0.34, 0.36, 0.4, 0.5)  # target mean B' / T; half of the GFLOPs is .34 of resnet3d's features, .36 of x3d's and .4 of r2plus1d's
 KEPT = (2, 3, 4, 5, 6, 7, 8, 11)  # features of 16
