@@ -12,12 +12,12 @@ import torch
 import torch._dynamo
 from test_pieces import ATFR, NETWORKS, clips, step
 from test_train import SETTINGS, batch, train
-from torch import fx
+from torch import fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 
-from atfr.models.backbones.x3d import x3d
 from atfr.models.compiled import Compiled
 from atfr.models.network import VideoNet
+from atfr.models.sgs_layer import SGSOptions
 
 
 class Counting:
@@ -47,7 +47,7 @@ def counted(name: str, inner: str) -> tuple[VideoNet, VideoNet, Counting]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["x3d atfr", "x3d two levels", "r3d reference"])
+@pytest.mark.parametrize("name", ["x3d two levels", "r3d reference"])
 def test_no_graph_is_compiled_anew_whatever_the_clips_keep(name):
     model, compiled, backend = counted(name, "eager")
     x, draw = clips(3), random.Random(0)
@@ -76,7 +76,7 @@ def test_no_graph_is_compiled_anew_whatever_the_clips_keep(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["x3d", "x3d atfr", "r3d reference"])
+@pytest.mark.parametrize("name", ["x3d atfr", "r3d reference"])
 def test_a_compiled_step_is_the_networks_step(name):
     model, compiled, _ = counted(name, "aot_eager")
     assert list(compiled.state_dict()) == list(model.state_dict())
@@ -109,11 +109,17 @@ def test_without_a_compiler_the_error_is_one_line(monkeypatch):
         NETWORKS["x3d"]().prepare(compiled=True)
 
 
+def small(sgs: SGSOptions) -> VideoNet:
+    """What the compiler is through with in a few seconds, and without dropout, of which it draws its own."""
+    layers = (nn.Conv3d(3, 8, 3, padding=1, bias=False), nn.BatchNorm3d(8), nn.ReLU(), nn.Conv3d(8, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU())
+    return VideoNet(nn.Sequential(*layers, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8, 3)), stages={}, sgs=sgs)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="no compiler here")
 def test_a_compiled_training_goes_as_one_that_is_not_and_their_checkpoints_are_of_one_kind(tmp_path):
     batches = [batch(seed) for seed in range(3)]
-    models = [x3d(size="tiny", num_classes=3, dropout=0.0, sgs=replace(ATFR, width=None)) for _ in range(2)]  # the compiler draws its own dropout
+    models = [small(replace(ATFR, width=None, after="2")) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     settings = replace(SETTINGS, clip_norm=1.0, ema=0.9)
     plain = train(tmp_path / "plain", batches, settings, models[0])

@@ -17,18 +17,25 @@ from atfr.jobs import clip_settings
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)  # it trains for minutes, and on a busy machine for many
 def test_a_trained_networks_accuracy_falls_by_more_than_half_when_frames_are_shuffled(tmp_path):
     outcome = run_tool(
         "train",
         f"dataset.root={tmp_path / 'data'}",
-        "dataset.train=1000",
+        "dataset.train=600",
         "dataset.test=96",
+        "dataset.dwell=even",  # nothing is missed with few frames
+        "dataset.clip.frames=8",
+        "dataset.clip.stride=4",
         "dataset.clip.views=1",
-        "model=x3d",
+        "dataset.clip.crop_size=32",
+        "dataset.clip.train_short_side=[32,38]",
+        "dataset.clip.test_short_side=32",
+        f"dataset.clip.cache={tmp_path / 'decoded'}",
+        "model=r2plus1d",
+        "model.size=tiny",
         "trainer.workers=0",
-        "trainer.epochs=6",
-        "trainer.eval_every=6",
+        "trainer.epochs=5",
+        "trainer.eval_every=5",
         f"trainer.output_dir={tmp_path / 'run'}",
     )
     assert outcome.code == 0, outcome.err
@@ -52,4 +59,4 @@ def test_a_trained_networks_accuracy_falls_by_more_than_half_when_frames_are_shu
     assert top1(clips) == pytest.approx(ordered)
     shuffled = torch.stack([c[:, torch.randperm(c.shape[1])] for c in clips])
     assert top1(shuffled) < ordered / 2
-    assert top1(clips[:, :, 8:9].expand_as(clips)) < ordered / 2  # one frame, held
+    assert top1(clips[:, :, 4:5].expand_as(clips)) < ordered / 2  # one frame, held

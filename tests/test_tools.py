@@ -364,11 +364,11 @@ def test_overfitting_sees_the_same_clips_every_epoch_and_a_trace_is_left(small_v
 
 
 def test_flops_prints_a_table_and_json():
-    outcome = run_tool("flops", "dataset=synthetic", "json=true")
+    outcome = run_tool("flops", "dataset=synthetic", "dataset.clip.frames=6", "json=true")
     values = json.loads(outcome.out.strip().splitlines()[-1])
-    assert values.keys() == {"params", "dense_gflops", "gflops_by_bins"} and len(values["gflops_by_bins"]) == 16
-    outcome = run_tool("flops", "dataset=synthetic", "model.sgs.num_bins=4", "json=true")
-    assert list(json.loads(outcome.out.strip().splitlines()[-1])["gflops_by_bins"]) == ["1", "2", "3", "4"]
+    assert values.keys() == {"params", "dense_gflops", "gflops_by_bins"} and len(values["gflops_by_bins"]) == 6
+    outcome = run_tool("flops", "dataset=synthetic", "dataset.clip.frames=6", "model.sgs.num_bins=2", "json=true")
+    assert list(json.loads(outcome.out.strip().splitlines()[-1])["gflops_by_bins"]) == ["1", "2"]
     outcome = run_tool("flops", "dataset=synthetic", "model=x3d")
     assert "dense GFLOPs" in outcome.out and "one multiply-add = one FLOP" in outcome.out
 
