@@ -128,6 +128,13 @@ def test_the_model_takes_the_size_that_suits_the_dataset_unless_told_otherwise()
     assert composed("model.size=M").model.size == "M"
 
 
+@pytest.mark.parametrize("chosen", ["dataset=synthetic", "dataset=something_something_v2", "experiment=claim/uneven", "experiment=slow/ssv2"])
+def test_flops_are_those_of_the_clip_that_a_training_takes_and_of_kinetics400s_where_nothing_is_chosen(chosen):
+    counted, trained = (clip_settings(composed(chosen, name=name)) for name in ("flops", "train"))
+    assert counted == trained
+    assert clip_settings(composed("model=r3d", name="flops")) == clip_settings(composed("model=r3d", "dataset=kinetics400"))
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_config_file_opens_with_a_comment_and_loads(path):
     assert path.read_text().startswith("#")
