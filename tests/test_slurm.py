@@ -62,7 +62,7 @@ def undisturbed(small_videos, tmp_path_factory):
 QUIET = pytest.mark.skipif(not os.environ.get("ATFR_QUIET_MACHINE"), reason="jobs must be through their imports in ten seconds; ATFR_QUIET_MACHINE=1 runs it")
 
 
-@pytest.mark.parametrize("how", ["told", "preempted", pytest.param("time limit", marks=QUIET)])
+@pytest.mark.parametrize("how", ["told and later preempted", pytest.param("time limit", marks=QUIET)])
 def test_jobs_on_two_nodes_that_have_to_stop_are_queued_again_and_end_with_the_same_weights(cluster, small_videos, tmp_path, undisturbed, how):
     """One through sbatch and one through submitit, at the same time."""
     # SLURM looks every half a minute at what time is left.
@@ -76,19 +76,21 @@ def test_jobs_on_two_nodes_that_have_to_stop_are_queued_again_and_end_with_the_s
         for folder in (batch, swept):
             wait_for_step(folder, 2 if how != "time limit" else 0)
         jobs = [job, cluster.numbered(name)]
-        if how == "told":
+        if how != "time limit":
             cluster.ask("scancel", "--signal=USR1", *jobs)
-        elif how == "preempted":
-            urgent = cluster.submit("--partition=high", "--nodes=2", "--exclusive", f"--output={tmp_path / 'urgent.txt'}", "--wrap=sleep 1")
-            assert cluster.wait(urgent) == "COMPLETED"
         for one in cluster.restarted(jobs):
             cluster.ask("scontrol", "update", f"JobId={one}", "TimeLimit=60")  # the next look is not to stop it as well
+        if how != "time limit":
+            for folder in (batch, swept):
+                wait_for_step(folder, len(logged(folder)["train"]) + 1)
+            urgent = cluster.submit("--partition=high", "--nodes=2", "--exclusive", f"--output={tmp_path / 'urgent.txt'}", "--wrap=sleep 1")
+            assert cluster.wait(urgent) == "COMPLETED"
         assert [cluster.wait(one) for one in jobs] == ["COMPLETED", "COMPLETED"]
         assert sweep.wait(timeout=100) == 0, (tmp_path / "sweep.txt").read_text()
     texts = [output.read_text(), "".join(path.read_text() for path in tmp_path.glob("sweep/.submitit/*/*_0_log.err"))]
     for one, folder, text in zip(jobs, (batch, swept), texts, strict=True):
         restarts = int(cluster.facts(one)["Restarts"])
-        assert restarts == 1 or (how == "time limit" and restarts > 1)  # on a busy machine that look may have come first
+        assert restarts == 2 or (how == "time limit" and restarts > 0)  # on a busy machine that look may have come first
         assert text.count("put back into the queue") == restarts and "Traceback" not in text, text
         # Wherever it stopped, no step was lost or done twice.
         assert [line["step"] for line in logged(folder)["train"]] == list(range(1, 101))
