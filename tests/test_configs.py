@@ -126,6 +126,9 @@ def test_the_model_takes_the_size_that_suits_the_dataset_unless_told_otherwise()
     assert composed().model.size == "tiny"
     assert composed("dataset=kinetics400").model.size == "S"
     assert composed("model.size=M").model.size == "M"
+    for model, published in (("r2plus1d", "R50"), ("resnet3d_sgs", "50"), ("x3d", "S")):
+        assert composed(f"model={model}").model.size == composed("dataset=videolist", "+dataset.model_size=tiny", f"model={model}").model.size == "tiny"
+        assert composed("dataset=videolist", f"model={model}").model.size == published
 
 
 @pytest.mark.parametrize("chosen", ["dataset=synthetic", "dataset=something_something_v2", "experiment=claim/uneven", "experiment=slow/ssv2"])
