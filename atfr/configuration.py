@@ -201,6 +201,7 @@ def one_line_errors(main: Callable[[DictConfig], None]) -> Callable[[DictConfig]
 
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # at 1 hydra raises an error instead of printing what it makes of it
+NULL_CHOICE = "Config group override must be a string"  # hydra's, of GROUP=null
 
 
 def program(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
@@ -225,8 +226,9 @@ def program(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callab
                 os.environ[FULL_ERROR] = "1"  # until main begins: of a command that gives no config hydra prints up to 30 lines
             try:
                 run()
-            except (HydraException, OmegaConfBaseException) as error:
-                if not ours:
+            except (HydraException, OmegaConfBaseException, ValueError) as error:
+                # What main raises is a ValueError too, and was dealt with.
+                if not ours or not (isinstance(error, (HydraException, OmegaConfBaseException)) or NULL_CHOICE in str(error)):
                     raise
                 print(f"error: {_of_the_command(error)}", file=sys.stderr, flush=True)
                 sys.exit(1)
@@ -247,6 +249,8 @@ def _of_the_command(error: Exception) -> str:
     text = " ".join(str(error).split("See https://")[0].split())
     if isinstance(error, OverrideParseException):
         return f"{error.override} is not understood ({text}): put a value with = , [ or spaces into quotes, twice for the shell: 'key=\"value\"'"
+    if NULL_CHOICE in text:
+        return "a config group takes the name of one of its files, not null: ~GROUP (such as ~experiment) chooses none"
     if "Could not override 'model/sgs'" in text:
         return "model/sgs picks the layer of a network that samples, and this model has none: take its twin, model=NAME_sgs"
     return text
