@@ -34,13 +34,13 @@ def test_a_trained_networks_accuracy_falls_by_more_than_half_when_frames_are_shu
         "model=r2plus1d",
         "model.size=tiny",
         "trainer.workers=0",
-        "trainer.epochs=5",
-        "trainer.eval_every=5",
+        "trainer.epochs=8",
+        "trainer.eval_every=8",
         f"trainer.output_dir={tmp_path / 'run'}",
     )
     assert outcome.code == 0, outcome.err
     ordered = json.loads((tmp_path / "run/results.json").read_text())["top1"]
-    assert ordered > 60  # chance is 12.5
+    assert ordered > 60, ordered  # chance is 12.5
 
     state = checkpoint.load(tmp_path / "run/checkpoints/best.pt")
     config = OmegaConf.create(state["config"])
