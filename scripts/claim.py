@@ -73,16 +73,16 @@ class Job:
     def commands(self) -> dict[str, list[str]]:
         """What is run, one after the other, by the name of the file that it leaves in the folder."""
         method = METHODS[self.method]
-        name, size = NETWORKS[self.network]
-        model = (f"model={name}_sgs", f"model.sgs.after={method.after}") if method.after else (f"model={name}",)
-        epochs = config_of(self.data).trainer.epochs
+        network = NETWORKS[self.network]
+        model = (f"model={network.model}_sgs", f"model.sgs.after={method.after}") if method.after else (f"model={network.model}",)
+        epochs = config_of(self.data).trainer.epochs * network.longer
         further = max(1, round(epochs * LONGER.get(self.data, FURTHER) * (1 / 3 if method.briefly else 1)))
         if self.needs:
             training = (f"model.weights={self.needs.folder}/checkpoints/last.pt", f"trainer.epochs={further}", f"optimizer.lr={FINE_TUNING_LR}")
         else:  # as many epochs in all
             training = (f"trainer.epochs={epochs if self.method == WARM else epochs + further}",)
         main = [
-            sys.executable, f"tools/{method.tool}.py", f"experiment=claim/{self.data}", *model, f"model.size={size}", *method.overrides, *training,
+            sys.executable, f"tools/{method.tool}.py", f"experiment=claim/{self.data}", *model, f"model.size={network.size}", *method.overrides, *training,
             f"trainer.seed={self.seed}", f"trainer.output_dir={self.folder}",
         ]  # fmt: skip
         if method.tool == "calibrate":
