@@ -226,9 +226,8 @@ def program(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callab
                 os.environ[FULL_ERROR] = "1"  # until main begins: of a command that gives no config hydra prints up to 30 lines
             try:
                 run()
-            except (HydraException, OmegaConfBaseException, ValueError) as error:
-                # What main raises is a ValueError too, and was dealt with.
-                if not ours or not (isinstance(error, (HydraException, OmegaConfBaseException)) or NULL_CHOICE in str(error)):
+            except Exception as error:
+                if not (ours and _is_of_the_command(error)):
                     raise
                 print(f"error: {_of_the_command(error)}", file=sys.stderr, flush=True)
                 sys.exit(1)
@@ -239,6 +238,11 @@ def program(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callab
         return start
 
     return decorate
+
+
+def _is_of_the_command(error: Exception) -> bool:
+    """Whether hydra raised it over the command line, not main."""
+    return isinstance(error, (HydraException, OmegaConfBaseException)) or NULL_CHOICE in str(error)
 
 
 def _of_the_command(error: Exception) -> str:

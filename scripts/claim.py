@@ -75,7 +75,7 @@ class Job:
         method = METHODS[self.method]
         network = NETWORKS[self.network]
         model = (f"model={network.model}_sgs", f"model.sgs.after={method.after}") if method.after else (f"model={network.model}",)
-        epochs = config_of(self.data).trainer.epochs * network.longer
+        epochs = config_of(self.data).trainer.epochs * network.times_epochs
         further = max(1, round(epochs * LONGER.get(self.data, FURTHER) * (1 / 3 if method.briefly else 1)))
         if self.needs:
             training = (f"model.weights={self.needs.folder}/checkpoints/last.pt", f"trainer.epochs={further}", f"optimizer.lr={FINE_TUNING_LR}")

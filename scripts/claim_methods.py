@@ -13,13 +13,13 @@ class Network:
 
     model: str
     size: str
-    longer: int = 1  # times the epochs that a dataset's experiment says
+    times_epochs: int = 1  # of those that a dataset's experiment says
 
 
 NETWORKS = {
     "x3d": Network("x3d", "tiny"),
     "r2plus1d": Network("r2plus1d", "tiny"),
-    "resnet3d": Network("resnet3d", "tiny", longer=2),  # after the experiment's six epochs some seeds are in the middle of learning uneven videos
+    "resnet3d": Network("resnet3d", "tiny", times_epochs=2),  # after the experiment's six epochs some seeds are in the middle of learning uneven videos
     "resnet3d_18": Network("resnet3d", "18"),  # as the paper has it: its stem is about half as large a part of the whole as the tiny one's
 }
 SHARES = (0.25, 0.32, 0.34, 0.36, 0.4, 0.5)  # target mean B' / T; half of the GFLOPs is .34 of resnet3d's features, .36 of x3d's and .4 of r2plus1d's

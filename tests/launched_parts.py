@@ -28,16 +28,20 @@ def failing_optimizer(model: nn.Module, lr: float, kind: str, **_: Any) -> SGD:
 
 
 class DawdlingSGD(SGD):
-    """SGD in whose first two starts, in a SLURM job, a step takes a second: it is still training when the job has to stop."""
+    """SGD in whose first `starts`, in a SLURM job, a step takes a second: it is still training when the job has to stop."""
+
+    def __init__(self, *arguments: Any, starts: int, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.starts = starts
 
     def step(self, *arguments: Any) -> Any:
-        if os.environ.get("SLURM_JOB_ID") and int(os.environ.get("SLURM_RESTART_COUNT", 0)) < 2:
+        if os.environ.get("SLURM_JOB_ID") and int(os.environ.get("SLURM_RESTART_COUNT", 0)) < self.starts:
             time.sleep(1)
         return super().step(*arguments)
 
 
-def dawdling_optimizer(model: nn.Module, lr: float, **_: Any) -> DawdlingSGD:
-    return DawdlingSGD(model.parameters(), lr=lr, momentum=0.9)
+def dawdling_optimizer(model: nn.Module, lr: float, starts: int, **_: Any) -> DawdlingSGD:
+    return DawdlingSGD(model.parameters(), lr=lr, momentum=0.9, starts=starts)
 
 
 def wait_for_data(failing: str) -> None:

@@ -32,7 +32,6 @@ def test_a_trained_networks_accuracy_falls_by_more_than_half_when_frames_are_shu
         "dataset.clip.test_short_side=32",
         f"dataset.clip.cache={tmp_path / 'decoded'}",
         "model=r2plus1d",
-        "model.size=tiny",
         "trainer.workers=0",
         "trainer.epochs=8",
         "trainer.eval_every=8",
