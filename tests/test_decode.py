@@ -4,6 +4,7 @@ import csv
 import os
 import pickle
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,6 +114,23 @@ def test_a_file_known_by_its_timestamps_is_opened_once_for_a_clip(tmp_path, monk
     monkeypatch.setattr(av, "open", lambda *arguments, **options: opened.append(path) or open_file(*arguments, **options))
     assert numbers(read_clip(path, chosen(first, first + 3))) == [first, first + 3]
     assert len(opened) == times
+
+
+@pytest.mark.parametrize("kind", ["mpeg4_avi", "h264_mp4", "h264_mkv"])
+def test_a_title_that_is_not_utf8_does_not_keep_a_file_from_being_read(tmp_path, kind):
+    codec, ending = FORMATS[kind]
+    path = Path(write_video(tmp_path / f"video.{ending}", 20, codec=codec, title="Cafe in Munchen"))
+    content = path.read_bytes()
+    assert b"Cafe in Munchen" in content
+    path.write_bytes(content.replace(b"Cafe in Munchen", "Café in München".encode("latin-1")))
+    assert numbers(read_clip(str(path), chosen(0, 7, 19))) == [0, 7, 19]
+    assert AvVideo(str(path)).fps == pytest.approx(10)
+
+
+def test_a_rate_that_is_not_known_is_none_however_the_library_says_so():
+    assert readers._fraction(None) is None
+    assert readers._fraction(Fraction(0, 1)) is None  # PyAV 19
+    assert readers._fraction(SimpleNamespace(numerator=30000, denominator=1001)) == Fraction(30000, 1001)
 
 
 def test_a_file_that_cannot_be_sought_in_is_counted_from_its_start(tmp_path, monkeypatch):

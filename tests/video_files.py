@@ -21,6 +21,7 @@ def write_video(
     codec: str = "mpeg4",
     size: tuple[int, int] = (64, 48),
     gop: int = 12,
+    title: str = "",
 ) -> str:
     """Writes numbered frames, or those given as uint8 [T, H, W, 3]."""
     if isinstance(frames, int):
@@ -34,6 +35,8 @@ def write_video(
     except av.error.FFmpegError:
         pytest.skip(f"this PyAV has no encoder {codec}")
     with av.open(str(path), "w") as container:
+        if title:
+            container.metadata["title"] = title
         stream = container.add_stream(codec, rate=Fraction(10))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"

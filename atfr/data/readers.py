@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +54,19 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split())[:200] or type(error).__name__
 
 
+def _metadata_options(version: str) -> dict[str, str]:
+    """Return the options of `av.open` that keep a title in another encoding than UTF-8 from being an error.
+
+    Such titles are common in old AVI files. PyAV 19 always accepts them and has no option for it.
+    """
+    return {"metadata_errors": "replace"} if int(version.partition(".")[0]) < 19 else {}
+
+
+def _fraction(value: Any) -> Fraction | None:
+    """Convert a rational number of PyAV; None if it is not known, which PyAV says with None, or from 19 on with 0."""
+    return Fraction(value.numerator, value.denominator) if value else None
+
+
 class _Keyframe(NamedTuple):
     position: int  # in order of display
     packet: int  # in order of decoding
@@ -91,8 +105,7 @@ class AvVideo:
                     (container, stream), self._kept = self._kept, None
                     stack.enter_context(container)
                 else:
-                    # Titles in other encodings than UTF-8 are common in old AVI files.
-                    container = stack.enter_context(self.av.open(self.path, metadata_errors="replace"))
+                    container = stack.enter_context(self.av.open(self.path, **_metadata_options(self.av.__version__)))
                     stream = self._video_stream(container)
                 yield container, stream
                 if keep:
@@ -120,7 +133,7 @@ class AvVideo:
         # Kept, since opening it again means probing it again.
         with self._open(keep=True) as (container, stream):
             codec = stream.codec_context.name
-            time_base, announced = stream.time_base, stream.average_rate
+            time_base, announced = _fraction(stream.time_base), _fraction(stream.average_rate)
             try:
                 for packet in container.demux(stream):
                     # The last packet is an empty one that flushes; discarded ones lie outside the edit list.
@@ -241,7 +254,7 @@ def possible_rate(fps: Any) -> float | None:
     return float(fps) if fps and 0 < fps <= _FASTEST else None
 
 
-def _mean_rate(pts: list[int], time_base: Any) -> float | None:
+def _mean_rate(pts: list[int], time_base: Fraction | None) -> float | None:
     """From the timestamps themselves: what a header says about the duration, and the rate with it, can be wrong."""
     if len(pts) < 2 or not time_base:
         return None
