@@ -13,8 +13,8 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-SOURCE = "# Source: "
+from atfr.recipe import CONFIGS, recipes
+
 COLUMNS = ("`experiment=`", "network", "from", "clip", "batch", "rate", "epochs", "warm-up", "schedule", "decay", "views x crops", "source")
 TEXT = """# Training recipes
 
@@ -62,16 +62,6 @@ def document() -> str:
     """The whole of docs/recipes.md."""
     rows = [COLUMNS, tuple("---" for _ in COLUMNS), *(row(name, source) for name, source in recipes().items())]
     return TEXT + "".join(f"| {' | '.join(cells)} |\n" for cells in rows) + NOTES
-
-
-def recipes() -> dict[str, str]:
-    """The names of all recipes, in order, and where their values come from."""
-    found = {}
-    for path in sorted((CONFIGS / "experiment").rglob("*.yaml")):
-        source = [line.removeprefix(SOURCE) for line in path.read_text(encoding="utf-8").splitlines() if line.startswith(SOURCE)]
-        if source:
-            found[str(path.relative_to(CONFIGS / "experiment").with_suffix(""))] = source[0]
-    return found
 
 
 def row(name: str, source: str) -> tuple[str, ...]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import runpy
-
 import pytest
 from hydra import compose, initialize_config_dir
 from miniatures import miniature
 from omegaconf import OmegaConf
 from run_tools import ROOT, run_script, run_tool
 
-RECIPES = runpy.run_path(str(ROOT / "scripts/recipes.py"))["recipes"]()
+from atfr.recipe import recipes
+
+RECIPES = recipes()
 
 
 def composed(*overrides):

@@ -30,10 +30,12 @@ from atfr.engine.settings import TrainerSettings
 from atfr.engine.statistics import calibrate_width, clips_for_statistics, refresh_statistics
 from atfr.launch import on_every_process
 from atfr.models.network import VideoNet
+from atfr.recipe import with_recipe
 
 
 @program("calibrate")
 def main(config: DictConfig) -> None:
+    config, _ = with_recipe(config)
     check_root(config)
     settings: TrainerSettings = build(config.trainer, "trainer")
     budgets = [float(budget) for budget in config.budgets]

@@ -2,6 +2,7 @@
 
     python tools/train.py                                  # built-in data, a tiny X3D with SGS
     python tools/train.py dataset=kinetics400 model=x3d_sgs dataset.root=/data/k400
+    python tools/train.py ... dry_run=true                 # print what would run, and end
     python tools/train.py ... trainer.devices=2            # two processes; on GPUs, by default one for each
     python tools/train.py ... init_from=RUN trainer.output_dir=OTHER   # from the weights of another run, with a new schedule
 
@@ -17,6 +18,7 @@ if __name__ == "__main__":
 
 # ruff: noqa: E402
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -24,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from atfr import jobs
 from atfr.configuration import build, check_root, choices, program, run_folder
 from atfr.data.transforms import Normalizer
+from atfr.dry_run import print_plan
 from atfr.engine import checkpoint, distributed
 from atfr.engine.determinism import be_deterministic
 from atfr.engine.mixing import mixing
@@ -33,25 +36,36 @@ from atfr.engine.run_folder import claim_folder
 from atfr.engine.settings import TrainerSettings
 from atfr.engine.train import Training
 from atfr.launch import on_every_process
+from atfr.recipe import require_weights, with_recipe
 
 
 @program("train")
 def main(config: DictConfig) -> None:
+    config, lines = with_recipe(config)
     check_root(config)
+    require_weights(config)
     settings: TrainerSettings = build(config.trainer, "trainer")
     if settings.deterministic:
         be_deterministic()
     folder, stop = run_folder(settings.output_dir), listen()
+    if config.dry_run:
+        print(*lines, sep="\n")
+        print_plan(config, settings, folder=folder)
+        return
+    del config.dry_run  # no option of the experiment
     try:
         with stop.at_once("before training"):
-            on_every_process(lambda ranks: train_and_test(config, settings, ranks, folder, stop), config, settings, program=__file__, folder=folder)
+            on_every_process(lambda ranks: train_and_test(config, settings, ranks, folder, stop, lines), config, settings, program=__file__, folder=folder)
     except Interrupted as error:
         distributed.stop()
         end(error, is_main=find_place(os.environ).rank == 0)
 
 
-def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distributed.Ranks, folder: Path, stop: StopFlag) -> None:
+def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distributed.Ranks, folder: Path, stop: StopFlag, lines: Sequence[str] = ()) -> None:
+    """Train and test on this process; the main one prints `lines` first."""
     distributed.require_shared(folder, ranks)
+    if ranks.is_main and lines:
+        print(*lines, sep="\n", flush=True)
     clip = jobs.clip_settings(config)
     with stop.at_once("before training"):
         source = jobs.load_source(config, ranks)
@@ -71,6 +85,12 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
             flush=True,
         )
         jobs.report_missing(source, folder)
+        if source.notes.get("validation") == "test list" and settings.epochs > settings.eval_every:
+            print(
+                f"validation: {source.name} has no validation list, so best.pt is chosen on the test videos; set dataset.val=LIST where the dataset"
+                f" has that option, or trainer.eval_every={settings.epochs} to test the last epoch",
+                flush=True,
+            )
     distributed.barrier()
 
     steps_per_epoch, batches = jobs.train_batches(source, clip, settings, ranks)

@@ -66,6 +66,7 @@ class VideoNet(nn.Module):
         times: what the lengths at each node of the packed trunk depend on.
         layer_inputs: the same for what is given to each layer that lies behind another one.
         places: {name of a layer: path of the backbone's module whose output it samples}.
+        stages: {name of a stage: path of the backbone's module that ends it}; empty for a custom network.
 
     Raises:
         ValueError: `sgs.after` is not a place of this network, or has no features in time; what is
@@ -82,6 +83,7 @@ class VideoNet(nn.Module):
         self.times: dict[str, Time] = {}
         self.layer_inputs: dict[str, Time] = {}
         self.places: dict[str, str] = {}
+        self.stages = {name: path for name, path in stages.items() if isinstance(path, str)}
         # Kept out of the module tree: the programs call the backbone's own modules, and registering
         # them would list every parameter a second time.
         self._programs: tuple[nn.Module, ...] = (self.backbone,)
