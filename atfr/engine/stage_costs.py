@@ -71,8 +71,8 @@ def stage_costs(model: VideoNet, table: GflopsTable, clip_shape: tuple[int, int,
         own = [member for member in params if stage_of(member) == name]
         costs = [sum(costs.get(member, 0.0) for member in own) for costs in (dense, sampled or {})]
         rows.append(StageCost(name, shapes[path], sum(params[member] for member in own), costs[0], costs[1] if sampled is not None else None))
-    rest = table.dense - sum(row.dense_gflops for row in rows)
-    sampled_rest = None if sampled is None else table.at(bins) - sum(row.sampled_gflops or 0.0 for row in rows)
+    rest = max(0.0, table.dense - sum(row.dense_gflops for row in rows))  # not a rounding error below 0
+    sampled_rest = None if sampled is None else max(0.0, table.at(bins) - sum(row.sampled_gflops or 0.0 for row in rows))
     layers = sum(p.numel() for p in model.sgs.parameters())
     return [*rows, StageCost(OTHER, (), layers, rest, sampled_rest)]
 
