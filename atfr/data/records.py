@@ -23,7 +23,7 @@ class VideoSource:
 
     A split that was not asked for is an empty tuple. `notes` holds the facts that belong in the protocol of the
     results (the lists used, how many videos each has), `missing`, by split, the paths of listed videos that
-    are not there and were left out.
+    are not there and were left out. `warnings` says what is suspicious about the lists, each in one line.
     """
 
     name: str
@@ -33,6 +33,7 @@ class VideoSource:
     class_names: tuple[str, ...]
     notes: dict[str, Any]
     missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 class VideoError(Exception):
