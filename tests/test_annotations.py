@@ -121,7 +121,50 @@ def test_pyslowfasts_lists_are_taken_too_and_may_miss_videos(tmp_path):
     assert source.notes["missing"] == {"train": 1, "test": 0}
 
 
+PATHS = ("air_drumming/a.mp4 1", "air_drumming/b.mkv 1", "answering_questions/c_000001_000011.mp4 0")
+PLACES = {
+    "as listed": ("air_drumming/a.mp4", "air_drumming/b.mkv", "answering_questions/c_000001_000011.mp4"),
+    "blanks": ("air drumming/a.mp4", "air drumming/b.mkv", "answering questions/c_000001_000011.mp4"),
+    "times": ("air drumming/a_000000_000010.mp4", "air drumming/b_000003_000013.mp4", "answering questions/c.mp4"),
+    "suffixes": ("air_drumming/a.mkv", "air_drumming/b.webm", "answering_questions/c_000001_000011.MP4"),
+    "folder of the split": ("val/air drumming/a_000000_000010.mp4", "val/air_drumming/b.mp4", "val/answering questions/c.mp4"),
+    "no class folders": ("validate/a.mp4", "validate/b.mp4", "validate/c_000001_000011.mp4"),
+}
+
+
+@pytest.mark.parametrize("layout", PLACES)
+def test_lists_of_paths_find_the_same_videos_as_the_official_ones(tmp_path, layout):
+    paths = PLACES[layout]
+    touch(tmp_path, *paths, *(f"{Path(path).parent}/{name}" for path in paths for name in ("a.json", "other.mp4")))
+    write(tmp_path, val__txt="\n".join(PATHS))
+    options = {"root": str(tmp_path), "train": None, "test": "val.txt"}
+    assert listed(kinetics(**options).test, tmp_path) == list(zip(paths, (1, 1, 0)))
+    # Lists of another machine are no different.
+    write(tmp_path, val__txt="".join(f"/other/machine/{path}\n" for path in PATHS))
+    assert listed(kinetics(**options, strip_prefix="/other/machine").test, tmp_path) == list(zip(paths, (1, 1, 0)))
+
+
+def test_a_listed_path_is_no_other_video_of_the_same_name(tmp_path):
+    touch(tmp_path, "x/abc_000001_000011.mp4", "x/abc_000064_000074.mp4", "x/d.mp4", "train/e.mp4", "val/f.mp4")
+    write(tmp_path, val__txt="x/abc.mp4 0\nx/d_000001_000011.mp4 0\nx/d_000050_000060.mp4 0\nx/e.mp4 0\nx/f.mp4 0\n")
+    source = kinetics(root=str(tmp_path), train=None, test="val.txt")
+    assert listed(source.test, tmp_path) == [("val/f.mp4", 0)]  # the others could be either of two, or are of another split
+    write(tmp_path, val__txt="X_y/e.mp4 0\n")
+    touch(tmp_path, "val/x y/other.mp4")
+    with pytest.raises(FileNotFoundError, match=r"/X_y/e\.mp4 does not exist \(1 of 1 videos are missing; root is .*\); there is .*, but no X_y in it$"):
+        kinetics(root=str(tmp_path), train=None, test="val.txt")
+
+
+def test_a_link_that_leads_nowhere_gives_way_to_the_video_itself(tmp_path):
+    write(tmp_path, val__csv=K400, val__txt="abseiling/0wR5jVB-WPk.mp4 0\n")
+    touch(tmp_path, "abseiling/0wR5jVB-WPk.mkv")
+    (tmp_path / "abseiling/0wR5jVB-WPk_000417_000427.mp4").symlink_to("gone.mp4")
+    for file in ("val.csv", "val.txt"):
+        assert listed(kinetics(root=str(tmp_path), train=None, test=file).test, tmp_path) == [("abseiling/0wR5jVB-WPk.mkv", 0)]
+
+
 WRONG_KINETICS = {
+    "a blank label": (K400 + ",abc,1,11,val,0\n", r"val\.csv:5: the label is missing"),
     "no labels": ("youtube_id,time_start,time_end,split\na,1,2,test\n", "the list has no labels"),
     "no times": ("label,youtube_id,split\nx,a,test\n", "the header lacks time_start; the official lists begin with label,youtube_id"),
     "a time in words": (K400.replace("417", "late"), r"val\.csv:2: time_start and time_end must be seconds"),
@@ -216,6 +259,8 @@ def test_what_is_wrong_in_something_something_is_refused_by_name(tmp_path):
         something(tmp_path, entries=[{"id": "5", "template": "Opening [something]"}])
     with pytest.raises(ValueError, match=r"labels\.json: expected .* ids from \"0\" on"):
         something(tmp_path, labels={"Closing something": "1", "Opening something": "2"})
+    with pytest.raises(ValueError, match=r"labels\.json: ids are numbers, as in the labels of Something-Else; the official labels\.json has strings"):
+        something(tmp_path, labels={"Closing something": 1, "Putting something into something": 0})
     with pytest.raises(ValueError, match=r"labels\.json: 2 classes, but num_classes is 174"):
         something(tmp_path, num_classes=174)
     (tmp_path / "broken.json").write_text("[{")
@@ -295,6 +340,58 @@ def test_what_is_wrong_in_hmdb51_is_refused_by_name(tmp_path):
         small_hmdb51(tmp_path, annotations="lists", prepare_hint="see the page")
 
 
+# ---- what all of them have in common
+
+
+READERS = {
+    "kinetics": (lambda root: kinetics(root=root, train=None, test="val.csv").test, {"val.csv": K400}, "0wR5jVB-WPk.mp4"),
+    "mini_kinetics": (
+        lambda root: mini_kinetics(root=root, train=None, test="val.csv", subset="classes.txt", num_classes=None).test,
+        {"val.csv": K400, "classes.txt": "abseiling\n"},
+        "0wR5jVB-WPk.mp4",
+    ),
+    "something_something_v2": (
+        lambda root: something_something_v2(root=root, labels="labels.json", train=None, test="list.json", videos=".", num_classes=2, allow_missing=True).test,
+        {"labels.json": json.dumps(LABELS), "list.json": json.dumps(ENTRIES)},
+        "203.webm",
+    ),
+    "ucf101": (
+        lambda root: ucf101(root=root, split=1, videos=".", annotations=".", num_classes=1).test,
+        {"classInd.txt": "1 Archery\r\n", "trainlist01.txt": "Archery/a.avi 1\r\n", "testlist01.txt": "Archery/a.avi\r\n"},
+        "Archery/a.avi",
+    ),
+    "hmdb51": (lambda root: hmdb51(root=root, split=1, videos=".", annotations=".", num_classes=1, allow_missing=True).test, {"chew_test_split1.txt": "a.avi 2 \nb.avi 1 \n"}, "chew/a.avi"),
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("dataset", READERS)
+def test_every_dataset_reads_its_lists_in_the_encoding_of_their_byte_order_mark(tmp_path, dataset, encoding):
+    read, files, video = READERS[dataset]
+    touch(tmp_path, video, "chew/b.avi")
+    for name, text in files.items():
+        (tmp_path / name).write_bytes(text.encode(encoding))
+    assert [path for path, _ in listed(read(str(tmp_path)), tmp_path)] == [video]
+
+
+def test_every_dataset_warns_of_suspicious_lists(tmp_path):
+    touch(tmp_path, "UCF-101/Archery/v_Archery_g01_c01.avi")
+    source = small_ucf101(tmp_path, testlist02__txt="Archery/v_Archery_g01_c01.avi\n")
+    video = f"{tmp_path}/UCF-101/Archery/v_Archery_g01_c01.avi"
+    assert source.warnings == (
+        f"{tmp_path}/trainlist02.txt: 1 of the 2 classes has no training videos: HandstandPushups",
+        f"{tmp_path}/testlist02.txt: 1 of the 1 test videos are training videos, too: {video}",
+    )
+
+
+def test_folders_of_videos_and_lists_may_start_at_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    touch(tmp_path, "videos/chew/a.avi", "videos/chew/b.avi", "lists/x")
+    write(tmp_path / "lists", chew_test_split1__txt="a.avi 2 \nb.avi 1 \n")
+    source = hmdb51(root="~", split=1, videos="~/videos", annotations="~/lists", num_classes=1)
+    assert listed(source.train + source.test, tmp_path) == [("videos/chew/b.avi", 0), ("videos/chew/a.avi", 0)]
+
+
 # ---- whole files, where there are some
 
 
@@ -325,6 +422,20 @@ def test_all_official_lists_of_hmdb51_have_the_published_counts_and_the_labels_t
     parts = read_split(str(annotations / "hmdb51"), 1)
     classes = sorted({item.class_name for item in parts["train"]})
     assert {name: int(label) for name, _, label in rows} == {Path(item.path).stem: classes.index(item.class_name) for item in parts["train"]}
+
+
+def test_the_official_lists_give_no_warning_where_all_videos_are_there(annotations, tmp_path, monkeypatch):
+    monkeypatch.setattr("atfr.data.annotations.ExistingFiles.__contains__", lambda self, path: True)
+    folder = annotations / "something_something_v2"
+    lists = {"labels": str(folder / "labels.json"), "train": str(folder / "train_excerpt.json"), "test": str(folder / "validation.json")}
+    options = {"root": str(tmp_path), "split": 1}
+    sources = [
+        something_something_v2(root=str(tmp_path), **lists),
+        ucf101(**options, annotations=str(annotations / "ucf101")),
+        hmdb51(**options, annotations=str(annotations / "hmdb51")),
+        kinetics(root=str(tmp_path), train=None, test=str(annotations / "kinetics600/kinetics-600_val.csv")),
+    ]
+    assert [source.warnings for source in sources] == [()] * 4
 
 
 def test_every_template_of_something_something_is_one_of_its_174_classes(annotations, tmp_path):

@@ -29,6 +29,11 @@ def open_root(root: str, *, name: str, hint: str) -> str:
     return root
 
 
+def under(root: str, folder: str) -> str:
+    """The path of a folder that is given from `root`, absolute or with `~`."""
+    return os.path.join(root, os.path.expanduser(folder))
+
+
 def find_file(file: str, *, root: str, what: str, name: str, hint: str) -> str:
     """The absolute path of a file that is given relative to the working directory or to `root`.
 

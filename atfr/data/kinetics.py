@@ -155,6 +155,8 @@ def read_segments(file: str) -> list[Segment]:
                 start, end = int(float(row["time_start"])), int(float(row["time_end"]))
             except (TypeError, ValueError):
                 raise ValueError(f"{file}:{rows.line_num}: time_start and time_end must be seconds, found {list(row.values())}") from None
+            if not row["label"] or not row["youtube_id"]:
+                raise ValueError(f"{file}:{rows.line_num}: the {'youtube_id' if row['label'] else 'label'} is missing")
             segments.append(Segment(row["label"], row["youtube_id"], start, end, row["split"]))
     if not segments:
         raise ValueError(f"{file}: the list is empty (it has only a header)")
@@ -185,8 +187,8 @@ def locate(segments: Sequence[Segment], root: str) -> list[Annotation]:
 def locate_paths(videos: Sequence[Video], root: str, split: str) -> tuple[Video, ...]:
     """The same for listed paths `CLASS/ID.mp4`: those that do not exist are looked for by id.
 
-    A path under `root` is looked for in the folder of class folders that it names, in the folder of its split, and in
-    `root`; another one only in its own folder of class folders. A path that is not found stays as it is.
+    They are looked for in the folder of class folders that the path names, and those under `root` in the folder of their
+    split, too. A path that is not found stays as it is.
     """
     existing = ExistingFiles()
     gone = {video.path for video in videos if video.path not in existing}
@@ -194,16 +196,16 @@ def locate_paths(videos: Sequence[Video], root: str, split: str) -> tuple[Video,
         return tuple(videos)
     indices: dict[str, VideoIndex] = {}
     once = _once(youtube_id(_stem(video.path)) for video in videos)
-    own = os.path.join(root, _split_folder(root, "train" if split == "train" else "val"))
+    own = os.path.normpath(os.path.join(root, _split_folder(root, "train" if split == "train" else "val")))
 
     def found(path: str) -> str:
         folder, stem = os.path.dirname(path), _stem(path)
-        tops = [os.path.dirname(folder)]
-        if path.startswith(os.path.join(root, "")):
-            tops = [*(top for top in tops if top.startswith(root)), own, root]
-        for top in dict.fromkeys(map(os.path.normpath, tops)):
+        id, class_name = youtube_id(stem), os.path.basename(folder)
+        top = os.path.dirname(folder)
+        # In root itself the folders of other splits would be taken for those of classes.
+        tops = [top] if os.path.relpath(path, root).startswith("../") else [own] if top in (root, os.path.dirname(root)) else [top, own]
+        for top in tops:
             index = indices[top] = indices.get(top) or VideoIndex(top)
-            id, class_name = youtube_id(stem), os.path.basename(folder)
             found = index.find(stem, class_name)
             if found is None and id in once:
                 found = index.find_part(id, class_name) if stem == id else index.find(id, class_name)

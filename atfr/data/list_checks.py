@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from atfr.data.records import Video
 from atfr.data.text import without_spelling
 
-_SHOWN = 3
-
 Lists = Mapping[str, Sequence[Video]]  # by split
 Paths = Mapping[str, Sequence[str]]
 Place = Callable[[str, int], str]  # where the n-th video of a split is listed
@@ -46,8 +44,24 @@ def _suspicious_classes(class_names: Sequence[str], listed: Lists, *, files: Map
     alike = [name for name in class_names if counts[without_spelling(name)] > 1]
     if alike:
         yield f"{lists}: classes differ only in case, blanks or underscores: {_some(alike)}"
-    if numbered and min(video.label for videos in listed.values() for video in videos) == 1:
+    if numbered:
+        yield from _counting_from_one(listed, files)
+
+
+def _counting_from_one(listed: Lists, files: Mapping[str, str]) -> Iterator[str]:
+    labels = {split: [video.label for video in videos] for split, videos in listed.items()}
+    ranges = {split: (min(own), max(own)) for split, own in labels.items()}
+    if min(least for least, _ in ranges.values()) == 1:
+        lists = " and ".join(dict.fromkeys(files[split] for split in ranges))
         yield f"{lists}: labels seem to count from 1: no video has label 0, with which they must begin"
+        return
+    if "train" not in ranges:
+        return
+    least, largest = ranges["train"]
+    for split, other in ranges.items():
+        if (least, other) in ((1, (0, largest - 1)), (0, (1, largest + 1))):
+            one, zero = (files["train"], files[split]) if least == 1 else (files[split], files["train"])
+            yield f"labels seem to count from 1 in {one}, but from 0 in {zero}"
 
 
 def _untrained_classes(class_names: Sequence[str], there: Lists, *, files: Mapping[str, str], numbered: bool) -> Iterator[str]:
@@ -57,8 +71,9 @@ def _untrained_classes(class_names: Sequence[str], there: Lists, *, files: Mappi
     untrained = [name for label, name in enumerate(class_names) if label not in trained]
     if not untrained:
         return
+    have = "has" if len(untrained) == 1 else "have"
     numbers = f" (labels 0 to {len(class_names) - 1})" if numbered else ""
-    yield f"{files['train']}: {len(untrained)} of the {len(class_names)} classes{numbers} have no training videos: {_some(untrained)}"
+    yield f"{files['train']}: {len(untrained)} of the {len(class_names)} classes{numbers} {have} no training videos: {_some(untrained)}"
     for split, videos in there.items():
         labels = [video.label for video in videos if video.label not in trained]
         if labels:
@@ -71,7 +86,7 @@ def _repeated_videos(paths: Paths, place: Place) -> Iterator[str]:
         repeats = len(own) - len(set(own))
         if repeats:
             path, times = Counter(own).most_common(1)[0]
-            yield f"{place(split, own.index(path))}: {path} is listed {times} times ({repeats} rows of the {split} list repeat a video)"
+            yield f"{place(split, own.index(path))}: {path} is listed {times} times (repeated rows of the {split} list: {repeats})"
 
 
 def _two_labels(paths: Paths, listed: Lists, place: Place, class_names: Sequence[str]) -> Iterator[str]:
@@ -94,12 +109,12 @@ def _training_videos_in_test(paths: Paths, files: Mapping[str, str]) -> Iterator
     for split in (split for split in paths if split != "train"):
         both = [path for path in paths[split] if path in trained]
         if both:
-            yield f"{files[split]}: {len(both)} of the {len(paths[split])} {split} videos are training videos, too: {_some(both)}"
+            yield f"{files[split]}: {len(both)} of the {len(paths[split])} {split} videos are training videos, too: {_some(both, shown=1)}"
 
 
 def _normal(path: str) -> str:
     return os.path.normpath(path) if "/." in path or "//" in path else path
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+def _some(names: Sequence[str], shown: int = 3) -> str:
+    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")

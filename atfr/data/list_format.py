@@ -13,6 +13,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from atfr.data.annotations import read_lines
 
@@ -27,8 +28,7 @@ _FILE_THEN_LABEL = re.compile(r".*\.\w{2,4}[\"']?[\s,;]+\S+")
 _HEADER_WORD = re.compile(r"[A-Za-z][A-Za-z _-]*")
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     line: int
     path: str
     label: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 _PREFIX = "cannot read "
 
@@ -34,6 +34,14 @@ class VideoSource:
     notes: dict[str, Any]
     missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+
+class Unreadable(NamedTuple):
+    """A test video that could not be read: its index in the split, its file, and why."""
+
+    video: int
+    path: str
+    reason: str
 
 
 class VideoError(Exception):

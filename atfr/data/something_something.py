@@ -6,7 +6,7 @@ import json
 import os
 from typing import Any
 
-from atfr.data.annotations import Annotation, check_classes, find_file, labelled, open_root, read_lines, video_source
+from atfr.data.annotations import Annotation, check_classes, find_file, labelled, open_root, read_lines, under, video_source
 from atfr.data.records import VideoSource
 from atfr.data.text import read_text
 
@@ -39,7 +39,7 @@ def something_something_v2(
     labels = find_file(labels, root=root, what="file of labels", name=name, hint=prepare_hint)
     classes = read_classes(labels)
     check_classes(classes, num_classes, where=labels)
-    folder = os.path.join(root, videos)
+    folder = under(root, videos)
     return video_source(
         name=name,
         root=root,
