@@ -197,7 +197,8 @@ def test_a_video_counts_although_another_row_of_its_file_failed(monkeypatch):
     clips = torch.zeros(1, 3, 1, 2, 2)
 
     def batch(video, view, failed=()):
-        return SimpleNamespace(clips=clips, videos=torch.tensor([video]), views=torch.tensor([view]), labels=torch.tensor([0]), paths=("a",), decoders=("pyav",), failed=failed)
+        numbers = {"videos": torch.tensor([video]), "views": torch.tensor([view]), "labels": torch.tensor([0])}
+        return SimpleNamespace(clips=clips, **numbers, paths=("a",), decoders=("pyav",), failed=failed)
 
     batches = [batch(0, 0), batch(0, 1), batch(1, 0, (Unreadable(1, "a", "gone"),))]
     found = evaluate(Constant(), batches, normalise=torch.nn.Identity(), ranks=Ranks(0, 1, torch.device("cpu")))

@@ -195,20 +195,24 @@ def locate_paths(videos: Sequence[Video], root: str, split: str) -> tuple[Video,
     if not gone:
         return tuple(videos)
     indices: dict[str, VideoIndex] = {}
-    once = _once(youtube_id(_stem(video.path)) for video in videos)
+    once = _once(youtube_id(_stem(path)) for path in {video.path for video in videos})
     own = os.path.normpath(os.path.join(root, _split_folder(root, "train" if split == "train" else "val")))
 
     def found(path: str) -> str:
         folder, stem = os.path.dirname(path), _stem(path)
-        id, class_name = youtube_id(stem), os.path.basename(folder)
+        video_id, class_name = youtube_id(stem), os.path.basename(folder)
         top = os.path.dirname(folder)
+        tops = [top, own]
+        if os.path.relpath(path, root).startswith("../"):
+            tops = [top]
         # In root itself the folders of other splits would be taken for those of classes.
-        tops = [top] if os.path.relpath(path, root).startswith("../") else [own] if top in (root, os.path.dirname(root)) else [top, own]
+        elif top in (root, os.path.dirname(root)):
+            tops = [own]
         for top in tops:
             index = indices[top] = indices.get(top) or VideoIndex(top)
             found = index.find(stem, class_name)
-            if found is None and id in once:
-                found = index.find_part(id, class_name) if stem == id else index.find(id, class_name)
+            if found is None and video_id in once:
+                found = index.find_part(video_id, class_name) if stem == video_id else index.find(video_id, class_name)
             if found is not None:
                 return os.path.join(top, found)
         return path
@@ -217,7 +221,7 @@ def locate_paths(videos: Sequence[Video], root: str, split: str) -> tuple[Video,
 
 
 def _once(ids: Iterable[str]) -> set[str]:
-    return {id for id, count in Counter(ids).items() if count == 1}
+    return {video_id for video_id, count in Counter(ids).items() if count == 1}
 
 
 def _stem(path: str) -> str:

@@ -29,6 +29,8 @@ _HEADER_WORD = re.compile(r"[A-Za-z][A-Za-z _-]*")
 
 
 class Row(NamedTuple):
+    """A video of a list: its line, and path and label as they are written."""
+
     line: int
     path: str
     label: str

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from atfr.data.list_format import Row
 
 _ID = re.compile(r"([+-]?\d{1,18})(?:\.0*)?")
-_NUMBER = re.compile(r"[+-]?\d*\.?\d+(?:[eE][+-]?\d+)?|[+-]?\d{19,}")
+_NO_ID = re.compile(r"[+-]?(?:\d*\.\d+|\d{19,})")  # a number, but not that of a class
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def resolve_labels(lists: Mapping[str, VideoList], *, num_classes: int | None, c
         ValueError: some labels are names and others are numbers, or a label is none of the classes.
     """
     given = None if class_names is None else _checked_names(class_names, num_classes, name)
-    called_by_number = given is not None and any(as_id(item) is not None or _NUMBER.fullmatch(item) for item in given)
+    called_by_number = given is not None and any(as_id(item) is not None or _NO_ID.fullmatch(item) for item in given)
     if not called_by_number and _all_numbers(lists):
         classes = given or tuple(map(str, range(_count_ids(lists) if num_classes is None else num_classes)))
         return Labels(classes, {split: _ids(listed, len(classes)) for split, listed in lists.items()}, numbered=True)
@@ -47,6 +48,7 @@ def resolve_labels(lists: Mapping[str, VideoList], *, num_classes: int | None, c
     return Labels(classes, {split: _named_ids(listed, classes) for split, listed in lists.items()}, numbered=False)
 
 
+@lru_cache(maxsize=10_000)  # a list has few different labels
 def as_id(label: str) -> int | None:
     """The number that a label is. pandas writes a column of integers with gaps as 2.0, which is 2."""
     match = _ID.fullmatch(label)
@@ -70,8 +72,8 @@ def _all_numbers(lists: Mapping[str, VideoList]) -> bool:
         for row in listed.rows:
             if as_id(row.label) is not None:
                 number = number or (listed.file, row)
-            elif _NUMBER.fullmatch(row.label):
-                raise ValueError(f"{listed.file}:{row.line}: label {row.label} is not an integer of up to 18 digits")
+            elif _NO_ID.fullmatch(row.label):
+                raise ValueError(f"{listed.file}:{row.line}: label {row.label} is no integer of up to 18 digits; if it is a name, give class_names")
             else:
                 name = name or (listed.file, row)
             if number and name:
@@ -121,7 +123,9 @@ def _ids(listed: VideoList, classes: int) -> list[int]:
 
 def _named_ids(listed: VideoList, classes: Sequence[str]) -> list[int]:
     ids = {label: index for index, label in enumerate(classes)}
-    found = [ids.get(row.label, ids.get(str(as_id(row.label)))) for row in listed.rows]
+    # Where classes are called by numbers, 2.0 is the class "2".
+    ids = {**{label: ids.get(str(number)) for label in {row.label for row in listed.rows} if (number := as_id(label)) is not None}, **ids}
+    found = [ids.get(row.label) for row in listed.rows]
     if None in found:
         row = listed.rows[found.index(None)]
         shown = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")

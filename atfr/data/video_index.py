@@ -40,7 +40,7 @@ class VideoIndex:
         wanted = without_spelling(class_name)
         return next((path for path in paths if without_spelling(path.split("/")[0]) == wanted), paths[0] if paths else None)
 
-    def find_part(self, id: str, class_name: str) -> str | None:
+    def find_part(self, video_id: str, class_name: str) -> str | None:
         """The same of the only trimmed part of a YouTube video; None if there are several."""
-        stems = self._stems.get(id, set())
+        stems = self._stems.get(video_id, set())
         return self.find(next(iter(stems)), class_name) if len(stems) == 1 else None
