@@ -31,7 +31,7 @@ from atfr.models.weights import load_pretrained
 def load_source(config: DictConfig, ranks: Ranks) -> VideoSource:
     """The dataset's videos, the same on all processes, without those for training that `dataset.manifest` knows to be bad.
 
-    The main process comes first, since it may have to generate them.
+    The main process comes first, since it may have to generate them. It prints the warnings about the lists.
     """
     with distributed.main_first(ranks):
         source = build(config.dataset, "dataset")
@@ -43,6 +43,9 @@ def load_source(config: DictConfig, ranks: Ranks) -> VideoSource:
             noted = source.notes["manifest"]
             others = f", which does not have {noted['not_in_it']} others" if noted["not_in_it"] else ""
             print(f"{source.name}: {noted['left_out']} of the {listed} training videos are left out, bad by {noted['file']}{others}", flush=True)
+    if ranks.is_main:
+        for warning in source.warnings:
+            print(_printable(f"warning: {warning}"), flush=True)
     lists = {f"{split} videos": _fingerprint(getattr(source, split)) for split in ("train", "val", "test")}
     classes = {f"class {number}": name for number, name in enumerate(source.class_names)}
     distributed.require_same({**lists, **classes}, of="videos or classes", remedy=f"{source.name} must be the same on all machines")
@@ -72,7 +75,12 @@ def report_missing(source: VideoSource, folder: Path) -> None:
         listed = len(videos) + source.notes["videos"][split]
         shown = ", ".join(videos[:3]) + (", ..." if len(videos) > 3 else "")
         line = f"{source.name}: {len(videos)} of the {listed} {split} videos are not there and left out ({shown}); {path} names them all"
-        print(line.encode(errors="backslashreplace").decode(), flush=True)
+        print(_printable(line), flush=True)
+
+
+def _printable(line: str) -> str:
+    """A line that may name files whose names are not UTF-8."""
+    return line.encode(errors="backslashreplace").decode()
 
 
 def clip_settings(config: DictConfig) -> ClipSettings:
@@ -190,8 +198,8 @@ def test_and_report(
         summary = results.summarise(evaluation, table, protocol=protocol(config, clip, source, settings, ranks, checkpoint=checkpoint))
         results.write_results(summary, folder)
         results.write_predictions(evaluation, table, folder, class_names=source.class_names)
-    for path, reason in evaluation.failed.items():
-        print(f"failed: {path}: {reason}".encode(errors="backslashreplace").decode())
+    for video in evaluation.failed.values():
+        print(_printable(f"failed: {video.path}: {video.reason}"))
     print(results.as_table(summary, folder=folder))
 
 

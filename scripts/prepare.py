@@ -67,6 +67,8 @@ def main(config: DictConfig) -> None:
     if not allowed:
         config.dataset.allow_missing = True  # they are listed, whatever training will make of them
     source: VideoSource = build(config.dataset, "dataset")
+    for warning in source.warnings:
+        say(f"warning: {warning}")
     root = Path(source.notes["root"])
     videos = listed_videos(source, str(root))
     say_missing(videos, source.name, hint=config.dataset.get("prepare_hint"))

@@ -264,8 +264,8 @@ def test_a_bad_test_video_is_reported_and_never_replaced(videos, broken):
     data = TestClips([videos[0], broken], settings(), views=1, crops=3)
     (batch,) = test_loader(data, batch_size=6)
     assert batch.videos.tolist() == [0, 0, 0] and batch.views.tolist() == [0, 1, 2] and len(batch) == 3
-    assert [path for path, _ in batch.failed] == [broken.path] * 3
-    assert all("Invalid data" in reason for _, reason in batch.failed)
+    assert [(failed.video, failed.path) for failed in batch.failed] == [(1, broken.path)] * 3
+    assert all("Invalid data" in failed.reason for failed in batch.failed)
     nothing = collate([data[3]])
     assert nothing.clips is None and len(nothing) == 0 and nothing.labels.dtype == torch.int64
     assert nothing.failed == batch.failed[:1]

@@ -16,6 +16,7 @@ from run_tools import ROOT, run_tool, small_job
 from test_kill import logged, wait_for_steps
 
 from atfr import jobs
+from atfr.data.records import Unreadable
 from atfr.engine import checkpoint, train
 from atfr.engine.distributed import Ranks
 from atfr.engine.evaluate import LOOK_EVERY, evaluate
@@ -141,7 +142,7 @@ def test_a_signal_ends_a_test_within_a_few_batches_and_the_statistics_before_the
                 yield Unread
 
     class Unread:
-        failed, clips = {"bad.mp4": "no video"}, None
+        failed, clips = (Unreadable(0, "bad.mp4", "no video"),), None
 
     with pytest.raises(Interrupted, match="stopped by SIGUSR2 during the test"):
         evaluate(torch.nn.Identity(), Loader([None] * 100), normalise=torch.nn.Identity(), ranks=Ranks(0, 1, torch.device("cpu")), stop=flag)

@@ -393,6 +393,17 @@ def test_any_number_of_processes_evaluates_each_view_exactly_once_and_alike(trai
                 assert results[1][key] == results[world][key]
 
 
+def test_warnings_about_the_lists_are_printed_once_by_any_number_of_processes(trained, small_videos, tmp_path):
+    lines = (small_videos / "test.csv").read_text().splitlines()
+    (tmp_path / "test.csv").write_text("\n".join([*lines, lines[1]]) + "\n")
+    more = (f"dataset.test={tmp_path}/test.csv", f"trainer.output_dir={tmp_path / 'run'}")
+    outcome = torchrun(2, "test", f"checkpoint={trained[0]}/checkpoints/best.pt", *more)
+    assert outcome.code == 0, outcome.err
+    warnings = [line for line in outcome.out.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and f"{tmp_path}/test.csv:2: {small_videos}/" in warnings[0] and "is listed 2 times" in warnings[0]
+    assert json.loads((tmp_path / "run/results.json").read_text())["num_videos"] == 5
+
+
 def test_two_processes_train_with_everything_that_augments(small_videos, tmp_path):
     more = ("trainer.class_balanced=true", "trainer.mixup=0.8", "trainer.cutmix=1.0", "dataset.clip.randaugment=[2,9]", "dataset.clip.fps=30")
     outcome = torchrun(2, "train", *small_job(small_videos, tmp_path, *more))

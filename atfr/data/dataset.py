@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, default_collate
 
 from atfr.data.clip_cache import cached
 from atfr.data.decode import DECODERS, Decoded, Pick, read_clip
-from atfr.data.records import Video, VideoError
+from atfr.data.records import Unreadable, Video, VideoError
 from atfr.data.sampling import random_clip, random_segments, segment_views, stride_at, uniform_views
 from atfr.data.time_limit import TimeLimit
 from atfr.data.transforms import TrainTransform, test_crops
@@ -127,7 +127,7 @@ class Batch:
     paths: tuple[str, ...]  # N
     decoders: tuple[str, ...]  # N, what read them
     bad: tuple[str, ...]  # training: one message for each video that was replaced
-    failed: tuple[tuple[str, str], ...]  # testing: (path, reason) of each clip that could not be read
+    failed: tuple[Unreadable, ...]  # testing: the video of each clip that could not be read
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -274,7 +274,7 @@ def collate(clips: Sequence[Clip]) -> Batch:
         paths=tuple(clip.path for clip in read),
         decoders=tuple(clip.decoder for clip in read),
         bad=tuple(message for clip in clips for message in clip.bad),
-        failed=tuple((clip.path, clip.error or "") for clip in clips if clip.clip is None),
+        failed=tuple(Unreadable(clip.video, clip.path, clip.error or "") for clip in clips if clip.clip is None),
     )
 
 
