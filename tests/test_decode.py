@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from torchvision.io import decode_image
-from video_files import damage, numbers, write_jpgs, write_sound, write_video
+from video_files import damage, numbers, write_at, write_jpgs, write_sound, write_video
 
 from atfr.data import decode, frame_index, readers
 from atfr.data.frame_folder import FrameFolder
@@ -318,6 +318,32 @@ def test_decord_reads_the_same_frames(tmp_path, kind):
     for short_side, shape in ((None, (3, 48, 64, 3)), (24, (3, 24, 32, 3))):
         clip = read_clip(path, chosen(30, 2, 39), decoder="decord", short_side=short_side)
         assert clip.shape == shape and numbers(clip) == [30, 2, 39]
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("ending, codec", [("ts", "libx264"), ("m2ts", "libx264"), ("mpg", "mpeg2video"), ("ts", "mpeg2video")])
+def test_frames_of_mpeg_streams_are_counted_from_the_first(tmp_path, ending, codec, decoder):
+    path = write_video(tmp_path / f"video.{ending}", 40, codec=codec, gop=10, rate=25)
+    assert numbers(read_clip(path, chosen(0, 9, 10, 25, 39), decoder=decoder)) == [0, 9, 10, 25, 39]
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+def test_frames_are_picked_by_time_where_the_rate_varies_and_that_is_asked_for(tmp_path, decoder):
+    times = [100 * k for k in range(10)] + [1000 + 1000 * k for k in range(10)]
+    uneven = write_at(tmp_path / "uneven.mp4", times)
+    seen = []
+
+    def by_time(given):
+        seen.append(given)
+        return np.array([12, 3])
+
+    assert numbers(read_clip(uneven, chosen(5), pick_by_time=by_time, decoder=decoder)) == [12, 3]
+    assert seen[0] == pytest.approx([time / 1000 for time in times], abs=1e-4)
+    assert numbers(read_clip(uneven, chosen(5), decoder=decoder)) == [5]
+    for name, codec in (("even.mp4", "libx264"), ("even.avi", "mpeg4"), ("even.mpg", "mpeg2video")):
+        even = write_video(tmp_path / name, 20, codec=codec, rate=25)
+        assert numbers(read_clip(even, chosen(5), pick_by_time=by_time, decoder=decoder)) == [5], name
+    assert len(seen) == 1
 
 
 def test_decord_steps_in_where_pyav_has_no_decoder(tmp_path, monkeypatch):

@@ -56,8 +56,8 @@ def read_clip(
     frame's index is its position in display order. `fps` is the file's mean rate, None where it is not known.
 
     Where the rate varies, `pick_by_time(times)` is asked instead if it is given. `times`, float64 [num_frames], are the
-    seconds of the frames from the first one on. The rate varies if counting frames at the mean rate misses the time of a
-    frame by half a frame or more.
+    seconds of the frames from the first one on. The rate varies if counting frames at the mean rate misses the time of one
+    by a frame or more.
 
     With `short_side` (pixels) frames are scaled while decoding so that their shorter side has that length, aspect
     kept; a smaller video is not enlarged. `decoder` names the library that goes first: "pyav", with decord where PyAV

@@ -87,15 +87,15 @@ def possible_rate(fps: Any) -> float | None:
 
 
 def uneven(times: np.ndarray) -> np.ndarray | None:
-    """Return the times of frames, float64 [T], if counting frames at the mean rate misses one of them by half a frame or more.
+    """Return the times of frames, float64 [T], if counting frames at the mean rate misses one of them by a frame or more.
 
-    None otherwise. Timestamps of a constant rate are rounded, and some cameras' jitter.
+    None otherwise: timestamps of a constant rate are rounded, those of some cameras jitter, and a frame may be missing.
     """
     if len(times) < 3 or not times[-1] > times[0] or (np.diff(times) < 0).any():
         return None
     interval = (times[-1] - times[0]) / (len(times) - 1)
     late = np.abs(times - times[0] - interval * np.arange(len(times)))
-    return times if late.max() >= interval / 2 else None
+    return times if late.max() >= interval else None
 
 
 def from_packets(packets: Sequence[tuple[int | None, bool, int]], *, codec: str, **about: Any) -> FrameIndex:

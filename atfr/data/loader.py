@@ -108,7 +108,7 @@ class ClipLoader(DataLoader):
         try:
             yield from super().__iter__()
         except (RuntimeError, OSError) as error:
-            short = shortage(error, workers=self.num_workers, needed=self._shared_bytes()) if self.num_workers else None
+            short = shortage(error, workers=self.num_workers, needed=self._shared_bytes) if self.num_workers else None
             if short:
                 raise OSError(short) from error
             reads = self.dataset.limit.under_way()

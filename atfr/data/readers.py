@@ -26,6 +26,8 @@ Found = tuple[dict[int, np.ndarray], "int | None"]
 _TAIL_SHARE = 0.1
 # Seeking pays when it saves decoding this many frames: it costs about as much as one or two.
 _WORTH_SEEKING = 4
+# Seconds; a timestamp beyond is nonsense.
+_LONGEST = 1e7
 
 
 class Unsupported(VideoError):
@@ -320,9 +322,8 @@ class DecordVideo:
             times = self.reader.get_frame_timestamp(range(self.num_frames))[:, 0].astype(np.float64)
         except self.errors:
             return None
-        # Where the container has no timestamps these are arbitrary.
-        sound = self.fps is not None and len(times) > 1 and abs((times[-1] - times[0]) * self.fps / (len(times) - 1) - 1) < 0.1
-        return uneven(times - times[0]) if sound else None
+        # Where the container has no timestamps they are arbitrary numbers.
+        return uneven(times - times[0]) if np.abs(times).max() < _LONGEST else None
 
     def read(self, wanted: list[int], short_side: int | None, *, leap: bool = True) -> Found:
         frames: dict[int, np.ndarray] = {}

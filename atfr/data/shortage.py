@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import shutil
+from collections.abc import Callable
 
 _SHARED = "/dev/shm"
 _OUT_OF_MEMORY = ("shared memory", "Bus error", "No space left on device")
@@ -11,10 +12,10 @@ _OUT_OF_FILES = ("Too many open files", "ancdata")
 _MB = 1e6
 
 
-def shortage(error: Exception, *, workers: int, needed: int | None = None) -> str | None:
+def shortage(error: Exception, *, workers: int, needed: Callable[[], int] | None = None) -> str | None:
     """Return in one line what is short and the way out, None for an error of another kind.
 
-    `needed` is the number of bytes that the batches under way take in shared memory, where that is known.
+    `needed` gives the number of bytes that the batches under way take in shared memory, where that is known.
     """
     text = (str(error).splitlines() or [""])[-1]  # a worker's error comes as its whole traceback
     # First, since some messages about files mention shared memory, too.
@@ -25,7 +26,7 @@ def shortage(error: Exception, *, workers: int, needed: int | None = None) -> st
             " (docker run --ulimit nofile=65536), or lower trainer.workers"
         )
     if any(sign in text for sign in _OUT_OF_MEMORY):
-        batches = f", where the batches of one process take about {needed / _MB:.0f} MB" if needed else ""
+        batches = f", where the batches of one process take about {needed() / _MB:.0f} MB" if needed else ""
         return (
             f"trainer.workers={workers}: the loader ran out of shared memory ({_size()}{batches});"
             " make it larger (docker run --shm-size=8g), lower trainer.workers, or set trainer.workers=0"
