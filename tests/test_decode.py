@@ -11,12 +11,9 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
-from PIL import Image
-from torchvision.io import decode_image
-from video_files import damage, numbers, write_at, write_jpgs, write_sound, write_video
+from video_files import damage, numbers, write_at, write_sound, write_video
 
 from atfr.data import decode, frame_index, readers
-from atfr.data.frame_folder import FrameFolder
 from atfr.data.readers import AvVideo, Unsupported, scaled_size
 from atfr.data.records import VideoError
 
@@ -252,52 +249,6 @@ def test_a_pick_outside_the_video_is_refused(tmp_path):
 def test_an_unknown_decoder_is_refused():
     with pytest.raises(ValueError, match="decoder is 'opencv'"):
         read_clip("a.mp4", chosen(0), decoder="opencv")
-
-
-def test_a_folder_of_jpgs_is_read_in_the_order_of_its_numbers(tmp_path):
-    frames = np.random.default_rng(0).integers(0, 256, (12, 48, 64, 3), dtype=np.uint8)
-    path = write_jpgs(tmp_path / "frames", frames)
-    seen = []
-    clip, decoder, *_ = decode.read_clip(path, lambda num_frames, fps: seen.append((num_frames, fps)) or np.array([10, 0, 1, 1]))
-    assert seen == [(12, None)] and decoder == "frames" and clip.dtype == np.uint8
-    for frame, number in zip(clip, (11, 1, 2, 2), strict=True):  # img_10 comes after img_9, not after img_1
-        expected = decode_image(os.path.join(path, f"img_{number}.jpg")).permute(1, 2, 0).numpy()
-        assert np.abs(frame.astype(int) - expected).max() <= 2
-
-
-@pytest.mark.parametrize(
-    "names", [["b2.jpg", "b10.jpg"], ["x_001.jpg", "x_002.jpg", "x_010.jpg"], ["img_1a.jpg", "img_10a.jpg"], ["1 x 09.jpg", "1 x 10.JPG", "02 x 1.jpeg"]]
-)
-def test_numbers_in_names_count_by_their_value(tmp_path, names):
-    for name in names:
-        (tmp_path / name).touch()
-    assert FrameFolder(str(tmp_path)).files == names
-
-
-def test_frames_of_a_folder_are_scaled_and_coloured_alike(tmp_path):
-    path = write_jpgs(tmp_path / "frames", np.full((3, 96, 128, 3), 90, dtype=np.uint8))
-    Image.new("L", (200, 100), 90).save(os.path.join(path, "img_3.jpg"))  # gray, and of another size
-    clip = read_clip(path, chosen(0, 2), short_side=24)
-    assert clip.shape == (2, 24, 32, 3) and np.abs(clip.astype(int) - 90).max() <= 2
-
-
-def test_frames_of_a_folder_are_scaled_as_pillow_scales_them(tmp_path):
-    path = write_jpgs(tmp_path / "frames", np.random.default_rng(0).integers(0, 256, (3, 96, 128, 3), dtype=np.uint8))
-    clip = read_clip(path, chosen(2, 0), short_side=57)
-    for frame, number in zip(clip, (3, 1), strict=True):
-        expected = Image.open(os.path.join(path, f"img_{number}.jpg")).resize((76, 57), Image.Resampling.BILINEAR)
-        assert np.abs(frame.astype(int) - np.asarray(expected)).max() <= 1
-
-
-def test_only_the_frames_wanted_are_opened_and_a_bad_one_is_named(tmp_path):
-    path = write_jpgs(tmp_path / "frames", np.zeros((4, 48, 64, 3), dtype=np.uint8))
-    whole = (tmp_path / "frames" / "img_2.jpg").read_bytes()
-    (tmp_path / "frames" / "img_2.jpg").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "frames" / "img_3.jpg").write_text("no picture")
-    assert read_clip(path, chosen(0, 3)).shape == (2, 48, 64, 3)
-    for position, name in ((1, "img_2.jpg"), (2, "img_3.jpg")):
-        with pytest.raises(VideoError, match=f"cannot read {path}: frame {name}: "):
-            read_clip(path, chosen(0, position))
 
 
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
