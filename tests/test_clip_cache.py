@@ -51,7 +51,7 @@ def other(content: bytes) -> bytes:
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda content: b"", lambda content: content[:100], lambda content: content[:-30], lambda content: bytes(len(content)), lambda content: b"text", flip, other],
+    [lambda whole: b"", lambda whole: whole[:100], lambda whole: whole[:-30], lambda whole: bytes(len(whole)), lambda whole: b"text", flip, other],
     ids=["empty", "start only", "end missing", "zeros", "text", "a bit", "other arrays"],
 )
 def test_a_damaged_clip_is_decoded_again_and_replaced_with_a_warning_that_names_its_file(reads, damage, caplog):

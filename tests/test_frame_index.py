@@ -44,8 +44,8 @@ def make(kind: str, folder: Path) -> tuple[str, bool]:
         return write_at(folder / "a.mp4", [20 * k + k**2 for k in range(40)], bf="0"), True
     if kind == "uneven, reordered":
         return write_at(folder / "a.mp4", [20 * k + k**2 for k in range(40)], bf="3"), False
-    codec, ending = {"h264": ("libx264", "mp4"), "mov": ("libx264", "mov"), "open gop": ("libx265", "mp4"), "vp9": ("libvpx-vp9", "mp4"), "mpeg4": ("mpeg4", "mp4")}[kind]
-    return write_video(folder / f"a.{ending}", 40, codec=codec, gop=8), True
+    codec = {"open gop": "libx265", "vp9": "libvpx-vp9", "mpeg4": "mpeg4"}.get(kind, "libx264")
+    return write_video(folder / ("a.mov" if kind == "mov" else "a.mp4"), 40, codec=codec, gop=8), True
 
 
 KINDS = ["h264", "mov", "open gop", "vp9", "mpeg4", "uneven", "uneven, reordered", "fragments", "edit list", "ts", "mkv"]

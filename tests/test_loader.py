@@ -132,8 +132,14 @@ def test_every_view_is_tested_exactly_once_for_any_number_of_processes(tmp_path,
 @pytest.mark.parametrize(
     "message, parts",
     [
-        ("unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)", ("shared memory", "--shm-size", "trainer.workers=0", "about 0 MB")),
-        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of shared memory.", ("shared memory",)),
+        (
+            "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)",
+            ("shared memory", "--shm-size", "trainer.workers=0", "about 0 MB"),
+        ),
+        (
+            "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of shared memory.",
+            ("shared memory",),
+        ),
         ("received 0 items of ancdata", ("file descriptors", "ulimit -n", "trainer.workers=1")),
         ("unable to open shared memory object </torch_1_2_3> in read-write mode: Too many open files (24)", ("file descriptors",)),
     ],
