@@ -114,6 +114,15 @@ def build_model(config: DictConfig, *, num_classes: int, ranks: Ranks, seed: int
     return model.to(ranks.device)
 
 
+def check_batch_norm(model: VideoNet, clip: ClipSettings, settings: TrainerSettings, ranks: Ranks) -> None:
+    """Raise ValueError if a process runs clips one by one and they are too small for batch norm in training."""
+    if settings.sync_batch_norm and ranks.world > 1:
+        return
+    shares = {settings.batch_size // ranks.world, -(-settings.batch_size // ranks.world)}
+    if any(len(part) == 1 for share in shares for part in torch.empty(share).chunk(settings.accumulate)):
+        model.check_training(clip.frames, clip.crop_size, clip.crop_size)
+
+
 def weights_given(config: DictConfig) -> tuple[str, Path] | None:
     """The option that names the weights to start from, and their file; of a run folder, its best checkpoint.
 

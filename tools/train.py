@@ -73,6 +73,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
     # Pretrained weights are where training starts from: a run that goes on has its own.
     starts = not (folder / "checkpoints" / "last.pt").exists()
     model = jobs.build_model(config, num_classes=len(source.class_names), ranks=ranks, seed=settings.seed, pretrained=starts)
+    jobs.check_batch_norm(model, clip, settings, ranks)
     plain = OmegaConf.to_container(config, resolve=True)
     if ranks.is_main:
         claim_folder(folder, plain, "training", resume=settings.resume)

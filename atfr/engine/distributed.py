@@ -171,7 +171,7 @@ def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
 
 def is_joined() -> bool:
     """Whether there are other processes to talk to."""
-    return dist.is_initialized()
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def barrier() -> None:
