@@ -10,13 +10,13 @@ torchrun, srun and submitit may start the processes instead. The same command ru
 
 from __future__ import annotations
 
-from atfr.engine.interruption import Interrupted, StopFlag, end, listen
+from atfr.engine.interruption import StopFlag, listen
 
 if __name__ == "__main__":
     listen()  # before the imports that take seconds, in which a signal would end the program
 
 # ruff: noqa: E402
-import os
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -25,9 +25,9 @@ from atfr import jobs
 from atfr.configuration import build, check_root, choices, program, run_folder
 from atfr.data.transforms import Normalizer
 from atfr.engine import checkpoint, distributed
+from atfr.engine.contents import contents
 from atfr.engine.determinism import be_deterministic
 from atfr.engine.mixing import mixing
-from atfr.engine.place import find_place
 from atfr.engine.results import accuracy
 from atfr.engine.run_folder import claim_folder
 from atfr.engine.settings import TrainerSettings
@@ -42,16 +42,11 @@ def main(config: DictConfig) -> None:
     if settings.deterministic:
         be_deterministic()
     folder, stop = run_folder(settings.output_dir), listen()
-    try:
-        with stop.at_once("before training"):
-            on_every_process(lambda ranks: train_and_test(config, settings, ranks, folder, stop), config, settings, program=__file__, folder=folder)
-    except Interrupted as error:
-        distributed.stop()
-        end(error, is_main=find_place(os.environ).rank == 0)
+    work = partial(train_and_test, config, settings, folder=folder, stop=stop)
+    on_every_process(work, config, settings, program=__file__, folder=folder, alone=True, stop=stop, where="before training")
 
 
 def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distributed.Ranks, folder: Path, stop: StopFlag) -> None:
-    distributed.require_shared(folder, ranks)
     clip = jobs.clip_settings(config)
     with stop.at_once("before training"):
         source = jobs.load_source(config, ranks)
@@ -94,7 +89,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
         settings=settings,
         ranks=ranks,
         folder=folder,
-        identity={"config": plain, "choices": choices(), "class_names": list(source.class_names)},
+        identity={"config": plain, "choices": choices(), "class_names": list(source.class_names), "contents": contents(source, jobs.weights_given(config))},
         mix=mix,
         stop=stop,
     )

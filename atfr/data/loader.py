@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from atfr.data.dataset import Batch, TestClips, TrainClips, collate
 from atfr.data.time_limit import TimeLimit
+from atfr.data.worker_signals import leave_signals_to_main, starting_processes
 from atfr.host_memory import hand_back_freed_memory
 
 Clips = TypeVar("Clips", TrainClips, TestClips)
@@ -103,7 +104,9 @@ class ClipLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Batch]:
         try:
-            yield from super().__iter__()
+            with starting_processes():
+                batches = super().__iter__()
+            yield from batches
         except RuntimeError as error:
             reads = self.dataset.limit.under_way()
             if not str(error).startswith("DataLoader") or not reads:
@@ -179,6 +182,7 @@ def _settings(workers: int, timeout_s: float, pin_memory: bool) -> dict[str, Any
 
 
 def _init_worker(worker: int) -> None:
+    leave_signals_to_main()
     # As many threads as cores in each of as many workers as cores would only get in each other's way.
     torch.set_num_threads(1)
     hand_back_freed_memory()

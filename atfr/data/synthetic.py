@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from atfr.data.encode import h264_file
 from atfr.data.file_pool import cores
@@ -30,6 +29,8 @@ from atfr.data.files import written_whole
 from atfr.data.records import VideoSource
 from atfr.data.synthetic_scene import CLASSES, DWELLS, PHASES, SPLITS, Timeline, Truth, check_scene, render
 from atfr.data.videolist import videolist
+from atfr.data.worker_signals import leave_signals_to_main, starting_processes
+from atfr.progress import watched
 
 __all__ = ["CLASSES", "DWELLS", "PHASES", "SPLITS", "Timeline", "Truth", "generate", "render", "synthetic", "write_video"]
 
@@ -100,7 +101,7 @@ def generate(
         for name in CLASSES:
             (root / split / name).mkdir(parents=True, exist_ok=True)
     jobs = [(root, spec, split, index) for split in SPLITS for index in range(getattr(spec, split))]
-    rows = list(tqdm(_run(jobs, workers), total=len(jobs), desc=f"synthetic -> {root}", unit="video"))
+    rows = list(watched(_run(jobs, workers), f"synthetic -> {root}", unit="video", total=len(jobs), leave=True))
     for split in SPLITS:
         listed = [row[:2] for row in rows if row[0].startswith(f"{split}/")]
         _write_csv(root / f"{split}.csv", ("path", "label"), listed)
@@ -145,8 +146,10 @@ def _run(jobs: list[tuple[Path, _Spec, str, int]], workers: int) -> Iterator[tup
         return
     # Spawned, since a fork of a process in which torch has started its threads can hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
-        yield from pool.map(_make, jobs, chunksize=max(1, min(16, len(jobs) // workers)))
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=leave_signals_to_main) as pool:
+        with starting_processes():
+            rows = pool.map(_make, jobs, chunksize=max(1, min(16, len(jobs) // workers)))
+        yield from rows
 
 
 def _checked_spec(**parameters: object) -> _Spec:
