@@ -78,7 +78,7 @@ class StepProgress:
             self._bar.set_postfix_str(text)
         elif self.done > self._first:
             left = _left(time.monotonic() - self._began, self.done - self._first, self.total - self.done)
-            self.line(f"step {self.done} of {self.total}: {text}, {left}")
+            self.line(f"train: step {self.done} of {self.total}: {text}, {left}")
 
     def line(self, text: str) -> None:
         """Print a line of its own, which the bar does not share."""

@@ -126,6 +126,15 @@ def load_newest(path: Path) -> tuple[dict[str, Any], Path]:
         raise
 
 
+def go_on_from(found: Path, *, last: Path, best: Path) -> None:
+    """Name the files as a run that goes on from `found` needs them."""
+    if found != last:
+        shutil.copyfile(last, last.with_name(last.name + ".damaged"))  # no moment without a last.pt, which would begin anew
+        os.replace(found, last)
+    if (regular := earlier(best, 1)).exists():
+        os.replace(regular, best)  # the validation at the end of a shorter run is not part of this one
+
+
 def _first_os_error(error: BaseException | None) -> OSError | None:
     """What made a write fail: torch's zip writer hides it behind an error of its own."""
     found = None

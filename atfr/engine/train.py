@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,6 +19,7 @@ from atfr.engine.distributed import Ranks
 from atfr.engine.ema import Ema
 from atfr.engine.interruption import Interrupted, StopFlag
 from atfr.engine.mixing import Mix
+from atfr.engine.optim import clip_gradients
 from atfr.engine.pending import REMEDY, Pending, some
 from atfr.engine.profiling import profiler
 from atfr.engine.run_folder import way_out
@@ -247,15 +246,7 @@ class Training:
             total += loss.detach()
             parts.append(prediction)
         self.scaler.unscale_(self.optimizer)
-        return total, self.clipped(), parts
-
-    def clipped(self) -> Tensor:
-        """The gradient's norm, to which it is cut down if it was larger than may be."""
-        norm, limit = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]), self.settings.clip_norm
-        # To look whether it is larger is to wait for a GPU, which rather multiplies with 1.
-        if limit is not None and (norm.device.type != "cpu" or norm > limit):
-            nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
-        return norm
+        return total, clip_gradients(self.parameters, self.settings.clip_norm), parts
 
     def predict(self, clips: Tensor) -> tuple[Prediction, float]:
         """The network's forward pass, and what to multiply its loss with: 1, or NaN if the step has to be left out."""
@@ -382,11 +373,8 @@ class Training:
         if self.ema:
             self.ema.load_state_dict(state["ema"])
         distributed.barrier()  # every process has read it
-        if found != self.last and self.ranks.is_main:
-            shutil.copyfile(self.last, self.last.with_name(self.last.name + ".damaged"))  # no moment without a last.pt, which would begin anew
-            os.replace(found, self.last)
-        if self.ranks.is_main and (due := checkpoint.earlier(self.best, 1)).exists():
-            os.replace(due, self.best)  # that of the validation at the end of a shorter run is no part of this one
+        if self.ranks.is_main:
+            checkpoint.go_on_from(found, last=self.last, best=self.best)
         log.info("resuming %s at step %d of %d", found, self.step, self.end_step)
 
     def set_learning_rate(self) -> None:
