@@ -49,7 +49,7 @@ def _with_lines(items: Iterable[T], title: str, *, unit: str, total: int | None,
             last = now
             of = f" of {total}" if total is not None else ""
             left = f", {_left(now - began, done, (total or 0) - initial - done)}" if total is not None else ""
-            print(f"{title}: {initial + done}{of} {unit}s after {tqdm.format_interval(now - began)}{left}", file=sys.stderr, flush=True)
+            print(f"{title}: {unit} {initial + done}{of} after {tqdm.format_interval(now - began)}{left}", file=sys.stderr, flush=True)
 
 
 def _left(seconds: float, done: int, left: int) -> str:
