@@ -15,7 +15,7 @@ from atfr.engine import run_folder
 
 log = logging.getLogger(__name__)
 
-SPLITS = {"train": "training", "val": "validation", "test": "test"}
+SPLITS = {"train": "training", "test": "test", "val": "validation"}  # without a val list, the test list is meant by both
 START, FILES = "start", "files"
 LOOKED_AT = 4  # training videos, to tell other copies of a dataset
 
@@ -39,7 +39,7 @@ def require_same_contents(before: Mapping[str, Any], now: Mapping[str, Any], *, 
     """
     for split, name in SPLITS.items():
         if before.get(split) != now.get(split):
-            raise ValueError(f"the {name} videos or their labels are not those with which {of} was written: see dataset.root and dataset.{split}; {way_out}")
+            raise ValueError(f"the {name} videos, their labels or their order are not those with which {of} was written: see dataset.root and dataset.{split}; {way_out}")
     if before.get(START) != now.get(START):
         raise ValueError(f"model.weights or init_from names other weights than those that {of} started from, or none that are there; {way_out}")
     if warn and before.get(FILES) != now.get(FILES):
