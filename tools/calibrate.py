@@ -64,7 +64,7 @@ def calibrate(config: DictConfig, settings: TrainerSettings, ranks: distributed.
     done = {entry["budget"]: entry for entry in json.loads(path.read_text())} if path.exists() else {}
     files = contents(source, jobs.weights_given(config))
     for entry in done.values():
-        require_same_contents(entry["contents"], files, of=path, way_out="choose another trainer.output_dir", warn=ranks.is_main)
+        require_same_contents(entry.get("contents", files), files, of=path, way_out="choose another trainer.output_dir", warn=ranks.is_main)
     missing = [budget for budget in budgets if budget not in done]
     table = jobs.gflops_table(model, clip) if missing else None
     whole = any(layer.is_baseline for layer in model.sgs.values())
