@@ -29,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from atfr.data.records import VideoError
+from atfr.engine.run_folder import PLACES
 
 log = logging.getLogger(__name__)
 
@@ -143,18 +144,31 @@ def _readable(hint: Any) -> str:
 def run_folder(output_dir: str | None, *, under: str = "") -> Path:
     """`trainer.output_dir`, or a folder under runs/ (and there under `under`) named after the command's overrides.
 
-    The name is the same for the same command, so that running it again resumes; it has no date. It
-    holds nothing that a shell or hydra would want quoted, and a hash where letters had to go.
+    The name is the same for the same command, so that running it again resumes; it has no date. It leaves out where
+    the data lie: of a list, it has the file's name without its folder. It holds nothing that a shell or hydra would
+    want quoted, and a hash where letters had to go.
     """
     if output_dir is not None:
         return Path(output_dir)
     now, sweep = HydraConfig.get(), in_sweep()
     # In a sweep any key may be what tells the jobs apart, also one that leaves the experiment as it is.
-    full = ",".join(sorted(now.overrides.task)) if sweep else now.job.override_dirname
+    full = ",".join(sorted(now.overrides.task if sweep else _without_places(now)))
     name = re.sub(r"[^\w.+-]+", "_", full.replace("=", "-"))[:100] or "default"
     if len(full) > 100 or re.search(r"[^\w.+=,-]", full):
         name += "-" + hashlib.sha256(full.encode()).hexdigest()[:8]
     return Path("runs", under, "sweep", name) if sweep else Path("runs", under, name)
+
+
+def _without_places(now: Any) -> list[str]:
+    """Return the command's overrides without those that hydra.job.config.override_dirname excludes and without folders of lists."""
+    kept = []
+    for override in now.overrides.task:
+        key, equals, value = override.partition("=")
+        if key.lstrip("+~") in now.job.config.override_dirname.exclude_keys:
+            continue
+        is_file = key.lstrip("+~") in PLACES and not value.startswith("[")
+        kept.append(f"{key}{equals}{os.path.basename(value) if is_file else value}")
+    return kept
 
 
 def in_sweep() -> bool:

@@ -78,6 +78,15 @@ def report_missing(source: VideoSource, folder: Path) -> None:
         print(_printable(line), flush=True)
 
 
+def say_what_chooses_the_epoch(source: VideoSource, config: DictConfig, settings: TrainerSettings) -> None:
+    """Print a line if the epoch is chosen on the test videos, which makes its accuracy optimistic."""
+    if source.notes.get("validation") != "test list" or settings.epochs <= settings.eval_every:
+        return
+    others = "set dataset.val=LIST to choose it on others, or " if "val" in config.dataset else ""
+    last = f"trainer.eval_every={settings.epochs} to test the last epoch"
+    print(f"validation: {source.name} has no validation list, so the test videos choose the best epoch; {others}{last}", flush=True)
+
+
 def _printable(line: str) -> str:
     """A line that may name files whose names are not UTF-8."""
     return line.encode(errors="backslashreplace").decode()

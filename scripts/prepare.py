@@ -15,8 +15,15 @@ Options: configs/prepare.yaml.
 from __future__ import annotations
 
 import os
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # during the imports, which take seconds
+
+# ruff: noqa: E402
 import shlex
 import shutil
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,4 +142,9 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("stopped by SIGINT; the same command goes on", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -191,7 +191,8 @@ def test_a_run_that_was_cut_off_goes_on_with_what_is_new_or_changed(tmp_path):
     assert [Manifest(tmp_path, settings).knows(name, state) for name in names] == [True, True, True, False]  # bad: looked at again
 
 
-def test_a_run_that_is_killed_goes_on_where_it_stopped(tmp_path):
+@pytest.mark.parametrize("number,code,said", [(signal.SIGKILL, -9, ""), (signal.SIGINT, 130, "stopped by SIGINT; the same command goes on\n")])
+def test_a_run_that_is_killed_or_ended_by_ctrl_c_goes_on_where_it_stopped(tmp_path, number, code, said):
     root, output = tmp_path / "root", tmp_path / "copies"
     root.mkdir()
     first = write_video(root / "0.mp4", 30, codec="libx264", size=(192, 128))
@@ -200,12 +201,17 @@ def test_a_run_that_is_killed_goes_on_where_it_stopped(tmp_path):
     (root / "list.csv").write_text("".join(f"{i}.mp4,x\n" for i in range(24)))
     job = ["dataset=videolist", f"dataset.root={root}", "dataset.train=list.csv", "dataset.test=null", "encode=true", f"output={output}"]
     command = [sys.executable, str(ROOT / "scripts/prepare.py"), *job, "processes=1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True
+    )
     began = time.monotonic()
     while len(list(output.glob("*.mp4"))) < 1 and time.monotonic() - began < 60:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does: its worker, too
+    else:
+        process.send_signal(number)
+    assert (process.communicate()[1], process.returncode) == (said, code)
     time.sleep(0.3)  # until its worker has noticed
     done = {path.name: path.stat().st_ino for path in output.glob("*.mp4")}
     assert 1 <= len(done) < 24 and not (output / "prepared/manifest.csv").exists()

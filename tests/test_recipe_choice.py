@@ -125,7 +125,7 @@ def test_videos_of_ones_own_keep_the_defaults_and_a_line_says_so_once(tmp_path, 
     assert outcome.code == 0, outcome.err
     assert outcome.out.count("recipe:") == 1
     assert "recipe: none for x3d_sgs on videolist; experiment=base/pyslowfast is the nearest; 2 epochs, batches of 4, optimizer.lr=0.05" in outcome.out
-    assert "validation: videolist has no validation list, so best.pt is chosen on the test videos" in outcome.out
+    assert "validation: videolist has no validation list, so the test videos choose the best epoch; set dataset.val=LIST to choose it on others, or " in outcome.out
 
 
 def test_the_network_of_the_quickstart_is_tiny_by_its_recipe_and_only_there():

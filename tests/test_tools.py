@@ -14,6 +14,7 @@ from hydra.errors import MissingConfigException
 from run_tools import run_script, run_tool, small_job, torchrun
 
 from atfr.engine import checkpoint
+from atfr.engine.run_lock import run_lock
 from atfr.engine.train import Training
 
 
@@ -80,6 +81,18 @@ def test_a_finished_run_is_only_tested_again_and_more_steps_go_on_from_its_end(s
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if line["split"] == "train"] == [1, 2, 3, 4]
     assert checkpoint.load(tmp_path / "checkpoints/last.pt")["step"] == 4
+
+
+def test_a_second_job_in_a_folder_is_refused_in_one_line_whatever_it_is(trained, small_videos, tmp_path):
+    weights = f"model.weights={trained[0]}/checkpoints/best.pt"
+    with run_lock(tmp_path / "run"):
+        for name, more in (("train", ()), ("train", ("trainer.devices=2", "trainer.accelerator=cpu")), ("calibrate", (weights, "budgets=[0.9]"))):
+            done = Job(name, *small_job(small_videos, tmp_path / "run", *more), output=tmp_path / "said")
+            assert done.wait() == [1]
+            (line,) = (tmp_path / "said").read_text().splitlines()
+            assert line.startswith(f"error: another job works in run folder {tmp_path}/run: process {os.getpid()} on "), line
+            (tmp_path / "said").unlink()
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.lock"]
 
 
 def test_a_run_interrupted_in_the_middle_of_an_epoch_ends_with_the_same_weights(small_videos, tmp_path):

@@ -11,7 +11,7 @@ torchrun, srun and submitit may start the processes instead. The same command ru
 
 from __future__ import annotations
 
-from atfr.engine.interruption import Interrupted, StopFlag, end, listen
+from atfr.engine.interruption import StopFlag, listen
 
 if __name__ == "__main__":
     listen()  # before the imports that take seconds, in which a signal would end the program
@@ -19,6 +19,7 @@ if __name__ == "__main__":
 # ruff: noqa: E402
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -28,6 +29,7 @@ from atfr.configuration import build, check_root, choices, program, run_folder
 from atfr.data.transforms import Normalizer
 from atfr.dry_run import print_plan
 from atfr.engine import checkpoint, distributed
+from atfr.engine.contents import contents
 from atfr.engine.determinism import be_deterministic
 from atfr.engine.mixing import mixing
 from atfr.engine.place import find_place
@@ -49,21 +51,17 @@ def main(config: DictConfig) -> None:
         be_deterministic()
     folder, stop = run_folder(settings.output_dir), listen()
     if config.dry_run:
-        print(*lines, sep="\n")
-        print_plan(config, settings, folder=folder)
+        if find_place(os.environ).rank == 0:
+            print(*lines, sep="\n")
+            print_plan(config, settings, folder=folder)
         return
     del config.dry_run  # no option of the experiment
-    try:
-        with stop.at_once("before training"):
-            on_every_process(lambda ranks: train_and_test(config, settings, ranks, folder, stop, lines), config, settings, program=__file__, folder=folder)
-    except Interrupted as error:
-        distributed.stop()
-        end(error, is_main=find_place(os.environ).rank == 0)
+    work = partial(train_and_test, config, settings, folder=folder, stop=stop, lines=lines)
+    on_every_process(work, config, settings, program=__file__, folder=folder, alone=True, stop=stop, where="before training")
 
 
 def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distributed.Ranks, folder: Path, stop: StopFlag, lines: Sequence[str] = ()) -> None:
     """Train and test on this process; the main one prints `lines` first."""
-    distributed.require_shared(folder, ranks)
     if ranks.is_main and lines:
         print(*lines, sep="\n", flush=True)
     clip = jobs.clip_settings(config)
@@ -86,12 +84,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
             flush=True,
         )
         jobs.report_missing(source, folder)
-        if source.notes.get("validation") == "test list" and settings.epochs > settings.eval_every:
-            print(
-                f"validation: {source.name} has no validation list, so best.pt is chosen on the test videos; set dataset.val=LIST where the dataset"
-                f" has that option, or trainer.eval_every={settings.epochs} to test the last epoch",
-                flush=True,
-            )
+        jobs.say_what_chooses_the_epoch(source, config, settings)
     distributed.barrier()
 
     steps_per_epoch, batches = jobs.train_batches(source, clip, settings, ranks)
@@ -115,7 +108,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
         settings=settings,
         ranks=ranks,
         folder=folder,
-        identity={"config": plain, "choices": choices(), "class_names": list(source.class_names)},
+        identity={"config": plain, "choices": choices(), "class_names": list(source.class_names), "contents": contents(source, jobs.weights_given(config))},
         mix=mix,
         stop=stop,
     )

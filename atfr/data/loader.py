@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 from atfr.data.dataset import Batch, TestClips, TrainClips, collate
 from atfr.data.shortage import shortage
 from atfr.data.time_limit import TimeLimit
+from atfr.data.worker_signals import leave_signals_to_main, starting_processes
 from atfr.host_memory import hand_back_freed_memory
 
 _PREFETCH = 2  # batches that each worker has ready
@@ -106,7 +107,9 @@ class ClipLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Batch]:
         try:
-            yield from super().__iter__()
+            with starting_processes():
+                batches = super().__iter__()
+            yield from batches
         except (RuntimeError, OSError) as error:
             short = shortage(error, workers=self.num_workers, needed=self._shared_bytes) if self.num_workers else None
             if short:
@@ -197,6 +200,7 @@ def _settings(workers: int, timeout_s: float, pin_memory: bool) -> dict[str, Any
 
 
 def _init_worker(worker: int) -> None:
+    leave_signals_to_main()
     # As many threads as cores in each of as many workers as cores would only get in each other's way.
     torch.set_num_threads(1)
     hand_back_freed_memory()

@@ -9,13 +9,13 @@ from typing import Any, Iterable
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from atfr.data.records import Unreadable
 from atfr.engine import distributed
 from atfr.engine.distributed import Ranks
 from atfr.engine.interruption import StopFlag
 from atfr.models.network import VideoNet
+from atfr.progress import watched
 
 LOOK_EVERY = 4  # batches between two looks, of all processes together, at whether to stop
 
@@ -74,7 +74,7 @@ def evaluate(
     model.eval()
     own = Evaluation()
     in_all = -distributed.largest(-len(loader)) if stop else 0  # one process may have a batch more than another
-    for number, batch in enumerate(tqdm(loader, desc=title, unit="batch", leave=False, disable=not ranks.is_main)):
+    for number, batch in enumerate(watched(loader, title, unit="batch", shown=ranks.is_main)):
         if number < in_all and number % LOOK_EVERY == 0:
             distributed.stop_together(stop, f"during the {title}")
         own.failed.update((failed.video, failed) for failed in batch.failed)

@@ -14,7 +14,7 @@ class TrainerSettings:
     output_dir: str | None  # the run folder; None: runs/ and a name made of the overrides
     batch_size: int  # clips in a global batch, over all processes
     epochs: int
-    max_steps: int | None  # stop after so many optimizer steps, if that comes first
+    max_steps: int | None  # stop after so many optimizer steps, if that comes first; the schedule spans all epochs
     seed: int
     accelerator: str  # auto | cpu | cuda
     devices: int | None  # processes; None: as many as the launcher started
