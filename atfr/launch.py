@@ -26,6 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from atfr.configuration import as_text, in_sweep
 from atfr.engine import distributed
+from atfr.engine.determinism import choose_algorithms, explaining_what_is_not_deterministic
 from atfr.engine.distributed import Ranks
 from atfr.engine.interruption import SIGNALS, TRY_AGAIN
 from atfr.engine.place import find_place
@@ -44,6 +45,7 @@ def on_every_process(work: Callable[[Ranks], None], config: DictConfig, settings
         program: the file to run in the processes that are started here.
         folder: where the results go, which in a sweep depends on more than a process's overrides.
     """
+    choose_algorithms(deterministic=settings.deterministic, tf32=settings.tf32)
     count = processes_to_start(settings.accelerator, settings.devices)
     if count > 1:
         start_processes(count, program, folder)
@@ -52,7 +54,8 @@ def on_every_process(work: Callable[[Ranks], None], config: DictConfig, settings
     try:
         ranks = distributed.start(accelerator=settings.accelerator, devices=settings.devices)
         distributed.require_same(OmegaConf.to_container(config), of="configs", remedy="start all of them with the same command")
-        work(ranks)
+        with explaining_what_is_not_deterministic():
+            work(ranks)
     except Exception as error:
         if find_place(os.environ).launcher == "none":
             raise

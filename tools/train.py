@@ -25,7 +25,6 @@ from atfr import jobs
 from atfr.configuration import build, check_root, choices, program, run_folder
 from atfr.data.transforms import Normalizer
 from atfr.engine import checkpoint, distributed
-from atfr.engine.determinism import be_deterministic
 from atfr.engine.mixing import mixing
 from atfr.engine.place import find_place
 from atfr.engine.results import accuracy
@@ -39,8 +38,6 @@ from atfr.launch import on_every_process
 def main(config: DictConfig) -> None:
     check_root(config)
     settings: TrainerSettings = build(config.trainer, "trainer")
-    if settings.deterministic:
-        be_deterministic()
     folder, stop = run_folder(settings.output_dir), listen()
     try:
         with stop.at_once("before training"):

@@ -87,7 +87,8 @@ def uses_gpu(accelerator: str) -> bool:
 def _join(place: Place, device: torch.device) -> None:
     global _store
     _store = meet(place, device, next(_joined))
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    # Objects, plain numbers and barriers go from host to host: no GPU is waited for, and a process that is gone is noticed at once.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore("group", _store), rank=place.rank, world_size=place.world, timeout=TALK)
 
 
@@ -152,8 +153,8 @@ def require_shared(folder: Path, ranks: Ranks) -> None:
 
 def stop() -> None:
     """Leave the process group, if one was joined."""
-    global _host_group, _store
-    _host_group = _store = None
+    global _store
+    _store = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -187,15 +188,12 @@ def summed(value: Tensor) -> Tensor:
     return value
 
 
-_host_group: dist.ProcessGroup | None = None
-
-
 def largest(number: int) -> int:
-    """The largest of all processes' numbers. Between the hosts' memories, so that no GPU is waited for."""
+    """The largest of all processes' numbers. It is reduced on the hosts, without waiting for a GPU."""
     if not dist.is_initialized():
         return number
     value = torch.tensor([number])
-    dist.all_reduce(value, dist.ReduceOp.MAX, group=_hosts())
+    dist.all_reduce(value, dist.ReduceOp.MAX)
     return int(value.item())
 
 
@@ -209,19 +207,11 @@ class OneCallLate:
         if not dist.is_initialized():
             return number
         before, value = self._asked, torch.tensor([number])
-        self._asked = dist.all_reduce(value, dist.ReduceOp.MAX, group=_hosts(), async_op=True), value
+        self._asked = dist.all_reduce(value, dist.ReduceOp.MAX, async_op=True), value
         if before is None:
             return 0
         before[0].wait()
         return int(before[1].item())
-
-
-def _hosts() -> dist.ProcessGroup:
-    """The group of all processes that talks between the hosts' memories."""
-    global _host_group
-    if _host_group is None:
-        _host_group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-    return _host_group
 
 
 def stop_together(stop: StopFlag | None, where: str) -> None:
