@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Iterator
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from run_tools import run_tool, small_job
 from test_backbones import CASES
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from atfr import launch
 from atfr.engine.determinism import choose_algorithms, explaining_what_is_not_deterministic
 from atfr.models import repeatable_pools, sgs_layer
 from atfr.models.repeatable_pools import POOLS, use_repeatable_pools
@@ -106,7 +111,7 @@ def test_outputs_and_gradients_of_the_pools_are_those_of_torch(monkeypatch, pool
     torch.testing.assert_close(results[1], results[0])
 
 
-def settings() -> tuple[bool, bool, bool]:
+def flags() -> tuple[bool, bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
 
@@ -115,7 +120,7 @@ def test_each_job_sets_tf32_and_determinism_whatever_the_one_before_it_set(monke
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     for deterministic, tf32 in ((True, True), (False, False), (True, False), (False, True), (False, False)):
         choose_algorithms(deterministic=deterministic, tf32=tf32)
-        assert settings() == (deterministic, tf32, tf32)
+        assert flags() == (deterministic, tf32, tf32)
         with torch.backends.cudnn.flags(enabled=True):  # raises an error where torch's two interfaces disagree
             assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
@@ -126,3 +131,22 @@ def test_a_setting_of_cublas_that_is_not_deterministic_is_refused(monkeypatch):
     choose_algorithms(deterministic=False, tf32=False)
     with pytest.raises(ValueError, match="trainer.deterministic=true needs CUBLAS_WORKSPACE_CONFIG=:4096:8 or :16:8 in the environment, not ':0:0'"):
         choose_algorithms(deterministic=True, tf32=False)
+
+
+def test_tf32_belongs_to_the_experiment_and_the_results_say_whether_it_was_used(small_videos, tmp_path):
+    """A CPU has none."""
+    job = small_job(small_videos, tmp_path, "trainer.max_steps=1", "trainer.deterministic=true")
+    outcome = run_tool("train", *job, "trainer.tf32=true")
+    assert outcome.code == 0, outcome.err
+    assert json.loads((tmp_path / "results.json").read_text())["protocol"]["tf32"] is False
+    outcome = run_tool("train", *job)
+    assert outcome.code == 1 and "holds another experiment: trainer.tf32 is True there and False here" in outcome.err, outcome.err
+    assert flags()[0] is False  # of the test, not of the program
+
+
+def test_testing_and_calibrating_set_what_the_checkpoint_was_trained_with(monkeypatch):
+    seen = []
+    monkeypatch.setattr(launch, "choose_algorithms", lambda **options: seen.append(options))
+    settings = SimpleNamespace(accelerator="cpu", devices=None, deterministic=True, tf32=True)
+    launch.on_every_process(lambda ranks: seen.append(ranks.device.type), OmegaConf.create(), settings, program="", folder=Path())
+    assert seen == [{"deterministic": True, "tf32": True}, "cpu"]

@@ -329,6 +329,7 @@ def test_a_job_of_submitit_that_fails_exits_since_an_exception_would_pass_for_a_
 
 
 def test_the_slurm_launcher_starts_a_task_a_gpu_and_queues_again_what_ran_out_of_time():
+    pytest.importorskip("submitit")
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         composed = compose("train", ["hydra/launcher=slurm", "hydra.launcher.nodes=2", "hydra.launcher.gpus_per_node=4"], return_hydra_config=True)
     options = composed.hydra.launcher
