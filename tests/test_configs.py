@@ -86,6 +86,7 @@ def test_what_no_training_chooses_composes_too(path):
 
 
 def test_the_sweep_of_the_readme_composes_and_its_dense_networks_are_built_without_a_layer():
+    pytest.importorskip("submitit")
     (command,) = [line for line in README.splitlines() if "hydra/launcher=slurm" in line]
     words = [word.partition("=") for word in command.split("#")[0].split() if "=" in word]
     assert ("model", "=", "x3d_sgs,x3d") in words and ("model.sgs.num_bins", "=", "4,8,13") in words

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from typing import Any, Callable, Iterator
 
 import pytest
 import torch
+from forked import Job
 from omegaconf import OmegaConf
 from run_tools import run_tool, small_job
 from test_backbones import CASES
@@ -18,6 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atfr import launch
+from atfr.engine import checkpoint
 from atfr.engine.determinism import choose_algorithms, explaining_what_is_not_deterministic
 from atfr.models import repeatable_pools, sgs_layer
 from atfr.models.repeatable_pools import POOLS, use_repeatable_pools
@@ -150,3 +153,23 @@ def test_testing_and_calibrating_set_what_the_checkpoint_was_trained_with(monkey
     settings = SimpleNamespace(accelerator="cpu", devices=None, deterministic=True, tf32=True)
     launch.on_every_process(lambda ranks: seen.append(ranks.device.type), OmegaConf.create(), settings, program="", folder=Path())
     assert seen == [{"deterministic": True, "tf32": True}, "cpu"]
+
+
+@pytest.mark.slow
+def test_three_processes_that_go_on_end_with_the_very_weights_of_those_that_were_not_stopped(small_videos, tmp_path):
+    """An all-reduce of three adds up in an order that depends on how DDP arranges its buckets, which the first step of a run decides."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    more = ("trainer.batch_size=6", "trainer.epochs=6", "trainer.keep=20", "trainer.test=false", "trainer.deterministic=true")
+
+    def train(folder: Path) -> dict[str, Any]:
+        assert set(Job("train", *small_job(small_videos, folder, *more), processes=3, output=tmp_path / "said").wait()) == {0}, (tmp_path / "said").read_text()
+        return checkpoint.load(folder / "checkpoints/last.pt")
+
+    expected = train(whole)
+    third = next(path for path in whole.glob("checkpoints/last-*.pt") if checkpoint.load(path)["step"] == 3)
+    (broken / "checkpoints").mkdir(parents=True)
+    shutil.copy(third, broken / "checkpoints/last.pt")
+    found = train(broken)
+    assert found["step"] == expected["step"] == 6
+    for part in ("model", "optimizer"):
+        torch.testing.assert_close(found[part], expected[part], rtol=0, atol=0, equal_nan=True)

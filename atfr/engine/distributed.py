@@ -167,7 +167,28 @@ def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
     ddp = nn.parallel.DistributedDataParallel
     # Running statistics are not used in training, and before an evaluation all processes get the same ones.
     option = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in inspect.signature(ddp).parameters)  # the newer name first
-    return ddp(model, device_ids=ids, **{option: False})
+    network = ddp(model, device_ids=ids, **{option: False})
+    if ranks.world > 2 and torch.are_deterministic_algorithms_enabled():
+        network.register_comm_hook(None, lambda _, bucket: _mean_in_rank_order(bucket))
+    return network
+
+
+def _mean_in_rank_order(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Average a bucket of gradients by adding up the processes' in the order of their ranks.
+
+    An all-reduce adds them in an order that depends on their place in the bucket, and DDP rearranges its buckets after
+    the first step: from three processes on, a run that was resumed would differ from one that was not in the last digits.
+    """
+    own, world = bucket.buffer(), dist.get_world_size()
+    gathered = own.new_empty(world * own.numel())
+
+    def mean(_: torch.futures.Future) -> Tensor:
+        first, *others = gathered.view(world, -1)
+        for other in others:
+            first += other
+        return first.div_(world)
+
+    return dist.all_gather_into_tensor(gathered, own, async_op=True).get_future().then(mean)
 
 
 def is_joined() -> bool:
