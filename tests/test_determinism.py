@@ -59,7 +59,11 @@ class Refusing(TorchDispatchMode):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_training_uses_no_operation_without_a_deterministic_algorithm(name, sgs, deterministic, monkeypatch):
     """On the meta device, which takes the ways of a GPU and computes nothing."""
-    monkeypatch.setattr(sgs_layer, "_on_host", lambda layers, proposals, *, checked: [tuple(p.weights.shape[1] - i for i in range(len(p.lengths))) for p in proposals])
+
+    def lengths(layers, proposals, *, checked):
+        return [tuple(p.weights.shape[1] - i for i in range(len(p.lengths))) for p in proposals]
+
+    monkeypatch.setattr(sgs_layer, "_on_host", lengths)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which the meta device has not
     case = CASES[name]
     with torch.device("meta"):
@@ -72,7 +76,8 @@ def test_training_uses_no_operation_without_a_deterministic_algorithm(name, sgs,
 def test_what_a_gpu_refuses_is_noticed_and_named():
     with torch.device("meta"):
         x = torch.zeros(1, 2, 4, 4, 4, requires_grad=True)
-        with Refusing(), pytest.raises(ValueError, match="no deterministic algorithm for avg_pool3d_backward_cuda on this device; set trainer.deterministic=false"):
+        message = "no deterministic algorithm for avg_pool3d_backward_cuda on this device; set trainer.deterministic=false"
+        with Refusing(), pytest.raises(ValueError, match=message):
             with explaining_what_is_not_deterministic():
                 nn.functional.avg_pool3d(x, 2).sum().backward()
     with pytest.raises(RuntimeError, match="something else"), explaining_what_is_not_deterministic():

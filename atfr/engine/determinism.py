@@ -27,7 +27,8 @@ def choose_algorithms(*, deterministic: bool, tf32: bool) -> None:
         raise ValueError(f"trainer.deterministic=true needs {WORKSPACE}={' or '.join(REPEATABLE)} in the environment, not {workspace!r}; unset it")
     if deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it costs a pass over each new tensor; all of them are written before they are read
+    # Filling costs a pass over each new tensor, and all of them are written before they are read.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 @contextmanager
@@ -39,4 +40,5 @@ def explaining_what_is_not_deterministic() -> Iterator[None]:
         name, found, _ = str(error).partition(" does not have a deterministic implementation")
         if not found:
             raise
-        raise ValueError(f"trainer.deterministic=true, but torch has no deterministic algorithm for {name} on this device; set trainer.deterministic=false") from error
+        message = f"trainer.deterministic=true, but torch has no deterministic algorithm for {name} on this device; set trainer.deterministic=false"
+        raise ValueError(message) from error

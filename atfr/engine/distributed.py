@@ -180,15 +180,15 @@ def _mean_in_rank_order(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]
     the first step: from three processes on, a run that was resumed would differ from one that was not in the last digits.
     """
     own, world = bucket.buffer(), dist.get_world_size()
-    gathered = own.new_empty(world * own.numel())
+    everyones = own.new_empty(world * own.numel())
 
     def mean(_: torch.futures.Future) -> Tensor:
-        first, *others = gathered.view(world, -1)
+        first, *others = everyones.view(world, -1)
         for other in others:
             first += other
         return first.div_(world)
 
-    return dist.all_gather_into_tensor(gathered, own, async_op=True).get_future().then(mean)
+    return dist.all_gather_into_tensor(everyones, own, async_op=True).get_future().then(mean)
 
 
 def is_joined() -> bool:

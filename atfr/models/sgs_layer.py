@@ -132,8 +132,10 @@ class MLPEmbedding(nn.Module):
     def pool(self, x: Tensor) -> Tensor:
         """[N, C, T, H, W] -> [N, T, C] in float64, of the rows' means in the type of x: all in float64 takes 20 times as long."""
         images = x.transpose(1, 2).flatten(0, 1)
-        # Torch's pool has no deterministic backward pass on GPUs.
-        rows = images.mean(dim=3, keepdim=True) if needs_deterministic_pool(x) else nn.functional.adaptive_avg_pool2d(images, (int(x.shape[3]), 1))  # [N T, C, H, 1]
+        if needs_deterministic_pool(x):
+            rows = images.mean(dim=3, keepdim=True)
+        else:
+            rows = nn.functional.adaptive_avg_pool2d(images, (int(x.shape[3]), 1))  # [N T, C, H, 1]
         return rows.double().mean(dim=(2, 3)).unflatten(0, (x.shape[0], x.shape[2]))
 
     def forward(self, pooled: Tensor) -> Tensor:
