@@ -238,5 +238,6 @@ def protocol(
         "checkpoint": str(checkpoint),
         "model": {key: value for key, value in OmegaConf.to_container(config.model, resolve=True).items() if key not in ("clip", "clips")},
         "precision": str(precision_dtype(settings.precision, ranks.device)).removeprefix("torch."),
+        "tf32": settings.tf32 and ranks.device.type == "cuda",
         **source.notes,
     }

@@ -28,6 +28,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from atfr.configuration import as_text, in_sweep
 from atfr.engine import distributed
+from atfr.engine.determinism import choose_algorithms, explaining_what_is_not_deterministic
 from atfr.engine.distributed import Ranks
 from atfr.engine.interruption import FROM_BATCH_SYSTEM, ONE_TOLD, TRY_AGAIN, Interrupted, StopFlag, end, heeded
 from atfr.engine.place import find_place
@@ -76,6 +77,7 @@ def on_every_process(
 
 
 def _on_every_process(work: Callable[[Ranks], None], config: DictConfig, settings: TrainerSettings, *, program: str, folder: Path) -> None:
+    choose_algorithms(deterministic=settings.deterministic, tf32=settings.tf32)
     count = processes_to_start(settings.accelerator, settings.devices)
     if count > 1:
         start_processes(count, program, folder)
@@ -84,7 +86,8 @@ def _on_every_process(work: Callable[[Ranks], None], config: DictConfig, setting
     try:
         ranks = distributed.start(accelerator=settings.accelerator, devices=settings.devices)
         distributed.require_same(OmegaConf.to_container(config), of="configs", remedy="start all of them with the same command")
-        work(ranks)
+        with explaining_what_is_not_deterministic():
+            work(ranks)
     except Exception as error:
         if find_place(os.environ).launcher == "none":
             raise

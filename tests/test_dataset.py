@@ -272,12 +272,6 @@ def test_a_bad_test_video_is_reported_and_never_replaced(videos, broken):
     assert nothing.failed == batch.failed[:1]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a GPU")
-def test_a_loader_pins_batches(videos):
-    (batch,) = test_loader(TestClips(videos[:1], settings(), views=1, crops=1), batch_size=1, pin_memory=True)
-    assert batch.clips.is_pinned() and batch.labels.is_pinned()
-
-
 # ---- decoded clips kept on disk
 
 

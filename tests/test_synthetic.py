@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import av
-import decord
 import numpy as np
 import pytest
 
@@ -190,6 +189,7 @@ def test_videos_are_h264_and_two_decoders_find_the_announced_frames(root):
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.pix_fmt, stream.frames) == ("h264", "yuv420p", 36)
     frames = read_with_av(path)
+    decord = pytest.importorskip("decord")
     reader = decord.VideoReader(str(path), num_threads=1)
     assert len(reader) == len(frames) == 36
     batch = reader.get_batch(list(range(35, -1, -5)))

@@ -351,6 +351,7 @@ def test_a_dense_network_ignores_the_options_of_a_layer_and_says_so(small_videos
 
 
 def test_a_sweep_of_slurm_jobs_without_slurm_is_refused_in_one_line(monkeypatch):
+    pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", "/nowhere")
     outcome = run_tool("train", "-m", "hydra/launcher=slurm", "trainer.seed=0,1")
     assert outcome.code == 1 and len(outcome.err.splitlines()) == 1 and "there is no srun on this machine" in outcome.err, outcome.err
@@ -366,14 +367,12 @@ def test_overfitting_sees_the_same_clips_every_epoch_and_a_trace_is_left(small_v
 
     monkeypatch.setattr(Training, "train_step", noting)
     more = ("trainer.batch_size=2", "trainer.epochs=3", "trainer.overfit_batches=2", "trainer.profile=2", "trainer.test=false", "trainer.deterministic=true")
-    try:
-        outcome = run_tool("train", *small_job(small_videos, tmp_path, *more))
-    finally:
-        torch.use_deterministic_algorithms(False)
+    outcome = run_tool("train", *small_job(small_videos, tmp_path, *more))
     assert outcome.code == 0, outcome.err
     assert len(seen) == 6 and seen[:2] == seen[2:4] == seen[4:] and seen[0] != seen[1]
     events = json.loads((tmp_path / "profile/trace.json").read_text())["traceEvents"]
-    assert sum(event["name"].startswith("ProfilerStep") and event["ph"] == "X" for event in events) == 2
+    steps = [event for event in events if event["name"].startswith("ProfilerStep") and event["ph"] == "X"]
+    assert [event["cat"] for event in steps].count("user_annotation") == 2  # a GPU has its own beside them, gpu_user_annotation
     assert any(event["name"] == "aten::convolution_backward" for event in events)
 
 

@@ -30,7 +30,6 @@ from atfr.data.transforms import Normalizer
 from atfr.dry_run import print_plan
 from atfr.engine import checkpoint, distributed
 from atfr.engine.contents import contents
-from atfr.engine.determinism import be_deterministic
 from atfr.engine.mixing import mixing
 from atfr.engine.place import find_place
 from atfr.engine.results import accuracy
@@ -47,8 +46,6 @@ def main(config: DictConfig) -> None:
     check_root(config)
     require_weights(config)
     settings: TrainerSettings = build(config.trainer, "trainer")
-    if settings.deterministic:
-        be_deterministic()
     folder, stop = run_folder(settings.output_dir), listen()
     if config.dry_run:
         if find_place(os.environ).rank == 0:

@@ -41,6 +41,7 @@ class TrainerSettings:
     overfit_batches: int = 0  # train on the first so many batches over and over; 0: off
     profile: int = 0  # steps to record a trace of; 0: off
     deterministic: bool = False  # only algorithms that give the same result each time
+    tf32: bool = False  # float32 products and convolutions on a GPU may round their inputs to TF32
     mixup: float | None = None  # alpha of its Beta distribution; None: off
     cutmix: float | None = None
 

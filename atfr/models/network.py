@@ -16,6 +16,7 @@ from atfr.models.conv_as_images import run_as_images
 from atfr.models.packed_forms import NoPackedForm
 from atfr.models.pieces import recomputing
 from atfr.models.program import INPUT, PackedTrunk, Time, Traced
+from atfr.models.repeatable_pools import use_repeatable_pools
 from atfr.models.segments import take
 from atfr.models.sgs_layer import SGS, Sampled, SGSOptions, sample
 from atfr.models.trials import evaluating
@@ -80,6 +81,7 @@ class VideoNet(nn.Module):
         super().__init__()
         self.backbone = backbone.to(memory_format=torch.channels_last_3d)
         run_as_images(self.backbone)
+        use_repeatable_pools(self.backbone)
         self.sgs = nn.ModuleDict()  # a layer each place, under its name with _ for .
         self.execution = "dense"
         self.times: dict[str, Time] = {}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from atfr.models import sgs
 from atfr.models.packed import framewise_pool
 from atfr.models.partition import width_keeping
+from atfr.models.repeatable_pools import needs_deterministic_pool
 from atfr.models.segments import Layout, Segments, shared_gap, unpadded
 
 EMBEDDINGS = ("mlp", "pooled", "frozen")
@@ -130,7 +131,11 @@ class MLPEmbedding(nn.Module):
 
     def pool(self, x: Tensor) -> Tensor:
         """[N, C, T, H, W] -> [N, T, C] in float64, of the rows' means in the type of x: all in float64 takes 20 times as long."""
-        rows = nn.functional.adaptive_avg_pool2d(x.transpose(1, 2).flatten(0, 1), (int(x.shape[3]), 1))  # [N T, C, H, 1]
+        images = x.transpose(1, 2).flatten(0, 1)
+        if needs_deterministic_pool(x):
+            rows = images.mean(dim=3, keepdim=True)
+        else:
+            rows = nn.functional.adaptive_avg_pool2d(images, (int(x.shape[3]), 1))  # [N T, C, H, 1]
         return rows.double().mean(dim=(2, 3)).unflatten(0, (x.shape[0], x.shape[2]))
 
     def forward(self, pooled: Tensor) -> Tensor:
