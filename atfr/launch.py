@@ -175,7 +175,6 @@ def pass_on_signals(folder: Path) -> list[int]:
     A process that has none yet finds the signal in the file `TOLD`.
     """
     came: list[int] = []
-
     first = math.inf
 
     def handle(number: int, frame: FrameType | None) -> None:

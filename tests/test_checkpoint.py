@@ -56,7 +56,8 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_and_says_so(tmp_path):
 
 
 def test_numbers_of_numpy_become_pythons_own_and_older_files_with_them_are_read(tmp_path):
-    values = {"top1": np.float64(0.1), "n": np.int32(3), "on": np.bool_(True), "half": np.float16(0.5), "text": np.str_("x"), "lists": [(np.float32(2),)], "path": tmp_path}
+    values = {"top1": np.float64(0.1), "n": np.int32(3), "on": np.bool_(True), "half": np.float16(0.5), "lists": [(np.float32(2),)]}
+    values |= {"text": np.str_("x"), "path": tmp_path}
     state = {**STATE, "config": {**values, "table": np.arange(3)}, "model": OrderedDict(weight=torch.ones(1))}
     path = tmp_path / "last.pt"
     checkpoint.save(state, path)

@@ -40,7 +40,8 @@ def test_lists_are_the_same_wherever_their_videos_lie(path):
 )  # fmt: skip
 def test_other_rows_are_refused_naming_the_split(rows, tmp_path):
     first, second = contents(source(*ROWS), None), contents(source(*rows), None)
-    with pytest.raises(ValueError, match=f"the training videos, their labels or their order are not those with which {tmp_path} was written: see dataset.root and dataset.train; do this"):
+    message = f"the training videos, their labels or their order are not those with which {tmp_path} was written: see dataset.root and dataset.train; do this"
+    with pytest.raises(ValueError, match=message):
         require_same_contents(first, second, of=tmp_path, way_out="do this")
     for split, name in (("val", "validation"), ("test", "test")):
         with pytest.raises(ValueError, match=f"the {name} videos, .*dataset.{split};"):
@@ -90,21 +91,28 @@ def test_a_run_goes_on_where_its_data_have_moved_and_refuses_other_data(small_vi
     lines = (second / "train.csv").read_text().splitlines(keepends=True)
     (second / "train.csv").write_text("".join([lines[0], *lines[2:], lines[1]]))  # the same rows in another order, which training depends on
     outcome = train(second)
-    assert outcome.code == 1 and "the training videos, their labels or their order are not those" in outcome.err and "choose another trainer.output_dir" in outcome.err, outcome.err
+    assert outcome.code == 1 and "the training videos, their labels or their order are not those" in outcome.err, outcome.err
+    assert "choose another trainer.output_dir" in outcome.err
     (second / "train.csv").write_text("".join(lines))
     (second / "test.csv").write_text("".join((second / "test.csv").read_text().splitlines(keepends=True)[:-1]))
     outcome = train(second)
     assert outcome.code == 1 and "the test videos, their labels or their order" in outcome.err, outcome.err
 
 
-def test_other_bytes_under_the_same_names_are_told_of(small_videos, tmp_path):
+@pytest.mark.parametrize("replaced", ["one", "all"])
+def test_other_files_under_the_same_names_are_refused_and_one_of_them_is_told_of(small_videos, tmp_path, replaced):
+    run = f"trainer.output_dir={tmp_path / 'run'}"
     first = copy_of(small_videos, tmp_path / "first")
-    assert train(first, "trainer.max_steps=1", f"trainer.output_dir={tmp_path / 'run'}").code == 0
+    assert train(first, "trainer.max_steps=1", run).code == 0
     second = copy_of(small_videos, tmp_path / "second")
-    for video in second.glob("*.mp4"):
-        video.write_bytes(video.read_bytes() + b"\0")
-    outcome = train(second, "trainer.max_steps=2", f"trainer.output_dir={tmp_path / 'run'}")
-    assert outcome.code == 0 and outcome.out.count("the training videos have other bytes than those") == 1, outcome.err
+    names = [row.split(",")[0] for row in (second / "train.csv").read_text().splitlines()[1:]]
+    for name in names if replaced == "all" else names[:1]:
+        Path(name).write_bytes(Path(name).read_bytes() + b"\0")
+    outcome = train(second, "trainer.max_steps=2", run)
+    if replaced == "all":
+        assert outcome.code == 1 and "the training videos have the names of those" in outcome.err and "but are other files: see dataset.root" in outcome.err
+    else:
+        assert outcome.code == 0 and outcome.out.count("some training videos are other files than when") == 1, outcome.err
 
 
 def test_jobs_of_a_sweep_over_places_have_run_folders_of_their_own(small_videos, tmp_path, monkeypatch):

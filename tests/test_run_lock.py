@@ -34,11 +34,10 @@ ELSEWHERE = replace(module._this_process(), host="elsewhere", pid=7, machine="an
 
 
 @contextmanager
-def job(folder: Path, seconds: float = 60, script: str = HOLD) -> Iterator[subprocess.Popen]:
+def job(folder: Path, seconds: float = 60) -> Iterator[subprocess.Popen]:
     """A process that holds the lock of a folder, from when this block begins."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(folder), str(seconds)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    command = [sys.executable, "-c", HOLD, str(folder), str(seconds)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
         assert process.stdout.readline() == "held\n", process.stderr.read()
         yield process
@@ -57,9 +56,9 @@ def write(folder: Path, holder: Holder, *, age: float = 0.0, more: str = "") -> 
 
 def test_a_second_job_is_refused_while_the_first_runs_and_not_after_it(tmp_path):
     with job(tmp_path / "run", 1.0) as first:
-        with pytest.raises(ValueError, match=rf"another job works in run folder {tmp_path}/run: process {first.pid} on \S+ since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d; "):
-            with run_lock(tmp_path / "run"):
-                pass
+        message = rf"another job works in run folder {tmp_path}/run: process {first.pid} on \S+ since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d; "
+        with pytest.raises(ValueError, match=message), run_lock(tmp_path / "run"):
+            pass
         assert first.wait(timeout=30) == 0
     with run_lock(tmp_path / "run"):
         assert [path.name for path in (tmp_path / "run").iterdir()] == [NAME]

@@ -35,15 +35,20 @@ def contents(source: VideoSource, start: tuple[str, Path] | None) -> dict[str, s
 def require_same_contents(before: Mapping[str, Any], now: Mapping[str, Any], *, of: Path, way_out: str, warn: bool = True) -> None:
     """Raise ValueError unless a run's files hold what they held when `of` was written; names the first split that changed.
 
-    Videos of the same names that differ in their bytes, such as copies of another size, are only warned of.
+    Of the videos, only a few are looked into: copies of another size are refused, a single file that was replaced is only warned of.
     """
     for split, name in SPLITS.items():
         if before.get(split) != now.get(split):
-            raise ValueError(f"the {name} videos, their labels or their order are not those with which {of} was written: see dataset.root and dataset.{split}; {way_out}")
+            raise ValueError(
+                f"the {name} videos, their labels or their order are not those with which {of} was written: see dataset.root and dataset.{split}; {way_out}"
+            )
     if before.get(START) != now.get(START):
         raise ValueError(f"model.weights or init_from names other weights than those that {of} started from, or none that are there; {way_out}")
-    if warn and before.get(FILES) != now.get(FILES):
-        log.warning("the training videos have other bytes than those with which %s was written: going on with them", of)
+    same = [one == other for one, other in zip(str(before.get(FILES)).split(), str(now.get(FILES)).split())]
+    if same and not any(same):
+        raise ValueError(f"the training videos have the names of those with which {of} was written, but are other files: see dataset.root; {way_out}")
+    if warn and not all(same):
+        log.warning("some training videos are other files than when %s was written: going on with them", of)
 
 
 def same_contents(state: Mapping[str, Any], identity: Mapping[str, Any], *, of: Path, way_out: str, warn: bool) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class StopFlag:
         except Exception as error:
             if self.signal is None or not _may_follow(error):
                 raise
-            raise Interrupted(self.signal, "together with processes that it needs, so it was last saved before that") from error
+            raise Interrupted(self.signal, "and its other processes with it, before it could save") from error
         finally:
             self._where = before
 
@@ -88,7 +88,7 @@ class StopFlag:
         if self._first is None:
             self._first = time.monotonic()
             if number == signal.SIGINT and os.isatty(2) and os.environ.get("RANK", "0") == "0":
-                os.write(2, b"\nstopping and saving; a second Ctrl-C ends at once\n")
+                os.write(2, b"\nstopping; a second Ctrl-C ends at once\n")
         elif time.monotonic() - self._first > ONE_TOLD:
             os._exit(128 + number)
 

@@ -21,7 +21,9 @@ FREE = frozenset(
 # Where files lie. What they hold is compared by `contents.py` instead.
 PLACES = frozenset(
     f"dataset.{name}"
-    for name in ("root", "train", "val", "test", "videos", "annotations", "labels", "classes", "subset", "strip_prefix", "manifest", "clip.cache", "prepare_hint")
+    for name in (
+        *("root", "train", "val", "test", "videos", "annotations", "labels", "classes", "subset", "strip_prefix", "manifest", "clip.cache", "prepare_hint"),
+    )
 )
 START = frozenset(("model.weights", "init_from"))  # the same, where both runs have one
 _ONCE = {"dataset.clip.sampling": "dense", "trainer.accumulate": 1}  # what there was before there was a choice
@@ -52,9 +54,8 @@ def claim_folder(folder: Path, config: Mapping[str, Any], kind: str, *, resume: 
         if different:
             key = different[0]
             more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
-            raise ValueError(
-                f"run folder {folder} holds another experiment: {key} is {before.get(key)!r} there and {now.get(key)!r} here{more}; {way_out(folder, kind)}"
-            )
+            found = f"{key} is {before.get(key)!r} there and {now.get(key)!r} here{more}"
+            raise ValueError(f"run folder {folder} holds another experiment: {found}; {way_out(folder, kind)}")
     write_text(path, yaml.safe_dump(dict(config), sort_keys=False))
 
 
