@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from atfr import launch
 from atfr.engine import checkpoint
 from atfr.engine.determinism import choose_algorithms, explaining_what_is_not_deterministic
+from atfr.engine.interruption import StopFlag
 from atfr.models import repeatable_pools, sgs_layer
 from atfr.models.repeatable_pools import POOLS, use_repeatable_pools
 from atfr.models.sgs_layer import SGSOptions
@@ -156,7 +157,7 @@ def test_testing_and_calibrating_set_what_the_checkpoint_was_trained_with(monkey
     seen = []
     monkeypatch.setattr(launch, "choose_algorithms", lambda **options: seen.append(options))
     settings = SimpleNamespace(accelerator="cpu", devices=None, deterministic=True, tf32=True)
-    launch.on_every_process(lambda ranks: seen.append(ranks.device.type), OmegaConf.create(), settings, program="", folder=Path())
+    launch.on_every_process(lambda ranks: seen.append(ranks.device.type), OmegaConf.create(), settings, program="", folder=Path(), stop=StopFlag(), where="in a test")
     assert seen == [{"deterministic": True, "tf32": True}, "cpu"]
 
 
