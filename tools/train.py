@@ -22,7 +22,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from atfr import jobs
-from atfr.configuration import build, check_root, choices, program, run_folder
+from atfr.configuration import build, check_root, choices, program
 from atfr.data.transforms import Normalizer
 from atfr.engine import checkpoint, distributed
 from atfr.engine.determinism import be_deterministic
@@ -33,6 +33,7 @@ from atfr.engine.run_folder import claim_folder
 from atfr.engine.settings import TrainerSettings
 from atfr.engine.train import Training
 from atfr.launch import on_every_process
+from atfr.run_name import run_folder
 
 
 @program("train")

@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import operator
 import os
+import shlex
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -30,11 +31,13 @@ from atfr.data.files import written_whole
 from atfr.data.records import VideoSource
 from atfr.data.synthetic_scene import CLASSES, DWELLS, PHASES, SPLITS, Timeline, Truth, check_scene, render
 from atfr.data.videolist import videolist
+from atfr.paths import expanded
 
 __all__ = ["CLASSES", "DWELLS", "PHASES", "SPLITS", "Timeline", "Truth", "generate", "render", "synthetic", "write_video"]
 
 VERSION = 1  # raise it with every change to scenes or encoding: old folders are then told apart
 FPS = 16
+SIZE, FRAMES = 56, 36  # pixels a side, frames a video
 MARKER = "dataset.json"
 UNFINISHED = "unfinished.json"  # stands in for the marker while files are being written
 TRUTH_COLUMNS = ("path", "label", "phase_starts", "end", "busyness", "change", "changed_steps")
@@ -55,11 +58,23 @@ class _Spec:
     dwell: str
 
 
-def synthetic(*, root: str, seed: int, train: int, test: int, dwell: str, num_classes: int) -> VideoSource:
-    """The built-in dataset as any other: generated into `root` if it is not there, then read as lists."""
+def synthetic(*, root: str, seed: int, train: int, test: int, dwell: str, num_classes: int, make: bool | None = None) -> VideoSource:
+    """Read the built-in dataset as lists; it is generated into `root` first if it is not there.
+
+    Raises:
+        ValueError: it is not there, and `make` is False.
+    """
     if num_classes != len(CLASSES):
         raise ValueError(f"dataset.num_classes is {num_classes}, but dataset synthetic always has {len(CLASSES)} classes")
-    generate(root, seed=seed, train=train, test=test, dwell=dwell)
+    root = expanded(root, "dataset.root")
+    if make is not False:
+        generate(root, seed=seed, train=train, test=test, dwell=dwell)
+    elif not _is_complete(Path(root), _checked_spec(seed=seed, train=train, test=test, size=SIZE, frames=FRAMES, dwell=dwell)):
+        options = shlex.join([root, "--seed", str(seed), "--train", str(train), "--test", str(test), "--dwell", dwell])
+        raise ValueError(
+            f"dataset synthetic is not in {os.path.abspath(root)}: set dataset.root to the folder that has it,"
+            f" or make it with python scripts/make_synthetic.py {options}"
+        )
     train_list, test_list = (os.path.join(root, f"{split}.csv") for split in SPLITS)
     source = videolist(root=root, train=train_list, test=test_list, class_names=CLASSES, name="synthetic")
     return replace(source, notes={**source.notes, "seed": seed, "dwell": dwell, "version": VERSION})
@@ -71,8 +86,8 @@ def generate(
     seed: int = 0,
     train: int = 2000,
     test: int = 400,
-    size: int = 56,
-    frames: int = 36,
+    size: int = SIZE,
+    frames: int = FRAMES,
     dwell: str = "uneven",
     workers: int | None = None,
 ) -> None:
@@ -90,7 +105,7 @@ def generate(
     """
     spec = _checked_spec(seed=seed, train=train, test=test, size=size, frames=frames, dwell=dwell)
     workers = cores() if workers is None else _integer("workers", workers, least=1)
-    root = Path(root).expanduser()
+    root = Path(expanded(str(root)))
     if _is_complete(root, spec):
         return
 
