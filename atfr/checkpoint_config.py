@@ -12,16 +12,18 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from atfr import jobs
-from atfr.configuration import run_folder
+from atfr.arguments import is_override, parse, value_text
 from atfr.data.records import VideoSource
 from atfr.engine import checkpoint
 from atfr.engine.distributed import Ranks
 from atfr.models.network import VideoNet
+from atfr.paths import expanded
+from atfr.run_name import run_folder
 
 OF_THE_COMMAND = ("checkpoint", "format")  # keys that say what to do with the network, and are not its config's
 
@@ -73,24 +75,23 @@ def given_overrides(arguments: list[str]) -> list[str]:
     return keys
 
 
-def is_override(argument: str) -> bool:
-    return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
-
-
 def like_the_checkpoint(arguments: list[str]) -> list[str]:
     """The arguments, with the config groups that the checkpoint was trained with for hydra to compose from."""
-    # In quotes, without which hydra would not take the = and , that a folder's name may have.
-    unquoted = {a: a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("checkpoint=")}
-    quoted = ["checkpoint='" + unquoted[a].replace("'", "\\'") + "'" if a in unquoted else a for a in arguments]
+    named = [override for override in map(parse, arguments) if override is not None and override.key_or_group == "checkpoint"]
     try:
-        chosen = read(Path(list(unquoted.values())[-1]))["choices"] if unquoted else {}
-        given = {*given_overrides(quoted), "experiment"}
-    except (ValueError, OSError, OverrideParseException):
-        return quoted  # main or hydra says what is wrong
+        chosen = read(checkpoint_file(value_text(named[-1])))["choices"] if named and not named[-1].is_sweep_override() else {}
+        given = {*given_overrides(arguments), "experiment"}
+    except (ValueError, OSError, HydraException):
+        return arguments  # main or hydra says what is wrong
     # Nor does a group inside one that is given, such as model/sgs in another model, come from the checkpoint.
     groups = [f"{group}={choice}" for group, choice in chosen.items() if not {group, group.split("/")[0]} & given]
-    first = next((i for i, argument in enumerate(quoted) if is_override(argument)), len(quoted))
-    return [*quoted[:first], *groups, *quoted[first:]]
+    first = next((i for i, argument in enumerate(arguments) if is_override(argument)), len(arguments))
+    return [*arguments[:first], *groups, *arguments[first:]]
+
+
+def checkpoint_file(value: str) -> Path:
+    """The file that `checkpoint=` names: a checkpoint, or a run folder's best one."""
+    return jobs.weights_file(expanded(str(value), "checkpoint"), "checkpoint")
 
 
 def test_videos(config: DictConfig, state: dict[str, Any], path: Path, ranks: Ranks) -> VideoSource:
@@ -99,7 +100,7 @@ def test_videos(config: DictConfig, state: dict[str, Any], path: Path, ranks: Ra
     Raises:
         ValueError: there are none to test, or they have other classes than the checkpoint.
     """
-    source = jobs.load_source(config, ranks)
+    source = jobs.load_source(config, ranks, make=False)
     jobs.require_videos(source, "test")
     if list(source.class_names) != state["class_names"]:
         raise ValueError(

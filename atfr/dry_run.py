@@ -38,17 +38,19 @@ def print_plan(config: DictConfig, settings: TrainerSettings, *, folder: Path) -
     cpu = Ranks(0, 1, torch.device("cpu"))
     source, problem = None, None
     try:
-        source = jobs.load_source(config, cpu)
+        source = jobs.load_source(config, cpu, make=False)
     except (ValueError, OSError) as error:
         problem = error  # what can be said without the data comes first
     num_classes = len(source.class_names) if source else OmegaConf.select(config, "dataset.num_classes") or 400
     _print_section("options", options_table(config))
     _print_section("launch", _aligned({**launch_facts(settings), "run folder": str(folder)}))
     _print_section("network", network_table(config, num_classes))
-    if source is None:
+    if source is None and config.dataset._target_ != jobs.SYNTHETIC:
         print("\ndata", flush=True)
         raise problem
-    _print_section("data", _aligned(data_facts(source, config, settings)))
+    facts = data_facts(source) if source else {"videos": f"{config.dataset.train} train, {config.dataset.test} test; generated first, under {config.dataset.root}"}
+    videos = len(source.train) if source else config.dataset.train
+    _print_section("data", _aligned({**facts, **step_facts(videos, config, settings)}))
 
 
 def _print_section(title: str, lines: Iterable[str]) -> None:
@@ -138,22 +140,25 @@ def launch_facts(settings: TrainerSettings) -> dict[str, str]:
     }
 
 
-def data_facts(source: VideoSource, config: DictConfig, settings: TrainerSettings) -> dict[str, str]:
-    """How many videos, classes and steps there are."""
+def data_facts(source: VideoSource) -> dict[str, str]:
+    """How many videos and classes there are."""
     facts = {
         "dataset": f"{source.name}, {len(source.class_names)} classes; root {source.notes.get('root', '')}",
         "videos": ", ".join(f"{len(getattr(source, split))} {split}" for split in ("train", "val", "test")),
     }
     missing = {split: len(paths) for split, paths in source.missing.items() if paths}
-    if missing:
-        facts["missing"] = ", ".join(f"{count} {split}" for split, count in missing.items())
-    if source.train:
-        epoch = len(TrainSampler(len(source.train), seed=0, global_batch=settings.batch_size))
-        epoch = min(epoch, settings.overfit_batches or epoch)
-        total = epoch * settings.epochs
-        stop = f", stops after {settings.max_steps}" if settings.max_steps is not None else ""
-        warmup = config.schedule.get("warmup", 0) * total
-        facts["steps"] = f"{epoch} an epoch, {total:,} in {settings.epochs} epochs{stop}; warm-up {warmup:.0f} steps"
+    return {**facts, "missing": ", ".join(f"{count} {split}" for split, count in missing.items())} if missing else facts
+
+
+def step_facts(videos: int, config: DictConfig, settings: TrainerSettings) -> dict[str, str]:
+    """How many optimizer steps so many training videos make, and what a test video gets."""
     clip = config.dataset.clip
-    facts["test"] = f"{clip.views} views x {clip.crops} crops a video" if settings.test else "none (trainer.test=false)"
-    return facts
+    facts = {"test": f"{clip.views} views x {clip.crops} crops a video" if settings.test else "none (trainer.test=false)"}
+    if not videos:
+        return facts
+    epoch = len(TrainSampler(videos, seed=0, global_batch=settings.batch_size))
+    epoch = min(epoch, settings.overfit_batches or epoch)
+    total = epoch * settings.epochs
+    stop = f", stops after {settings.max_steps}" if settings.max_steps is not None else ""
+    warmup = config.schedule.get("warmup", 0) * total
+    return {"steps": f"{epoch} an epoch, {total:,} in {settings.epochs} epochs{stop}; warm-up {warmup:.0f} steps", **facts}

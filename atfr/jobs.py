@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from contextlib import nullcontext
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
@@ -27,14 +28,20 @@ from atfr.engine.settings import TrainerSettings, precision_dtype
 from atfr.models.network import VideoNet
 from atfr.models.weights import load_pretrained
 
+# Options of `dataset.clip` that concern training only, or speed only. All others are part of a test's protocol.
+NOT_OF_A_TEST = ("train_short_side", "train_scale", "flip", "randaugment", "color_jitter", "erasing", "cache")
+SYNTHETIC = "atfr.data.synthetic.synthetic"  # the dataset that can be generated
 
-def load_source(config: DictConfig, ranks: Ranks) -> VideoSource:
+
+def load_source(config: DictConfig, ranks: Ranks, *, make: bool = True) -> VideoSource:
     """The dataset's videos, the same on all processes, without those for training that `dataset.manifest` knows to be bad.
 
-    The main process comes first, since it may have to generate them. It prints the warnings about the lists.
+    The main process comes first, since it may have to generate them: `make` says whether it does so where `dataset.make` is
+    null. It prints the warnings about the lists.
     """
+    extra = {} if make or config.dataset.get("make") is not None or config.dataset._target_ != SYNTHETIC else {"make": False}
     with distributed.main_first(ranks):
-        source = build(config.dataset, "dataset")
+        source = build(config.dataset, "dataset", **extra)
     manifest = config.dataset.get("manifest")
     if manifest is not None and source.train:
         listed = len(source.train)
@@ -109,6 +116,9 @@ def build_model(config: DictConfig, *, num_classes: int, ranks: Ranks, seed: int
     """
     if ranks.is_main:
         warn_of_ignored(config)
+    dropout = config.model.get("dropout", 0.0)
+    if isinstance(dropout, (int, float)) and not 0 <= dropout < 1:
+        raise ValueError(f"model.dropout must be at least 0 and below 1, not {dropout}")
     torch.manual_seed(seed)
     model: VideoNet = build(config.model, "model", num_classes=num_classes)
     try:
@@ -142,9 +152,25 @@ def weights_given(config: DictConfig) -> tuple[str, Path] | None:
     if weights is not None and start is not None:
         raise ValueError(f"model.weights={weights} and init_from={start} both say what to start from: set one of them to null")
     if start is None:
-        return None if weights is None else ("model.weights", Path(str(weights)).expanduser())
-    path = Path(str(start)).expanduser()
-    return "init_from", path / "checkpoints" / "best.pt" if path.is_dir() else path
+        return None if weights is None else ("model.weights", weights_file(weights, "model.weights"))
+    return "init_from", weights_file(start, "init_from")
+
+
+def weights_file(value: str, option: str) -> Path:
+    """The file that an option names: the value, or of a run folder its best checkpoint.
+
+    Raises:
+        ValueError: the value is a folder without one; names the checkpoints that are there.
+    """
+    path = Path(str(value))
+    if not path.is_dir():
+        return path
+    best = path / "checkpoints" / "best.pt"
+    if not best.exists():
+        others = [*sorted(path.glob("*.pt")), *sorted(path.glob("checkpoints/*.pt"))] or sorted(path.iterdir())
+        listed = ", ".join(str(other.relative_to(path)) for other in others[:8]) + (", ..." if len(others) > 8 else "")
+        raise ValueError(f"{option}={path} is a folder without checkpoints/best.pt; it holds {listed or 'nothing'}")
+    return best
 
 
 def gflops_table(model: VideoNet, clip: ClipSettings) -> GflopsTable:
@@ -207,36 +233,34 @@ def test_and_report(
     checkpoint: Path,
     stop: StopFlag | None = None,
 ) -> None:
-    """Test with all views; write `results.json` and `predictions.csv`, and print the table."""
+    """Test with all views; write `results.json`, `predictions.csv` and the config of the test, and print the table."""
     evaluation = run_views(model, source.test, clip, views=clip.views, crops=clip.crops, settings=settings, ranks=ranks, title="test", stop=stop)
     if not ranks.is_main:
         return
     with stop.at_once("during the test") if stop else nullcontext():
         table = gflops_table(model, clip)
-        summary = results.summarise(evaluation, table, protocol=protocol(config, clip, source, settings, ranks, checkpoint=checkpoint))
+        summary = results.summarise(evaluation, table, protocol=protocol(config, model, clip, source, settings, ranks, checkpoint=checkpoint))
         results.write_results(summary, folder)
         results.write_predictions(evaluation, table, folder, class_names=source.class_names)
+        write_text(folder / "test_config.yaml", OmegaConf.to_yaml(config, resolve=True))
     for video in evaluation.failed.values():
         print(_printable(f"failed: {video.path}: {video.reason}"))
     print(results.as_table(summary, folder=folder))
 
 
 def protocol(
-    config: DictConfig, clip: ClipSettings, source: VideoSource, settings: TrainerSettings, ranks: Ranks, *, checkpoint: Path
+    config: DictConfig, model: VideoNet, clip: ClipSettings, source: VideoSource, settings: TrainerSettings, ranks: Ranks, *, checkpoint: Path
 ) -> dict[str, Any]:
-    """What was tested and how, as `results.json` has it."""
+    """What was tested and how, as `results.json` has it: every option that changes predictions."""
     return {
-        "frames": clip.frames,
-        "sampling": clip.sampling,
-        "stride": clip.stride if clip.sampling == "dense" else None,
-        "views": clip.views,
-        "crops": clip.crops,
-        "crop_size": clip.crop_size,
-        "short_side": clip.test_short_side,
+        **{field.name: getattr(clip, field.name) for field in fields(clip) if field.name not in NOT_OF_A_TEST},
+        **({"stride": None} if clip.sampling == "segments" else {}),
         "dataset": source.name,
         "split": "test",
         "checkpoint": str(checkpoint),
         "model": {key: value for key, value in OmegaConf.to_container(config.model, resolve=True).items() if key not in ("clip", "clips")},
+        "execution": model.execution,
+        "compile": settings.compile,
         "precision": str(precision_dtype(settings.precision, ranks.device)).removeprefix("torch."),
         "tf32": settings.tf32 and ranks.device.type == "cuda",
         **source.notes,

@@ -26,7 +26,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from atfr.configuration import as_text, in_sweep
+from atfr.command_errors import CLOSED_PIPE, JobFailed, as_text, output_is_closed
 from atfr.engine import distributed
 from atfr.engine.determinism import choose_algorithms, explaining_what_is_not_deterministic
 from atfr.engine.distributed import Ranks
@@ -34,6 +34,7 @@ from atfr.engine.interruption import FROM_BATCH_SYSTEM, ONE_TOLD, TRY_AGAIN, Int
 from atfr.engine.place import find_place
 from atfr.engine.run_lock import run_lock
 from atfr.engine.settings import TrainerSettings
+from atfr.run_name import in_sweep
 
 PARENT, ERRORS = "ATFR_PARENT", "ATFR_ERRORS"  # a started process's parent, and the folder of its file: empty, or why it failed
 TOLD = "told"  # the file there with the signal that came
@@ -89,6 +90,8 @@ def _on_every_process(work: Callable[[Ranks], None], config: DictConfig, setting
         with explaining_what_is_not_deterministic():
             work(ranks)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and output_is_closed():
+            sys.exit(CLOSED_PIPE)
         if find_place(os.environ).launcher == "none":
             raise
         # Nor does it leave the group, for which it might wait for ever.
@@ -154,9 +157,12 @@ def start_processes(count: int, program: str, folder: Path) -> None:
             if passed_on:
                 saved = any(failure.exitcode == TRY_AGAIN for failure in error.failures.values())
                 sys.exit(TRY_AGAIN if saved else 128 + passed_on[0])
-            print(first_error(Path(errors), error), file=sys.stderr, flush=True)
+            if any(failure.exitcode == CLOSED_PIPE for failure in error.failures.values()):
+                sys.exit(CLOSED_PIPE)
+            text = first_error(Path(errors), error)
+            print(text, file=sys.stderr, flush=True)
             if in_sweep() and "SUBMITIT_EXECUTOR" not in os.environ:
-                raise RuntimeError("a process of this job failed, see above") from None  # the sweep's other jobs still run
+                raise JobFailed(text) from None  # the sweep's other jobs still run
             sys.exit(1)
         except SignalException as stopped:
             sys.exit(128 + stopped.sigval)

@@ -14,6 +14,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from atfr.arguments import is_sweep
+from atfr.paths import expand_home
+
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SOURCE = "# Source: "
 UNPUBLISHED = "not published"  # how the source of a recipe of ours begins
@@ -99,12 +102,27 @@ def with_recipe(config: DictConfig) -> tuple[DictConfig, list[str]]:
         composed = compose(hydra.job.config_name, overrides, return_hydra_config=True)
     except HydraException as error:
         raise ValueError(f"experiment={recipe.name}: {' '.join(str(error).split())}") from error
+    expand_home(composed)
     _remember(composed.hydra.runtime.choices)
     with open_dict(composed):
         del composed["hydra"]
     if composed.get("init_from") is not None and not is_given("model.weights", given):
         composed.model.weights = None  # the command says what to start from
     return composed, _lines(composed, recipe, chosen, given)
+
+
+def with_experiment(arguments: list[str]) -> list[str] | None:
+    """Add the recipe's experiment to a command that hydra cannot compose without it, such as one that sets an option of its schedule.
+
+    Returns:
+        None where the command has a recipe of its own, is a sweep, or there is none.
+    """
+    if is_given("experiment", arguments) or is_sweep(arguments):
+        return None
+    given = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
+    chosen = {group: given.get(group, default) for group, default in (("model", "x3d_sgs"), ("dataset", "synthetic"))}
+    recipe = find_recipe(size=given.get("model.size"), **chosen)
+    return None if recipe is None else [*arguments, f"experiment={recipe.name}", *(f"{group}={choice}" for group, choice in chosen.items() if group not in given)]
 
 
 def is_given(key: str, overrides: Sequence[str]) -> bool:

@@ -1,7 +1,7 @@
 """The mean over the official splits of UCF101 or HMDB51, from the run folders of trainings that differ in nothing else.
 
     python tools/train.py -m dataset=ucf101 dataset.split=1,2,3
-    python scripts/mean_over_splits.py runs/sweep/dataset.split-*_dataset-ucf101
+    python scripts/mean_over_splits.py runs/sweep/dataset.split-*_dataset-ucf101*
 
 Prints each run and the mean with the standard deviation over runs (of a sample, divisor n - 1).
 """
@@ -20,7 +20,7 @@ import yaml
 from atfr.engine.run_folder import FREE, flat
 
 # What follows from the split, or says where and by which copy of the code a run was made.
-_OF_THE_RUN = ("official_split", "lists", "videos", "missing", "decoders", "checkpoint", "commit")
+_OF_THE_RUN = ("official_split", "lists", "videos", "missing", "failed", "decoders", "checkpoint", "commit")
 _CONFIG = ("dataset.split", *(FREE - {"trainer.max_steps"}))
 _COLUMNS = ("top-1 (%)", "mean class accuracy (%)", "GFLOPs")
 

@@ -14,6 +14,7 @@ Options: configs/prepare.yaml.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 
@@ -58,7 +59,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name, least in (("short_side", 2), ("keyframe", 1), ("processes", 1), ("timeout_s", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is not None and not least <= value < math.inf:
                 raise ValueError(f"{name} is {value}, it must be at least {least}")
         if self.encode and self.output is None:
             raise ValueError("encode=true needs a folder for the copies; add output=DIR to the command")
@@ -79,7 +80,7 @@ def main(config: DictConfig) -> None:
     root = Path(source.notes["root"])
     videos = listed_videos(source, str(root))
     say_missing(videos, source.name, hint=config.dataset.get("prepare_hint"))
-    output = Path(os.path.abspath(Path(settings.output).expanduser())) if settings.output else root
+    output = Path(os.path.abspath(settings.output)) if settings.output else root
     run = {"processes": settings.processes or cores(), "timeout_s": settings.timeout_s}
     bad: dict[str, Probe] = {}
     if settings.encode:

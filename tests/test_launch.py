@@ -160,15 +160,6 @@ def test_processes_on_different_devices_or_on_one_gpu_do_not_begin():
         meeting._require_devices([account("cuda", "a", "1"), account("cuda", "a", "2"), account("cuda", "a", "1")])
 
 
-@pytest.mark.slow
-def test_a_task_of_srun_whose_sibling_is_killed_says_so_in_one_line(small_videos, tmp_path):
-    """As under an srun without --kill-on-bad-exit."""
-    job = small_job(small_videos, tmp_path, "trainer.accelerator=cpu", "optimizer._target_=launched_parts.failing_optimizer", "+optimizer.kind=killed")
-    first, second = two_tasks(job, job, job=os.getpid() + 2)
-    assert second.wait(timeout=120) == -signal.SIGKILL
-    _, err = first.communicate(timeout=60)
-    assert first.returncode == 1 and err.splitlines()[-1].startswith("error: another process of this job ended, see its output") and "Traceback" not in err, err
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failing", ["0", "1"])

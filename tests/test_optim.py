@@ -6,12 +6,17 @@ import math
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from run_tools import run_tool, small_job
+from test_configs import composed
 from torch import nn
 
+from atfr.configuration import build
 from atfr.engine.optim import adamw, cosine, multistep, sgd, step
+from atfr.jobs import clip_settings
 
 BETAS = (0.9, 0.99)
+NAN, INF = math.nan, math.inf
 
 
 class Net(nn.Module):
@@ -64,13 +69,13 @@ def test_after_the_warm_up_the_step_schedules_are_torchs():
 
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     expected = reference(torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[60, 85], gamma=0.2))
-    got = [multistep(i, 100, warmup=0.0, start_factor=0.1, milestones=[0.6, 0.85], gamma=0.2) for i in range(100)]
+    got = [multistep(warmup=0.0, start_factor=0.1, milestones=[0.6, 0.85], gamma=0.2)(i, 100) for i in range(100)]
     assert got == pytest.approx(expected)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     expected = reference(torch.optim.lr_scheduler.StepLR(optimizer, step_size=30, gamma=0.2))
-    got = [step(i, 100, warmup=0.0, start_factor=0.1, every=0.3, gamma=0.2) for i in range(100)]
+    got = [step(warmup=0.0, start_factor=0.1, every=0.3, gamma=0.2)(i, 100) for i in range(100)]
     assert got == pytest.approx(expected)
-    assert [step(i, 100, warmup=0.1, start_factor=0.5, every=0.3, gamma=0.2) for i in (0, 5, 10, 29, 30)] == pytest.approx([0.5, 0.75, 1, 1, 0.2])
+    assert [step(warmup=0.1, start_factor=0.5, every=0.3, gamma=0.2)(i, 100) for i in (0, 5, 10, 29, 30)] == pytest.approx([0.5, 0.75, 1, 1, 0.2])
 
 
 def test_the_cosine_after_the_warm_up_is_torchs():
@@ -82,7 +87,7 @@ def test_the_cosine_after_the_warm_up_is_torchs():
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    assert [cosine(i, 100, warmup=0.2, start_factor=0.1, end_factor=0.05) for i in range(100)] == pytest.approx(expected)
+    assert [cosine(warmup=0.2, start_factor=0.1, end_factor=0.05)(i, 100) for i in range(100)] == pytest.approx(expected)
 
 
 def test_a_cosine_from_the_start_is_slowfasts():
@@ -90,15 +95,62 @@ def test_a_cosine_from_the_start_is_slowfasts():
     total, warm, base = 196, 34, 0.1
     curve = [base * 0.5 * (math.cos(n / total * math.pi) + 1) for n in range(total)]
     expected = [0.01 + (curve[warm] - 0.01) * n / warm for n in range(warm)] + curve[warm:]
-    got = [base * cosine(n, total, warmup=warm / total, start_factor=0.1, end_factor=0.0, from_start=True) for n in range(total)]
+    got = [base * cosine(warmup=warm / total, start_factor=0.1, end_factor=0.0, from_start=True)(n, total) for n in range(total)]
     assert got == pytest.approx(expected) and max(got) < 0.095
 
 
-def test_a_schedule_that_makes_no_sense_is_refused_by_its_key():
-    with pytest.raises(ValueError, match="schedule.milestones"):
-        multistep(0, 10, warmup=0.0, start_factor=0.1, milestones=[30, 60], gamma=0.1)
-    with pytest.raises(ValueError, match="schedule.every"):
-        step(0, 10, warmup=0.0, start_factor=0.1, every=30, gamma=0.1)
+@pytest.mark.parametrize(
+    "group,key,values",
+    [
+        *((f"optimizer={kind}", f"optimizer.{name}", (-0.1, NAN, INF)) for kind in ("sgd", "adamw") for name in ("lr", "weight_decay", "head_lr")),
+        ("optimizer=sgd", "optimizer.momentum", (-0.1, 1.0, NAN, 0)),  # 0: with nesterov
+        ("optimizer=adamw", "optimizer.betas", ([0.9], [0.9, 1.0], [-0.1, 0.9], [NAN, 0.9])),
+        *((f"schedule={kind}", "schedule.warmup", (-0.1, 1.0, NAN)) for kind in ("cosine", "multistep", "step")),
+        *((f"schedule={kind}", "schedule.start_factor", (-0.1, NAN, INF)) for kind in ("cosine", "multistep", "step")),
+        ("schedule=cosine", "schedule.end_factor", (-0.1, NAN, INF)),
+        *((f"schedule={kind}", "schedule.gamma", (0, -0.1, 1.1, NAN)) for kind in ("multistep", "step")),
+        ("schedule=multistep", "schedule.milestones", ([0.6, 1.5], [0], [NAN])),
+        ("schedule=step", "schedule.every", (0, 30, NAN)),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_its_key_before_the_first_step(group, key, values):
+    part, config = group.split("=")[0], composed(group)
+    extra = {"model": Net()} if part == "optimizer" else {}
+    build(config[part], part, **extra)
+    for value in values:
+        OmegaConf.update(config, key, value)
+        with pytest.raises(ValueError, match=key):
+            build(config[part], part, **extra)
+
+
+@pytest.mark.parametrize(
+    "key,values",
+    [
+        *((f"trainer.{name}", (-1, NAN)) for name in ("timeout_s", "workers", "batch_size", "skip_nonfinite", "label_smoothing")),
+        *((f"trainer.{name}", (0, -1, NAN, INF)) for name in ("mixup", "cutmix", "clip_norm", "ema")),
+        *((f"dataset.clip.{name}", (0, -1, NAN, INF)) for name in ("fps", "fallback_fps")),
+        *((f"dataset.clip.{name}", (-0.1, 1.1, NAN)) for name in ("flip", "erasing")),
+        ("dataset.clip.train_scale", ([0, 1], [0.5, NAN], [0.5, 2])),
+        ("dataset.clip.color_jitter", ([0.4, NAN, 0.4, 0.1], [0.4, 0.4, -1, 0.1], [INF, 0, 0, 0])),
+        ("dataset.clip.mean", ([0.4, NAN, 0.4],)),
+        ("dataset.clip.std", ([0.2, NAN, 0.2], [0.2, 0, 0.2], [INF, 1, 1])),
+        *((f"model.sgs.{name}", (0, -1, NAN, INF)) for name in ("width", "target")),
+        ("model.sgs.evenness", (-0.1, NAN, 1.5)),
+        ("model.sgs.drawn", ([0, 1], [NAN, 1], [0.2,INF])),
+    ],
+)
+def test_other_values_out_of_range_are_refused_by_their_name(key, values):
+    (part, _, name), config = key.rpartition("."), composed()
+    for value in values:
+        OmegaConf.update(config, key, value)
+        with pytest.raises(ValueError, match=name):
+            clip_settings(config) if part == "dataset.clip" else build(OmegaConf.select(config, part), part)
+
+
+def test_a_network_without_a_sensible_dropout_is_refused():
+    for value in ("-0.1", "1.0", "nan"):
+        outcome = run_tool("flops", "dataset=synthetic", f"model.dropout={value}")
+        assert outcome.code == 1 and outcome.err.startswith("error: model.dropout must be at least 0 and below 1"), outcome.err
 
 
 @pytest.mark.parametrize("schedule", ["step", "multistep"])

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 from test_train import SETTINGS, batch, train
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import video
 
 from atfr.models.backbones.slowfast import slowfast
 from atfr.models.backbones.x3d import x3d
 from atfr.models.network import VideoNet
-from atfr.models.pieces import Recomputed, blocks
+from atfr.models.pieces import Recomputed
 from atfr.models.sgs_layer import NonFiniteFeatures, SGSOptions
 
 ATFR = SGSOptions(similarity="partition", kernel="mean", scale="absolute", width=0.6, order="time", embedding="pooled", before_activation=False, after="stem")

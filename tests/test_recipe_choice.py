@@ -135,3 +135,26 @@ def test_the_network_of_the_quickstart_is_tiny_by_its_recipe_and_only_there():
         count[dataset] = json.loads(outcome.out)["params"]
     assert count["synthetic"] < 1e6 < count["ucf101"]
     assert "dataset" not in (ROOT / "configs/model/x3d.yaml").read_text()
+
+
+def test_a_dry_run_of_the_quickstart_generates_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = plan()
+    assert code == 0, err
+    assert "2000 train, 400 test; generated first, under data/synthetic" in out and "125 an epoch, 500 in 4 epochs; warm-up 50 steps" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_option_that_only_the_recipe_has_can_be_set(tmp_path, monkeypatch):
+    data = miniature("kinetics400", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    small = [option for option in SMALL if not option.startswith("model.size")]
+    code, out, err = plan(*data, "model=r3d", *small, "schedule.milestones=[0.25,0.5]")
+    assert code == 0, err
+    assert option(out, "schedule.gamma") == ("0.1", "configs/experiment/base/torchvision.yaml")
+    assert re.search(r"schedule.milestones +\[0.25, 0.5\] +command line", out)
+
+
+def test_only_a_training_can_be_tried_without_running():
+    outcome = run_tool("flops", "model=x3d", "dry_run=true")
+    assert outcome.code == 1 and outcome.err.strip() == "error: dry_run=true is an option of tools/train.py alone"

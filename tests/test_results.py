@@ -67,7 +67,7 @@ def test_the_results_hold_every_key_of_the_contract(tmp_path):
     assert "fvcore" in gflops["convention"]
     assert results["bins"] == {"mean": 7.0, "min": 1, "max": 16, "frames": 16, "histogram": {"1": 1, "4": 1, "16": 1}}
     assert results["clips_per_second"] == pytest.approx(2.0)
-    assert results["protocol"].keys() == {"dataset", "decoders", "commit"}
+    assert results["protocol"].keys() == {"dataset", "failed", "decoders", "commit"}
     assert results["protocol"]["decoders"] == {"pyav": 1, "decord": 1}
     assert json.loads(write_results(results, tmp_path).read_text()) == results
     text = as_table(results, folder=tmp_path)

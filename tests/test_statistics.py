@@ -94,7 +94,7 @@ def test_weight_decay_spares_biases_and_norms():
 
 def test_the_cosine_schedule_passes_through_its_known_points():
     def factor(step):
-        return cosine(step, 100, warmup=0.1, start_factor=0.2, end_factor=0.01)
+        return cosine(warmup=0.1, start_factor=0.2, end_factor=0.01)(step, 100)
 
     assert factor(0) == pytest.approx(0.2)
     assert factor(5) == pytest.approx(0.6)

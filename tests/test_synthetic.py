@@ -12,10 +12,14 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
+from run_tools import run_tool
+from test_configs import composed
 
 from atfr.data import synthetic
 from atfr.data import synthetic_scene as scene
 from atfr.data.synthetic import CLASSES, PHASES, generate, render
+from atfr.engine import checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMALL = {"seed": 3, "train": 16, "test": 8}
@@ -313,3 +317,22 @@ def test_the_script_writes_a_dataset_and_reports_a_mistake_in_one_line(tmp_path)
     assert len(list(tmp_path.rglob("*.mp4"))) == 3
     refused = run("--train", "4", "--test", "1")
     assert refused.returncode == 1 and refused.stderr.startswith("make_synthetic: ") and refused.stderr.count("\n") == 1
+
+
+def test_a_test_of_videos_that_are_not_there_says_how_to_make_them_and_makes_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["dataset.root=here", "dataset.train=8", "dataset.test=9"]
+    config = OmegaConf.to_container(composed(*small), resolve=True)
+    checkpoint.save({"model": {}, "config": config, "choices": {}, "class_names": list(CLASSES)}, Path("run/checkpoints/best.pt"))
+    for tool, *arguments in (("test", "checkpoint=run"), ("export", "checkpoint=run"), ("calibrate", *small, "init_from=run")):
+        outcome = run_tool(tool, *arguments)
+        assert outcome.code == 1 and outcome.err.splitlines() == [
+            f"error: dataset synthetic is not in {tmp_path}/here: set dataset.root to the folder that has it, or make it with"
+            " python scripts/make_synthetic.py here --seed 0 --train 8 --test 9 --dwell uneven"
+        ]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    with pytest.raises(ValueError, match="is not in"):
+        synthetic.synthetic(root="here", seed=0, train=8, test=9, dwell="uneven", num_classes=8, make=False)
+    generate("here", train=8, test=9, workers=1)
+    found = synthetic.synthetic(root="here", seed=0, train=8, test=9, dwell="uneven", num_classes=8, make=False)
+    assert (len(found.train), len(found.test)) == (8, 9)

@@ -195,7 +195,7 @@ def test_a_kill_while_the_state_before_a_damaged_one_takes_its_place_does_not_be
         (["model/sgs=nope"], "model/sgs=nope does not exist; choose one of atfr, dense, frozen, none, random, reference, stride, uniform"),
         (["model=x3d", "model/sgs=reference"], "this model has none: take its twin, model=NAME_sgs"),
         (["optimizer=[sgd"], "optimizer=[sgd is not understood ("),
-        (["model.nope=3"], "Could not override 'model.nope'"),
+        (["model.nope=3"], "model.nope is not an option; there are model.size"),
         (["trainer.epochs=${nothing}"], "Interpolation key 'nothing' not found"),
     ],
 )

@@ -466,10 +466,12 @@ def test_a_training_starts_from_the_averaged_weights_of_another_run_with_its_own
 
 
 def test_of_a_run_folder_the_best_checkpoint_is_read(small_videos, tmp_path):
+    outcome = run_tool("train", *small_job(small_videos, tmp_path / "run", "model=x3d", f"init_from={tmp_path}"))
+    assert outcome.code == 1 and outcome.err.strip().splitlines()[-1].startswith(f"error: init_from={tmp_path} is a folder without checkpoints/best.pt")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/best.pt").touch()
     config = OmegaConf.create({"model": {}, "init_from": str(tmp_path)})
     assert weights_given(config) == ("init_from", tmp_path / "checkpoints/best.pt")
-    outcome = run_tool("train", *small_job(small_videos, tmp_path / "run", "model=x3d", f"init_from={tmp_path}"))
-    assert outcome.code == 1 and outcome.err.strip().splitlines()[-1].startswith(f"error: init_from={tmp_path}/checkpoints/best.pt does not exist")
 
 
 def test_a_file_that_is_not_there_ends_a_training_in_one_line(small_videos, tmp_path):

@@ -26,7 +26,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from atfr import jobs
-from atfr.configuration import build, check_root, choices, program, run_folder
+from atfr.configuration import build, check_root, choices, program
 from atfr.data.records import VideoSource
 from atfr.data.transforms import Normalizer
 from atfr.engine import checkpoint, distributed, results
@@ -39,6 +39,7 @@ from atfr.engine.statistics import calibrate_width, clips_for_statistics, refres
 from atfr.launch import on_every_process
 from atfr.models.network import VideoNet
 from atfr.recipe import with_recipe
+from atfr.run_name import run_folder
 
 
 @program("calibrate")
@@ -46,9 +47,10 @@ def main(config: DictConfig) -> None:
     config, _ = with_recipe(config)
     check_root(config)
     settings: TrainerSettings = build(config.trainer, "trainer")
-    budgets = [float(budget) for budget in config.budgets]
-    if not budgets or not all(0 < budget <= 1 for budget in budgets):
-        raise ValueError(f"budgets={budgets} must be shares of the dense GFLOPs, above 0 and at most 1")
+    budgets = OmegaConf.to_object(config).get("budgets")
+    if not isinstance(budgets, list) or not budgets or not all(isinstance(budget, (int, float)) and 0 < budget <= 1 for budget in budgets):
+        raise ValueError(f"budgets={budgets} must be shares of the dense GFLOPs, above 0 and at most 1, in a list such as [0.4,0.6]")
+    budgets = [float(budget) for budget in budgets]
     if jobs.weights_given(config) is None:
         raise ValueError("model.weights is not set, nor init_from: it names the trained network that SGS is put into")
     folder, stop = run_folder(settings.output_dir, under="calibrated"), listen()
@@ -57,7 +59,7 @@ def main(config: DictConfig) -> None:
 
 
 def calibrate(config: DictConfig, settings: TrainerSettings, ranks: distributed.Ranks, budgets: list[float], folder: Path) -> None:
-    clip, source = jobs.clip_settings(config), jobs.load_source(config, ranks)
+    clip, source = jobs.clip_settings(config), jobs.load_source(config, ranks, make=False)
     jobs.require_videos(source, "train", "test")
     model = jobs.build_model(config, num_classes=len(source.class_names), ranks=ranks, seed=settings.seed, pretrained=True)
     if not model.sgs:
@@ -88,7 +90,7 @@ def calibrate(config: DictConfig, settings: TrainerSettings, ranks: distributed.
                 model, source.test, clip, views=clip.views, crops=clip.crops, settings=settings, ranks=ranks, title=f"budget {budget:g}"
             )
             saved = folder / "checkpoints" / f"budget-{budget:g}.pt"
-            protocol = jobs.protocol(config, clip, source, settings, ranks, checkpoint=saved)
+            protocol = jobs.protocol(config, model, clip, source, settings, ranks, checkpoint=saved)
             with distributed.main_first(ranks):  # the others wait: counting a network's GFLOPs may take long
                 if ranks.is_main:
                     done[budget] = {"budget": budget, "share": shares[budget], "contents": files, **results.summarise(evaluation, table, protocol=protocol)}

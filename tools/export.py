@@ -1,6 +1,6 @@
 """Export a checkpoint's network, and check what was exported on real clips.
 
-    python tools/export.py checkpoint=runs/default/checkpoints/best.pt
+    python tools/export.py checkpoint=runs/default     # its best.pt, or any file of its checkpoints/
     python tools/export.py checkpoint=... format=onnx
 
 Writes export/model.pt2 (format=torch_export) or export/model.onnx into the checkpoint's run folder,
@@ -12,7 +12,6 @@ network itself; where the two differ the command ends with exit code 1.
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Sequence
 
@@ -33,11 +32,11 @@ LOOKED_AT = 24  # clips of the test split among which those with different B' ar
 CHECKED = 4  # of these, besides those with frames held
 
 
-@program("export")
+@program("export", arguments=checkpoint_config.like_the_checkpoint)
 def main(config: DictConfig) -> None:
     check_root(config)
     export.check_format(config.format)
-    path, format = Path(config.checkpoint), config.format
+    path, format = checkpoint_config.checkpoint_file(config.checkpoint), config.format
     state = checkpoint_config.read(path)
     file = checkpoint_config.results_folder(path, config.trainer.output_dir) / "export" / export.FILES[format]
     config = checkpoint_config.with_overrides(state, config)
@@ -86,5 +85,4 @@ def different_clips(model: VideoNet, videos: Sequence[Video], settings: ClipSett
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = checkpoint_config.like_the_checkpoint(sys.argv[1:])
     main()

@@ -25,7 +25,9 @@ def main(config: DictConfig) -> None:
         config, _ = with_recipe(config)  # what a training on this dataset takes
     check_root(config)
     clip = jobs.clip_settings(config)
-    classes = config.num_classes or 400
+    classes = 400 if config.num_classes is None else config.num_classes
+    if not isinstance(classes, int) or classes < 1:
+        raise ValueError(f"num_classes must be at least 1, or null, not {classes}")
     model = jobs.build_model(config, num_classes=classes, ranks=Ranks(0, 1, torch.device("cpu")))
     table = jobs.gflops_table(model, clip)
     params = sum(parameter.numel() for parameter in model.parameters())

@@ -1,10 +1,10 @@
 """Test a checkpoint with several views of each video.
 
-    python tools/test.py checkpoint=runs/default/checkpoints/best.pt
+    python tools/test.py checkpoint=runs/default                     # its best.pt, or any file of its checkpoints/
     python tools/test.py checkpoint=... dataset.clip.views=10 model.sgs.num_bins=8
 
-Writes results.json and predictions.csv into the checkpoint's run folder, or into
-trainer.output_dir. The config is the one that the checkpoint was trained with; overrides change it.
+Writes results.json, predictions.csv and test_config.yaml, the whole config, into the checkpoint's run
+folder, or into trainer.output_dir. The config is the one that the checkpoint was trained with; overrides change it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ if __name__ == "__main__":
     listen()  # before the imports, which take seconds
 
 # ruff: noqa: E402
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,10 @@ from atfr.engine.settings import TrainerSettings
 from atfr.launch import on_every_process
 
 
-@program("test")
+@program("test", arguments=checkpoint_config.like_the_checkpoint)
 def main(config: DictConfig) -> None:
     check_root(config)
-    path = Path(config.checkpoint)
+    path = checkpoint_config.checkpoint_file(config.checkpoint)
     state = checkpoint_config.read(path)
     folder = checkpoint_config.results_folder(path, config.trainer.output_dir)
     config = checkpoint_config.with_overrides(state, config)
@@ -54,5 +53,4 @@ def test(config: DictConfig, state: dict[str, Any], path: Path, settings: Traine
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = checkpoint_config.like_the_checkpoint(sys.argv[1:])
     main()

@@ -25,7 +25,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from atfr import jobs
-from atfr.configuration import build, check_root, choices, program, run_folder
+from atfr.configuration import build, check_root, choices, program, take_dry_run
 from atfr.data.transforms import Normalizer
 from atfr.dry_run import print_plan
 from atfr.engine import checkpoint, distributed
@@ -37,22 +37,23 @@ from atfr.engine.run_folder import claim_folder
 from atfr.engine.settings import TrainerSettings
 from atfr.engine.train import Training
 from atfr.launch import on_every_process
-from atfr.recipe import require_weights, with_recipe
+from atfr.recipe import require_weights, with_experiment, with_recipe
+from atfr.run_name import run_folder
 
 
-@program("train")
+@program("train", otherwise=with_experiment)
 def main(config: DictConfig) -> None:
     config, lines = with_recipe(config)
+    dry_run = take_dry_run(config)
     check_root(config)
     require_weights(config)
     settings: TrainerSettings = build(config.trainer, "trainer")
     folder, stop = run_folder(settings.output_dir), listen()
-    if config.dry_run:
+    if dry_run:
         if find_place(os.environ).rank == 0:
             print(*lines, sep="\n")
             print_plan(config, settings, folder=folder)
         return
-    del config.dry_run  # no option of the experiment
     work = partial(train_and_test, config, settings, folder=folder, stop=stop, lines=lines)
     on_every_process(work, config, settings, program=__file__, folder=folder, alone=True, stop=stop, where="before training")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +30,7 @@ from atfr.data.sampling import (
 from atfr.data.time_limit import TimeLimit
 from atfr.data.transforms import TrainTransform, test_crops
 from atfr.data.warn_once import warn_once
+from atfr.paths import expanded
 
 _ATTEMPTS = 10
 
@@ -72,7 +74,7 @@ class ClipSettings:
         self._require(0 <= self.flip <= 1, "flip", "a probability in [0, 1]")
         for name in ("fps", "fallback_fps"):
             value = getattr(self, name)
-            self._require(value is None or value > 0, name, "above 0, or null")
+            self._require(value is None or 0 < value < math.inf, name, "above 0, or null")
         self._check_augmentation()
         self._require(self.test_short_side >= self.crop_size, "test_short_side", f"at least crop_size={self.crop_size}")
         side = self.train_short_side
@@ -83,14 +85,14 @@ class ClipSettings:
             scale = self.train_scale
             ordered = len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
             self._require(ordered, "train_scale", "[lo, hi] with 0 < lo <= hi <= 1, or null")
-        self._require(len(self.mean) == 3, "mean", "three numbers, one a channel")
-        self._require(len(self.std) == 3 and min(self.std) > 0, "std", "three positive numbers, one a channel")
+        self._require(len(self.mean) == 3 and all(map(math.isfinite, self.mean)), "mean", "three numbers, one a channel")
+        self._require(len(self.std) == 3 and all(0 < value < math.inf for value in self.std), "std", "three positive numbers, one a channel")
 
     def _check_augmentation(self) -> None:
         rand, jitter, erasing = self.randaugment, self.color_jitter, self.erasing
         good = rand is None or (len(rand) == 2 and rand[0] >= 1 and 0 <= rand[1] <= 30)
         self._require(good, "randaugment", "[operations, magnitude] with operations >= 1 and 0 <= magnitude <= 30, or null")
-        good = jitter is None or (len(jitter) == 4 and min(jitter) >= 0 and jitter[3] <= 0.5)
+        good = jitter is None or (len(jitter) == 4 and all(0 <= value < math.inf for value in jitter) and jitter[3] <= 0.5)
         self._require(good, "color_jitter", "[brightness, contrast, saturation, hue], none negative and hue <= 0.5, or null")
         self._require(erasing is None or 0 <= erasing <= 1, "erasing", "a probability in [0, 1], or null")
 
@@ -112,7 +114,7 @@ class ClipSettings:
         if self.cache is None:
             return read()
         settings = (self.frames, self.stride, self.fps, self.fallback_fps, self.sampling, self.decoder)
-        return cached(read, Path(self.cache).expanduser(), path, (*settings, short_side, *key))
+        return cached(read, Path(expanded(self.cache, "dataset.clip.cache")), path, (*settings, short_side, *key))
 
     @property
     def interval(self) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
 from atfr.data.annotations import Annotation, check_classes, find_file, labelled, open_root, read_lines, under, video_source

@@ -15,6 +15,7 @@ import csv
 import json
 import operator
 import os
+import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -28,12 +29,14 @@ from atfr.data.files import written_whole
 from atfr.data.records import VideoSource
 from atfr.data.synthetic_scene import CLASSES, DWELLS, PHASES, SPLITS, Timeline, Truth, check_scene, render
 from atfr.data.videolist import videolist
+from atfr.paths import expanded
 from atfr.progress import watched
 
 __all__ = ["CLASSES", "DWELLS", "PHASES", "SPLITS", "Timeline", "Truth", "generate", "render", "synthetic", "write_video"]
 
 VERSION = 1  # raise it with every change to scenes or encoding: old folders are then told apart
 FPS = 16
+SIZE, FRAMES = 56, 36  # pixels a side, frames a video
 MARKER = "dataset.json"
 UNFINISHED = "unfinished.json"  # stands in for the marker while files are being written
 TRUTH_COLUMNS = ("path", "label", "phase_starts", "end", "busyness", "change", "changed_steps")
@@ -57,11 +60,23 @@ class _Spec:
 _Job = tuple[Path, _Spec, str, int]  # root, parameters, split, number of the video
 
 
-def synthetic(*, root: str, seed: int, train: int, test: int, dwell: str, num_classes: int) -> VideoSource:
-    """The built-in dataset as any other: generated into `root` if it is not there, then read as lists."""
+def synthetic(*, root: str, seed: int, train: int, test: int, dwell: str, num_classes: int, make: bool | None = None) -> VideoSource:
+    """Read the built-in dataset as lists; it is generated into `root` first if it is not there.
+
+    Raises:
+        ValueError: it is not there, and `make` is False.
+    """
     if num_classes != len(CLASSES):
         raise ValueError(f"dataset.num_classes is {num_classes}, but dataset synthetic always has {len(CLASSES)} classes")
-    generate(root, seed=seed, train=train, test=test, dwell=dwell)
+    root = expanded(root, "dataset.root")
+    if make is not False:
+        generate(root, seed=seed, train=train, test=test, dwell=dwell)
+    elif not _is_complete(Path(root), _checked_spec(seed=seed, train=train, test=test, size=SIZE, frames=FRAMES, dwell=dwell)):
+        options = shlex.join([root, "--seed", str(seed), "--train", str(train), "--test", str(test), "--dwell", dwell])
+        raise ValueError(
+            f"dataset synthetic is not in {os.path.abspath(root)}: set dataset.root to the folder that has it,"
+            f" or make it with python scripts/make_synthetic.py {options}"
+        )
     train_list, test_list = (os.path.join(root, f"{split}.csv") for split in SPLITS)
     source = videolist(root=root, train=train_list, test=test_list, class_names=CLASSES, name="synthetic")
     return replace(source, notes={**source.notes, "seed": seed, "dwell": dwell, "version": VERSION})
@@ -73,8 +88,8 @@ def generate(
     seed: int = 0,
     train: int = 2000,
     test: int = 400,
-    size: int = 56,
-    frames: int = 36,
+    size: int = SIZE,
+    frames: int = FRAMES,
     dwell: str = "uneven",
     workers: int | None = None,
 ) -> None:
@@ -92,7 +107,7 @@ def generate(
     """
     spec = _checked_spec(seed=seed, train=train, test=test, size=size, frames=frames, dwell=dwell)
     workers = cores() if workers is None else _integer("workers", workers, least=1)
-    root = Path(root).expanduser()
+    root = Path(expanded(str(root)))
     if _is_complete(root, spec):
         return
 

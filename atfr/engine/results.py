@@ -80,7 +80,7 @@ def summarise(evaluation: Evaluation, table: GflopsTable, *, protocol: dict[str,
         },
         "bins": bins,
         "clips_per_second": evaluation.clips_per_second,
-        "protocol": {**protocol, "decoders": decoders, "commit": _commit()},
+        "protocol": {**protocol, "failed": len(evaluation.failed), "decoders": decoders, "commit": _commit()},
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -50,10 +51,10 @@ class TrainerSettings:
         at_least_zero = ("seed", "workers", "statistics_clips", "save_every", "timeout_s", "skip_nonfinite", "overfit_batches", "profile")
         for name in at_least_one + at_least_zero:
             value, least = getattr(self, name), int(name in at_least_one)
-            if value is not None and value < least:
+            if value is not None and not value >= least:
                 raise ValueError(f"trainer.{name} must be at least {least}, not {value}")
         for name in ("mixup", "cutmix"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"trainer.{name} must be above 0 or null, not {getattr(self, name)}")
         if self.compile and self.sync_batch_norm:
             raise ValueError("trainer.compile=true compiles batch norms, which trainer.sync_batch_norm=true replaces: set one of them to false")
@@ -63,7 +64,7 @@ class TrainerSettings:
             raise ValueError(f"trainer.ema must be above 0 and below 1 or null, not {self.ema}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"trainer.label_smoothing must be at least 0 and below 1, not {self.label_smoothing}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise ValueError(f"trainer.clip_norm must be above 0 or null, not {self.clip_norm}")
 
 

@@ -75,7 +75,7 @@ class SGSOptions:
             raise ValueError(f"sgs embedding_dim ({self.embedding_dim}) and grid ({self.grid}) must be at least 1")
         if not 0 < self.target <= 1:
             raise ValueError(f"sgs target is a share of the frames, above 0 and at most 1, not {self.target}")
-        if self.width is not None and not self.width > 0:
+        if self.width is not None and not 0 < self.width < math.inf:
             raise ValueError(f"sgs width must be above 0, not {self.width}")
         if self.width is not None and self.scale != "absolute":
             raise ValueError("sgs width is one bin width for all clips, which scale=relative has not: set scale=absolute")
