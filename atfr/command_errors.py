@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Callable, TextIO
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
@@ -36,11 +37,14 @@ def as_text(error: Exception) -> str:
 
     ATFR_TRACEBACK=1 in the environment makes it the traceback of any.
     """
-    loader = type(error) is RuntimeError and str(error).startswith("DataLoader")
     mendable = isinstance(error, (ValueError, OSError, FloatingPointError, VideoError, OmegaConfBaseException))
-    if os.environ.get("ATFR_TRACEBACK") == "1" or not (mendable or loader):
+    hint = ""
+    if type(error) is RuntimeError and str(error).startswith("DataLoader"):
+        hint = "; a video may be stuck or memory short: see trainer.timeout_s and trainer.workers"
+    elif isinstance(error, torch.OutOfMemoryError):
+        hint = "; run a batch in parts with trainer.accumulate=2 or more, set trainer.checkpoint_activations=true, or lower trainer.batch_size"
+    if os.environ.get("ATFR_TRACEBACK") == "1" or not (mendable or hint):
         return "".join(traceback.format_exception(error)).rstrip()
-    hint = "; a video may be stuck or memory short: see trainer.timeout_s and trainer.workers" if loader else ""
     return f"error: {' '.join(str(error).split())}{hint}"
 
 

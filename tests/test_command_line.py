@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
@@ -18,7 +19,7 @@ from run_tools import ROOT, run_script, run_tool, small_job
 
 from atfr import run_name
 from atfr.arguments import quote_where_needed
-from atfr.command_errors import explain, is_of_the_command
+from atfr.command_errors import as_text, explain, is_of_the_command
 from atfr.paths import expand_home
 from atfr.run_name import folder_name
 
@@ -216,3 +217,9 @@ def test_a_run_folder_stands_for_its_best_checkpoint_and_one_without_lists_what_
         outcome = run_tool(tool, *(small_job(small_videos, tmp_path / "other") if option != "checkpoint" else []), f"{option}={tmp_path}/run")
         message = f"error: {option}={tmp_path}/run is a folder without checkpoints/best.pt; it holds checkpoints/last-1.pt, checkpoints/last.pt"
         assert outcome.code == 1 and outcome.err.splitlines()[-1] == message, outcome.err
+
+
+def test_a_batch_that_does_not_fit_into_the_gpu_names_the_options_that_make_it_smaller():
+    text = as_text(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB"))
+    assert text.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB; run a batch in parts with trainer.accumulate=2 or more")
+    assert "\n" not in text
