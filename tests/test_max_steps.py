@@ -32,7 +32,7 @@ def run(folder: Path, **settings: Any) -> Training:
     training = Training(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
-        learning_rate_factor=lambda step, total: cosine(step, total, warmup=0.2, start_factor=0.1, end_factor=0.0),
+        learning_rate_factor=lambda step, total: cosine(warmup=0.2, start_factor=0.1, end_factor=0.0)(step, total),
         batches=lambda epoch, start: BATCHES[start:],
         steps_per_epoch=3,
         validate=lambda: {"top1": TOP1.get(training.step, 90.0)},
