@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 # Keys of a group that others read, and that its own target does not take.
 SHARED_KEYS = {"model": ("clip", "clips", "weights"), "dataset": ("clip", "model_size", "manifest")}
 # What a config has at its top.
-ROOT_KEYS = ("dataset", "model", "optimizer", "schedule", "trainer", "experiment", "init_from", "checkpoint", "format", "json", "num_classes", "budgets", "refresh_batch_norm")
+ROOT_KEYS = ("dataset", "model", "optimizer", "schedule", "trainer", "experiment", "dry_run", "init_from", "checkpoint", "format", "json", "num_classes", "budgets", "refresh_batch_norm")
 
 
 def build(node: DictConfig, key: str, **extra: Any) -> Any:

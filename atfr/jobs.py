@@ -37,6 +37,7 @@ def load_source(config: DictConfig, ranks: Ranks, *, make: bool = True) -> Video
     """The dataset's videos, the same on all processes, without those for training that `dataset.manifest` knows to be bad.
 
     The main process comes first, since it may have to generate them. `make` is whether it does so where `dataset.make` is null.
+    It prints the warnings about the lists.
     """
     extra = {} if make or config.dataset.get("make") is not None or config.dataset._target_ != SYNTHETIC else {"make": False}
     with distributed.main_first(ranks):
@@ -49,6 +50,9 @@ def load_source(config: DictConfig, ranks: Ranks, *, make: bool = True) -> Video
             noted = source.notes["manifest"]
             others = f", which does not have {noted['not_in_it']} others" if noted["not_in_it"] else ""
             print(f"{source.name}: {noted['left_out']} of the {listed} training videos are left out, bad by {noted['file']}{others}", flush=True)
+    if ranks.is_main:
+        for warning in source.warnings:
+            print(_printable(f"warning: {warning}"), flush=True)
     lists = {f"{split} videos": _fingerprint(getattr(source, split)) for split in ("train", "val", "test")}
     classes = {f"class {number}": name for number, name in enumerate(source.class_names)}
     distributed.require_same({**lists, **classes}, of="videos or classes", remedy=f"{source.name} must be the same on all machines")
@@ -78,7 +82,21 @@ def report_missing(source: VideoSource, folder: Path) -> None:
         listed = len(videos) + source.notes["videos"][split]
         shown = ", ".join(videos[:3]) + (", ..." if len(videos) > 3 else "")
         line = f"{source.name}: {len(videos)} of the {listed} {split} videos are not there and left out ({shown}); {path} names them all"
-        print(line.encode(errors="backslashreplace").decode(), flush=True)
+        print(_printable(line), flush=True)
+
+
+def say_what_chooses_the_epoch(source: VideoSource, config: DictConfig, settings: TrainerSettings) -> None:
+    """Print a line if the epoch is chosen on the test videos, which makes its accuracy optimistic."""
+    if source.notes.get("validation") != "test list" or settings.epochs <= settings.eval_every:
+        return
+    others = "set dataset.val=LIST to choose it on others, or " if "val" in config.dataset else ""
+    last = f"trainer.eval_every={settings.epochs} to test the last epoch"
+    print(f"validation: {source.name} has no validation list, so the test videos choose the best epoch; {others}{last}", flush=True)
+
+
+def _printable(line: str) -> str:
+    """A line that may name files whose names are not UTF-8."""
+    return line.encode(errors="backslashreplace").decode()
 
 
 def clip_settings(config: DictConfig) -> ClipSettings:
@@ -113,6 +131,15 @@ def build_model(config: DictConfig, *, num_classes: int, ranks: Ranks, seed: int
         if ranks.is_main:
             print(report.as_table(), flush=True)
     return model.to(ranks.device)
+
+
+def check_batch_norm(model: VideoNet, clip: ClipSettings, settings: TrainerSettings, ranks: Ranks) -> None:
+    """Raise ValueError if a process runs clips one by one and they are too small for batch norm in training."""
+    if settings.sync_batch_norm and ranks.world > 1:
+        return
+    shares = {settings.batch_size // ranks.world, -(-settings.batch_size // ranks.world)}
+    if any(len(part) == 1 for share in shares for part in torch.empty(share).chunk(settings.accumulate)):
+        model.check_training(clip.frames, clip.crop_size, clip.crop_size)
 
 
 def weights_given(config: DictConfig) -> tuple[str, Path] | None:
@@ -216,8 +243,8 @@ def test_and_report(
         results.write_results(summary, folder)
         results.write_predictions(evaluation, table, folder, class_names=source.class_names)
         write_text(folder / "test_config.yaml", OmegaConf.to_yaml(config, resolve=True))
-    for path, reason in evaluation.failed.items():
-        print(f"failed: {path}: {reason}".encode(errors="backslashreplace").decode())
+    for video in evaluation.failed.values():
+        print(_printable(f"failed: {video.path}: {video.reason}"))
     print(results.as_table(summary, folder=folder))
 
 
@@ -235,5 +262,6 @@ def protocol(
         "execution": model.execution,
         "compile": settings.compile,
         "precision": str(precision_dtype(settings.precision, ranks.device)).removeprefix("torch."),
+        "tf32": settings.tf32 and ranks.device.type == "cuda",
         **source.notes,
     }

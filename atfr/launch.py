@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 import signal
 import sys
 import tempfile
-from contextlib import suppress
+import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Callable
@@ -26,9 +28,11 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from atfr.command_errors import CLOSED_PIPE, JobFailed, as_text, output_is_closed
 from atfr.engine import distributed
+from atfr.engine.determinism import choose_algorithms, explaining_what_is_not_deterministic
 from atfr.engine.distributed import Ranks
-from atfr.engine.interruption import SIGNALS, TRY_AGAIN
+from atfr.engine.interruption import FROM_BATCH_SYSTEM, ONE_TOLD, TRY_AGAIN, Interrupted, StopFlag, end, heeded
 from atfr.engine.place import find_place
+from atfr.engine.run_lock import run_lock
 from atfr.engine.settings import TrainerSettings
 from atfr.run_name import in_sweep
 
@@ -36,15 +40,45 @@ PARENT, ERRORS = "ATFR_PARENT", "ATFR_ERRORS"  # a started process's parent, and
 TOLD = "told"  # the file there with the signal that came
 
 
-def on_every_process(work: Callable[[Ranks], None], config: DictConfig, settings: TrainerSettings, *, program: str, folder: Path) -> None:
+def on_every_process(
+    work: Callable[[Ranks], None],
+    config: DictConfig,
+    settings: TrainerSettings,
+    *,
+    program: str,
+    folder: Path,
+    stop: StopFlag,
+    where: str,
+    alone: bool = False,
+) -> None:
     """Call `work` on every process with its ranks, after they have joined and compared their configs.
 
-    An error in one of several ends its process at once, with exit code 1, so that its launcher ends the others.
+    An error in one of several ends its process at once, with exit code 1, so that its launcher ends the others. A
+    signal ends the program at once, as `interruption.end` does, except where `work` looks at the flag itself.
 
     Args:
         program: the file to run in the processes that are started here.
         folder: where the results go, which in a sweep depends on more than a process's overrides.
+        where: what the program does, to be said when a signal ends it.
+        alone: refuse to work in a folder in which another job works (`run_lock`).
     """
+
+    def with_lock(ranks: Ranks) -> None:
+        if alone:
+            distributed.require_shared(folder, ranks)
+        with run_lock(folder, stop) if alone and ranks.is_main else nullcontext():
+            work(ranks)
+
+    try:
+        with stop.at_once(where):
+            _on_every_process(with_lock, config, settings, program=program, folder=folder)
+    except Interrupted as error:
+        distributed.stop()
+        end(error, is_main=find_place(os.environ).rank == 0)
+
+
+def _on_every_process(work: Callable[[Ranks], None], config: DictConfig, settings: TrainerSettings, *, program: str, folder: Path) -> None:
+    choose_algorithms(deterministic=settings.deterministic, tf32=settings.tf32)
     count = processes_to_start(settings.accelerator, settings.devices)
     if count > 1:
         start_processes(count, program, folder)
@@ -53,7 +87,8 @@ def on_every_process(work: Callable[[Ranks], None], config: DictConfig, settings
     try:
         ranks = distributed.start(accelerator=settings.accelerator, devices=settings.devices)
         distributed.require_same(OmegaConf.to_container(config), of="configs", remedy="start all of them with the same command")
-        work(ranks)
+        with explaining_what_is_not_deterministic():
+            work(ranks)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and output_is_closed():
             sys.exit(CLOSED_PIPE)
@@ -114,7 +149,7 @@ def start_processes(count: int, program: str, folder: Path) -> None:
                     local_addr="localhost",
                     max_restarts=0,
                     logs_specs=DefaultLogsSpecs(log_dir=logs),
-                    signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # SIGTERM would leave the processes 30 s to save
+                    signals_to_handle="SIGQUIT",  # the others would leave the processes 30 s to save
                 ),
                 sys.executable,
             )(program, *arguments)
@@ -146,15 +181,21 @@ def pass_on_signals(folder: Path) -> list[int]:
     A process that has none yet finds the signal in the file `TOLD`.
     """
     came: list[int] = []
+    first = math.inf
 
     def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal first
         came.append(number)
+        first = min(first, time.monotonic())
         (folder / TOLD).write_text(str(number))
-        for path in _files(folder):
+        processes = _files(folder)
+        for path in processes:
             with suppress(ProcessLookupError):
-                os.kill(int(path.name), number)
+                os.kill(int(path.name), number)  # which ends it at once, if it is the second
+        if not processes and number not in FROM_BATCH_SYSTEM and time.monotonic() - first > ONE_TOLD:
+            os._exit(128 + number)
 
-    for number in SIGNALS:
+    for number in heeded():
         signal.signal(number, handle)
     return came
 

@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from atfr.arguments import parse, value_text
+from atfr.engine.run_folder import PLACES
 
 SWEPT = "ATFR_SWEPT"  # in a job's environment: the keys with several values in its sweep, separated by commas; see atfr.sweep
 LONGEST = 100  # letters of a name
@@ -25,14 +26,15 @@ def run_folder(output_dir: str | None, *, under: str = "") -> Path:
     """`trainer.output_dir`, or a folder under runs/ (and there under `under`) named after the command's overrides.
 
     The name is the same for the same command, in whatever order its overrides are, so that running it again resumes; it has no
-    date. In a sweep the overrides that differ between its jobs come first.
+    date. It leaves out where the data lie: of a list, it has the file's name without its folder. In a sweep the overrides that
+    differ between its jobs come first, whole.
     """
     if output_dir is not None:
         return Path(output_dir)
     overrides, free = list(HydraConfig.get().overrides.task), HydraConfig.get().job.config.override_dirname.exclude_keys
     swept = swept_part(overrides) if in_sweep() else []
     rest = [override for override in overrides if override not in swept and _key(override) not in free]
-    name = folder_name([*sorted(map(_plain, swept)), *sorted(map(_plain, rest))])
+    name = folder_name([*sorted(map(_plain, swept)), *sorted(map(_without_folder, map(_plain, rest)))])
     return Path("runs", under, "sweep", name) if in_sweep() else Path("runs", under, name)
 
 
@@ -51,8 +53,14 @@ def folder_name(overrides: list[str]) -> str:
     return name
 
 
+def _without_folder(override: str) -> str:
+    """The override with the name of its file or folder alone, where it says where data lie."""
+    key, _, value = override.partition("=")
+    return f"{key}={os.path.basename(value)}" if key.lstrip("+") in PLACES and not value.startswith("[") else override
+
+
 def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+")
+    return override.partition("=")[0].lstrip("+~")
 
 
 def _plain(override: str) -> str:

@@ -11,7 +11,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, read_write
 
 from atfr.arguments import parse, quoted
-from atfr.engine.interruption import SIGNALS
+from atfr.engine.interruption import heeded
 from atfr.run_name import SWEPT
 
 
@@ -21,7 +21,7 @@ class NeedsSlurm(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         if not config.hydra.launcher._target_.endswith(".SlurmLauncher"):
             return
-        for number in SIGNALS:
+        for number in heeded():
             signal.signal(number, signal.SIG_DFL)  # this process only waits for the jobs, and has nothing to save
         if shutil.which("srun") is None:
             print("error: hydra/launcher=slurm needs SLURM, and there is no srun on this machine: start the sweep where sbatch works, or leave the launcher out", file=sys.stderr)

@@ -43,7 +43,7 @@ from PIL import Image
 from torch import Tensor
 
 from atfr.data.dataset import ClipSettings, TrainClips
-from atfr.data.decode import Decoded, Pick, read_clip
+from atfr.data.decode import Decoded, Pick, PickByTime, read_clip
 from atfr.data.encode import h264_file
 from atfr.data.loader import TrainSampler, train_loader
 from atfr.data.readers import scaled_size
@@ -58,7 +58,7 @@ SAVED = Path(__file__).parent / "results" / "loader_speed-cpu.txt"
 class Bare(ClipSettings):
     """Reads with the libraries themselves, in files as they are written here."""
 
-    def read(self, path: str, pick: Pick, *, short_side: int, key: tuple) -> Decoded:
+    def read(self, path: str, pick: Pick, *, pick_by_time: PickByTime | None = None, short_side: int, key: tuple) -> Decoded:
         read = bare_jpgs if os.path.isdir(path) else bare_video
         return Decoded(read(path, pick, short_side), "bare", 0, RATE)
 

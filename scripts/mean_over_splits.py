@@ -21,7 +21,7 @@ from atfr.engine.run_folder import FREE, flat
 
 # What follows from the split, or says where and by which copy of the code a run was made.
 _OF_THE_RUN = ("official_split", "lists", "videos", "missing", "failed", "decoders", "checkpoint", "commit")
-_CONFIG = ("dataset.split", *(f"trainer.{name}" for name in FREE))
+_CONFIG = ("dataset.split", *(FREE - {"trainer.max_steps"}))
 _COLUMNS = ("top-1 (%)", "mean class accuracy (%)", "GFLOPs")
 
 

@@ -16,8 +16,15 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # during the imports, which take seconds
+
+# ruff: noqa: E402
 import shlex
 import shutil
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +75,8 @@ def main(config: DictConfig) -> None:
     if not allowed:
         config.dataset.allow_missing = True  # they are listed, whatever training will make of them
     source: VideoSource = build(config.dataset, "dataset")
+    for warning in source.warnings:
+        say(f"warning: {warning}")
     root = Path(source.notes["root"])
     videos = listed_videos(source, str(root))
     say_missing(videos, source.name, hint=config.dataset.get("prepare_hint"))
@@ -134,4 +143,9 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("stopped by SIGINT; the same command goes on", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -13,19 +13,23 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-SOURCE = "# Source: "
+from atfr.recipe import CONFIGS, recipes
+
 COLUMNS = ("`experiment=`", "network", "from", "clip", "batch", "rate", "epochs", "warm-up", "schedule", "decay", "views x crops", "source")
 TEXT = """# Training recipes
 
 Made by `python scripts/recipes.py --output docs/recipes.md` from `configs/experiment/`, where each value has its source beside it.
 
 ```
-python tools/train.py experiment=slowfast/kinetics400 dataset.root=/data/k400               # as published
-python tools/train.py experiment=slowfast/kinetics400 model=slowfast_sgs dataset.root=...   # the same with SGS
-python tools/train.py experiment=base/pyslowfast model=i3d dataset=kinetics600 ...          # a recipe for what it was not published for
-python tools/train.py -m experiment=finetune/ucf101 model=x3d_sgs model.weights=X3D_S.pyth dataset.split=1,2,3
+python tools/train.py dataset=kinetics400 model=slowfast dataset.root=/data/k400            # experiment=slowfast/kinetics400, as published
+python tools/train.py dataset=kinetics400 model=slowfast_sgs dataset.root=...               # the same with SGS
+python tools/train.py experiment=base/pyslowfast model=i3d dataset=kinetics600 ...          # a recipe of one's own choice
+python tools/train.py -m dataset=ucf101 model=x3d_sgs model.weights=X3D_S.pyth dataset.split=1,2,3
 ```
+
+Without `experiment=` the recipe NETWORK/DATASET_SIZE or NETWORK/DATASET runs. Where there is none: on another Kinetics set that of
+Kinetics-400, on UCF101 and HMDB51 finetune/DATASET, on Something-Something base/pyslowfast_ssv2. Recipes that start from
+Kinetics weights need `model.weights=FILE`, or `model.weights=null` to train from scratch.
 
 Warm-up and milestones are in epochs here, and shares of all steps in the files, so `trainer.epochs=100` stretches all of them. The rate is
 for the global batch beside it. With another batch, scale it alike (Goyal et al., 2017): with `trainer.batch_size=32` where 64 goes with
@@ -62,16 +66,6 @@ def document() -> str:
     """The whole of docs/recipes.md."""
     rows = [COLUMNS, tuple("---" for _ in COLUMNS), *(row(name, source) for name, source in recipes().items())]
     return TEXT + "".join(f"| {' | '.join(cells)} |\n" for cells in rows) + NOTES
-
-
-def recipes() -> dict[str, str]:
-    """The names of all recipes, in order, and where their values come from."""
-    found = {}
-    for path in sorted((CONFIGS / "experiment").rglob("*.yaml")):
-        source = [line.removeprefix(SOURCE) for line in path.read_text(encoding="utf-8").splitlines() if line.startswith(SOURCE)]
-        if source:
-            found[str(path.relative_to(CONFIGS / "experiment").with_suffix(""))] = source[0]
-    return found
 
 
 def row(name: str, source: str) -> tuple[str, ...]:

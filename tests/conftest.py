@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from devices import hide_gpus, number_of_gpus
 from video_files import write_video
 
+hide_gpus()
 torch.set_num_threads(1)  # the networks are small, and the tests run in parallel
 
 
@@ -18,6 +20,16 @@ torch.set_num_threads(1)  # the networks are small, and the tests run in paralle
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow tests first: one that starts last would be waited for alone."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests that need more GPUs than there are."""
+    marker = item.get_closest_marker("gpu")
+    if marker is not None:
+        needed = marker.args[0] if marker.args else 1
+        if (found := number_of_gpus(needed)) < needed:
+            pytest.skip(f"needs {needed} GPU(s), and torch sees {found}")
 
 
 @pytest.fixture(autouse=True)

@@ -25,10 +25,10 @@ _steps = itertools.count(50 * os.getpid())  # test processes that run beside eac
 class Job:
     """One program of tools/ as so many processes, rank 0 first, as torchrun or srun start them; a single one has no launcher."""
 
-    def __init__(self, name: str, *arguments: str, processes: int = 1, launcher: str = "torchrun", output: Path | None = None) -> None:
-        """`output` gets what all of them print."""
+    def __init__(self, name: str, *arguments: str, processes: int = 1, launcher: str = "torchrun", output: Path | None = None, **environment: str) -> None:
+        """`output` gets what all of them print; `environment` is added to ours."""
         places = {"torchrun": torchrun_places, "srun": srun_places}[launcher](processes) if processes > 1 else [{}]
-        self.processes = [start_tool(name, *arguments, output=output, **place) for place in places]
+        self.processes = [start_tool(name, *arguments, output=output, **environment, **place) for place in places]
 
     def wait(self, seconds: float = 300) -> list[int]:
         """The exit codes, once all have ended."""

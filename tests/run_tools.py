@@ -13,6 +13,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from atfr.engine.interruption import SIGNALS
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +36,7 @@ def run_script(script: str, *arguments: str) -> Outcome:
     """The same of any program of the repository."""
     out, err = io.StringIO(), io.StringIO()
     before, sys.argv = sys.argv, [str(ROOT / script), *arguments]
+    deterministic = torch.are_deterministic_algorithms_enabled()
     level, handlers = logging.root.level, {number: signal.getsignal(number) for number in SIGNALS}
     code = 0
     try:
@@ -45,6 +48,8 @@ def run_script(script: str, *arguments: str) -> Outcome:
         sys.argv = before
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        if torch.are_deterministic_algorithms_enabled() != deterministic:
+            torch.use_deterministic_algorithms(deterministic)
         logging.root.setLevel(level)  # hydra sets it, and may disable all loggers there are, for good
         for logger in logging.root.manager.loggerDict.values():
             if isinstance(logger, logging.Logger):
@@ -52,20 +57,20 @@ def run_script(script: str, *arguments: str) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
-def torchrun(processes: int, name: str, *arguments: str) -> Outcome:
+def torchrun(processes: int, name: str, *arguments: str, **environment: str) -> Outcome:
     """A program of tools/ on several processes of this machine."""
-    return torchrun_script(processes, f"tools/{name}.py", *arguments)
+    return torchrun_script(processes, f"tools/{name}.py", *arguments, **environment)
 
 
-def torchrun_script(processes: int, script: str, *arguments: str) -> Outcome:
-    """Any script of the repository under torchrun."""
+def torchrun_script(processes: int, script: str, *arguments: str, **environment: str) -> Outcome:
+    """Any script of the repository under torchrun; `environment` is added to ours."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run(
         [*command, str(ROOT / script), *arguments],
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
 

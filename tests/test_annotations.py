@@ -9,178 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from list_files import K400, listed, touch, write
 
 from atfr.data.hmdb51 import hmdb51, read_split
-from atfr.data.kinetics import kinetics, locate, read_segments
+from atfr.data.kinetics import kinetics, read_segments
 from atfr.data.mini_kinetics import mini_kinetics
 from atfr.data.something_something import something_something_v2
 from atfr.data.ucf101 import read_classes, read_list, ucf101
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import annotation_counts  # noqa: E402
-
-
-def listed(videos, root):
-    return [(os.path.relpath(video.path, root), video.label) for video in videos]
-
-
-def touch(root, *paths):
-    for path in paths:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).touch()
-
-
-def write(root, **files):
-    for name, text in files.items():
-        (root / name.replace("__", ".")).write_text(text)
-
-
-# ---- Kinetics
-
-K400 = """label,youtube_id,time_start,time_end,split,is_cc
-abseiling,0wR5jVB-WPk,417,427,val,0
-"air drumming",-5ScotRN_I4,1,11,val,1
-"massaging person's head",x_y,0,10,val,0
-"""
-LAYOUTS = {
-    "class folders": (
-        "val/abseiling/0wR5jVB-WPk_000417_000427.mp4",
-        "val/air drumming/-5ScotRN_I4_000001_000011.mp4",
-        "val/massaging person's head/x_y_000000_000010.mp4",
-    ),
-    "underscores": (
-        "val/abseiling/0wR5jVB-WPk_000417_000427.mp4",
-        "val/air_drumming/-5ScotRN_I4_000001_000011.mp4",
-        "val/massaging_person's_head/x_y_000000_000010.mp4",
-    ),
-    "flat": ("val/0wR5jVB-WPk_000417_000427.mp4", "val/-5ScotRN_I4_000001_000011.mp4", "val/x_y_000000_000010.mp4"),
-    "ids alone": ("validate/abseiling/0wR5jVB-WPk.mkv", "validate/air drumming/-5ScotRN_I4.webm", "validate/x_y.MP4"),
-    "one folder": ("abseiling/0wR5jVB-WPk_000417_000427.mp4", "-5ScotRN_I4_000001_000011.mp4", "x/x_y_000000_000010.mp4"),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_kinetics_videos_are_found_in_every_layout(tmp_path, layout):
-    paths = LAYOUTS[layout]
-    folder = Path(paths[0]).parts[0] if "/" in paths[1] else "."
-    # No video, another part of the same YouTube video, and a video of no list.
-    touch(tmp_path, *paths, f"{folder}/x/0wR5jVB-WPk_000417_000427.json", f"{folder}/x/x_y_000099_000109.mp4", f"{folder}/no_000000_000010.mp4")
-    write(tmp_path, val__csv=K400)
-    source = kinetics(root=str(tmp_path), train=None, test="val.csv")
-    assert listed(source.test, tmp_path) == [(path, label) for label, path in enumerate(paths)]
-    assert source.class_names == ("abseiling", "air drumming", "massaging person's head") and source.notes["missing"] == {"test": 0}
-
-
-def test_two_parts_of_one_youtube_video_are_told_apart(tmp_path):
-    header = "label,youtube_id,time_start,time_end,split\n"
-    write(tmp_path, val__csv=header + "peeling apples,abc,14,24,val\ncutting apple,abc,64,74,val\nyarn spinning,d,0,10,val\nzumba,d,0,10,val\n")
-    touch(tmp_path, "val/abc.mp4", "val/abc_000064_000074.mp4", "val/zumba/d_000000_000010.mp4", "val/yarn_spinning/d_000000_000010.mp4")
-    found = [item.path for item in locate(read_segments(str(tmp_path / "val.csv")), str(tmp_path))]
-    assert found == [
-        "val/peeling apples/abc_000014_000024.mp4",  # not there: abc.mp4 could be either
-        "val/abc_000064_000074.mp4",
-        "val/yarn_spinning/d_000000_000010.mp4",
-        "val/zumba/d_000000_000010.mp4",
-    ]
-
-
-def test_missing_kinetics_videos_are_counted_and_named_unless_all_of_a_list_are_missing(tmp_path):
-    write(tmp_path, val__csv=K400)
-    touch(tmp_path, LAYOUTS["class folders"][1])
-    options = {"root": str(tmp_path), "train": None, "test": "val.csv"}
-    source = kinetics(**options)
-    assert listed(source.test, tmp_path) == [(LAYOUTS["class folders"][1], 1)] and len(source.class_names) == 3
-    assert source.notes["missing"] == {"test": 2} and source.notes["videos"] == {"test": 1}
-    assert source.missing == {"test": tuple(str(tmp_path / LAYOUTS["class folders"][i]) for i in (0, 2))}
-    with pytest.raises(FileNotFoundError, match=r"val\.csv: .*0wR5jVB-WPk_000417_000427\.mp4 does not exist \(2 of 3 videos are missing"):
-        kinetics(**options, allow_missing=False)
-    (tmp_path / LAYOUTS["class folders"][1]).unlink()
-    with pytest.raises(FileNotFoundError, match=r"\(3 of 3 videos are missing.*; see the page$"):
-        kinetics(**options, prepare_hint="see the page")
-
-
-def test_the_classes_of_kinetics_come_from_a_file_the_config_or_the_training_list(tmp_path):
-    write(tmp_path, val__csv=K400, train__csv=K400.replace("abseiling", "zumba"))
-    write(tmp_path, classes__txt="air_drumming\nmassaging person's head\nabseiling\n")
-    touch(tmp_path, "train/x_y_000000_000010.mp4", *LAYOUTS["flat"])
-    options = {"root": str(tmp_path), "test": "val.csv"}
-    assert [video.label for video in kinetics(**options, train=None, classes="classes.txt").test] == [2, 0, 1]
-    names = ["massaging person's head", "abseiling", "air drumming"]
-    assert [video.label for video in kinetics(**options, train=None, class_names=names).test] == [1, 2, 0]
-    with pytest.raises(ValueError, match=r"val\.csv: the class 'abseiling' of .* is none of the 3 classes \(air drumming, .*, zumba\)"):
-        kinetics(**options, train="train.csv")
-    with pytest.raises(ValueError, match="dataset kinetics: 3 classes, but num_classes is 400"):
-        kinetics(**options, train=None, num_classes=400)
-
-
-def test_pyslowfasts_lists_are_taken_too_and_may_miss_videos(tmp_path):
-    write(tmp_path, train__csv="train/a b/x.mp4 1\ntrain/c/gone.mp4 0\n", val__csv="val/y.mp4 0\n", classes__txt="c\na b\n")
-    touch(tmp_path, "train/a b/x.mp4", "val/y.mp4")
-    source = kinetics(root=str(tmp_path), train="train.csv", test="val.csv", classes="classes.txt", num_classes=2)
-    assert listed(source.train, tmp_path) == [("train/a b/x.mp4", 1)] and source.class_names == ("c", "a b")
-    assert source.notes["missing"] == {"train": 1, "test": 0}
-
-
-WRONG_KINETICS = {
-    "no labels": ("youtube_id,time_start,time_end,split\na,1,2,test\n", "the list has no labels"),
-    "no times": ("label,youtube_id,split\nx,a,test\n", "the header lacks time_start; the official lists begin with label,youtube_id"),
-    "a time in words": (K400.replace("417", "late"), r"val\.csv:2: time_start and time_end must be seconds"),
-    "a short row": (K400 + "abseiling,abc\n", r"val\.csv:5: time_start and time_end must be seconds"),
-    "header only": (K400.splitlines()[0] + "\n", "the list is empty"),
-}
-
-
-@pytest.mark.parametrize("fault", WRONG_KINETICS)
-def test_a_kinetics_list_that_is_wrong_is_refused_in_one_line(tmp_path, fault):
-    text, message = WRONG_KINETICS[fault]
-    write(tmp_path, val__csv=text)
-    with pytest.raises(ValueError, match=message) as caught:
-        kinetics(root=str(tmp_path), train=None, test="val.csv")
-    assert "\n" not in str(caught.value) and "val.csv" in str(caught.value)
-
-
-# ---- mini-Kinetics
-
-
-def mini(root, **options):
-    return mini_kinetics(**{"root": str(root), "train": None, "test": "val.csv", "num_classes": None, **options})
-
-
-def test_mini_kinetics_is_chosen_by_videos_by_classes_or_by_its_own_lists_and_says_so(tmp_path):
-    write(tmp_path, val__csv=K400, train_ids__txt="-5ScotRN_I4\n", val_ids__txt="x_y\n0wR5jVB-WPk\nunknown\n")
-    write(tmp_path, classes__txt="air_drumming\nabseiling\n", one__txt="abseiling\n")
-    touch(tmp_path, *LAYOUTS["flat"])
-    by_videos = mini(tmp_path, subset=["train_ids.txt", "val_ids.txt"])
-    assert listed(by_videos.test, tmp_path) == [(LAYOUTS["flat"][0], 0), (LAYOUTS["flat"][2], 1)]
-    assert by_videos.notes["subset"] == {"by": "videos", "files": [str(tmp_path / "val_ids.txt")], "not_in_kinetics": {"test": 1}}
-    by_classes = mini(tmp_path, subset="classes.txt")
-    assert listed(by_classes.test, tmp_path) == [(LAYOUTS["flat"][0], 1), (LAYOUTS["flat"][1], 0)]
-    assert by_classes.class_names == ("air drumming", "abseiling")
-    assert len(mini(tmp_path, subset="one.txt", class_names=by_classes.class_names).test) == 1  # of a checkpoint, say
-    assert by_classes.notes["subset"] == {"by": "classes", "files": [str(tmp_path / "classes.txt")]}
-    whole = mini(tmp_path, subset=None)
-    assert len(whole.test) == 3 and whole.notes["subset"] == {"by": "the lists themselves"}
-
-
-def test_both_lists_of_ids_apply_to_their_own_split(tmp_path):
-    write(tmp_path, val__csv=K400, train__csv=K400, train_ids__txt="x_y\n-5ScotRN_I4\n", val_ids__txt="-5ScotRN_I4\n")
-    touch(tmp_path, *LAYOUTS["flat"])
-    source = mini(tmp_path, train="train.csv", subset=["train_ids.txt", "val_ids.txt"])
-    assert listed(source.train, tmp_path) == [(LAYOUTS["flat"][1], 0), (LAYOUTS["flat"][2], 1)]
-    assert listed(source.test, tmp_path) == [(LAYOUTS["flat"][1], 0)]
-
-
-def test_a_subset_that_does_not_fit_is_refused(tmp_path):
-    write(tmp_path, val__csv=K400, ids__txt="nobody\n")
-    touch(tmp_path, *LAYOUTS["flat"])
-    with pytest.raises(ValueError, match=r"val\.csv has none of the videos that dataset\.subset="):
-        mini(tmp_path, subset=["ids.txt", "ids.txt"])
-    with pytest.raises(ValueError, match=r"dataset\.subset=\['ids\.txt'\] must be two files of ids"):
-        mini(tmp_path, subset=["ids.txt"])
-    with pytest.raises(FileNotFoundError, match="the test list of ids gone.txt does not exist"):
-        mini(tmp_path, subset=["ids.txt", "gone.txt"])
-    with pytest.raises(ValueError, match="3 classes, but num_classes is 200"):
-        mini(tmp_path, subset=None, num_classes=200)
 
 
 # ---- Something-Something V2
@@ -216,6 +54,8 @@ def test_what_is_wrong_in_something_something_is_refused_by_name(tmp_path):
         something(tmp_path, entries=[{"id": "5", "template": "Opening [something]"}])
     with pytest.raises(ValueError, match=r"labels\.json: expected .* ids from \"0\" on"):
         something(tmp_path, labels={"Closing something": "1", "Opening something": "2"})
+    with pytest.raises(ValueError, match=r"labels\.json: ids are numbers, as in the labels of Something-Else; the official labels\.json has strings"):
+        something(tmp_path, labels={"Closing something": 1, "Putting something into something": 0})
     with pytest.raises(ValueError, match=r"labels\.json: 2 classes, but num_classes is 174"):
         something(tmp_path, num_classes=174)
     (tmp_path / "broken.json").write_text("[{")
@@ -295,6 +135,62 @@ def test_what_is_wrong_in_hmdb51_is_refused_by_name(tmp_path):
         small_hmdb51(tmp_path, annotations="lists", prepare_hint="see the page")
 
 
+# ---- what all of them have in common
+
+
+READERS = {
+    "kinetics": (lambda root: kinetics(root=root, train=None, test="val.csv").test, {"val.csv": K400}, "0wR5jVB-WPk.mp4"),
+    "mini_kinetics": (
+        lambda root: mini_kinetics(root=root, train=None, test="val.csv", subset="classes.txt", num_classes=None).test,
+        {"val.csv": K400, "classes.txt": "abseiling\n"},
+        "0wR5jVB-WPk.mp4",
+    ),
+    "something_something_v2": (
+        lambda root: something_something_v2(root=root, labels="labels.json", train=None, test="list.json", videos=".", num_classes=2, allow_missing=True).test,
+        {"labels.json": json.dumps(LABELS), "list.json": json.dumps(ENTRIES)},
+        "203.webm",
+    ),
+    "ucf101": (
+        lambda root: ucf101(root=root, split=1, videos=".", annotations=".", num_classes=1).test,
+        {"classInd.txt": "1 Archery\r\n", "trainlist01.txt": "Archery/a.avi 1\r\n", "testlist01.txt": "Archery/a.avi\r\n"},
+        "Archery/a.avi",
+    ),
+    "hmdb51": (
+        lambda root: hmdb51(root=root, split=1, videos=".", annotations=".", num_classes=1).test,
+        {"chew_test_split1.txt": "a.avi 2 \nb.avi 1 \n"},
+        "chew/a.avi",
+    ),
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("dataset", READERS)
+def test_every_dataset_reads_its_lists_in_the_encoding_of_their_byte_order_mark(tmp_path, dataset, encoding):
+    read, files, video = READERS[dataset]
+    touch(tmp_path, video, "chew/b.avi")
+    for name, text in files.items():
+        (tmp_path / name).write_bytes(text.encode(encoding))
+    assert [path for path, _ in listed(read(str(tmp_path)), tmp_path)] == [video]
+
+
+def test_every_dataset_warns_of_suspicious_lists(tmp_path):
+    touch(tmp_path, "UCF-101/Archery/v_Archery_g01_c01.avi")
+    source = small_ucf101(tmp_path, testlist02__txt="Archery/v_Archery_g01_c01.avi\n")
+    video = f"{tmp_path}/UCF-101/Archery/v_Archery_g01_c01.avi"
+    assert source.warnings == (
+        f"{tmp_path}/trainlist02.txt: 1 of the 2 classes has no training videos: HandstandPushups",
+        f"{tmp_path}/testlist02.txt: 1 of the 1 test videos are training videos, too: {video}",
+    )
+
+
+def test_folders_of_videos_and_lists_may_start_at_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    touch(tmp_path, "videos/chew/a.avi", "videos/chew/b.avi", "lists/x")
+    write(tmp_path / "lists", chew_test_split1__txt="a.avi 2 \nb.avi 1 \n")
+    source = hmdb51(root="~", split=1, videos="~/videos", annotations="~/lists", num_classes=1)
+    assert listed(source.train + source.test, tmp_path) == [("videos/chew/b.avi", 0), ("videos/chew/a.avi", 0)]
+
+
 # ---- whole files, where there are some
 
 
@@ -325,6 +221,20 @@ def test_all_official_lists_of_hmdb51_have_the_published_counts_and_the_labels_t
     parts = read_split(str(annotations / "hmdb51"), 1)
     classes = sorted({item.class_name for item in parts["train"]})
     assert {name: int(label) for name, _, label in rows} == {Path(item.path).stem: classes.index(item.class_name) for item in parts["train"]}
+
+
+def test_the_official_lists_give_no_warning_where_all_videos_are_there(annotations, tmp_path, monkeypatch):
+    monkeypatch.setattr("atfr.data.annotations.ExistingFiles.__contains__", lambda self, path: True)
+    folder = annotations / "something_something_v2"
+    lists = {"labels": str(folder / "labels.json"), "train": str(folder / "train_excerpt.json"), "test": str(folder / "validation.json")}
+    options = {"root": str(tmp_path), "split": 1}
+    sources = [
+        something_something_v2(root=str(tmp_path), **lists),
+        ucf101(**options, annotations=str(annotations / "ucf101")),
+        hmdb51(**options, annotations=str(annotations / "hmdb51")),
+        kinetics(root=str(tmp_path), train=None, test=str(annotations / "kinetics600/kinetics-600_val.csv")),
+    ]
+    assert [source.warnings for source in sources] == [()] * 4
 
 
 def test_every_template_of_something_something_is_one_of_its_174_classes(annotations, tmp_path):

@@ -164,14 +164,14 @@ def test_any_frame_size_will_do_and_no_softmax_ends_the_network(name):
 
 
 class StopAtTorch(fx.Tracer):
-    """Leaf modules are torch's own, convolutions of ours and fvcore's squeeze-excitation; remembers what was called."""
+    """Leaf modules are torch's own, convolutions and pools of ours and fvcore's squeeze-excitation; remembers what was called."""
 
     def __init__(self) -> None:
         super().__init__()
         self.called: set[str] = set()
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, (nn.Conv3d, SqueezeExcitation)) or super().is_leaf_module(module, name)
+        return isinstance(module, (nn.Conv3d, nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, SqueezeExcitation)) or super().is_leaf_module(module, name)
 
     def call_module(self, module, forward, args, kwargs):
         self.called.add(self.path_of_module(module))

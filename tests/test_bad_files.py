@@ -9,6 +9,7 @@ import shutil
 import time
 from collections import Counter
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,11 @@ from atfr.data import decode
 from atfr.data.dataset import ClipSettings, TestClips, TrainClips
 from atfr.data.decode import read_clip
 from atfr.data.loader import TrainSampler, test_loader, train_loader
-from atfr.data.records import Video, VideoError
+from atfr.data.records import Unreadable, Video, VideoError
+from atfr.data.transforms import Normalizer
+from atfr.engine.distributed import Ranks
+from atfr.engine.evaluate import evaluate
+from atfr.engine.results import summarise
 
 GRAY = [0.5, 0.5, 0.5]
 CLIP = ClipSettings(frames=8, stride=2, crop_size=32, train_short_side=[32, 40], test_short_side=32, mean=GRAY, std=GRAY)
@@ -67,6 +72,7 @@ def miniature(small_videos, tmp_path_factory):
     root = tmp_path_factory.mktemp("miniature") / "videos"
     shutil.copytree(small_videos, root)
     broken, strange = unreadable(root), odd(root)
+    del broken["dangling.mp4"]  # a list that names a missing file is refused
     for split in ("train", "test"):
         with open(root / f"{split}.csv", "a") as file:
             file.writelines(f"{name},right\n" for name in (*broken, *strange))
@@ -142,9 +148,9 @@ def test_bad_files_are_replaced_or_listed_alike_for_any_number_of_workers(tmp_pa
         assert all(f"cannot read {tmp_path / name}: " in told and reason in told for name, reason in reasons.items())
     else:
         assert [path for batch in alone for path in batch.paths] == [video.path for video in good for _ in range(2)]
-        failed = [pair for batch in alone for pair in batch.failed]
-        assert Counter(path for path, _ in failed) == {str(tmp_path / name): 2 for name in reasons}
-        assert all(reasons[os.path.basename(path)] in reason for path, reason in failed)
+        failed = [video for batch in alone for video in batch.failed]
+        assert Counter(video.path for video in failed) == {str(tmp_path / name): 2 for name in reasons}
+        assert all(reasons[os.path.basename(video.path)] in video.reason for video in failed)
 
 
 def test_training_and_testing_complete_on_a_dataset_with_bad_files(miniature, tmp_path, caplog):
@@ -162,6 +168,41 @@ def test_training_and_testing_complete_on_a_dataset_with_bad_files(miniature, tm
     assert all("mean_class_accuracy" in line for line in lines if line["split"] == "val")
     named = Counter(message.split(": ")[1] for message in (caplog.text + outcome.out).splitlines() if "replaced in training" in message)
     assert named.keys() == {f"cannot read {root / name}" for name in broken} and set(named.values()) == {1}
+
+
+class Constant(torch.nn.Module):
+    """A network that gives all clips the same scores."""
+
+    def forward(self, clips):
+        return SimpleNamespace(logits=torch.ones(len(clips), 2), bins=[(4,)] * len(clips), frames=(8,))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_file_that_is_listed_several_times_counts_as_often_whether_it_can_be_read_or_not(tmp_path, monkeypatch, world):
+    good, bad = write_video(tmp_path / "good.mp4", 20, codec="libx264"), str(tmp_path / "bad.mp4")
+    videos = [Video(path, 0) for path in (good, bad, good, bad, bad, good)]
+    processes = []
+    monkeypatch.setattr("atfr.engine.evaluate.distributed.gathered", lambda own: processes.extend(own) or processes)
+    for rank in range(world):
+        loader = test_loader(TestClips(videos, CLIP, views=2, crops=1), batch_size=3, rank=rank, world=world)
+        found = evaluate(Constant(), loader, normalise=Normalizer(GRAY, GRAY), ranks=Ranks(rank, world, torch.device("cpu")))
+    assert [(view.video, view.view) for view in found.views] == [(video, view) for video in (0, 2, 5) for view in (0, 1)]
+    table = SimpleNamespace(dense=1.0, at=lambda bins: 1.0, executed=len)
+    results = summarise(found, table, protocol={})
+    assert results["num_videos"] == 3 and results["failed"] == [bad] * 3 and results["protocol"]["decoders"] == {"pyav": 3}
+
+
+def test_a_video_counts_although_another_row_of_its_file_failed(monkeypatch):
+    """As when a disk is lost for a moment: one view of the second row."""
+    clips = torch.zeros(1, 3, 1, 2, 2)
+
+    def batch(video, view, failed=()):
+        numbers = {"videos": torch.tensor([video]), "views": torch.tensor([view]), "labels": torch.tensor([0])}
+        return SimpleNamespace(clips=clips, **numbers, paths=("a",), decoders=("pyav",), failed=failed)
+
+    batches = [batch(0, 0), batch(0, 1), batch(1, 0, (Unreadable(1, "a", "gone"),))]
+    found = evaluate(Constant(), batches, normalise=torch.nn.Identity(), ranks=Ranks(0, 1, torch.device("cpu")))
+    assert [(view.video, view.view) for view in found.views] == [(0, 0), (0, 1)] and list(found.failed) == [1]
 
 
 # ---- decoders that never come back

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+import time
 from dataclasses import dataclass
 
 import pytest
 from run_tools import run_tool, small_job
 
+from atfr import jobs
 from atfr.engine.budgets import set_share, share_for
+from atfr.engine.interruption import TRY_AGAIN
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs_layer import SGSOptions
 
@@ -102,6 +108,29 @@ def test_the_same_command_leaves_what_is_measured_and_adds_other_budgets(small_v
     assert (tmp_path / "checkpoints" / "budget-0.8.pt").stat().st_mtime_ns == written
     outcome = run_tool("calibrate", *small_job(small_videos, tmp_path, "model.sgs.after=stem", f"model.weights={dense}", "model/sgs=uniform"))
     assert outcome.code == 1 and "holds another experiment: model.sgs" in outcome.err
+
+
+def test_ctrl_c_in_a_calibration_keeps_the_budgets_that_are_done_and_other_weights_are_refused(small_videos, dense, tmp_path, monkeypatch):
+    run_views, measured = jobs.run_views, []
+
+    def told(*arguments, title, **more):
+        measured.append(title)
+        if len(measured) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(20)
+        return run_views(*arguments, title=title, **more)
+
+    monkeypatch.setattr(jobs, "run_views", told)
+    job = small_job(small_videos, tmp_path / "run", "model=x3d_sgs", "model.sgs.after=stem", "budgets=[0.8,0.6]")
+    weights = tmp_path / "moved.pt"
+    outcome = run_tool("calibrate", *job, f"model.weights={dense}")
+    assert outcome.code == TRY_AGAIN and outcome.err == "stopped by SIGINT in the calibration; the same command goes on\n"
+    shutil.copy(dense, weights)
+    assert run_tool("calibrate", *job, f"model.weights={weights}").code == 0
+    assert measured == ["budget 0.8", "budget 0.6", "budget 0.6"]
+    weights.write_bytes(weights.read_bytes() + b"\0")
+    outcome = run_tool("calibrate", *job, f"model.weights={weights}")
+    assert outcome.code == 1 and "names other weights than those that" in outcome.err, outcome.err
 
 
 def test_a_training_and_a_calibration_do_not_take_each_others_folder(small_videos, dense, tmp_path):

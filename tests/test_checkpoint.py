@@ -7,7 +7,9 @@ import math
 import os
 import resource
 import time
+from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -51,6 +53,28 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_and_says_so(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_numbers_of_numpy_become_pythons_own_and_older_files_with_them_are_read(tmp_path):
+    values = {"top1": np.float64(0.1), "n": np.int32(3), "on": np.bool_(True), "half": np.float16(0.5), "lists": [(np.float32(2),)]}
+    values |= {"text": np.str_("x"), "path": tmp_path}
+    state = {**STATE, "config": {**values, "table": np.arange(3)}, "model": OrderedDict(weight=torch.ones(1))}
+    path = tmp_path / "last.pt"
+    checkpoint.save(state, path)
+    plain = torch.load(path, weights_only=True)  # without any of numpy's types
+    assert plain["config"].pop("table").tolist() == [0, 1, 2]
+    assert plain["config"] == {"top1": 0.1, "n": 3, "on": True, "half": 0.5, "text": "x", "lists": [(2.0,)], "path": str(tmp_path)}
+    assert {type(value) for value in plain["config"].values()} == {float, int, bool, str, list}
+    del values["path"], values["text"]
+    torch.save({**STATE, "config": values}, path)  # as it was saved before
+    old = checkpoint.load(path)
+    assert old["config"] == {"top1": 0.1, "n": 3, "on": True, "half": 0.5, "lists": [(2.0,)]} and type(old["config"]["top1"]) is float
+
+
+def test_what_could_not_be_read_back_is_refused_when_it_is_saved_naming_its_place(tmp_path):
+    with pytest.raises(TypeError, match=r"state.optimizer.groups\[1\] in a checkpoint is of type set"):
+        checkpoint.save({**STATE, "optimizer": {"groups": [1, {2}]}}, tmp_path / "last.pt")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_or_foreign_file_is_refused_in_one_line(tmp_path):

@@ -76,6 +76,8 @@ REST = [path.relative_to(CONFIGS) for path in sorted(CONFIGS.rglob("*.yaml")) if
 
 @pytest.mark.parametrize("path", REST, ids=str)
 def test_what_no_training_chooses_composes_too(path):
+    if path.parts[0] == "hydra":
+        pytest.importorskip("submitit")
     if path.parent.name:
         assert OmegaConf.to_container(composed(f"{path.parent}={path.stem}"), resolve=True)
     else:
@@ -84,6 +86,7 @@ def test_what_no_training_chooses_composes_too(path):
 
 
 def test_the_sweep_of_the_readme_composes_and_its_dense_networks_are_built_without_a_layer():
+    pytest.importorskip("submitit")
     (command,) = [line for line in README.splitlines() if "hydra/launcher=slurm" in line]
     words = [word.partition("=") for word in command.split("#")[0].split() if "=" in word]
     assert ("model", "=", "x3d_sgs,x3d") in words and ("model.sgs.num_bins", "=", "4,8,13") in words
@@ -122,13 +125,11 @@ def test_every_size_that_has_a_clip_is_a_size_and_every_model_has_a_twin_with_sg
     assert f"{model}_sgs" in names("model")
 
 
-def test_the_model_takes_the_size_that_suits_the_dataset_unless_told_otherwise():
-    assert composed().model.size == "tiny"
-    assert composed("dataset=kinetics400").model.size == "S"
-    assert composed("model.size=M").model.size == "M"
-    for model, published in (("r2plus1d", "R50"), ("resnet3d_sgs", "50"), ("x3d", "S")):
-        assert composed(f"model={model}").model.size == composed("dataset=videolist", "+dataset.model_size=tiny", f"model={model}").model.size == "tiny"
-        assert composed("dataset=videolist", f"model={model}").model.size == published
+@pytest.mark.parametrize("model,published", [("x3d_sgs", "S"), ("r2plus1d", "R50"), ("resnet3d_sgs", "50")])
+def test_the_size_of_a_model_does_not_depend_on_the_dataset(model, published):
+    for dataset in ("synthetic", "kinetics400", "videolist"):
+        assert composed(f"dataset={dataset}", f"model={model}").model.size == published
+    assert composed(f"model={model}", "model.size=tiny").model.size == "tiny"
 
 
 @pytest.mark.parametrize("chosen", ["dataset=synthetic", "dataset=something_something_v2", "experiment=claim/uneven", "experiment=slow/ssv2"])

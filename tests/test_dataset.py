@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
-from video_files import numbers, write_jpgs, write_video
+from video_files import numbers, write_at, write_jpgs, write_video
 
+from atfr.data import warn_once
 from atfr.data.dataset import ClipSettings, TestClips, TrainClips, collate
 from atfr.data.loader import TrainSampler, test_loader, train_loader
 from atfr.data.records import Video, VideoError
@@ -264,17 +265,11 @@ def test_a_bad_test_video_is_reported_and_never_replaced(videos, broken):
     data = TestClips([videos[0], broken], settings(), views=1, crops=3)
     (batch,) = test_loader(data, batch_size=6)
     assert batch.videos.tolist() == [0, 0, 0] and batch.views.tolist() == [0, 1, 2] and len(batch) == 3
-    assert [path for path, _ in batch.failed] == [broken.path] * 3
-    assert all("Invalid data" in reason for _, reason in batch.failed)
+    assert [(failed.video, failed.path) for failed in batch.failed] == [(1, broken.path)] * 3
+    assert all("Invalid data" in failed.reason for failed in batch.failed)
     nothing = collate([data[3]])
     assert nothing.clips is None and len(nothing) == 0 and nothing.labels.dtype == torch.int64
     assert nothing.failed == batch.failed[:1]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a GPU")
-def test_a_loader_pins_batches(videos):
-    (batch,) = test_loader(TestClips(videos[:1], settings(), views=1, crops=1), batch_size=1, pin_memory=True)
-    assert batch.clips.is_pinned() and batch.labels.is_pinned()
 
 
 # ---- decoded clips kept on disk
@@ -312,3 +307,36 @@ def test_what_cannot_be_read_is_not_kept(broken, tmp_path):
     for _ in range(2):
         assert TestClips([broken], settings(cache=str(tmp_path / "cache")), views=1, crops=1)[0].error
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_may_lie_in_the_home_folder(videos, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert TestClips(videos[:1], settings(cache="~/cache"), views=1, crops=1)[0].clip is not None
+    assert list((tmp_path / "home/cache").rglob("*.npz"))
+
+
+# ---- a wanted rate
+
+
+def test_at_a_wanted_rate_clips_span_the_same_time_wherever_they_lie_in_a_file_of_a_variable_rate(tmp_path):
+    times = [50 * k for k in range(20)] + [1000 + 250 * k for k in range(20)]  # 20 frames per second, then 4
+    video = Video(write_at(tmp_path / "a.mp4", times), 0)
+    clip = settings(frames=5, stride=1, fps=4)
+    seen = [numbers(TestClips([video], clip, views=3, crops=1)[view].clip.permute(1, 0, 2, 3).numpy()) for view in range(3)]
+    assert seen[0] == [0, 5, 10, 15, 20] and seen[2] == [35, 36, 37, 38, 39]
+    train = TrainClips([video], clip, seed=0)
+    for epoch in range(8):
+        frames = numbers(train[epoch, 0].clip.permute(1, 0, 2, 3).numpy())
+        assert times[frames[-1]] - times[frames[0]] == pytest.approx(1000, abs=126)
+
+
+def test_a_wanted_rate_that_cannot_be_had_is_said_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(warn_once, "_given", set())
+    frames = np.zeros((8, 48, 64, 3), np.uint8)
+    folders = [Video(write_jpgs(tmp_path / name, frames), 0) for name in "ab"]
+    for clip, warnings in ((settings(), 0), (settings(fps=30, fallback_fps=25), 0), (settings(fps=30), 1)):
+        data = TestClips(folders, clip, views=1, crops=1)
+        assert data[0].clip is not None and data[1].clip is not None
+        assert len(caplog.records) == warnings
+    message = caplog.records[0].getMessage()
+    assert f"dataset.clip.fps=30 does not apply to {folders[0].path}" in message and "dataset.clip.fallback_fps" in message

@@ -4,18 +4,16 @@ import csv
 import os
 import pickle
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
-from PIL import Image
-from torchvision.io import decode_image
-from video_files import damage, numbers, write_jpgs, write_sound, write_video
+from video_files import damage, numbers, write_at, write_sound, write_video
 
-from atfr.data import decode, readers
-from atfr.data.frame_folder import FrameFolder
+from atfr.data import decode, frame_index, readers
 from atfr.data.readers import AvVideo, Unsupported, scaled_size
 from atfr.data.records import VideoError
 
@@ -55,10 +53,10 @@ def test_seeking_finds_the_same_frames_as_counting_from_the_start(tmp_path, kind
     codec, ending = FORMATS[kind]
     path = write_video(tmp_path / f"video.{ending}", 40, codec=codec, gop=12)
     video = AvVideo(path)
-    starts = [key.position for key in video.keyframes]
+    starts = video.index.keys[:, 0].tolist()
     assert len(starts) > 1, "without several keyframes this tests nothing"
     for first in range(0, 36, 3):
-        before = [key for key in video.keyframes if key.position <= first][-1]
+        before = video.index.keyframe_before(first)
         sought, end = video._collect([(before, [first, first + 2])], None)
         assert end is None and numbers([sought[first], sought[first + 2]]) == [first, first + 2]
 
@@ -99,7 +97,7 @@ def test_a_clip_whose_frames_lie_close_is_decoded_in_one_go(tmp_path, monkeypatc
     assert len(decoded) == 16
     decoded.clear()
     video.read([0, 3, 30, 33], None)
-    (*_, before) = [key.position for key in video.keyframes if key.position <= 30]
+    before = video.index.keyframe_before(30).position
     assert len(decoded) == 4 + (33 - before + 1) < 34
 
 
@@ -108,11 +106,28 @@ def test_a_file_known_by_its_timestamps_is_opened_once_for_a_clip(tmp_path, monk
     codec, ending = FORMATS["mpeg4_avi" if kind == "packed" else kind]
     path = write_video(tmp_path / f"video.{ending}", 40, codec=codec)
     if kind == "packed":  # then it is counted from its start
-        monkeypatch.setattr(readers, "_PLACEHOLDER_BYTES", 10**6)
+        monkeypatch.setattr(frame_index, "_PLACEHOLDER_BYTES", 10**6)
     opened, open_file = [], av.open
     monkeypatch.setattr(av, "open", lambda *arguments, **options: opened.append(path) or open_file(*arguments, **options))
     assert numbers(read_clip(path, chosen(first, first + 3))) == [first, first + 3]
     assert len(opened) == times
+
+
+@pytest.mark.parametrize("kind", ["mpeg4_avi", "h264_mp4", "h264_mkv"])
+def test_a_title_that_is_not_utf8_does_not_keep_a_file_from_being_read(tmp_path, kind):
+    codec, ending = FORMATS[kind]
+    path = Path(write_video(tmp_path / f"video.{ending}", 20, codec=codec, title="Cafe in Munchen"))
+    content = path.read_bytes()
+    assert b"Cafe in Munchen" in content
+    path.write_bytes(content.replace(b"Cafe in Munchen", "Café in München".encode("latin-1")))
+    assert numbers(read_clip(str(path), chosen(0, 7, 19))) == [0, 7, 19]
+    assert AvVideo(str(path)).fps == pytest.approx(10)
+
+
+def test_a_rate_that_is_not_known_is_none_however_the_library_says_so():
+    assert readers._fraction(None) is None
+    assert readers._fraction(Fraction(0, 1)) is None  # PyAV 19
+    assert readers._fraction(SimpleNamespace(numerator=30000, denominator=1001)) == Fraction(30000, 1001)
 
 
 def test_a_file_that_cannot_be_sought_in_is_counted_from_its_start(tmp_path, monkeypatch):
@@ -126,7 +141,7 @@ def test_a_file_that_cannot_be_sought_in_is_counted_from_its_start(tmp_path, mon
     @contextmanager
     def unseekable(self, **options):
         with open_file(self, **options) as (container, stream):
-            yield SimpleNamespace(demux=container.demux, seek=refuse), stream
+            yield SimpleNamespace(demux=container.demux, format=container.format, size=container.size, seek=refuse), stream
 
     monkeypatch.setattr(AvVideo, "_open", unseekable)
     assert numbers(read_clip(path, chosen(25, 31))) == [25, 31] and refused
@@ -154,13 +169,13 @@ def test_a_video_of_one_frame_can_fill_a_clip(tmp_path):
 
 def promise(monkeypatch, extra):
     """Makes files promise `extra` frames more than they hold."""
-    honest = AvVideo._index
+    honest = AvVideo._use
 
-    def boast(self):
-        honest(self)
+    def boast(self, index):
+        honest(self, index)
         self.num_frames += extra
 
-    monkeypatch.setattr(AvVideo, "_index", boast)
+    monkeypatch.setattr(AvVideo, "_use", boast)
 
 
 def test_a_few_missing_frames_at_the_end_are_replaced_by_the_last_one(tmp_path, monkeypatch):
@@ -199,7 +214,7 @@ def bad_files(folder):
     return {
         "empty.mp4": "the file is empty (0 bytes)",
         "text.mp4": "Invalid data found",
-        "folder.mp4": "it is a folder without jpg files",
+        "folder.mp4": "it is a folder without jpg, png, bmp or webp files",
         "cut.mp4": "Invalid data found",
         "sound.mp4": "it has no video stream",
         "nowhere.mp4": "No such file or directory",
@@ -236,52 +251,6 @@ def test_an_unknown_decoder_is_refused():
         read_clip("a.mp4", chosen(0), decoder="opencv")
 
 
-def test_a_folder_of_jpgs_is_read_in_the_order_of_its_numbers(tmp_path):
-    frames = np.random.default_rng(0).integers(0, 256, (12, 48, 64, 3), dtype=np.uint8)
-    path = write_jpgs(tmp_path / "frames", frames)
-    seen = []
-    clip, decoder, *_ = decode.read_clip(path, lambda num_frames, fps: seen.append((num_frames, fps)) or np.array([10, 0, 1, 1]))
-    assert seen == [(12, None)] and decoder == "frames" and clip.dtype == np.uint8
-    for frame, number in zip(clip, (11, 1, 2, 2), strict=True):  # img_10 comes after img_9, not after img_1
-        expected = decode_image(os.path.join(path, f"img_{number}.jpg")).permute(1, 2, 0).numpy()
-        assert np.abs(frame.astype(int) - expected).max() <= 2
-
-
-@pytest.mark.parametrize(
-    "names", [["b2.jpg", "b10.jpg"], ["x_001.jpg", "x_002.jpg", "x_010.jpg"], ["img_1a.jpg", "img_10.jpg"], ["1 x 09.jpg", "1 x 10.JPG", "02 x 1.jpeg"]]
-)
-def test_numbers_in_names_count_by_their_value(tmp_path, names):
-    for name in names:
-        (tmp_path / name).touch()
-    assert FrameFolder(str(tmp_path)).files == names
-
-
-def test_frames_of_a_folder_are_scaled_and_coloured_alike(tmp_path):
-    path = write_jpgs(tmp_path / "frames", np.full((3, 96, 128, 3), 90, dtype=np.uint8))
-    Image.new("L", (200, 100), 90).save(os.path.join(path, "img_3.jpg"))  # gray, and of another size
-    clip = read_clip(path, chosen(0, 2), short_side=24)
-    assert clip.shape == (2, 24, 32, 3) and np.abs(clip.astype(int) - 90).max() <= 2
-
-
-def test_frames_of_a_folder_are_scaled_as_pillow_scales_them(tmp_path):
-    path = write_jpgs(tmp_path / "frames", np.random.default_rng(0).integers(0, 256, (3, 96, 128, 3), dtype=np.uint8))
-    clip = read_clip(path, chosen(2, 0), short_side=57)
-    for frame, number in zip(clip, (3, 1), strict=True):
-        expected = Image.open(os.path.join(path, f"img_{number}.jpg")).resize((76, 57), Image.Resampling.BILINEAR)
-        assert np.abs(frame.astype(int) - np.asarray(expected)).max() <= 1
-
-
-def test_only_the_frames_wanted_are_opened_and_a_bad_one_is_named(tmp_path):
-    path = write_jpgs(tmp_path / "frames", np.zeros((4, 48, 64, 3), dtype=np.uint8))
-    whole = (tmp_path / "frames" / "img_2.jpg").read_bytes()
-    (tmp_path / "frames" / "img_2.jpg").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "frames" / "img_3.jpg").write_text("no picture")
-    assert read_clip(path, chosen(0, 3)).shape == (2, 48, 64, 3)
-    for position, name in ((1, "img_2.jpg"), (2, "img_3.jpg")):
-        with pytest.raises(VideoError, match=f"cannot read {path}: frame {name}: "):
-            read_clip(path, chosen(0, position))
-
-
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
 @pytest.mark.parametrize("kind", ["h264_mp4", "mpeg4_avi", "vp9_webm"])
 def test_the_rate_of_a_file_is_known_to_whoever_picks(tmp_path, kind, decoder):
@@ -300,6 +269,32 @@ def test_decord_reads_the_same_frames(tmp_path, kind):
     for short_side, shape in ((None, (3, 48, 64, 3)), (24, (3, 24, 32, 3))):
         clip = read_clip(path, chosen(30, 2, 39), decoder="decord", short_side=short_side)
         assert clip.shape == shape and numbers(clip) == [30, 2, 39]
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("ending, codec", [("ts", "libx264"), ("m2ts", "libx264"), ("mpg", "mpeg2video"), ("ts", "mpeg2video")])
+def test_frames_of_mpeg_streams_are_counted_from_the_first(tmp_path, ending, codec, decoder):
+    path = write_video(tmp_path / f"video.{ending}", 40, codec=codec, gop=10, rate=25)
+    assert numbers(read_clip(path, chosen(0, 9, 10, 25, 39), decoder=decoder)) == [0, 9, 10, 25, 39]
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+def test_frames_are_picked_by_time_where_the_rate_varies_and_that_is_asked_for(tmp_path, decoder):
+    times = [100 * k for k in range(10)] + [1000 + 1000 * k for k in range(10)]
+    uneven = write_at(tmp_path / "uneven.mp4", times)
+    seen = []
+
+    def by_time(given):
+        seen.append(given)
+        return np.array([12, 3])
+
+    assert numbers(read_clip(uneven, chosen(5), pick_by_time=by_time, decoder=decoder)) == [12, 3]
+    assert seen[0] == pytest.approx([time / 1000 for time in times], abs=1e-4)
+    assert numbers(read_clip(uneven, chosen(5), decoder=decoder)) == [5]
+    for name, codec in (("even.mp4", "libx264"), ("even.avi", "mpeg4"), ("even.mpg", "mpeg2video")):
+        even = write_video(tmp_path / name, 20, codec=codec, rate=25)
+        assert numbers(read_clip(even, chosen(5), pick_by_time=by_time, decoder=decoder)) == [5], name
+    assert len(seen) == 1
 
 
 def test_decord_steps_in_where_pyav_has_no_decoder(tmp_path, monkeypatch):

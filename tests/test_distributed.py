@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+import torch.testing._internal.distributed.fake_pg  # noqa: F401: registers the backend "fake"
+from forked import torchrun_places
 from run_tools import torchrun_script
 
 from atfr.data.loader import TrainSampler
@@ -40,3 +45,30 @@ def test_one_process_needs_no_launcher(monkeypatch):
     assert (ranks.rank, ranks.world, ranks.is_main) == (0, 1, True)
     assert distributed.gathered([1, 2]) == [1, 2]
     distributed.barrier()
+
+
+def test_processes_on_gpus_exchange_numbers_and_objects_on_their_hosts(monkeypatch):
+    """The GPU's collectives are replaced by a backend that does nothing; those of the hosts are real."""
+    for name, value in torchrun_places(1)[0].items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-0"))
+    init = distributed.dist.init_process_group
+
+    def without_nccl(backend: str, **options: Any) -> None:
+        assert backend == "cpu:gloo,cuda:nccl"
+        init("cpu:gloo,cuda:fake", **options)
+
+    monkeypatch.setattr(distributed.dist, "init_process_group", without_nccl)
+    try:
+        ranks = distributed.start(accelerator="auto", devices=None)
+        assert ranks == Ranks(0, 1, torch.device("cuda", 0))
+        assert distributed.gathered([{"a": 1}]) == [{"a": 1}] and distributed.largest(3) == 3
+        told = distributed.OneCallLate()
+        assert [told.largest(number) for number in (5, 6, 7)] == [0, 5, 6]
+        assert distributed.summed(torch.ones(())).item() == 1  # on the host
+        distributed.barrier()
+    finally:
+        distributed.stop()

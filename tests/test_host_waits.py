@@ -22,6 +22,7 @@ from atfr.models.backbones.slowfast import slowfast
 from atfr.models.backbones.x3d import x3d
 from atfr.models.network import VideoNet
 from atfr.models.sgs_layer import SGSOptions
+from atfr.progress import StepProgress
 
 GPU = torch.device("cuda:0")
 ATFR = SGSOptions(similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
@@ -82,7 +83,7 @@ def step_on_gpu(monkeypatch, folder: Path, model: VideoNet, **settings: object) 
             identity={},
         )
         training.network = model.train()
-        training.bar = type("Bar", (), {"update": lambda self: None})()
+        training.progress = StepProgress(first=0, total=1, shown=False)
         batch = Batch(torch.zeros(4, 3, 32, 64, 64, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), ("a",) * 4)
         assert isinstance(batch.clips, FakeTensor)
         with Waits():

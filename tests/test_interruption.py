@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
+from typing import Any, Callable
 
 import pytest
 import torch
@@ -16,10 +20,11 @@ from run_tools import ROOT, run_tool, small_job
 from test_kill import logged, wait_for_steps
 
 from atfr import jobs
+from atfr.data.records import Unreadable
 from atfr.engine import checkpoint, train
 from atfr.engine.distributed import Ranks
 from atfr.engine.evaluate import LOOK_EVERY, evaluate
-from atfr.engine.interruption import SIGNALS, TRY_AGAIN, Interrupted, end, listen
+from atfr.engine.interruption import SIGNALS, TRY_AGAIN, Interrupted, StopFlag, end, listen
 
 MORE = ("trainer.batch_size=2", "trainer.epochs=6", "trainer.eval_every=6", "trainer.test=false", "trainer.workers=1", "trainer.accelerator=cpu")
 
@@ -42,23 +47,31 @@ def whole(small_videos, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes,number", [(1, signal.SIGUSR1), (1, signal.SIGTERM), (2, signal.SIGUSR2)])
+@pytest.mark.parametrize("processes,number", [(1, signal.SIGUSR1), (1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGUSR2)])
 def test_a_signal_saves_at_the_next_step_and_the_same_command_goes_on_from_there(small_videos, tmp_path, whole, processes, number):
     training = small_job(small_videos, tmp_path, *MORE)
-    job = Job("train", *training, processes=processes)
+    job = Job("train", *training, processes=processes, output=tmp_path / "said")
     wait_for_steps(tmp_path, 2, job)
-    os.kill(job.processes[-1].pid, number)  # one of two is told
+    told = job.processes[-1].pid  # one of two is told
+    for pid in family(told) if number == signal.SIGINT else [told]:  # a terminal tells a loader's workers, too
+        os.kill(pid, number)
     assert set(job.wait()) == {TRY_AGAIN}
+    said = (tmp_path / "said").read_text()
+    assert said.count("stopped by") == 1 and f"stopped by {number.name} after step" in said and "Traceback" not in said, said
     check_stopped_and_finish(training, tmp_path, whole[processes], processes)
 
 
 @pytest.mark.slow
-def test_processes_that_we_started_are_told_by_the_one_that_started_them(small_videos, tmp_path, whole):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_processes_that_we_started_are_told_by_the_one_that_started_them(small_videos, tmp_path, whole, number):
     training = small_job(small_videos, tmp_path, *MORE)
-    job = Job("train", *training, "trainer.devices=2")
+    job = Job("train", *training, "trainer.devices=2", output=tmp_path / "said")
     wait_for_steps(tmp_path, 2, job)
-    os.kill(job.processes[0].pid, signal.SIGTERM)
+    for pid in [job.processes[0].pid] if number == signal.SIGTERM else family(job.processes[0].pid):  # once, though each is told twice
+        os.kill(pid, number)
     assert job.wait() == [TRY_AGAIN]
+    said = (tmp_path / "said").read_text()
+    assert said.count(f"stopped by {number.name} after step") == 1 and "Traceback" not in said, said
     check_stopped_and_finish(training, tmp_path, whole[2], 2)
 
 
@@ -141,7 +154,7 @@ def test_a_signal_ends_a_test_within_a_few_batches_and_the_statistics_before_the
                 yield Unread
 
     class Unread:
-        failed, clips = {"bad.mp4": "no video"}, None
+        failed, clips = (Unreadable(0, "bad.mp4", "no video"),), None
 
     with pytest.raises(Interrupted, match="stopped by SIGUSR2 during the test"):
         evaluate(torch.nn.Identity(), Loader([None] * 100), normalise=torch.nn.Identity(), ranks=Ranks(0, 1, torch.device("cpu")), stop=flag)
@@ -160,7 +173,8 @@ def test_a_signal_ends_a_test_within_a_few_batches_and_the_statistics_before_the
     assert outcome.code == TRY_AGAIN and "stopped by SIGUSR1 in the statistics after step 0" in outcome.err, outcome.err
 
 
-def test_a_second_term_ends_a_process_whose_main_thread_waits_for_ever():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_second_signal_ends_a_process_whose_main_thread_waits_for_ever(number):
     """A mutex locked twice stands for a collective whose other side is gone: no signal gets through to Python there."""
     script = (
         "import ctypes; from atfr.engine.interruption import listen; flag = listen(); lock = ctypes.create_string_buffer(64); libc = ctypes.CDLL(None);"
@@ -168,9 +182,71 @@ def test_a_second_term_ends_a_process_whose_main_thread_waits_for_ever():
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert process.stdout.readline() == "ready\n"
-    process.terminate()
-    process.terminate()  # at the same moment: as a batch system and a parent tell it
+    process.send_signal(number)
+    process.send_signal(number)  # at the same moment: as a batch system and a parent tell it
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=1.5)
-    process.terminate()
-    assert process.wait(timeout=5) == 128 + signal.SIGTERM
+    process.send_signal(number)
+    assert process.wait(timeout=5) == 128 + number
+
+
+def script(text: str, *, before: Callable[[], None] | None = None, **options: Any) -> subprocess.Popen:
+    """A program that has printed one line."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", text], stdout=subprocess.PIPE, text=True, preexec_fn=before, env={**os.environ, "PYTHONPATH": str(ROOT)}, **options
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_what_a_program_was_started_to_ignore_it_ignores(number):
+    """As under `nohup`, or in the background of a script."""
+    process = script(
+        "import time; from atfr.engine.interruption import listen; flag = listen(); print('ready', flush=True); time.sleep(0.3); print(flag.signal)",
+        before=lambda: signal.signal(number, signal.SIG_IGN),
+    )
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=30)
+    assert out == "None\n" and process.returncode == 0
+
+
+def test_a_program_whose_terminal_is_closed_saves_though_it_can_print_no_more(tmp_path):
+    ours, theirs = pty.openpty()
+    process = script(
+        "import os, sys, time; from atfr.engine.interruption import Interrupted, end, listen; flag = listen(); print('ready', flush=True); os.dup2(2, 1)\n"
+        "while flag.signal is None: \n try: print('step', flush=True); time.sleep(0.01)\n except OSError: pass  # before the signal has arrived\n"
+        f"time.sleep(0.2); print('one more', flush=True); open({str(tmp_path / 'saved')!r}, 'w').close(); end(Interrupted(flag.signal, 'now'), is_main=True)",
+        before=lambda: (os.setsid(), fcntl.ioctl(2, termios.TIOCSCTTY, 0)),
+        stderr=theirs,
+    )
+    os.close(theirs)
+    os.read(ours, 1)
+    os.close(ours)  # the terminal is gone
+    process.wait(timeout=30)
+    assert (tmp_path / "saved").exists() and process.returncode == TRY_AGAIN
+
+
+@pytest.mark.parametrize("place", ["load_source", "gflops_table"])
+def test_ctrl_c_ends_a_test_at_once_and_says_that_the_same_command_goes_on(small_videos, tmp_path, monkeypatch, place):
+    assert run_tool("train", *small_job(small_videos, tmp_path, "trainer.max_steps=1", "trainer.test=false")).code == 0
+
+    def told(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(20)
+
+    monkeypatch.setattr(jobs, place, told)
+    outcome = run_tool("test", f"checkpoint={tmp_path}/checkpoints/best.pt")
+    where = {"load_source": "before the test", "gflops_table": "during the test"}[place]
+    assert outcome.code == TRY_AGAIN and outcome.err == f"stopped by SIGINT {where}; the same command goes on\n"
+    assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    "error,raised", [(OSError("full"), OSError), (FloatingPointError(), FloatingPointError), (ChildProcessError(), Interrupted), (RuntimeError(), Interrupted)]
+)
+def test_an_error_of_its_own_is_not_hidden_by_a_signal_and_one_that_follows_from_it_is(error, raised):
+    flag = StopFlag()
+    with pytest.raises(raised), flag.at_once("before training"), flag.only_noted():
+        flag._note(signal.SIGTERM, None)
+        raise error

@@ -129,6 +129,46 @@ def test_every_view_is_tested_exactly_once_for_any_number_of_processes(tmp_path,
     assert sorted(seen) == list(itertools.product(range(3), range(6)))
 
 
+@pytest.mark.parametrize(
+    "message, parts",
+    [
+        (
+            "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)",
+            ("shared memory", "--shm-size", "trainer.workers=0", "about 0 MB"),
+        ),
+        (
+            "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of shared memory.",
+            ("shared memory",),
+        ),
+        ("received 0 items of ancdata", ("file descriptors", "ulimit -n", "trainer.workers=1")),
+        ("unable to open shared memory object </torch_1_2_3> in read-write mode: Too many open files (24)", ("file descriptors",)),
+    ],
+)
+def test_a_shortage_that_ends_a_worker_is_said_in_one_line_with_the_way_out(tmp_path, monkeypatch, message, parts):
+    half = [0.5, 0.5, 0.5]
+    clip = ClipSettings(frames=4, stride=2, crop_size=24, train_short_side=[24, 32], test_short_side=32, mean=half, std=half)
+    data = TestClips([Video("a.avi", 0)], clip, views=1, crops=1)
+
+    def fail(self, item):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(TestClips, "__getitem__", fail)
+    with pytest.raises(OSError) as caught:
+        list(test_loader(data, batch_size=1, workers=1, timeout_s=30))
+    assert all(part in str(caught.value) for part in parts) and "\n" not in str(caught.value)
+    with pytest.raises(RuntimeError):
+        list(test_loader(data, batch_size=1, workers=0))
+
+
+def test_shared_memory_that_is_full_before_the_workers_start_is_said_too(monkeypatch):
+    def full(self):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)")
+
+    monkeypatch.setattr("torch.Tensor.share_memory_", full)
+    with pytest.raises(OSError, match="ran out of shared memory"):
+        test_loader(Stuck(), batch_size=1, workers=1)
+
+
 class Stuck(Dataset):
     """A file system that does not answer."""
 

@@ -79,7 +79,8 @@ def data(tmp_path_factory, small_videos):
 @pytest.mark.parametrize("choice", [*EXPERIMENTS, *MODELS, *DATASETS, *OTHERS])
 def test_every_choice_takes_a_training_step(tmp_path, data, train, monkeypatch, choice):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", [choice], return_hydra_config=True)
+        recipe = [] if choice.startswith("experiment=") else ["~experiment"]  # what is looked at is this choice alone
+        config = compose("train", [choice, *recipe], return_hydra_config=True)
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
     HydraConfig.instance().set_config(config)
     dataset, model = (config.hydra.runtime.choices[group] for group in ("dataset", "model"))

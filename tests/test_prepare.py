@@ -80,8 +80,9 @@ def test_bad_and_missing_files_are_listed_with_reasons_and_the_good_ones_can_be_
     found = rows(tmp_path)
     for name, reason in reasons.items():
         assert reason in found[name]["reason"] and found[name]["status"] == ("missing" if name == "dangling.mp4" else "bad")
-        assert f"bad: {name}: " in outcome.out
-    assert found["gone.mp4"]["status"] == "missing" and "1 of the" in outcome.out and "(gone.mp4)" in outcome.out
+        assert (f"bad: {name}: " in outcome.out) == (name != "dangling.mp4")
+    assert outcome.out.count("warning: ") == 1 and "of the 16 test videos are training videos, too" in outcome.out
+    assert found["gone.mp4"]["status"] == "missing" and "2 of the" in outcome.out and "(dangling.mp4, gone.mp4)" in outcome.out
     good = [name for name, row in found.items() if row["status"] == "good"]
     assert len(found) == 12 + len(reasons) + 6 + 1 and len(good) == 12 + 6
     facts = ("label", "split", "frames", "fps", "width", "height", "seconds", "bytes")
@@ -93,15 +94,15 @@ def test_bad_and_missing_files_are_listed_with_reasons_and_the_good_ones_can_be_
 
     trained = run_tool("train", *small_job(root, tmp_path / "run", *command(outcome), "trainer.max_steps=1", "model=x3d"))
     assert trained.code == 0, trained.err
-    bad, there = len(reasons), 12 + len(reasons)
+    bad = len(reasons) - 1  # not the link that leads nowhere
     assert f"14 training, {4 + 6 + bad} validation, {4 + 6 + bad} test videos, 2 classes" in trained.out
     said = f"videolist: {bad} of the {14 + bad} training videos are left out, bad by {tmp_path}/prepared/manifest.csv\n"
     assert trained.out.count(said) == 1
     results = json.loads((tmp_path / "run/results.json").read_text())
-    assert results["num_videos"] == 10 and [Path(path).name for path in results["failed"]] == sorted(reasons)
+    assert results["num_videos"] == 10 and [Path(path).name for path in results["failed"]] == sorted(reasons.keys() - {"dangling.mp4"})
     protocol = results["protocol"]
     assert protocol["manifest"] == {"file": f"{tmp_path}/prepared/manifest.csv", "left_out": bad, "not_in_it": 0}
-    assert protocol["missing"] == {"train": 1, "test": 1} and protocol["videos"] == {"train": 14 + bad, "test": 10 + bad}
+    assert protocol["missing"] == {"train": 2, "test": 2} and protocol["videos"] == {"train": 14 + bad, "test": 10 + bad}
 
 
 @pytest.mark.parametrize("dataset", ["kinetics400", "something_something_v2", "hmdb51"])
@@ -190,7 +191,8 @@ def test_a_run_that_was_cut_off_goes_on_with_what_is_new_or_changed(tmp_path):
     assert [Manifest(tmp_path, settings).knows(name, state) for name in names] == [True, True, True, False]  # bad: looked at again
 
 
-def test_a_run_that_is_killed_goes_on_where_it_stopped(tmp_path):
+@pytest.mark.parametrize("number,code,said", [(signal.SIGKILL, -9, ""), (signal.SIGINT, 130, "stopped by SIGINT; the same command goes on\n")])
+def test_a_run_that_is_killed_or_ended_by_ctrl_c_goes_on_where_it_stopped(tmp_path, number, code, said):
     root, output = tmp_path / "root", tmp_path / "copies"
     root.mkdir()
     first = write_video(root / "0.mp4", 30, codec="libx264", size=(192, 128))
@@ -199,12 +201,17 @@ def test_a_run_that_is_killed_goes_on_where_it_stopped(tmp_path):
     (root / "list.csv").write_text("".join(f"{i}.mp4,x\n" for i in range(24)))
     job = ["dataset=videolist", f"dataset.root={root}", "dataset.train=list.csv", "dataset.test=null", "encode=true", f"output={output}"]
     command = [sys.executable, str(ROOT / "scripts/prepare.py"), *job, "processes=1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True
+    )
     began = time.monotonic()
     while len(list(output.glob("*.mp4"))) < 1 and time.monotonic() - began < 60:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does: its worker, too
+    else:
+        process.send_signal(number)
+    assert (process.communicate()[1], process.returncode) == (said, code)
     time.sleep(0.3)  # until its worker has noticed
     done = {path.name: path.stat().st_ino for path in output.glob("*.mp4")}
     assert 1 <= len(done) < 24 and not (output / "prepared/manifest.csv").exists()

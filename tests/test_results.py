@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 
+from atfr.data.records import Unreadable
 from atfr.engine.evaluate import Evaluation, View
 from atfr.engine.results import accuracy, as_table, summarise, write_predictions, write_results
 
@@ -48,10 +49,13 @@ def test_top5_counts_a_label_among_the_five_best_of_many_classes():
     assert accuracy([view(0, 0, 5, scores)])["top5"] == 0.0
 
 
+BAD = {2: Unreadable(2, "bad.mp4", "no video stream")}
+
+
 def evaluation():
     views = [view(0, 0, 0, [0.9, 0.1], 4), view(0, 1, 0, [0.2, 0.8], 16), view(1, 0, 1, [0.3, 0.7], 1)]
-    decoders = {"caf\udce9.mp4": "pyav", "v1.mp4": "decord", "bad.mp4": "pyav"}  # one view of the bad one was read
-    return Evaluation(views=views, failed={"bad.mp4": "no video stream"}, decoders=decoders, frames=(16,), batches=[[(4,), (16,)], [(1,)]], network_seconds=1.5)
+    decoders = {0: "pyav", 1: "decord", 2: "pyav"}  # one view of the bad one was read
+    return Evaluation(views=views, failed=BAD, decoders=decoders, frames=(16,), batches=[[(4,), (16,)], [(1,)]], network_seconds=1.5)
 
 
 def test_the_results_hold_every_key_of_the_contract(tmp_path):
@@ -84,4 +88,4 @@ def test_predictions_have_a_row_for_each_view(tmp_path):
 
 def test_when_no_video_could_be_read_there_is_no_accuracy():
     with pytest.raises(ValueError, match="none of the 1 videos could be read.*bad.mp4: no video stream"):
-        summarise(Evaluation(failed={"bad.mp4": "no video stream"}), Table(), protocol={})
+        summarise(Evaluation(failed=BAD), Table(), protocol={})

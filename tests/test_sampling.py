@@ -9,7 +9,15 @@ from video_files import numbers, write_video
 
 from atfr.data.dataset import ClipSettings, TestClips, TrainClips
 from atfr.data.records import Video
-from atfr.data.sampling import random_clip, random_segments, segment_views, stride_at, uniform_views
+from atfr.data.sampling import (
+    random_clip,
+    random_clip_by_time,
+    random_segments,
+    segment_views,
+    stride_at,
+    uniform_views,
+    uniform_views_by_time,
+)
 
 
 @pytest.mark.parametrize("num_frames, frames, stride", [(100, 16, 4), (61, 16, 4), (62, 16, 4), (8, 8, 1), (300, 1, 7)])
@@ -62,6 +70,49 @@ def test_counts_below_one_are_refused_by_name(name):
     settings = {"num_frames": 10, "frames": 4, "stride": 2, "views": 3, name: 0}
     with pytest.raises(ValueError, match=f"{name} is 0"):
         uniform_views(settings.pop("num_frames"), **settings)
+
+
+# ---- by time
+
+TIMES = np.concatenate([np.arange(120) / 60, 2 + np.arange(50) / 5])  # 60 frames per second, then 5
+
+
+def nearest(start, *, frames, interval, times=TIMES):
+    """The later one of two frames that are equally near."""
+    return [len(times) - 1 - int(np.abs(times[::-1] - (start + k * interval)).argmin()) for k in range(frames)]
+
+
+def test_clips_by_time_span_the_same_time_wherever_they_lie_and_start_at_any_time():
+    rng, starts = np.random.default_rng(0), []
+    draws = np.random.default_rng(0)
+    for _ in range(2000):
+        clip = random_clip_by_time(TIMES, frames=16, interval=1 / 15, rng=rng)
+        starts.append(draws.random() * (TIMES[-1] - 1))
+        assert clip.dtype == np.int64 and clip.tolist() == nearest(starts[-1], frames=16, interval=1 / 15)
+        assert TIMES[clip[-1]] - TIMES[clip[0]] == pytest.approx(1, abs=0.2)
+    assert np.mean(np.array(starts) < 2) == pytest.approx(2 / (TIMES[-1] - 1), abs=0.03)  # a share of the time, not of the frames
+
+
+def test_views_by_time_are_spread_evenly_in_time_and_one_is_the_centre():
+    last = TIMES[-1] - 7 * 0.1
+    views = uniform_views_by_time(TIMES, frames=8, interval=0.1, views=4)
+    assert [view.tolist() for view in views] == [nearest(last * part / 3, frames=8, interval=0.1) for part in range(4)]
+    (centre,) = uniform_views_by_time(TIMES, frames=8, interval=0.1, views=1)
+    assert centre.tolist() == nearest(last / 2, frames=8, interval=0.1)
+
+
+def test_by_time_a_short_video_is_read_from_its_start_and_its_last_frame_repeated():
+    times = np.array([5.0, 5.1, 5.4, 6.0])
+    expected = [0, 2, 3, 3, 3]
+    assert random_clip_by_time(times, frames=5, interval=0.5, rng=np.random.default_rng(0)).tolist() == expected
+    assert [view.tolist() for view in uniform_views_by_time(times, frames=5, interval=0.5, views=2)] == [expected] * 2
+    assert uniform_views_by_time(times[:1], frames=2, interval=0.5, views=1)[0].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("settings, message", [({"frames": 0}, "frames is 0"), ({"interval": 0}, "interval is 0")])
+def test_what_makes_no_clip_by_time_is_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        uniform_views_by_time(TIMES, **{"frames": 4, "interval": 0.1, "views": 2, **settings})
 
 
 # ---- segments

@@ -28,6 +28,7 @@ PARTS = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}  # for launched_pa
 
 @pytest.fixture(scope="module")
 def cluster():
+    pytest.importorskip("submitit")
     missing = missing_programs()
     if missing:
         reason = f"not installed: {', '.join(missing)} (Debian: slurm-wlm, munge)"

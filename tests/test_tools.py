@@ -14,6 +14,7 @@ from hydra.errors import MissingConfigException
 from run_tools import run_script, run_tool, small_job, torchrun
 
 from atfr.engine import checkpoint
+from atfr.engine.run_lock import run_lock
 from atfr.engine.train import Training
 
 
@@ -80,6 +81,18 @@ def test_a_finished_run_is_only_tested_again_and_more_steps_go_on_from_its_end(s
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if line["split"] == "train"] == [1, 2, 3, 4]
     assert checkpoint.load(tmp_path / "checkpoints/last.pt")["step"] == 4
+
+
+def test_a_second_job_in_a_folder_is_refused_in_one_line_whatever_it_is(trained, small_videos, tmp_path):
+    weights = f"model.weights={trained[0]}/checkpoints/best.pt"
+    with run_lock(tmp_path / "run"):
+        for name, more in (("train", ()), ("train", ("trainer.devices=2", "trainer.accelerator=cpu")), ("calibrate", (weights, "budgets=[0.9]"))):
+            done = Job(name, *small_job(small_videos, tmp_path / "run", *more), output=tmp_path / "said")
+            assert done.wait() == [1]
+            (line,) = (tmp_path / "said").read_text().splitlines()
+            assert line.startswith(f"error: another job works in run folder {tmp_path}/run: process {os.getpid()} on "), line
+            (tmp_path / "said").unlink()
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.lock"]
 
 
 def test_a_run_interrupted_in_the_middle_of_an_epoch_ends_with_the_same_weights(small_videos, tmp_path):
@@ -338,6 +351,7 @@ def test_a_dense_network_ignores_the_options_of_a_layer_and_says_so(small_videos
 
 
 def test_a_sweep_of_slurm_jobs_without_slurm_is_refused_in_one_line(monkeypatch):
+    pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", "/nowhere")
     outcome = run_tool("train", "-m", "hydra/launcher=slurm", "trainer.seed=0,1")
     assert outcome.code == 1 and len(outcome.err.splitlines()) == 1 and "there is no srun on this machine" in outcome.err, outcome.err
@@ -353,14 +367,12 @@ def test_overfitting_sees_the_same_clips_every_epoch_and_a_trace_is_left(small_v
 
     monkeypatch.setattr(Training, "train_step", noting)
     more = ("trainer.batch_size=2", "trainer.epochs=3", "trainer.overfit_batches=2", "trainer.profile=2", "trainer.test=false", "trainer.deterministic=true")
-    try:
-        outcome = run_tool("train", *small_job(small_videos, tmp_path, *more))
-    finally:
-        torch.use_deterministic_algorithms(False)
+    outcome = run_tool("train", *small_job(small_videos, tmp_path, *more))
     assert outcome.code == 0, outcome.err
     assert len(seen) == 6 and seen[:2] == seen[2:4] == seen[4:] and seen[0] != seen[1]
     events = json.loads((tmp_path / "profile/trace.json").read_text())["traceEvents"]
-    assert sum(event["name"].startswith("ProfilerStep") and event["ph"] == "X" for event in events) == 2
+    steps = [event for event in events if event["name"].startswith("ProfilerStep") and event["ph"] == "X"]
+    assert [event["cat"] for event in steps].count("user_annotation") == 2  # a GPU has its own beside them, gpu_user_annotation
     assert any(event["name"] == "aten::convolution_backward" for event in events)
 
 
@@ -391,6 +403,17 @@ def test_any_number_of_processes_evaluates_each_view_exactly_once_and_alike(trai
                 assert float(row["score"]) == pytest.approx(float(other["score"]), abs=2e-4)  # clips that are packed with others: float32 sums in another order
             for key in ("top1", "top5", "mean_class_accuracy", "num_videos", "num_views", "failed", "bins"):
                 assert results[1][key] == results[world][key]
+
+
+def test_warnings_about_the_lists_are_printed_once_by_any_number_of_processes(trained, small_videos, tmp_path):
+    lines = (small_videos / "test.csv").read_text().splitlines()
+    (tmp_path / "test.csv").write_text("\n".join([*lines, lines[1]]) + "\n")
+    more = (f"dataset.test={tmp_path}/test.csv", f"trainer.output_dir={tmp_path / 'run'}")
+    outcome = torchrun(2, "test", f"checkpoint={trained[0]}/checkpoints/best.pt", *more)
+    assert outcome.code == 0, outcome.err
+    warnings = [line for line in outcome.out.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and f"{tmp_path}/test.csv:2: {small_videos}/" in warnings[0] and "is listed 2 times" in warnings[0]
+    assert json.loads((tmp_path / "run/results.json").read_text())["num_videos"] == 5
 
 
 def test_two_processes_train_with_everything_that_augments(small_videos, tmp_path):

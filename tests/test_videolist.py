@@ -37,6 +37,15 @@ FORMS = {
     "space, comma in the first path": "walk/d, e.mp4 1\nrun/a.mp4 0\nrun/b c.mp4 0\n",
     "space, quotes": 'run/a.mp4 0\n"run/b c.mp4" 0\n"walk/d, e.mp4" 1\n',
     "tab": "run/a.mp4\t0\nrun/b c.mp4\t0\nwalk/d, e.mp4\t1\n",
+    "tabs that align the labels": "run/a.mp4\t\t0\nrun/b c.mp4\t0\nwalk/d, e.mp4\t1\n",
+    "tab, header": "label\tgroup\tfilename\n0\t\trun/a.mp4\n0\tx\trun/b c.mp4\n1\ty\twalk/d, e.mp4\n",
+    "semicolon": "run/a.mp4;0\nrun/b c.mp4; 0\nwalk/d, e.mp4;1\n",
+    "semicolon, header": "video_id;label\nrun/a.mp4;0\nrun/b c.mp4;0\nwalk/d, e.mp4;1\n",
+    "semicolon, names with blanks and commas": "run/a.mp4;Go, and run\nrun/b c.mp4;Go, and run\nwalk/d, e.mp4;Walk slowly\n",
+    "space, header": "path label\nrun/a.mp4 0\nrun/b c.mp4 0\nwalk/d, e.mp4 1\n",
+    "space, header of three columns": "path frames label\nrun/a.mp4 9 0\nrun/b c.mp4 9 0\nwalk/d, e.mp4 9 1\n",
+    "frames": "run/a.mp4 250 0\nrun/b c.mp4 9 0\nwalk/d, e.mp4 100 1\n",
+    "index column": ",path,label\n0,run/a.mp4,0\n1,run/b c.mp4,0\n2,\"walk/d, e.mp4\",1\n",
     "names": 'run/a.mp4,run\nrun/b c.mp4,run\n"walk/d, e.mp4",walk\n',
     "names with spaces": 'run/a.mp4,"a, run"\nrun/b c.mp4,"a, run"\n"walk/d, e.mp4",go walk\n',
     "names in quotes after a space": 'run/a.mp4 "go run"\n"run/b c.mp4" "go run"\n"walk/d, e.mp4" "go walk"\n',
@@ -50,6 +59,68 @@ def test_every_form_of_a_list_gives_the_same_videos(root, form):
     source = load(root, FORMS[form])
     assert sorted(listed(source)) == [("run/a.mp4", 0), ("run/b c.mp4", 0), ("walk/d, e.mp4", 1)]
     assert len(source.class_names) == 2
+
+
+def test_lists_of_frame_folders_are_told_from_paths_that_end_in_a_number(tmp_path):
+    for folder in ("frames/v1", "frames/v 2", "take 1", "take 2"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert listed(load(tmp_path, "frames/v1 45 0\nframes/v 2 9 1\n")) == [("frames/v1", 0), ("frames/v 2", 1)]
+    assert listed(load(tmp_path, "take 1 0\ntake 2 1\n")) == [("take 1", 0), ("take 2", 1)]
+    assert listed(load(tmp_path, "take 1 45 0\ntake 2 9 1\n")) == [("take 1", 0), ("take 2", 1)]
+    with pytest.raises(FileNotFoundError, match=r"/frames/v3 does not exist \(1 of 1 videos"):
+        load(tmp_path, "frames/v3 45 0\n")
+
+
+def test_folders_that_are_named_by_an_id_have_names_with_blanks(tmp_path):
+    for folder in ("1", "20"):
+        (tmp_path / folder).mkdir()
+    source = load(tmp_path, "1;Swiping Left\n20;Drumming Fingers\n")
+    assert listed(source) == [("1", 1), ("20", 0)] and source.class_names == ("Drumming Fingers", "Swiping Left")
+
+
+@pytest.mark.parametrize("separator", [" ", ",", "\t"])
+def test_a_line_that_begins_with_a_hash_is_a_video_if_it_has_a_label_and_its_file_exists(tmp_path, separator):
+    for name in ("#2_Gum.avi", "a.avi", "b.avi"):
+        (tmp_path / name).touch()
+    rows = ("#2_Gum.avi|0", "# made by hand", "a.avi|0", "#b.avi|1", "# b.avi|1", "#2_Gum.avi", "#9_Gum.avi|1")
+    text = "\n".join(rows).replace("|", separator)
+    assert listed(load(tmp_path, text)) == [("#2_Gum.avi", 0), ("a.avi", 0)]
+    assert listed(load(tmp_path, "#2_Gum.avi 0\n")) == [("#2_Gum.avi", 0)]
+
+
+def test_paths_may_start_at_the_home_folder_and_have_names_of_any_bytes(root, monkeypatch):
+    monkeypatch.setenv("HOME", str(root))
+    odd = os.fsencode(root) + b"/caf\xe9 \xe5\x8b\x95.mp4"
+    with open(odd, "wb"):
+        pass
+    source = load(root, b"~/run/a.mp4 0\ncaf\xe9 \xe5\x8b\x95.mp4 1\n")
+    assert [os.fsencode(video.path) for video in source.train] == [os.fsencode(root / "run/a.mp4"), odd]
+
+
+def test_a_link_that_leads_nowhere_is_a_missing_video(root):
+    (root / "dangling.mp4").symlink_to(root / "gone.mp4")
+    (root / "link.mp4").symlink_to(root / "run/a.mp4")
+    text = "dangling.mp4 0\nlink.mp4 0\n"
+    with pytest.raises(FileNotFoundError, match=r"dangling\.mp4 does not exist \(1 of 2 .*; it is a symbolic link to .*gone\.mp4, which does not exist"):
+        load(root, text)
+    source = load(root, text, allow_missing=True)
+    assert listed(source) == [("link.mp4", 0)] and source.missing == {"train": (str(root / "dangling.mp4"),)}
+
+
+@pytest.mark.parametrize(
+    "path, instead",
+    [
+        ("RUN/a.mp4", "/run"),
+        ("run/b_c.mp4", "/run/b c.mp4"),
+        ("run/A.webm", "/run/a.mp4"),
+        ("run/x/a.mp4", "/run, but no x in it"),
+        ("videos/a.mp4", ", but no videos in it"),
+    ],
+)
+def test_the_message_about_a_missing_file_names_what_is_there(root, path, instead):
+    with pytest.raises(FileNotFoundError) as caught:
+        load(root, f"{path},0\n")
+    assert str(caught.value).endswith(f"; there is {root}{instead}")
 
 
 def test_classes_are_the_sorted_names_of_the_training_list(root):
@@ -110,7 +181,13 @@ WRONG = {
     "no label": ("run/a.mp4,0\nb.mp4\n", {}, r"list\.csv:2: expected 'path,label' or 'path label', found 'b.mp4'"),
     "blank label": ("run/a.mp4,0\n\nrun/b.mp4,\n", {}, r"list\.csv:3: the label is missing in 'run/b.mp4,'"),
     "blank path": ("run/a.mp4,0\n,3\n", {}, r"list\.csv:2: the path is missing in ',3'"),
-    "three columns": ("run/a.mp4,0,1\n", {}, r"list\.csv:1: expected"),
+    "three columns": ("run/a.mp4,0,1\n", {}, r"list\.csv:1: expected 'path,label' .*; a header that names the columns"),
+    "no frames": ("run/a.mp4 9 0\nrun/a.mp4 0 1\n", {}, r"list\.csv:2: expected 'path frames label', found 'run/a.mp4 0 1'"),
+    "frames in some rows": ("run/a.mp4 9 0\nrun/a.mp4 9 0\nrun/a.mp4 1\n", {}, r"list\.csv:3: expected 'path frames label', found 'run/a.mp4 1'"),
+    "part of a video": ("run/a.mp4 1 45 0\n", {}, r"list\.csv:1: 'run/a.mp4 1 45 0' ends in 3 numbers; expected 'path label' or 'path frames label'"),
+    "unknown header": ("recording,gesture\nrun/a.mp4,0\n", {}, r"list\.csv:1: 'recording,gesture' seems to be a header: call its columns path and"),
+    "unknown header, names": ("recording,gesture\nrun,x\nwalk,y\n", {"allow_missing": True}, r"list\.csv:1: 'recording,gesture' seems to be a header"),
+    "unknown header, spaces": ("recording gesture\nrun/a.mp4 0\n", {"allow_missing": True}, r"list\.csv:1: 'recording gesture' seems to be a header"),
     "id too large": ("run/a.mp4,5\n", {"num_classes": 5}, r"list\.csv:1: label 5 is outside the 5 classes \(0 to 4\)"),
     "id negative": ("run/a.mp4,-1\nrun/a.mp4,1", {}, r"list\.csv:1: label -1 is outside the 2 classes \(0 to 1\)"),
     "id with names": ("run/a.mp4,2\n", {"class_names": ["x", "y"]}, r"list\.csv:1: label 2 is outside the 2 classes"),

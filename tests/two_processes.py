@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from atfr import jobs
-from atfr.data.records import Video, VideoSource
+from atfr.data.records import Unreadable, Video, VideoSource
 from atfr.engine import checkpoint, distributed
 from atfr.engine.evaluate import evaluate
 from atfr.engine.interruption import Interrupted, StopFlag
@@ -101,7 +101,7 @@ def check_states_and_lists_that_differ_stop_both(folder: Path, ranks: distribute
 
 def check_a_signal_on_one_process_ends_the_evaluation_on_both(ranks: distributed.Ranks) -> None:
     class Batch:
-        failed, clips = {"bad.mp4": "no video"}, None
+        failed, clips = (Unreadable(0, "bad.mp4", "no video"),), None
 
     class Loader(list):
         def __iter__(self) -> Iterator[Batch]:

@@ -21,20 +21,19 @@ def write_video(
     codec: str = "mpeg4",
     size: tuple[int, int] = (64, 48),
     gop: int = 12,
+    rate: int = 10,
+    title: str = "",
 ) -> str:
     """Writes numbered frames, or those given as uint8 [T, H, W, 3]."""
-    if isinstance(frames, int):
-        assert frames <= MOST_FRAMES
-        # Some noise, so that packets are as large as those of real videos.
-        noise = np.random.default_rng(0).integers(-8, 9, (frames, size[1], size[0], 1))
-        levels = _FIRST + _STEP * np.arange(frames)[:, None, None, None] + noise
-        frames = np.broadcast_to(levels.clip(0, 255).astype(np.uint8), (frames, size[1], size[0], 3))
+    frames = numbered(frames, size) if isinstance(frames, int) else frames
     try:
         av.codec.Codec(codec, "w")
     except av.error.FFmpegError:
         pytest.skip(f"this PyAV has no encoder {codec}")
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=Fraction(10))
+        if title:
+            container.metadata["title"] = title
+        stream = container.add_stream(codec, rate=Fraction(rate))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.gop_size = gop
@@ -43,6 +42,30 @@ def write_video(
         for array in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")))
         container.mux(stream.encode(None))
+    return str(path)
+
+
+def numbered(frames: int, size: tuple[int, int] = (64, 48)) -> np.ndarray:
+    """uint8 [frames, H, W, 3]."""
+    assert frames <= MOST_FRAMES
+    # Some noise, so that packets are as large as those of real videos.
+    noise = np.random.default_rng(0).integers(-8, 9, (frames, size[1], size[0], 1))
+    levels = _FIRST + _STEP * np.arange(frames)[:, None, None, None] + noise
+    return np.broadcast_to(levels.clip(0, 255).astype(np.uint8), (frames, size[1], size[0], 3))
+
+
+def write_at(path: Path, times: list[int], **options: str) -> str:
+    """Writes numbered frames that come at these milliseconds."""
+    clock = Fraction(1, 1000)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30, options=options)
+        stream.height, stream.width, stream.pix_fmt, stream.gop_size = 48, 64, "yuv420p", 10
+        stream.codec_context.time_base = clock
+        for time, array in zip(times, numbered(len(times))):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
+            frame.pts, frame.time_base = time, clock
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
     return str(path)
 
 

@@ -12,7 +12,14 @@ goes on where it stopped.
 
 from __future__ import annotations
 
+from atfr.engine.interruption import listen
+
+if __name__ == "__main__":
+    listen()  # before the imports, which take seconds
+
+# ruff: noqa: E402
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +31,20 @@ from atfr.data.records import VideoSource
 from atfr.data.transforms import Normalizer
 from atfr.engine import checkpoint, distributed, results
 from atfr.engine.budgets import set_share, share_for
+from atfr.engine.contents import contents, require_same_contents
 from atfr.engine.files import write_text
 from atfr.engine.run_folder import claim_folder
 from atfr.engine.settings import TrainerSettings
 from atfr.engine.statistics import calibrate_width, clips_for_statistics, refresh_statistics
 from atfr.launch import on_every_process
 from atfr.models.network import VideoNet
+from atfr.recipe import with_recipe
 from atfr.run_name import run_folder
 
 
 @program("calibrate")
 def main(config: DictConfig) -> None:
+    config, _ = with_recipe(config)
     check_root(config)
     settings: TrainerSettings = build(config.trainer, "trainer")
     budgets = OmegaConf.to_object(config).get("budgets")
@@ -43,12 +53,12 @@ def main(config: DictConfig) -> None:
     budgets = [float(budget) for budget in budgets]
     if jobs.weights_given(config) is None:
         raise ValueError("model.weights is not set, nor init_from: it names the trained network that SGS is put into")
-    folder = run_folder(settings.output_dir, under="calibrated")
-    on_every_process(lambda ranks: calibrate(config, settings, ranks, budgets, folder), config, settings, program=__file__, folder=folder)
+    folder, stop = run_folder(settings.output_dir, under="calibrated"), listen()
+    work = partial(calibrate, config, settings, budgets=budgets, folder=folder)
+    on_every_process(work, config, settings, program=__file__, folder=folder, alone=True, stop=stop, where="in the calibration")
 
 
 def calibrate(config: DictConfig, settings: TrainerSettings, ranks: distributed.Ranks, budgets: list[float], folder: Path) -> None:
-    distributed.require_shared(folder, ranks)
     clip, source = jobs.clip_settings(config), jobs.load_source(config, ranks, make=False)
     jobs.require_videos(source, "train", "test")
     model = jobs.build_model(config, num_classes=len(source.class_names), ranks=ranks, seed=settings.seed, pretrained=True)
@@ -56,6 +66,9 @@ def calibrate(config: DictConfig, settings: TrainerSettings, ranks: distributed.
         raise ValueError("this model does not sample, so there is nothing to calibrate: choose its twin, model=NAME_sgs")
     path = folder / "calibration.json"
     done = {entry["budget"]: entry for entry in json.loads(path.read_text())} if path.exists() else {}
+    files = contents(source, jobs.weights_given(config))
+    for entry in done.values():
+        require_same_contents(entry.get("contents", files), files, of=path, way_out="choose another trainer.output_dir", warn=ranks.is_main)
     missing = [budget for budget in budgets if budget not in done]
     table = jobs.gflops_table(model, clip) if missing else None
     whole = any(layer.is_baseline for layer in model.sgs.values())
@@ -80,7 +93,7 @@ def calibrate(config: DictConfig, settings: TrainerSettings, ranks: distributed.
             protocol = jobs.protocol(config, model, clip, source, settings, ranks, checkpoint=saved)
             with distributed.main_first(ranks):  # the others wait: counting a network's GFLOPs may take long
                 if ranks.is_main:
-                    done[budget] = {"budget": budget, "share": shares[budget], **results.summarise(evaluation, table, protocol=protocol)}
+                    done[budget] = {"budget": budget, "share": shares[budget], "contents": files, **results.summarise(evaluation, table, protocol=protocol)}
                     checkpoint.save(state_of(model, plain, shares[budget], source, whole=whole), saved)
                     write_text(path, json.dumps([done[key] for key in sorted(done)], indent=2) + "\n")
         if ranks.is_main:

@@ -9,16 +9,20 @@ from __future__ import annotations
 import json
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from atfr import jobs
 from atfr.configuration import check_root, program
 from atfr.engine.accounting import CONVENTION, GflopsTable
 from atfr.engine.distributed import Ranks
+from atfr.recipe import is_given, with_recipe
 
 
 @program("flops")
 def main(config: DictConfig) -> None:
+    if is_given("dataset", HydraConfig.get().overrides.task):
+        config, _ = with_recipe(config)  # what a training on this dataset takes
     check_root(config)
     clip = jobs.clip_settings(config)
     classes = 400 if config.num_classes is None else config.num_classes

@@ -9,6 +9,13 @@ folder, or into trainer.output_dir. The config is the one that the checkpoint wa
 
 from __future__ import annotations
 
+from atfr.engine.interruption import StopFlag, listen
+
+if __name__ == "__main__":
+    listen()  # before the imports, which take seconds
+
+# ruff: noqa: E402
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +36,20 @@ def main(config: DictConfig) -> None:
     folder = checkpoint_config.results_folder(path, config.trainer.output_dir)
     config = checkpoint_config.with_overrides(state, config)
     settings: TrainerSettings = build(config.trainer, "trainer")
-    on_every_process(lambda ranks: test(config, state, path, settings, ranks, folder), config, settings, program=__file__, folder=folder)
+    stop = listen()
+    work = partial(test, config, state, path, settings, folder=folder, stop=stop)
+    on_every_process(work, config, settings, program=__file__, folder=folder, stop=stop, where="before the test")
 
 
-def test(config: DictConfig, state: dict[str, Any], path: Path, settings: TrainerSettings, ranks: Ranks, folder: Path) -> None:
+def test(config: DictConfig, state: dict[str, Any], path: Path, settings: TrainerSettings, ranks: Ranks, folder: Path, stop: StopFlag) -> None:
     clip = jobs.clip_settings(config)
     source = checkpoint_config.test_videos(config, state, path, ranks)
     if ranks.is_main:
         jobs.report_missing(source, folder)
     model = checkpoint_config.trained_model(config, state, path, ranks)
     model.prepare(compiled=settings.compile)
-    jobs.test_and_report(model, source, clip, config=config, settings=settings, ranks=ranks, folder=folder, checkpoint=path)
+    with stop.only_noted():
+        jobs.test_and_report(model, source, clip, config=config, settings=settings, ranks=ranks, folder=folder, checkpoint=path, stop=stop)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python tools/train.py                                  # built-in data, a tiny X3D with SGS
     python tools/train.py dataset=kinetics400 model=x3d_sgs dataset.root=/data/k400
+    python tools/train.py ... dry_run=true                 # print what would run, and end
     python tools/train.py ... trainer.devices=2            # two processes; on GPUs, by default one for each
     python tools/train.py ... init_from=RUN trainer.output_dir=OTHER   # from the weights of another run, with a new schedule
 
@@ -10,13 +11,15 @@ torchrun, srun and submitit may start the processes instead. The same command ru
 
 from __future__ import annotations
 
-from atfr.engine.interruption import Interrupted, StopFlag, end, listen
+from atfr.engine.interruption import StopFlag, listen
 
 if __name__ == "__main__":
     listen()  # before the imports that take seconds, in which a signal would end the program
 
 # ruff: noqa: E402
 import os
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -24,8 +27,9 @@ from omegaconf import DictConfig, OmegaConf
 from atfr import jobs
 from atfr.configuration import build, check_root, choices, program
 from atfr.data.transforms import Normalizer
+from atfr.dry_run import print_plan
 from atfr.engine import checkpoint, distributed
-from atfr.engine.determinism import be_deterministic
+from atfr.engine.contents import contents
 from atfr.engine.mixing import mixing
 from atfr.engine.place import find_place
 from atfr.engine.results import accuracy
@@ -33,26 +37,31 @@ from atfr.engine.run_folder import claim_folder
 from atfr.engine.settings import TrainerSettings
 from atfr.engine.train import Training
 from atfr.launch import on_every_process
+from atfr.recipe import require_weights, with_recipe
 from atfr.run_name import run_folder
 
 
 @program("train")
 def main(config: DictConfig) -> None:
+    config, lines = with_recipe(config)
     check_root(config)
+    require_weights(config)
     settings: TrainerSettings = build(config.trainer, "trainer")
-    if settings.deterministic:
-        be_deterministic()
     folder, stop = run_folder(settings.output_dir), listen()
-    try:
-        with stop.at_once("before training"):
-            on_every_process(lambda ranks: train_and_test(config, settings, ranks, folder, stop), config, settings, program=__file__, folder=folder)
-    except Interrupted as error:
-        distributed.stop()
-        end(error, is_main=find_place(os.environ).rank == 0)
+    if config.dry_run:
+        if find_place(os.environ).rank == 0:
+            print(*lines, sep="\n")
+            print_plan(config, settings, folder=folder)
+        return
+    del config.dry_run  # no option of the experiment
+    work = partial(train_and_test, config, settings, folder=folder, stop=stop, lines=lines)
+    on_every_process(work, config, settings, program=__file__, folder=folder, alone=True, stop=stop, where="before training")
 
 
-def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distributed.Ranks, folder: Path, stop: StopFlag) -> None:
-    distributed.require_shared(folder, ranks)
+def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distributed.Ranks, folder: Path, stop: StopFlag, lines: Sequence[str] = ()) -> None:
+    """Train and test on this process; the main one prints `lines` first."""
+    if ranks.is_main and lines:
+        print(*lines, sep="\n", flush=True)
     clip = jobs.clip_settings(config)
     with stop.at_once("before training"):
         source = jobs.load_source(config, ranks)
@@ -60,6 +69,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
     # Pretrained weights are where training starts from: a run that goes on has its own.
     starts = not (folder / "checkpoints" / "last.pt").exists()
     model = jobs.build_model(config, num_classes=len(source.class_names), ranks=ranks, seed=settings.seed, pretrained=starts)
+    jobs.check_batch_norm(model, clip, settings, ranks)
     plain = OmegaConf.to_container(config, resolve=True)
     if ranks.is_main:
         claim_folder(folder, plain, "training", resume=settings.resume)
@@ -72,6 +82,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
             flush=True,
         )
         jobs.report_missing(source, folder)
+        jobs.say_what_chooses_the_epoch(source, config, settings)
     distributed.barrier()
 
     steps_per_epoch, batches = jobs.train_batches(source, clip, settings, ranks)
@@ -95,7 +106,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
         settings=settings,
         ranks=ranks,
         folder=folder,
-        identity={"config": plain, "choices": choices(), "class_names": list(source.class_names)},
+        identity={"config": plain, "choices": choices(), "class_names": list(source.class_names), "contents": contents(source, jobs.weights_given(config))},
         mix=mix,
         stop=stop,
     )

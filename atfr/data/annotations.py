@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from atfr.data.existing import ExistingFiles, instead_of
+from atfr.data.list_checks import list_warnings
 from atfr.data.records import Video, VideoSource
+from atfr.data.text import read_text
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,11 @@ def open_root(root: str, *, name: str, hint: str) -> str:
     if not os.path.isdir(root):
         raise FileNotFoundError(f"dataset {name}: root {root} is not a folder{after(hint)}")
     return root
+
+
+def under(root: str, folder: str) -> str:
+    """The path of a folder that is given from `root`, absolute or with `~`."""
+    return os.path.join(root, os.path.expanduser(folder))
 
 
 def find_file(file: str, *, root: str, what: str, name: str, hint: str) -> str:
@@ -46,9 +54,7 @@ def after(hint: str) -> str:
 
 def read_lines(file: str) -> list[tuple[int, str]]:
     """Line numbers, from 1, and lines without the blanks around them; blank lines are left out."""
-    # utf-8-sig drops the byte order mark that spreadsheet programs write; a stray byte must not hide the other lines.
-    with open(file, encoding="utf-8-sig", errors="surrogateescape") as stream:
-        lines = [(number, line.strip()) for number, line in enumerate(stream, start=1)]
+    lines = [(number, line.strip()) for number, line in enumerate(read_text(file).split("\n"), start=1)]
     return [(number, line) for number, line in lines if line]
 
 
@@ -81,24 +87,30 @@ def video_source(
     allow_missing: bool,
     hint: str,
     notes: Mapping[str, Any] | None = None,
+    lines: Mapping[str, Sequence[int]] | None = None,
+    numbered: bool = False,
 ) -> VideoSource:
     """A dataset from the videos that its lists name, by split: train, val, test; each may be lacking.
 
     Without a val list the test list is the validation list, too. Videos that are not there are left out and named in
-    `VideoSource.missing`; without `allow_missing`, and where a list has none left, they are a FileNotFoundError.
+    `VideoSource.missing`; without `allow_missing`, and where a list has none left, they are a FileNotFoundError. What is
+    suspicious becomes `VideoSource.warnings`: `lines` has the line number of each video, for splits where they are
+    known, and `numbered` says that the labels in the lists are ids.
     """
     there: dict[str, tuple[Video, ...]] = {}
     missing: dict[str, tuple[str, ...]] = {}
-    folders: dict[str, frozenset[str]] = {}
+    existing = ExistingFiles()
     for split, wanted in videos.items():
-        gone = [video for video in wanted if not _exists(video.path, folders)]
+        found: list[Video] = []
+        gone: list[Video] = []
+        for video in wanted:
+            (found if video.path in existing else gone).append(video)
         if gone and (not allow_missing or len(gone) == len(wanted)):
             raise FileNotFoundError(
                 f"{files[split]}: {gone[0].path} does not exist ({len(gone)} of {len(wanted)} videos are missing;"
-                f" root is {root}){after(hint)}"
+                f" root is {root}){instead_of(gone[0].path)}{after(hint)}"
             )
-        left_out = set(gone)
-        there[split] = tuple(video for video in wanted if video not in left_out)
+        there[split] = tuple(found)
         missing[split] = tuple(video.path for video in gone)
     counted = {"missing": {split: len(paths) for split, paths in missing.items()}} if allow_missing else {}
     test = there.get("test", ())
@@ -111,18 +123,11 @@ def video_source(
         notes={
             "root": root,
             "lists": dict(files),
-            "videos": {split: len(found) for split, found in there.items()},
+            "videos": {split: len(kept) for split, kept in there.items()},
             **counted,
             "validation": "val list" if "val" in videos else "test list",
             **(notes or {}),
         },
         missing=missing,
+        warnings=list_warnings(videos, there, files=files, lines=lines or {}, class_names=class_names, numbered=numbered),
     )
-
-
-def _exists(path: str, folders: dict[str, frozenset[str]]) -> bool:
-    # One listing a folder instead of one stat a video: Kinetics has 240,000 files, often on a network drive.
-    folder, base = os.path.split(path)
-    if folder not in folders:
-        folders[folder] = frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
-    return base in folders[folder] or os.path.exists(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,14 +16,25 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from atfr.data.clip_cache import cached
-from atfr.data.decode import DECODERS, Decoded, Pick, read_clip
-from atfr.data.records import Video, VideoError
-from atfr.data.sampling import random_clip, random_segments, segment_views, stride_at, uniform_views
+from atfr.data.decode import DECODERS, Decoded, Pick, PickByTime, read_clip
+from atfr.data.records import Unreadable, Video, VideoError
+from atfr.data.sampling import (
+    random_clip,
+    random_clip_by_time,
+    random_segments,
+    segment_views,
+    stride_at,
+    uniform_views,
+    uniform_views_by_time,
+)
 from atfr.data.time_limit import TimeLimit
 from atfr.data.transforms import TrainTransform, test_crops
 from atfr.paths import expanded
+from atfr.data.warn_once import warn_once
 
 _ATTEMPTS = 10
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,17 +96,30 @@ class ClipSettings:
         self._require(good, "color_jitter", "[brightness, contrast, saturation, hue], none negative and hue <= 0.5, or null")
         self._require(erasing is None or 0 <= erasing <= 1, "erasing", "a probability in [0, 1], or null")
 
-    def stride_in(self, fps: float | None) -> float:
-        """The stride in a file of `fps` frames a second (None: not known)."""
-        return stride_at(self.stride, fps=fps or self.fallback_fps, wanted_fps=self.fps)
+    def stride_in(self, fps: float | None, *, path: str) -> float:
+        """The stride in a file of `fps` frames per second (None: not known)."""
+        rate = fps or self.fallback_fps
+        if self.fps is not None and rate is None:
+            remedy = "set dataset.clip.fallback_fps to the rate of such videos"
+            warn_once(log, "rate", f"dataset.clip.fps={self.fps:g} does not apply to {path} and its like, whose own rate is not known; {remedy}")
+        return stride_at(self.stride, fps=rate, wanted_fps=self.fps)
 
-    def read(self, path: str, pick: Pick, *, short_side: int, key: tuple) -> Decoded:
-        """The frames that `pick` chooses, read as these settings say; `key` is all that it depends on beside them."""
-        read = partial(read_clip, path, pick, short_side=short_side, decoder=self.decoder)
+    def read(self, path: str, pick: Pick, *, pick_by_time: PickByTime | None = None, short_side: int, key: tuple) -> Decoded:
+        """The frames that `pick` chooses, read as these settings say; `key` is all that it depends on beside them.
+
+        `pick_by_time` chooses them in files of a variable rate, where a rate is asked for.
+        """
+        timed = pick_by_time if self.fps is not None and self.sampling == "dense" else None
+        read = partial(read_clip, path, pick, pick_by_time=timed, short_side=short_side, decoder=self.decoder)
         if self.cache is None:
             return read()
         settings = (self.frames, self.stride, self.fps, self.fallback_fps, self.sampling, self.decoder)
         return cached(read, Path(expanded(self.cache, "dataset.clip.cache")), path, (*settings, short_side, *key))
+
+    @property
+    def interval(self) -> float:
+        """Seconds between the frames of a clip, at the rate asked for."""
+        return self.stride / (self.fps or 1)
 
     def _require(self, holds: bool, name: str, what: str) -> None:
         if not holds:
@@ -129,7 +154,7 @@ class Batch:
     paths: tuple[str, ...]  # N
     decoders: tuple[str, ...]  # N, what read them
     bad: tuple[str, ...]  # training: one message for each video that was replaced
-    failed: tuple[tuple[str, str], ...]  # testing: (path, reason) of each clip that could not be read
+    failed: tuple[Unreadable, ...]  # testing: the video of each clip that could not be read
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -190,17 +215,22 @@ class TrainClips(Dataset):
         raise VideoError(last.path, f"{last.reason} (the last of {_ATTEMPTS} training videos, none of them readable)")
 
     def _read(self, video: int, seed: tuple[int, ...]) -> tuple[Tensor, str]:
+        path = self.videos[video].path
+
         def pick(num_frames: int, fps: float | None) -> np.ndarray:
             # Its own generator: asked twice, it must not shift what the transform draws.
             time = np.random.default_rng((*seed, 1))
             if self.clip.sampling == "segments":
                 return random_segments(num_frames, frames=self.clip.frames, rng=time)
-            return random_clip(num_frames, frames=self.clip.frames, stride=self.clip.stride_in(fps), rng=time)
+            return random_clip(num_frames, frames=self.clip.frames, stride=self.clip.stride_in(fps, path=path), rng=time)
+
+        def pick_by_time(times: np.ndarray) -> np.ndarray:
+            time = np.random.default_rng((*seed, 1))
+            return random_clip_by_time(times, frames=self.clip.frames, interval=self.clip.interval, rng=time)
 
         space = np.random.default_rng((*seed, 2))
         short_side = self.transform.draw_short_side(space)
-        path = self.videos[video].path
-        read = partial(self.clip.read, path, pick, short_side=short_side, key=("train", *seed))
+        read = partial(self.clip.read, path, pick, pick_by_time=pick_by_time, short_side=short_side, key=("train", *seed))
         decoded = self.limit.read(read, number=video, path=path)
         return self.transform(_to_tensor(decoded.frames), short_side=short_side, rng=space), decoded.decoder
 
@@ -247,15 +277,20 @@ class TestClips(Dataset):
         """uint8 [T, C, H, W] of one view of one video, and what read it."""
         if self._last is not None and self._last[0] == (number, view):
             return self._last[1]
+        path = self.videos[number].path
 
         def pick(num_frames: int, fps: float | None) -> np.ndarray:
             if self.clip.sampling == "segments":
                 return segment_views(num_frames, frames=self.clip.frames, views=self.views)[view]
-            stride = self.clip.stride_in(fps)
+            stride = self.clip.stride_in(fps, path=path)
             return uniform_views(num_frames, frames=self.clip.frames, stride=stride, views=self.views)[view]
 
-        path = self.videos[number].path
-        read = partial(self.clip.read, path, pick, short_side=self.clip.test_short_side, key=("test", view, self.views))
+        def pick_by_time(times: np.ndarray) -> np.ndarray:
+            return uniform_views_by_time(times, frames=self.clip.frames, interval=self.clip.interval, views=self.views)[view]
+
+        read = partial(
+            self.clip.read, path, pick, pick_by_time=pick_by_time, short_side=self.clip.test_short_side, key=("test", view, self.views)
+        )
         decoded = self.limit.read(read, number=number, path=path)
         found = _to_tensor(decoded.frames), decoded.decoder
         self._last = ((number, view), found) if self.crops > 1 else None
@@ -276,7 +311,7 @@ def collate(clips: Sequence[Clip]) -> Batch:
         paths=tuple(clip.path for clip in read),
         decoders=tuple(clip.decoder for clip in read),
         bad=tuple(message for clip in clips for message in clip.bad),
-        failed=tuple((clip.path, clip.error or "") for clip in clips if clip.clip is None),
+        failed=tuple(Unreadable(clip.video, clip.path, clip.error or "") for clip in clips if clip.clip is None),
     )
 
 

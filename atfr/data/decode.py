@@ -1,4 +1,4 @@
-"""Reads the frames of one clip out of a video file or a folder of frames, frame for frame.
+"""Read the frames of one clip from a video file or a folder of frames.
 
 Two libraries can read; each is the other's fallback. PyAV goes first unless told otherwise: `benchmarks/decoders.py`
 measured it as quicker than decord on all sets of real files that were tried (`benchmarks/results/decoders-cpu.txt`), and
@@ -20,6 +20,7 @@ from atfr.data.readers import AvVideo, DecordVideo, Unsupported
 from atfr.data.records import VideoError
 
 Pick = Callable[[int, "float | None"], np.ndarray]
+PickByTime = Callable[[np.ndarray], np.ndarray]
 DECODERS = ("pyav", "decord")
 
 # A container may promise frames that do not decode. Up to this many (or this share of the video) are made up for by
@@ -29,7 +30,7 @@ _SPARE_SHARE = 0.05
 
 
 class Decoded(NamedTuple):
-    """Frames, what read them ("pyav", "decord", or "frames" for a folder of jpg files), and what it says of the video."""
+    """Frames, what read them ("pyav", "decord", or "frames" for a folder of images), and what it says of the video."""
 
     frames: np.ndarray  # uint8 [T, H, W, 3] in RGB, upright
     decoder: str
@@ -37,14 +38,26 @@ class Decoded(NamedTuple):
     fps: float | None  # its mean rate, None where it is not known
 
 
-def read_clip(path: str, pick: Pick, *, short_side: int | None = None, decoder: str = "pyav", leap: bool = True) -> Decoded:
-    """The frames that `pick` chooses of a video file, or of a folder of jpg files.
+def read_clip(
+    path: str,
+    pick: Pick,
+    *,
+    pick_by_time: PickByTime | None = None,
+    short_side: int | None = None,
+    decoder: str = "pyav",
+    leap: bool = True,
+) -> Decoded:
+    """Return the frames that `pick` chooses of a video file, or of a folder of images.
 
     `pick(num_frames, fps)` returns frame indices [T] in [0, num_frames); they need not be sorted and may repeat. It
     must depend on these two alone, since it can be asked twice: `num_frames` is at first the number of video packets,
     and a file may decode to fewer frames than that. The rule: when at most 4 frames or 5 % are missing at the end,
     the last frame that decodes stands in for them; when more are, `pick` is asked again with the true number. A
-    frame's index is its position in order of display. `fps` is the file's mean rate, None where it is not known.
+    frame's index is its position in display order. `fps` is the file's mean rate, None where it is not known.
+
+    Where the rate varies, `pick_by_time(times)` is asked instead if it is given. `times`, float64 [num_frames], are the
+    seconds of the frames from the first one on. The rate varies if counting frames at the mean rate misses the time of one
+    by a frame or more.
 
     With `short_side` (pixels) frames are scaled while decoding so that their shorter side has that length, aspect
     kept; a smaller video is not enlarged. `decoder` names the library that goes first: "pyav", with decord where PyAV
@@ -52,21 +65,22 @@ def read_clip(path: str, pick: Pick, *, short_side: int | None = None, decoder: 
     to the last frame picked is decoded, so that damage anywhere is met.
 
     Raises VideoError for a file that is missing, empty, no video, or whose frames cannot be decoded (a decoder's
-    error in the last 10 % of the file merely ends the video), and for a folder without jpg files.
+    error in the last 10 % of the file merely ends the video), and for a folder that `FrameFolder` does not read.
     """
     if decoder not in DECODERS:
         raise ValueError(f"decoder is {decoder!r}, it must be one of {', '.join(DECODERS)}")
+    picks = pick, pick_by_time
     if os.path.isdir(path):
-        return _read(FrameFolder, path, pick, short_side, leap)
+        return _read(FrameFolder, path, picks, short_side, leap)
     _check_file(path)
     first, second = (AvVideo, DecordVideo) if decoder == "pyav" else (DecordVideo, AvVideo)
     # PyAV tells a library's failure from a file's; decord does not, so what it cannot read is always tried again.
     lacking = Unsupported if first is AvVideo else VideoError
     try:
-        return _read(first, path, pick, short_side, leap)
+        return _read(first, path, picks, short_side, leap)
     except lacking as error:
         try:
-            return _read(second, path, pick, short_side, leap)
+            return _read(second, path, picks, short_side, leap)
         except Unsupported:
             raise VideoError(path, error.reason) from error
 
@@ -80,11 +94,20 @@ def _check_file(path: str) -> None:
         raise VideoError(path, "the file is empty (0 bytes)")
 
 
-def _read(open_video: type[AvVideo] | type[DecordVideo] | type[FrameFolder], path: str, pick: Pick, short_side: int | None, leap: bool) -> Decoded:
+def _read(
+    open_video: type[AvVideo] | type[DecordVideo] | type[FrameFolder],
+    path: str,
+    picks: tuple[Pick, PickByTime | None],
+    short_side: int | None,
+    leap: bool,
+) -> Decoded:
     video = open_video(path)
+    pick, pick_by_time = picks
+    times = video.times if pick_by_time else None
     num_frames = video.num_frames
     for attempt in (1, 2):
-        wanted = np.asarray(pick(num_frames, video.fps), dtype=np.int64)
+        picked = pick(num_frames, video.fps) if pick_by_time is None or times is None else pick_by_time(times[:num_frames])
+        wanted = np.asarray(picked, dtype=np.int64)
         if wanted.size == 0 or wanted.min() < 0 or wanted.max() >= num_frames:
             raise ValueError(f"pick({num_frames}) returned {wanted.tolist()}, it must stay in [0, {num_frames})")
         frames, end = video.read(sorted(set(wanted.tolist())), short_side, leap=leap)

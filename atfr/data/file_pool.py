@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, NamedTuple, TypeVar
+
+from atfr.data.worker_signals import leave_signals_to_main, starting_processes
 
 T = TypeVar("T")
 
@@ -74,7 +75,8 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(work, theirs), daemon=True)
-        self.process.start()
+        with starting_processes():
+            self.process.start()
         theirs.close()  # its end of the pipe must close with it
         self.ready = self.busy = self.lost = False
         self.since = time.monotonic()
@@ -116,7 +118,7 @@ class _Worker:
 
 
 def _serve(work: Callable[[Any, Alive], Any], connection: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
+    leave_signals_to_main()
     with suppress(EOFError, OSError):  # the parent is gone
         connection.send(_READY)
         while True:

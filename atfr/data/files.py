@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +13,9 @@ from pathlib import Path
 def written_whole(path: Path) -> Iterator[Path]:
     """A name to write to, which becomes `path` when the block ends, and is gone if it ends in an error.
 
-    Other processes that write the same file at the same time have names of their own.
+    Others that write the same file at the same time, perhaps on another machine, have names of their own.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -1,40 +1,66 @@
-"""Videos that come as a folder of jpg files, one a frame."""
+"""Videos that come as a folder of images, one per frame."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 
 from atfr.data.readers import Found, one_line, resized, scaled_size
 from atfr.data.records import VideoError
 
-_ENDINGS = (".jpg", ".jpeg")
+_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _DIGITS = str.maketrans("123456789", "000000000")
+_NUMBER = re.compile(r"([0-9]+)")
+# Words in the names of images that tools write beside the frames; the axes only where a name has no other word.
+_COMPANIONS = {"flow", "flowx", "flowy", "flows", "mask", "masks", "depth", "seg", "thumb", "thumbs", "thumbnail", "thumbnails", "cover", "poster", "preview"}
+_AXES = {"x", "y", "u", "v"}
 
 
 class FrameFolder:
-    """The jpg files of a folder in the order of their names, numbers in them by value (img_2 before img_10).
+    """The images of a folder in the order of the numbers in their names (img_2 before img_10).
 
-    Only the frames that are asked for are opened. How fast they were taken is nowhere written, so `fps` is None.
+    Their names must be alike but for the numbers. Where there are several sequences of names, as in img_1.jpg and
+    flow_x_1.jpg, the one that is not a known companion of the frames is read.
+    Only the frames that are asked for are opened. The files do not tell the rate, so `fps` and `times` are None.
     """
 
     name = "frames"
     fps: float | None = None
+    times: np.ndarray | None = None
 
     def __init__(self, path: str) -> None:
         self.path = path
         try:
+            # Names that begin with a dot are of the system, such as ._img_1.jpg.
             files = [file for file in os.listdir(path) if file.lower().endswith(_ENDINGS) and not file.startswith(".")]
         except OSError as error:
             raise VideoError(path, error.strerror or str(error)) from error
         if not files:
-            raise VideoError(path, "it is a folder without jpg files")
-        # Where digits stand in the same places in all names, as in img_00001.jpg, order by letters is order by value.
+            raise VideoError(path, "it is a folder without jpg, png, bmp or webp files")
+        # Where digits stand in the same places in all names, as in img_00001.jpg, order by letters is order by number.
         alike = len(set("/".join(files).translate(_DIGITS).split("/"))) == 1
-        self.files = sorted(files, key=None if alike else _by_number)
-        self.num_frames = len(files)
+        self.files = sorted(files) if alike else self._sequence(files)
+        self.num_frames = len(self.files)
+
+    def _sequence(self, files: Sequence[str]) -> list[str]:
+        """The frames among the files, in order."""
+        sequences: dict[str, list[str]] = defaultdict(list)
+        for file in files:
+            sequences[_pattern(file)].append(file)
+        frames = [pattern for pattern in sequences if not _is_companion(pattern)] if len(sequences) > 1 else list(sequences)
+        if len(frames) != 1:
+            most = sorted(sequences.items(), key=lambda item: (-len(item[1]), item[0]))
+            shown = ", ".join(f"{pattern} ({len(names)})" for pattern, names in most[:5]) + (", ..." if len(most) > 5 else "")
+            raise VideoError(self.path, f"its images are not one sequence of frames: {shown}; leave only the frames in the folder")
+        found = sorted(sequences[frames[0]], key=_numbers)
+        for one, other in zip(found, found[1:]):
+            if _numbers(one) == _numbers(other):
+                raise VideoError(self.path, f"{min(one, other)} and {max(one, other)} are the same frame; leave only one of them in the folder")
+        return found
 
     def read(self, wanted: list[int], short_side: int | None, *, leap: bool = True) -> Found:
         size: tuple[int, int] | None = None
@@ -52,6 +78,8 @@ class FrameFolder:
 
         try:
             with Image.open(os.path.join(self.path, file)) as image:
+                if image.mode.startswith(("I", "F")):  # depth maps, which would come out white
+                    raise VideoError(self.path, f"frame {file}: its pixels have more than 8 bits; save the frames with 8")
                 size = size or scaled_size(*image.size, short_side)
                 image.draft("RGB", size)  # libjpeg decodes at 1/2, 1/4 or 1/8 where that is still large enough
                 # Converting makes a copy even of what is RGB.
@@ -61,7 +89,15 @@ class FrameFolder:
             raise VideoError(self.path, f"frame {file}: {one_line(error)}") from error
 
 
-def _by_number(file: str) -> tuple[list[tuple[int, str]], str]:
-    """A key to sort by: runs of digits by value, then the name itself where 1 and 01 are equal."""
-    parts = re.split(r"([0-9]+)", file)
-    return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)], file
+def _pattern(file: str) -> str:
+    """The name with # for each number, without what a file's format says."""
+    return _NUMBER.sub("#", os.path.splitext(file)[0])
+
+
+def _numbers(file: str) -> list[int]:
+    return [int(number) for number in _NUMBER.findall(os.path.splitext(file)[0])]
+
+
+def _is_companion(pattern: str) -> bool:
+    words = set(re.findall(r"[a-z]+", pattern.lower()))
+    return bool(words & _COMPANIONS or words and words <= _AXES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from atfr.data.annotations import Annotation, after, check_classes, labelled, open_root, read_lines, video_source
+from atfr.data.annotations import Annotation, after, check_classes, labelled, open_root, read_lines, under, video_source
 from atfr.data.records import VideoSource
 
 SPLITS = (1, 2, 3)
@@ -30,14 +30,14 @@ def hmdb51(
     if split not in SPLITS:
         raise ValueError(f"dataset.split is {split}, it must be 1, 2 or 3")
     root = open_root(root, name=name, hint=prepare_hint)
-    lists = os.path.join(root, annotations)
+    lists = under(root, annotations)
     if not os.path.isdir(lists):
         raise FileNotFoundError(f"dataset {name}: the folder of lists {lists} does not exist{after(prepare_hint)}")
     classes = read_classes(lists, split)
     where = os.path.join(lists, f"*_test_split{split}.txt")
     check_classes(classes, num_classes, where=where)
     parts = read_split(lists, split)
-    folder = os.path.join(root, videos)
+    folder = under(root, videos)
     return video_source(
         name=name,
         root=root,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from atfr.data.annotations import Annotation, check_classes, find_file, labelled, open_root, read_lines, video_source
-from atfr.data.records import VideoSource
-from atfr.data.videolist import videolist
+from atfr.data.existing import ExistingFiles
+from atfr.data.records import Video, VideoSource
+from atfr.data.text import read_text
+from atfr.data.video_index import VideoIndex, youtube_id
+from atfr.data.videolist import read_path_lists
 
 _COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")
-_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 # What the folder of a split may be called, by the split's name in the lists.
 _FOLDERS = {split: ("val", "validate", "validation") for split in ("val", "validate", "validation")}
 
@@ -57,7 +60,8 @@ def kinetics(
     - Videos vanish from the web, so those that are not there are left out, and named in `VideoSource.missing`.
     - The classes are `class_names`, or the lines of the file `classes`, or the sorted names of the training list (of
       the test list without one); there must be `num_classes` of them.
-    - Where the lists are PySlowFast's `path label`, `atfr.data.videolist` reads them; only there `strip_prefix` counts.
+    - Lists of paths, such as PySlowFast's `CLASS/ID.mp4 LABEL`, are read as by `atfr.data.videolist`, and `strip_prefix`
+      is as there. A path that does not exist stands for the video of that id, which is looked for in the same way.
 
     Raises FileNotFoundError for what is not there and ValueError for a list that cannot be understood.
     """
@@ -70,11 +74,36 @@ def kinetics(
         class_names = read_classes(find_file(classes, root=root, what="list of classes", name=name, hint=prepare_hint))
     common = {"root": root, "class_names": class_names, "num_classes": num_classes, "allow_missing": allow_missing, "name": name}
     if not any(is_official(file) for file in files.values()):
-        lists = {split: files.get(split) for split in ("train", "val", "test")}
-        return videolist(**lists, **common, strip_prefix=strip_prefix, prepare_hint=prepare_hint)
+        return _from_paths(files, **common, strip_prefix=strip_prefix, hint=prepare_hint)
     if strip_prefix is not None:
         raise ValueError(f"dataset.strip_prefix={strip_prefix} is for lists of paths; {next(iter(files.values()))} has YouTube ids")
     return from_segments({split: read_segments(file) for split, file in files.items()}, files=files, **common, hint=prepare_hint)
+
+
+def _from_paths(
+    files: Mapping[str, str],
+    *,
+    root: str,
+    class_names: Sequence[str] | None,
+    num_classes: int | None,
+    allow_missing: bool,
+    name: str,
+    strip_prefix: str | None,
+    hint: str,
+) -> VideoSource:
+    """The videos of lists of paths."""
+    lists = read_path_lists(files, root=root, num_classes=num_classes, class_names=class_names, strip_prefix=strip_prefix, name=name)
+    return video_source(
+        name=name,
+        root=root,
+        files=files,
+        videos={split: locate_paths(videos, root, split) for split, videos in lists.videos.items()},
+        class_names=lists.labels.class_names,
+        allow_missing=allow_missing,
+        hint=hint,
+        lines=lists.lines,
+        numbered=lists.labels.numbered,
+    )
 
 
 def from_segments(
@@ -113,7 +142,7 @@ def read_segments(file: str) -> list[Segment]:
 
     Raises ValueError for a list without labels, as those of the test sets are, and for one that is no such list.
     """
-    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+    with io.StringIO(read_text(file), newline="") as stream:
         rows = csv.DictReader(stream)
         lacking = [column for column in _COLUMNS if column not in (rows.fieldnames or ())]
         if lacking == ["label"]:
@@ -126,6 +155,8 @@ def read_segments(file: str) -> list[Segment]:
                 start, end = int(float(row["time_start"])), int(float(row["time_end"]))
             except (TypeError, ValueError):
                 raise ValueError(f"{file}:{rows.line_num}: time_start and time_end must be seconds, found {list(row.values())}") from None
+            if not row["label"] or not row["youtube_id"]:
+                raise ValueError(f"{file}:{rows.line_num}: the {'youtube_id' if row['label'] else 'label'} is missing")
             segments.append(Segment(row["label"], row["youtube_id"], start, end, row["split"]))
     if not segments:
         raise ValueError(f"{file}: the list is empty (it has only a header)")
@@ -140,35 +171,63 @@ def read_classes(file: str) -> list[str]:
 def locate(segments: Sequence[Segment], root: str) -> list[Annotation]:
     """Where each segment's video lies under `root`, or would be expected to."""
     folders = {split: _split_folder(root, split) for split in {segment.split for segment in segments}}
-    there = {folder: _videos_under(os.path.join(root, folder)) for folder in set(folders.values())}
+    there = {folder: VideoIndex(os.path.join(root, folder)) for folder in set(folders.values())}
     # Two segments of one YouTube video cannot both be the file that is named by its id alone.
-    once = {youtube_id for youtube_id, count in Counter(segment.youtube_id for segment in segments).items() if count == 1}
+    once = _once(segment.youtube_id for segment in segments)
 
     def path(segment: Segment) -> str:
         folder = folders[segment.split]
         names = [segment.stem, segment.youtube_id] if segment.youtube_id in once else [segment.stem]
-        for name in names:
-            found = there[folder].get(name, [])
-            if found:
-                # The same video in two class folders: the one of its own class.
-                of_its_class = (item for item in found if item.split("/")[0].replace("_", " ") == segment.class_name)
-                return os.path.join(folder, next(of_its_class, found[0]))
-        return os.path.join(folder, segment.class_name, f"{segment.stem}.mp4")
+        found = next(filter(None, (there[folder].find(name, segment.class_name) for name in names)), None)
+        return os.path.join(folder, found or os.path.join(segment.class_name, f"{segment.stem}.mp4"))
 
     return [Annotation(path(segment), segment.class_name) for segment in segments]
+
+
+def locate_paths(videos: Sequence[Video], root: str, split: str) -> tuple[Video, ...]:
+    """The same for listed paths `CLASS/ID.mp4`: those that do not exist are looked for by id.
+
+    They are looked for in the folder of class folders that the path names, and those under `root` in the folder of their
+    split, too. A path that is not found stays as it is.
+    """
+    existing = ExistingFiles()
+    gone = {video.path for video in videos if video.path not in existing}
+    if not gone:
+        return tuple(videos)
+    indices: dict[str, VideoIndex] = {}
+    once = _once(youtube_id(_stem(path)) for path in {video.path for video in videos})
+    own = os.path.normpath(os.path.join(root, _split_folder(root, "train" if split == "train" else "val")))
+
+    def found(path: str) -> str:
+        folder, stem = os.path.dirname(path), _stem(path)
+        video_id, class_name = youtube_id(stem), os.path.basename(folder)
+        top = os.path.dirname(folder)
+        tops = [top, own]
+        if os.path.relpath(path, root).startswith("../"):
+            tops = [top]
+        # In root itself the folders of other splits would be taken for those of classes.
+        elif top in (root, os.path.dirname(root)):
+            tops = [own]
+        for top in tops:
+            index = indices[top] = indices.get(top) or VideoIndex(top)
+            found = index.find(stem, class_name)
+            if found is None and video_id in once:
+                found = index.find_part(video_id, class_name) if stem == video_id else index.find(video_id, class_name)
+            if found is not None:
+                return os.path.join(top, found)
+        return path
+
+    return tuple(replace(video, path=found(video.path)) if video.path in gone else video for video in videos)
+
+
+def _once(ids: Iterable[str]) -> set[str]:
+    return {video_id for video_id, count in Counter(ids).items() if count == 1}
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0]
 
 
 def _split_folder(root: str, split: str) -> str:
     """The folder of a split under `root`; "" where everything lies together."""
     return next((folder for folder in _FOLDERS.get(split, (split,)) if os.path.isdir(os.path.join(root, folder))), "")
-
-
-def _videos_under(folder: str) -> dict[str, list[str]]:
-    """The videos in a folder and in the folders in it: their paths from there, by their names without suffix."""
-    found: dict[str, list[str]] = {}
-    for place in ("", *sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())):
-        for file in sorted(os.listdir(os.path.join(folder, place))):
-            stem, suffix = os.path.splitext(file)
-            if suffix.lower() in _SUFFIXES:
-                found.setdefault(stem, []).append(os.path.join(place, file))
-    return found

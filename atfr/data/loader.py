@@ -11,8 +11,12 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from atfr.data.dataset import Batch, TestClips, TrainClips, collate
+from atfr.data.shortage import shortage
 from atfr.data.time_limit import TimeLimit
+from atfr.data.worker_signals import leave_signals_to_main, starting_processes
 from atfr.host_memory import hand_back_freed_memory
+
+_PREFETCH = 2  # batches that each worker has ready
 
 Clips = TypeVar("Clips", TrainClips, TestClips)
 
@@ -96,15 +100,20 @@ def _repeated(order: np.ndarray, count: int, *, size: int) -> np.ndarray:
 
 
 class ClipLoader(DataLoader):
-    """A DataLoader over clips that names the file when a worker hangs or dies over one.
+    """A DataLoader over clips that names the file when a worker hangs or dies over one, and what is short when that is why.
 
-    Raises, from its iteration, TimeoutError or ChildProcessError.
+    Raises, from its iteration, TimeoutError, ChildProcessError or OSError.
     """
 
     def __iter__(self) -> Iterator[Batch]:
         try:
-            yield from super().__iter__()
-        except RuntimeError as error:
+            with starting_processes():
+                batches = super().__iter__()
+            yield from batches
+        except (RuntimeError, OSError) as error:
+            short = shortage(error, workers=self.num_workers, needed=self._shared_bytes) if self.num_workers else None
+            if short:
+                raise OSError(short) from error
             reads = self.dataset.limit.under_way()
             if not str(error).startswith("DataLoader") or not reads:
                 raise
@@ -115,6 +124,12 @@ class ClipLoader(DataLoader):
                     " out, and if files are merely slow, raise trainer.timeout_s"
                 ) from error
             raise ChildProcessError(f"{' '.join(str(error).split())}; the loader's processes were reading {', '.join(files)}") from error
+
+    def _shared_bytes(self) -> int:
+        """Bytes of the batches that lie ready, those being made, and the one in use."""
+        clip, sampler = self.dataset.clip, self.batch_sampler
+        clips = -(-sampler.global_batch // sampler.world) if isinstance(sampler, TrainSampler) else self.batch_size
+        return (self.num_workers * _PREFETCH + 1) * clips * 3 * clip.frames * clip.crop_size**2
 
 
 def train_loader(
@@ -158,7 +173,13 @@ test_loader.__test__ = False  # type: ignore[attr-defined]  # not a pytest test
 def _limited(dataset: Clips, workers: int, timeout_s: float) -> Clips:
     """The dataset with a limit of its own on how long reads may take; the caller's is left as it is."""
     limited = copy.copy(dataset)
-    limited.limit = TimeLimit(timeout_s, workers=workers)
+    try:
+        limited.limit = TimeLimit(timeout_s, workers=workers)
+    except RuntimeError as error:
+        short = shortage(error, workers=workers)
+        if short:
+            raise OSError(short) from error
+        raise
     return limited
 
 
@@ -174,11 +195,12 @@ def _settings(workers: int, timeout_s: float, pin_memory: bool) -> dict[str, Any
     }
     if workers > 0:
         # DataLoader refuses these without workers.
-        settings.update(persistent_workers=True, prefetch_factor=2, timeout=timeout_s)
+        settings.update(persistent_workers=True, prefetch_factor=_PREFETCH, timeout=timeout_s)
     return settings
 
 
 def _init_worker(worker: int) -> None:
+    leave_signals_to_main()
     # As many threads as cores in each of as many workers as cores would only get in each other's way.
     torch.set_num_threads(1)
     hand_back_freed_memory()

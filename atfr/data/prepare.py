@@ -10,13 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from atfr.data.encode import encode, is_copied
 from atfr.data.file_pool import Alive, Outcome, run_each
 from atfr.data.files import written_whole
 from atfr.data.manifest import Listed, Manifest
 from atfr.data.probe import Probe, file_state, probe
+from atfr.progress import watched
 
 FOLDER = "prepared"  # of what is written here, in the folder that it is about
 COPIES = "copies.json"  # how the copies beside it were made
@@ -93,7 +92,7 @@ def _claim(output: Path, settings: Mapping[str, Any], targets: Iterable[Path]) -
 
 
 def _bar(outcomes: Iterable[Outcome], todo: Sequence[Any], wanted: Sequence[Any] | Mapping[str, Any], name: str) -> Iterable[Outcome]:
-    return tqdm(outcomes, desc=name, total=len(wanted), initial=len(wanted) - len(todo), unit="video", smoothing=0.05)
+    return watched(outcomes, name, unit="video", total=len(wanted), initial=len(wanted) - len(todo), leave=True)
 
 
 def _probe(path: str, alive: Alive, *, decoder: str) -> Probe:

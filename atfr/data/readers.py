@@ -1,19 +1,21 @@
 """The two libraries that decode videos, behind one small interface.
 
-A reader opens a file in its constructor, says how many frames to expect in `num_frames` and how many there are a
-second in `fps` (None: not known), and `read(wanted, short_side)` gives back the frames at the positions `wanted`
-(sorted, in order of display). A file may stay open in between, so no reader may live through a fork.
+A reader opens a file in its constructor. `num_frames` is the number of frames to expect, `fps` their mean rate (None: not
+known), and `times` the seconds of each from the first on where the rate varies (None: it does not, or is not known).
+`read(wanted, short_side)` returns the frames at the positions `wanted` (sorted, in display order). A file may stay open in
+between, so no reader may live through a fork.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
+from atfr.data.frame_index import FrameIndex, Keyframe, from_container, from_packets, kept, possible_rate, uneven
 from atfr.data.records import VideoError
 
 # What a read gives back: the frames found, by position, and the true number of frames if the read met the end. The
@@ -24,11 +26,8 @@ Found = tuple[dict[int, np.ndarray], "int | None"]
 _TAIL_SHARE = 0.1
 # Seeking pays when it saves decoding this many frames: it costs about as much as one or two.
 _WORTH_SEEKING = 4
-# MPEG-4 clips of the DivX era pack two frames into one packet and follow it with a placeholder of a few bytes, which
-# has a timestamp but no frame; such files are counted from the start, never sought in.
-_PLACEHOLDER_BYTES = 16
-# Frames a second; more is a mistake in a header.
-_FASTEST = 1000
+# Seconds; a timestamp beyond is nonsense.
+_LONGEST = 1e7
 
 
 class Unsupported(VideoError):
@@ -53,14 +52,21 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split())[:200] or type(error).__name__
 
 
-class _Keyframe(NamedTuple):
-    position: int  # in order of display
-    packet: int  # in order of decoding
-    pts: int
+def _metadata_options(version: str) -> dict[str, str]:
+    """Return the options of `av.open` that keep a title in another encoding than UTF-8 from being an error.
+
+    Such titles are common in old AVI files. PyAV 19 always accepts them and has no option for it.
+    """
+    return {"metadata_errors": "replace"} if int(version.partition(".")[0]) < 19 else {}
+
+
+def _fraction(value: Any) -> Fraction | None:
+    """Convert a rational number of PyAV; None if it is not known, which PyAV says with None, or from 19 on with 0."""
+    return Fraction(value.numerator, value.denominator) if value else None
 
 
 # Frames that are decoded one after the other: the keyframe to begin at (None: the start of the file), those wanted.
-_Run = tuple["_Keyframe | None", list[int]]
+_Run = tuple["Keyframe | None", list[int]]
 
 
 class AvVideo:
@@ -77,7 +83,10 @@ class AvVideo:
         self.path = path
         av.logging.set_level(av.logging.PANIC)
         self._kept: tuple[Any, Any] | None = None
-        self._index()
+        try:
+            self._use(kept.get(path, self._quick_index))
+        except OSError as error:
+            raise VideoError(path, one_line(error)) from error
 
     @contextmanager
     def _open(self, *, keep: bool = False, seeking: bool = False) -> Iterator[tuple[Any, Any]]:
@@ -91,8 +100,7 @@ class AvVideo:
                     (container, stream), self._kept = self._kept, None
                     stack.enter_context(container)
                 else:
-                    # Titles in other encodings than UTF-8 are common in old AVI files.
-                    container = stack.enter_context(self.av.open(self.path, metadata_errors="replace"))
+                    container = stack.enter_context(self.av.open(self.path, **_metadata_options(self.av.__version__)))
                     stream = self._video_stream(container)
                 yield container, stream
                 if keep:
@@ -114,48 +122,47 @@ class AvVideo:
         streams[0].codec_context.thread_count = 1
         return streams[0]
 
-    def _index(self) -> None:
-        """Counts the packets and their timestamps, without decoding: what a container announces is often wrong."""
-        packets = []
-        # Kept, since opening it again means probing it again.
+    def _use(self, index: FrameIndex) -> None:
+        self.index = index
+        self.num_frames, self.fps, self.time_base = index.num_frames, index.fps, index.time_base
+
+    @property
+    def times(self) -> np.ndarray | None:
+        return self.index.times
+
+    def _quick_index(self) -> FrameIndex:
+        # Kept open, since opening it again means probing it again.
         with self._open(keep=True) as (container, stream):
-            codec = stream.codec_context.name
-            time_base, announced = stream.time_base, stream.average_rate
-            try:
-                for packet in container.demux(stream):
-                    # The last packet is an empty one that flushes; discarded ones lie outside the edit list.
-                    if packet.size and not packet.is_discard:
-                        packets.append((packet.pts, packet.is_keyframe, packet.size))
-            except self.av.error.FFmpegError:
-                if not packets:
-                    raise
-        self.num_frames = len(packets)
+            return from_container(container, stream, **_about(stream)) or self._full_index(container, stream)
+
+    def _full_index(self, container: Any, stream: Any) -> FrameIndex:
+        """Read all packets, without decoding: what a container announces is often wrong."""
+        packets = []
+        codec, about = stream.codec_context.name, _about(stream)
+        try:
+            for packet in container.demux(stream):
+                # The last packet is an empty one that flushes; discarded ones lie outside the edit list.
+                if packet.size and not packet.is_discard:
+                    packets.append((packet.pts, packet.is_keyframe, packet.size))
+        except self.av.error.FFmpegError:
+            if not packets:
+                raise
         if not packets:
             raise VideoError(self.path, "it has a video stream, but no frames")
-
-        pts = [packet[0] for packet in packets]
-        packed = codec == "mpeg4" and min(packet[2] for packet in packets) <= _PLACEHOLDER_BYTES
-        self.keyframes: list[_Keyframe] = []
-        self.positions: dict[int, int] = {}
-        if not packed and None not in pts and len(set(pts)) == len(pts):
-            self.positions = {value: position for position, value in enumerate(sorted(pts))}
-            self.keyframes = sorted(
-                _Keyframe(self.positions[value], number, value)
-                for number, (value, is_key, _) in enumerate(packets)
-                if is_key
-            )
-        self.time_base = time_base
-        self.fps = _mean_rate(sorted(self.positions), time_base) or possible_rate(announced)
+        return from_packets(packets, codec=codec, **about)
 
     @property
     def timed(self) -> bool:
         """Whether every frame has a timestamp of its own."""
-        return bool(self.positions)
+        return len(self.index.pts) > 0
 
     def read(self, wanted: list[int], short_side: int | None, *, leap: bool = True) -> Found:
-        """`leap`: over what is not wanted, from keyframe to keyframe, where this saves decoding."""
-        runs = self._runs(wanted) if leap else [(None, wanted)]
-        found = self._collect(runs, short_side)
+        """Return the frames wanted; `leap` skips what is not wanted, from keyframe to keyframe, where this saves decoding."""
+        found = self._collect(self._runs(wanted), short_side) if leap else None
+        if found is None and leap and not self.index.exact:
+            with self._open() as (container, stream):
+                self._use(kept.replace(self.path, self._full_index(container, stream)))
+            found = self._collect(self._runs(wanted), short_side)
         if found is None:
             found = self._collect([(None, wanted)], short_side)
         assert found is not None  # counting from the start cannot lose its place
@@ -175,8 +182,7 @@ class AvVideo:
         runs: list[_Run] = []
         last = -1
         for position in wanted:
-            before = bisect_right(self.keyframes, position, key=lambda key: key.position)
-            key = self.keyframes[before - 1] if before else None
+            key = self.index.keyframe_before(position)
             if key is not None and key.position - last - 1 >= _WORTH_SEEKING:
                 runs.append((key, [position]))
             elif runs:
@@ -189,10 +195,10 @@ class AvVideo:
         return runs
 
     def _collect(self, runs: list[_Run], short_side: int | None) -> Found | None:
-        """Decodes each run from its keyframe (None: from where the file begins) up to the last frame wanted of it.
+        """Decode each run from its keyframe (None: from where the file begins) up to the last frame wanted of it.
 
-        After a seek a frame is known by its timestamp; None if the timestamps do not lead from frame to frame, or the
-        file cannot be sought in.
+        After a seek a frame is known by its timestamp; None if the timestamps do not lead from frame to frame, if they are
+        not as an index that is not exact assumes, or if the file cannot be sought in.
         """
         to_array = _Scaler(self.av, short_side)
         frames: dict[int, np.ndarray] = {}
@@ -200,34 +206,48 @@ class AvVideo:
             for key, wanted in runs:
                 if key is not None:
                     try:
-                        container.seek(key.pts, stream=stream)
+                        container.seek(key.timestamp, stream=stream)
                     except self.av.error.FFmpegError:
                         return None
                 position, frame = -1, None
-                for frame in self._decode(container, stream, packet=key.packet if key else 0):
+                seen: list[int | None] = []
+                for frame in self._decode(container, stream, packet=key.packet if key else 0, seen=seen):
                     if key is None:
                         position += 1
                     else:
-                        here = self.positions.get(frame.pts)
+                        here = self.index.position(frame.pts)
+                        start = key.position if self.index.exact else self.index.position(seen[0])
                         # Frames shown before the keyframe may have holes; from there on each must follow the other.
-                        if here is None or not position < here <= max(position + 1, key.position):
+                        if here is None or start is None or start > wanted[0] or not position < here <= max(position + 1, start):
                             return None
                         position = here
                     if position in wanted:
                         frames[position] = to_array(frame)
                         if position == wanted[-1]:
+                            if key and not self._confirmed(key, seen):
+                                return None
                             break
                 else:
-                    if frame is None:
+                    if frame is None or (key and not self._confirmed(key, seen)):
                         return None if key else ({}, 0)
                     if position not in frames:
                         frames[position] = to_array(frame)
                     return frames, position + 1
         return frames, None
 
-    def _decode(self, container: Any, stream: Any, *, packet: int) -> Iterator[Any]:
+    def _confirmed(self, key: Keyframe, seen: list[int | None]) -> bool:
+        """Whether the pts of the packets read after a seek are as the index has them."""
+        if self.index.exact:
+            return True
+        # The keyframe is shown after all packets before it in the file, and after those behind it with an earlier pts.
+        return None not in seen and self.index.position(seen[0]) == key.packet + sum(pts < seen[0] for pts in seen)
+
+    def _decode(self, container: Any, stream: Any, *, packet: int, seen: list[int | None] | None = None) -> Iterator[Any]:
+        """Decode from packet number `packet` on, where the container stands; `seen` gets the pts of the packets."""
         try:
             for data in container.demux(stream):
+                if seen is not None and data.size:
+                    seen.append(data.pts)
                 yield from data.decode()
                 packet += 1
         except self.av.error.FFmpegError as error:
@@ -236,16 +256,9 @@ class AvVideo:
                 raise VideoError(self.path, reason) from error
 
 
-def possible_rate(fps: Any) -> float | None:
-    """Frames a second as a float, or None for what no video has: headers hold zeros and nonsense."""
-    return float(fps) if fps and 0 < fps <= _FASTEST else None
-
-
-def _mean_rate(pts: list[int], time_base: Any) -> float | None:
-    """From the timestamps themselves: what a header says about the duration, and the rate with it, can be wrong."""
-    if len(pts) < 2 or not time_base:
-        return None
-    return possible_rate((len(pts) - 1) / ((pts[-1] - pts[0]) * time_base))
+def _about(stream: Any) -> dict[str, Fraction | None]:
+    """Return what a stream's header says of time, as a FrameIndex has it."""
+    return {"time_base": _fraction(stream.time_base), "header_rate": _fraction(stream.average_rate)}
 
 
 class _Scaler:
@@ -290,6 +303,9 @@ class DecordVideo:
         decord.logging.set_level(decord.logging.QUIET)  # what is wrong is in the exception
         self.path = path
         self.errors = (RuntimeError, decord.DECORDError)
+        if _is_transport_stream(path):
+            # Its first frame is the second keyframe there, and all others are counted from that.
+            raise VideoError(path, "decord does not read transport streams from their start")
         try:
             # Opened here and not before: a reader that lives through a fork hangs in the worker.
             self.reader = decord.VideoReader(path, num_threads=1)
@@ -299,6 +315,15 @@ class DecordVideo:
             raise VideoError(path, f"decord: {one_line(error)}") from error
         if self.num_frames == 0:
             raise VideoError(path, "it has a video stream, but no frames")
+
+    @property
+    def times(self) -> np.ndarray | None:
+        try:
+            times = self.reader.get_frame_timestamp(range(self.num_frames))[:, 0].astype(np.float64)
+        except self.errors:
+            return None
+        # Where the container has no timestamps they are arbitrary numbers.
+        return uneven(times - times[0]) if np.abs(times).max() < _LONGEST else None
 
     def read(self, wanted: list[int], short_side: int | None, *, leap: bool = True) -> Found:
         frames: dict[int, np.ndarray] = {}
@@ -322,6 +347,16 @@ class DecordVideo:
         # decord could decode at the target size, but fails on some sizes ("the size must exactly match").
         array = frame.asnumpy()
         return resized(array[None], scaled_size(array.shape[1], array.shape[0], short_side))[0]
+
+
+def _is_transport_stream(path: str) -> bool:
+    """Whether a file is an MPEG transport stream: packets of 188 bytes, or 192 on Blu-ray discs, that begin with 0x47."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(3 * 192)
+    except OSError:
+        return False
+    return any(start[first::size][:3] == b"GGG" for first, size in ((0, 188), (4, 192)))
 
 
 def resized(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:

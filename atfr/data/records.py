@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 _PREFIX = "cannot read "
 
@@ -23,7 +23,7 @@ class VideoSource:
 
     A split that was not asked for is an empty tuple. `notes` holds the facts that belong in the protocol of the
     results (the lists used, how many videos each has), `missing`, by split, the paths of listed videos that
-    are not there and were left out.
+    are not there and were left out. `warnings` says what is suspicious about the lists, each in one line.
     """
 
     name: str
@@ -33,6 +33,15 @@ class VideoSource:
     class_names: tuple[str, ...]
     notes: dict[str, Any]
     missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+class Unreadable(NamedTuple):
+    """A test video that could not be read: its index in the split, its file, and why."""
+
+    video: int
+    path: str
+    reason: str
 
 
 class VideoError(Exception):

@@ -1,12 +1,14 @@
-"""Which frames of a video make a clip: pure functions on integers.
+"""Which frames of a video make a clip: pure functions on frame numbers and times.
 
 A dense clip is `frames` frames taken every `stride` frames, so it spans `(frames - 1) * stride + 1` frames of the video.
 The stride may be a fraction (`stride_at`): each frame is then the one nearest to where it would fall.
+Where a rate is wanted and the file's own varies, `random_clip_by_time` and `uniform_views_by_time` do the same with the
+frames' times: a clip spans `(frames - 1) * interval` seconds wherever it lies, and its start is uniform in time.
 **A video shorter than the span** is read from its first frame on, at the full stride, and its last frame is repeated
 until the clip is full. PySlowFast does the same, so clips of short videos mean the same thing here and there.
 
-A clip of segments spans the whole video: this is cut into `frames` equal segments, and each gives one frame. In a video
-with fewer frames than segments, some frames stand for several of them.
+A clip of segments spans the whole video: this is cut into `frames` segments of equally many frames, as TSN does whatever the
+rate, and each gives one frame. In a video with fewer frames than segments, some frames stand for several of them.
 """
 
 from __future__ import annotations
@@ -46,6 +48,26 @@ def uniform_views(num_frames: int, *, frames: int, stride: float, views: int) ->
     return [_clip_at(start, num_frames, frames=frames, stride=stride) for start in starts]
 
 
+def random_clip_by_time(times: np.ndarray, *, frames: int, interval: float, rng: np.random.Generator) -> np.ndarray:
+    """One clip at a uniformly random time: int64 indices [frames] of the frames nearest to every `interval` seconds.
+
+    `times`, float64 [num_frames], rise; they are the seconds of the frames. Raises ValueError when a count is below 1 or the
+    interval not above 0.
+    """
+    return _nearest(times, rng.random() * _last_time(times, frames=frames, interval=interval), frames=frames, interval=interval)
+
+
+def uniform_views_by_time(times: np.ndarray, *, frames: int, interval: float, views: int) -> list[np.ndarray]:
+    """`views` clips as in `random_clip_by_time`, with starts spread evenly in time from the first possible one to the last.
+
+    A single view is the centre of the video.
+    """
+    _require_counts(views=views)
+    last = _last_time(times, frames=frames, interval=interval)
+    starts = [last / 2] if views == 1 else np.linspace(0, last, views)
+    return [_nearest(times, start, frames=frames, interval=interval) for start in starts]
+
+
 def random_segments(num_frames: int, *, frames: int, rng: np.random.Generator) -> np.ndarray:
     """A uniformly random frame of each of `frames` equal segments: int64 indices [frames] in [0, num_frames), rising.
 
@@ -78,6 +100,19 @@ def _last_start(num_frames: int, *, frames: int, stride: float) -> int:
 
 def _clip_at(start: int, num_frames: int, *, frames: int, stride: float) -> np.ndarray:
     return np.minimum(start + _offsets(frames, stride), num_frames - 1)
+
+
+def _last_time(times: np.ndarray, *, frames: int, interval: float) -> float:
+    """The last start, in seconds from the first frame, of a clip that ends in the video; 0 if none does."""
+    _require_counts(num_frames=len(times), frames=frames)
+    if not interval > 0:
+        raise ValueError(f"interval is {interval}, it must be above 0")
+    return max(0.0, float(times[-1] - times[0]) - (frames - 1) * interval)
+
+
+def _nearest(times: np.ndarray, start: float, *, frames: int, interval: float) -> np.ndarray:
+    wanted = times[0] + start + interval * np.arange(frames)
+    return np.searchsorted((times[1:] + times[:-1]) / 2, wanted, side="right").astype(np.int64)
 
 
 def _offsets(frames: int, stride: float) -> np.ndarray:

@@ -6,8 +6,9 @@ import json
 import os
 from typing import Any
 
-from atfr.data.annotations import Annotation, check_classes, find_file, labelled, open_root, read_lines, video_source
+from atfr.data.annotations import Annotation, check_classes, find_file, labelled, open_root, read_lines, under, video_source
 from atfr.data.records import VideoSource
+from atfr.data.text import read_text
 
 
 def something_something_v2(
@@ -38,7 +39,7 @@ def something_something_v2(
     labels = find_file(labels, root=root, what="file of labels", name=name, hint=prepare_hint)
     classes = read_classes(labels)
     check_classes(classes, num_classes, where=labels)
-    folder = os.path.join(root, videos)
+    folder = under(root, videos)
     return video_source(
         name=name,
         root=root,
@@ -53,6 +54,8 @@ def something_something_v2(
 def read_classes(file: str) -> tuple[str, ...]:
     """The classes in the order of their ids, which labels.json has as strings: {"Closing something": "5", ...}."""
     labels = _load(file)
+    if isinstance(labels, dict) and labels and all(isinstance(number, int) for number in labels.values()):
+        raise ValueError(f'{file}: ids are numbers, as in the labels of Something-Else; the official labels.json has strings ("5")')
     if not isinstance(labels, dict) or sorted(labels.values(), key=str) != sorted(map(str, range(len(labels)))):
         raise ValueError(f'{file}: expected {{"CLASS": "ID", ...}} with ids from "0" on, as in the official labels.json')
     return tuple(sorted(labels, key=lambda class_name: int(labels[class_name])))
@@ -64,7 +67,7 @@ def read_list(file: str, suffix: str = ".webm") -> list[Annotation]:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and "id" in entry for entry in entries):
         raise ValueError(f'{file}: expected [{{"id": ..., "template": ...}}, ...], as in the official lists')
     for entry in entries:
-        if "template" not in entry:
+        if not isinstance(entry.get("template"), str):
             raise ValueError(f"{file}: video {entry['id']} has no template: the test list was published without labels; test on validation.json or test-answers.csv")
     return [Annotation(f"{entry['id']}{suffix}", entry["template"].replace("[", "").replace("]", "")) for entry in entries]
 
@@ -81,8 +84,8 @@ def _answers(file: str) -> list[dict[str, str]]:
 
 
 def _load(file: str) -> Any:
-    with open(file, encoding="utf-8-sig") as stream:
-        try:
-            return json.load(stream)
-        except ValueError as error:
-            raise ValueError(f"{file}: not a JSON file ({error})") from error
+    text = read_text(file)
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{file}: not a JSON file ({error})") from error

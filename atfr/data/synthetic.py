@@ -13,25 +13,24 @@ from __future__ import annotations
 
 import csv
 import json
-import multiprocessing
 import operator
 import os
 import shlex
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from atfr.data.encode import h264_file
-from atfr.data.file_pool import cores
+from atfr.data.file_pool import Alive, cores, run_each
 from atfr.data.files import written_whole
 from atfr.data.records import VideoSource
 from atfr.data.synthetic_scene import CLASSES, DWELLS, PHASES, SPLITS, Timeline, Truth, check_scene, render
 from atfr.data.videolist import videolist
 from atfr.paths import expanded
+from atfr.progress import watched
 
 __all__ = ["CLASSES", "DWELLS", "PHASES", "SPLITS", "Timeline", "Truth", "generate", "render", "synthetic", "write_video"]
 
@@ -56,6 +55,9 @@ class _Spec:
     size: int
     frames: int
     dwell: str
+
+
+_Job = tuple[Path, _Spec, str, int]  # root, parameters, split, number of the video
 
 
 def synthetic(*, root: str, seed: int, train: int, test: int, dwell: str, num_classes: int, make: bool | None = None) -> VideoSource:
@@ -115,7 +117,8 @@ def generate(
         for name in CLASSES:
             (root / split / name).mkdir(parents=True, exist_ok=True)
     jobs = [(root, spec, split, index) for split in SPLITS for index in range(getattr(spec, split))]
-    rows = list(tqdm(_run(jobs, workers), total=len(jobs), desc=f"synthetic -> {root}", unit="video"))
+    made = dict(watched(_run(jobs, workers), f"synthetic -> {root}", unit="video", total=len(jobs), leave=True))
+    rows = [made[job] for job in jobs]
     for split in SPLITS:
         listed = [row[:2] for row in rows if row[0].startswith(f"{split}/")]
         _write_csv(root / f"{split}.csv", ("path", "label"), listed)
@@ -131,7 +134,7 @@ def write_video(path: Path, pixels: np.ndarray) -> None:
             add(frame)
 
 
-def _make(job: tuple[Path, _Spec, str, int]) -> tuple[str, ...]:
+def _make(job: _Job, alive: Alive | None = None) -> tuple[str, ...]:
     """Make one video unless it is there; its row of truth.csv."""
     root, spec, split, index = job
     # Drawn even if the file is there: truth.csv needs what is known about it, and drawing is quick.
@@ -153,15 +156,16 @@ def _make(job: tuple[Path, _Spec, str, int]) -> tuple[str, ...]:
     )
 
 
-def _run(jobs: list[tuple[Path, _Spec, str, int]], workers: int) -> Iterator[tuple[str, ...]]:
-    """Rows in the order of the jobs."""
+def _run(jobs: list[_Job], workers: int) -> Iterator[tuple[_Job, tuple[str, ...]]]:
+    """Make the videos; yield each job with its row, in any order."""
     if workers == 1:
-        yield from map(_make, jobs)
+        yield from ((job, _make(job)) for job in jobs)
         return
-    # Spawned, since a fork of a process in which torch has started its threads can hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
-        yield from pool.map(_make, jobs, chunksize=max(1, min(16, len(jobs) // workers)))
+    with closing(run_each(_make, jobs, processes=workers, timeout_s=0)) as outcomes:
+        for job, row, reason in outcomes:
+            if row is None:
+                raise ChildProcessError(f"{job[0]}: video {job[3]} of {job[2]} could not be made: {reason}")
+            yield job, row
 
 
 def _checked_spec(**parameters: object) -> _Spec:

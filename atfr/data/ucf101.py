@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from atfr.data.annotations import Annotation, check_classes, find_file, labelled, open_root, read_lines, video_source
+from atfr.data.annotations import Annotation, check_classes, find_file, labelled, open_root, read_lines, under, video_source
 from atfr.data.records import VideoSource
 
 SPLITS = (1, 2, 3)
@@ -31,12 +31,12 @@ def ucf101(
         raise ValueError(f"dataset.split is {split}, it must be 1, 2 or 3")
     root = open_root(root, name=name, hint=prepare_hint)
     files = {
-        part: find_file(os.path.join(root, annotations, file), root=root, what=f"{part} list", name=name, hint=prepare_hint)
+        part: find_file(os.path.join(under(root, annotations), file), root=root, what=f"{part} list", name=name, hint=prepare_hint)
         for part, file in (("classes", "classInd.txt"), ("train", f"trainlist0{split}.txt"), ("test", f"testlist0{split}.txt"))
     }
     classes = read_classes(files["classes"])
     check_classes(classes, num_classes, where=files["classes"])
-    folder = os.path.join(root, videos)
+    folder = under(root, videos)
     return video_source(
         name=name,
         root=root,

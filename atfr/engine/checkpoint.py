@@ -6,11 +6,13 @@ import logging
 import os
 import pickle
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from atfr.engine.files import sync_folder
 
@@ -26,7 +28,9 @@ def save(state: dict[str, Any], path: Path, *, keep: int = 1) -> None:
 
     Raises:
         OSError: the file could not be written; the one line says what is still there.
+        TypeError: `state` has a value that `load` would refuse to read; names it.
     """
+    state = plain(state)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -44,6 +48,37 @@ def save(state: dict[str, Any], path: Path, *, keep: int = 1) -> None:
         cause = _first_os_error(error)
         reason = cause.strerror if cause else str(error).splitlines()[0]
         raise OSError(f"checkpoint {path} could not be written ({reason}); {kept}: make room and run the same command again") from error
+
+
+def plain(value: Any, *, tensor: Callable[[Tensor], Tensor] = lambda tensor: tensor, name: str = "state") -> Any:
+    """Return `value` made of what a checkpoint may hold: Python's own types, tensors and torch's constants.
+
+    Args:
+        tensor: is applied to each tensor, also to those that are made of numpy arrays.
+        name: of `value`, for the error.
+
+    Raises:
+        TypeError: a value of another type; names its place.
+    """
+    if isinstance(value, Tensor):
+        return tensor(value)
+    if isinstance(value, np.ndarray):
+        return tensor(torch.tensor(value)) if value.dtype.kind in "biufc" else plain(value.tolist(), name=name)
+    if isinstance(value, np.generic):
+        return plain(value.item(), name=name)
+    if isinstance(value, Mapping):
+        return {plain(key, name=name): plain(member, tensor=tensor, name=f"{name}.{key}") for key, member in value.items()}
+    if isinstance(value, (list, tuple)):
+        members = [plain(member, tensor=tensor, name=f"{name}[{number}]") for number, member in enumerate(value)]
+        return members if isinstance(value, list) else tuple(members)
+    if value is None or isinstance(value, (torch.dtype, torch.device)):
+        return value
+    for kind in (bool, int, float, complex, str, bytes):
+        if isinstance(value, kind):
+            return kind(value)  # of a subclass, too
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"{name} in a checkpoint is of type {type(value).__name__}, which could not be read back")
 
 
 def earlier(path: Path, number: int) -> Path:
@@ -91,6 +126,15 @@ def load_newest(path: Path) -> tuple[dict[str, Any], Path]:
         raise
 
 
+def go_on_from(found: Path, *, last: Path, best: Path) -> None:
+    """Name the files as a run that goes on from `found` needs them."""
+    if found != last:
+        shutil.copyfile(last, last.with_name(last.name + ".damaged"))  # no moment without a last.pt, which would begin anew
+        os.replace(found, last)
+    if (regular := earlier(best, 1)).exists():
+        os.replace(regular, best)  # the validation at the end of a shorter run is not part of this one
+
+
 def _first_os_error(error: BaseException | None) -> OSError | None:
     """What made a write fail: torch's zip writer hides it behind an error of its own."""
     found = None
@@ -110,13 +154,21 @@ def load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist; a run folder keeps its own under checkpoints/last.pt and checkpoints/best.pt")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_numpy_scalars()):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
         reason = (str(error).splitlines() or ["it is empty"])[0]  # the EOFError of an empty file says nothing
         raise ValueError(f"checkpoint {path} cannot be read: it is damaged or not a checkpoint ({reason})") from error
     if not isinstance(state, dict) or not set(REQUIRED) <= state.keys():
         raise ValueError(f"{path} is not a checkpoint of this project: it lacks one of the keys {', '.join(REQUIRED)}")
-    return state
+    return plain(state)
+
+
+def _numpy_scalars() -> list[Any]:
+    """What files from before `plain` may hold: numpy's numbers, which run no code, under both names of their constructor."""
+    scalar = np.float64(0).__reduce__()[0]
+    types = {type(np.dtype(name)) for name in "?bhilqBHILQefdgFDG"}
+    return [np.dtype, *types, (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:

@@ -87,7 +87,8 @@ def uses_gpu(accelerator: str) -> bool:
 def _join(place: Place, device: torch.device) -> None:
     global _store
     _store = meet(place, device, next(_joined))
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    # Objects, plain numbers and barriers go from host to host: no GPU is waited for, and a process that is gone is noticed at once.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore("group", _store), rank=place.rank, world_size=place.world, timeout=TALK)
 
 
@@ -152,8 +153,8 @@ def require_shared(folder: Path, ranks: Ranks) -> None:
 
 def stop() -> None:
     """Leave the process group, if one was joined."""
-    global _host_group, _store
-    _host_group = _store = None
+    global _store
+    _store = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -166,12 +167,33 @@ def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
     ddp = nn.parallel.DistributedDataParallel
     # Running statistics are not used in training, and before an evaluation all processes get the same ones.
     option = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in inspect.signature(ddp).parameters)  # the newer name first
-    return ddp(model, device_ids=ids, **{option: False})
+    network = ddp(model, device_ids=ids, **{option: False})
+    if ranks.world > 2 and torch.are_deterministic_algorithms_enabled():
+        network.register_comm_hook(None, lambda _, bucket: _mean_in_rank_order(bucket))
+    return network
+
+
+def _mean_in_rank_order(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Average a bucket of gradients by adding up the processes' in the order of their ranks.
+
+    An all-reduce adds them in an order that depends on their place in the bucket, and DDP rearranges its buckets after
+    the first step: from three processes on, a run that was resumed would differ from one that was not in the last digits.
+    """
+    own, world = bucket.buffer(), dist.get_world_size()
+    everyones = own.new_empty(world * own.numel())
+
+    def mean(_: torch.futures.Future) -> Tensor:
+        first, *others = everyones.view(world, -1)
+        for other in others:
+            first += other
+        return first.div_(world)
+
+    return dist.all_gather_into_tensor(everyones, own, async_op=True).get_future().then(mean)
 
 
 def is_joined() -> bool:
     """Whether there are other processes to talk to."""
-    return dist.is_initialized()
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def barrier() -> None:
@@ -187,15 +209,12 @@ def summed(value: Tensor) -> Tensor:
     return value
 
 
-_host_group: dist.ProcessGroup | None = None
-
-
 def largest(number: int) -> int:
-    """The largest of all processes' numbers. Between the hosts' memories, so that no GPU is waited for."""
+    """The largest of all processes' numbers. It is reduced on the hosts, without waiting for a GPU."""
     if not dist.is_initialized():
         return number
     value = torch.tensor([number])
-    dist.all_reduce(value, dist.ReduceOp.MAX, group=_hosts())
+    dist.all_reduce(value, dist.ReduceOp.MAX)
     return int(value.item())
 
 
@@ -209,19 +228,11 @@ class OneCallLate:
         if not dist.is_initialized():
             return number
         before, value = self._asked, torch.tensor([number])
-        self._asked = dist.all_reduce(value, dist.ReduceOp.MAX, group=_hosts(), async_op=True), value
+        self._asked = dist.all_reduce(value, dist.ReduceOp.MAX, async_op=True), value
         if before is None:
             return 0
         before[0].wait()
         return int(before[1].item())
-
-
-def _hosts() -> dist.ProcessGroup:
-    """The group of all processes that talks between the hosts' memories."""
-    global _host_group
-    if _host_group is None:
-        _host_group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-    return _host_group
 
 
 def stop_together(stop: StopFlag | None, where: str) -> None:

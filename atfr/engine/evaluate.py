@@ -9,12 +9,13 @@ from typing import Any, Iterable
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
+from atfr.data.records import Unreadable
 from atfr.engine import distributed
 from atfr.engine.distributed import Ranks
 from atfr.engine.interruption import StopFlag
 from atfr.models.network import VideoNet
+from atfr.progress import watched
 
 LOOK_EVERY = 4  # batches between two looks, of all processes together, at whether to stop
 
@@ -33,11 +34,14 @@ class View:
 
 @dataclass
 class Evaluation:
-    """All views of a split, sorted by video and view, and the videos that could not be read."""
+    """All views of a split, sorted by video and view, and the videos that could not be read, sorted by path.
+
+    A video is a row of the list: a file that is listed three times is three videos.
+    """
 
     views: list[View] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)  # path -> reason
-    decoders: dict[str, str] = field(default_factory=dict)  # path -> what read it
+    failed: dict[int, Unreadable] = field(default_factory=dict)  # by video
+    decoders: dict[int, str] = field(default_factory=dict)  # by video: what read it
     frames: tuple[int, ...] = ()  # T at each layer
     batches: list[list[tuple[int, ...]]] = field(default_factory=list)  # B' of each clip of each executed batch
     network_seconds: float = 0.0  # spent in the network alone, summed over processes
@@ -70,10 +74,10 @@ def evaluate(
     model.eval()
     own = Evaluation()
     in_all = -distributed.largest(-len(loader)) if stop else 0  # one process may have a batch more than another
-    for number, batch in enumerate(tqdm(loader, desc=title, unit="batch", leave=False, disable=not ranks.is_main)):
+    for number, batch in enumerate(watched(loader, title, unit="batch", shown=ranks.is_main)):
         if number < in_all and number % LOOK_EVERY == 0:
             distributed.stop_together(stop, f"during the {title}")
-        own.failed.update(batch.failed)
+        own.failed.update((failed.video, failed) for failed in batch.failed)
         if batch.clips is None:
             continue
         clips = normalise(batch.clips.to(ranks.device, non_blocking=True))
@@ -87,7 +91,7 @@ def evaluate(
         for path, row in zip(batch.paths, scores):
             if not np.isfinite(row).all():
                 raise FloatingPointError(f"the network's scores for {path} are NaN or infinite: its weights are spoilt")
-        own.decoders.update(zip(batch.paths, batch.decoders))
+        own.decoders.update(zip(map(int, batch.videos), batch.decoders))
         own.frames = prediction.frames
         own.batches.append(prediction.bins)
         rows = zip(batch.videos, batch.views, batch.paths, batch.labels, scores, prediction.bins)
@@ -110,6 +114,6 @@ def _merged(parts: list[Evaluation]) -> Evaluation:
         whole.network_seconds += part.network_seconds
     whole.views.sort(key=lambda view: (view.video, view.view))
     # A video of which one view failed is not half-counted: it failed.
-    whole.views = [view for view in whole.views if view.path not in whole.failed]
-    whole.failed = dict(sorted(whole.failed.items()))
+    whole.views = [view for view in whole.views if view.video not in whole.failed]
+    whole.failed = dict(sorted(whole.failed.items(), key=lambda item: (item[1].path, item[0])))
     return whole

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -12,7 +14,7 @@ def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
     Raises:
         OSError: it could not be written; names it.
     """
-    partial = path.with_suffix(".partial")
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")  # two jobs may write the same file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "w", newline="", encoding="utf-8", errors=errors) as file:
@@ -22,6 +24,8 @@ def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
         os.replace(partial, path)
         sync_folder(path.parent)
     except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written ({error.strerror}); make room, or choose another trainer.output_dir") from error
 
 

@@ -1,8 +1,9 @@
-"""Stopping when the machine is about to be taken away: a signal sets a flag, training saves at the next step and ends.
+"""Stopping on a signal: it sets a flag, training saves at the next step and ends.
 
 USR1 and USR2 are what a batch system is told to send before a time limit (`#SBATCH --signal=USR1@120`), TERM
-is what comes before a kill. In a SLURM job the first two also put the job back into the queue. This module imports
-nothing slow, so that a program can listen before it imports anything else.
+is what comes before a kill, INT is Ctrl-C, and HUP comes when the terminal is closed. In a SLURM job the first two also
+put the job back into the queue. This module imports nothing slow, so that a program can listen before it imports
+anything else.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Iterator
 
-SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+FROM_BATCH_SYSTEM = (signal.SIGUSR1, signal.SIGUSR2)  # a second one of these leaves time to save
 TRY_AGAIN = 75  # exit code, EX_TEMPFAIL of sysexits.h: the same command goes on
-ONE_TOLD = 1.0  # seconds within which signals count as one: a batch system and a parent may both pass it on
+ONE_TOLD = 1.0  # seconds within which signals count as one: a batch system, a terminal and a parent may all send it
 
 
 class Interrupted(BaseException):
@@ -32,18 +35,18 @@ class Interrupted(BaseException):
 
 
 class StopFlag:
-    """The signal that came, if one did. A loader's workers, forked meanwhile, are not ended by USR1 or USR2 either."""
+    """The first stop signal that came, or None."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._first_term: float | None = None  # when that was
+        self._first: float | None = None  # time of the first one after which a second ends the process
         self._where: str | None = None  # not to be waited for: where the program is
 
     @contextmanager
     def at_once(self, where: str) -> Iterator[None]:
         """In this block a signal raises Interrupted wherever the program is: a restart loses nothing of what is done there.
 
-        Processes of its own that the same signal ended are no error either.
+        An error that follows from the same signal, which has ended other processes too, is no error either.
         """
         before, self._where = self._where, where
         try:
@@ -51,7 +54,7 @@ class StopFlag:
                 raise Interrupted(self.signal, where)
             yield
         except Exception as error:
-            if self.signal is None:
+            if self.signal is None or not _may_follow(error):
                 raise
             raise Interrupted(self.signal, where) from error
         finally:
@@ -63,6 +66,10 @@ class StopFlag:
         before, self._where = self._where, None
         try:
             yield
+        except Exception as error:
+            if self.signal is None or not _may_follow(error):
+                raise
+            raise Interrupted(self.signal, "and its other processes with it, before it could save") from error
         finally:
             self._where = before
 
@@ -73,25 +80,50 @@ class StopFlag:
                 raise Interrupted(number, self._where)
 
     def _came(self, number: int) -> None:
-        """In the watching thread: the second TERM kills. One after a USR1 is a batch system that still gives time to save."""
-        if number != signal.SIGTERM:
+        """In the watching thread: the second TERM, INT or HUP ends the process. After a USR1, there is still time to save."""
+        if number in FROM_BATCH_SYSTEM:
             return
-        if self._first_term is None:
-            self._first_term = time.monotonic()
-        elif time.monotonic() - self._first_term > ONE_TOLD:
+        if number == signal.SIGHUP:
+            _leave_lost_terminal()
+        if self._first is None:
+            self._first = time.monotonic()
+            if number == signal.SIGINT and os.isatty(2) and os.environ.get("RANK", "0") == "0":
+                os.write(2, b"\nstopping; a second Ctrl-C ends at once\n")
+        elif time.monotonic() - self._first > ONE_TOLD:
             os._exit(128 + number)
 
 
 def listen() -> StopFlag:
-    """From now on the signals set a flag, the same at each call. For the main thread only, as Python's signals are.
+    """Have the signals set a flag from now on, the same one at each call. For the main thread only, as Python's signals are.
 
-    A second TERM ends the process there and then, even if its main thread waits for others and will never look at the flag.
+    A second TERM, INT or HUP ends the process at once, even if its main thread waits for others and never looks at the flag.
     """
     flag = _listener() or StopFlag()
-    for number in SIGNALS:
+    for number in heeded():
         signal.signal(number, flag._note)
     _watch()
     return flag
+
+
+def heeded() -> list[signal.Signals]:
+    """Return the signals to answer: INT and HUP only where the process that started this one does not have them ignored (`nohup`, `&`)."""
+    return [number for number in SIGNALS if number not in (signal.SIGINT, signal.SIGHUP) or signal.getsignal(number) != signal.SIG_IGN]
+
+
+def _may_follow(error: Exception) -> bool:
+    """Return whether an error may be due to the end of another process: a loader's, a pool's, another rank."""
+    own = isinstance(error, (ValueError, OSError, FloatingPointError)) and not isinstance(error, (ChildProcessError, ConnectionError))
+    return not own
+
+
+def _leave_lost_terminal() -> None:
+    """Write to nowhere where stdout or stderr is a terminal that is gone, since that would be an error."""
+    for descriptor in (1, 2):
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
 
 
 def _listener() -> StopFlag | None:
@@ -119,7 +151,7 @@ def end(error: Interrupted, *, is_main: bool) -> None:
     """Say so, requeue the SLURM job if it is one that should be, and end with 0 if it was and with TRY_AGAIN if not."""
     job = os.environ.get("SLURM_JOB_ID")
     # TERM: cancelled, or SLURM itself puts it back.
-    requeue = job is not None and error.signal in (signal.SIGUSR1, signal.SIGUSR2)
+    requeue = job is not None and error.signal in FROM_BATCH_SYSTEM
     if is_main:
         print(f"{error}; {'put back into the queue' if requeue else 'the same command goes on'}", file=sys.stderr, flush=True)
         if requeue:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Schedule = Callable[[int, int], float]  # (step, total steps) -> what the base learning rate is multiplied by
 
@@ -56,6 +56,15 @@ def groups(model: nn.Module, *, lr: float, weight_decay: float, head_lr: float |
             spared = [p for p in members if p.requires_grad and p.dim() <= 1]
             found += [{"params": some, "lr": lr * factor, "weight_decay": decay} for some, decay in ((decayed, weight_decay), (spared, 0.0))]
     return found
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
+    """Scale the gradients down to the norm `limit`, if theirs is larger; return the norm that they had."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    # On a GPU, the comparison would make the host wait, so that the gradients are multiplied in any case.
+    if limit is not None and (norm.device.type != "cpu" or norm > limit):
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
 
 
 def cosine(*, warmup: float, start_factor: float, end_factor: float, from_start: bool = False) -> Schedule:

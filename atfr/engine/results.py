@@ -57,18 +57,19 @@ def summarise(evaluation: Evaluation, table: GflopsTable, *, protocol: dict[str,
     """
     views = evaluation.views
     if not views:
-        path, reason = next(iter(evaluation.failed.items()), ("none listed", "the split is empty"))
-        raise ValueError(f"none of the {len(evaluation.failed)} videos could be read, so there is no accuracy (first: {path}: {reason})")
+        first = next(iter(evaluation.failed.values()), None)
+        said = f"{first.path}: {first.reason}" if first else "none listed: the split is empty"
+        raise ValueError(f"none of the {len(evaluation.failed)} videos could be read, so there is no accuracy (first: {said})")
     costs = [table.at(view.bins) for view in views]
     executed = sum(table.executed(batch) for batch in evaluation.batches)
     per_layer = [_bins(kept, frames) for kept, frames in zip(zip(*(view.bins for view in views)), evaluation.frames)]
-    decoders = Counter(decoder for path, decoder in evaluation.decoders.items() if path not in evaluation.failed)
+    decoders = Counter(decoder for video, decoder in evaluation.decoders.items() if video not in evaluation.failed)
     bins = per_layer[0] if len(per_layer) == 1 else {**per_layer[0], "layers": per_layer}
     return {
         **accuracy(views),
         "num_videos": len({view.video for view in views}),
         "num_views": len(views),
-        "failed": list(evaluation.failed),
+        "failed": [failed.path for failed in evaluation.failed.values()],
         "gflops": {
             "dense": table.dense,
             "mean": sum(costs) / len(costs),

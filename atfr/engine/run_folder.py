@@ -11,10 +11,21 @@ from atfr.engine.files import write_text
 
 LEFT = {"training": "checkpoints/last.pt", "calibration": "calibration.json"}  # what each kind of job leaves
 # What may change between the runs of one experiment without making it another one.
-FREE = (
-    *("output_dir", "max_steps", "accelerator", "devices", "workers", "timeout_s", "save_every", "keep", "log_every", "profile", "resume", "test"),
-    *("checkpoint_activations", "compile"),
+FREE = frozenset(
+    f"trainer.{name}"
+    for name in (
+        *("output_dir", "max_steps", "accelerator", "devices", "workers", "timeout_s", "save_every", "keep", "log_every", "profile", "resume", "test"),
+        *("checkpoint_activations", "compile"),
+    )
 )
+# Where files lie. What they hold is compared by `contents.py` instead.
+PLACES = frozenset(
+    f"dataset.{name}"
+    for name in (
+        *("root", "train", "val", "test", "videos", "annotations", "labels", "classes", "subset", "strip_prefix", "manifest", "clip.cache", "prepare_hint"),
+    )
+)
+START = frozenset(("model.weights", "init_from"))  # the same, where both runs have one
 _ONCE = {"dataset.clip.sampling": "dense", "trainer.accumulate": 1}  # what there was before there was a choice
 
 
@@ -39,14 +50,12 @@ def claim_folder(folder: Path, config: Mapping[str, Any], kind: str, *, resume: 
         now = flat(config)
         # A key that the folder's version did not have, and that is off now or as it was then, changes nothing.
         new = {key for key in now if key not in before and (not now[key] or now[key] == _ONCE.get(key))}
-        different = [key for key in sorted(before | now) if before.get(key) != now.get(key) and not _is_free(key) and key not in new]
+        different = [key for key in sorted(before | now) if not _is_free(key, before.get(key), now.get(key)) and key not in new]
         if different:
             key = different[0]
             more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
-            raise ValueError(
-                f"run folder {folder} holds another experiment: {key} is {before.get(key)!r} there and {now.get(key)!r} here{more};"
-                " choose another trainer.output_dir"
-            )
+            found = f"{key} is {before.get(key)!r} there and {now.get(key)!r} here{more}"
+            raise ValueError(f"run folder {folder} holds another experiment: {found}; {way_out(folder, kind)}")
     write_text(path, yaml.safe_dump(dict(config), sort_keys=False))
 
 
@@ -60,8 +69,21 @@ def _read(path: Path) -> dict[str, Any]:
     return config
 
 
-def _is_free(key: str) -> bool:
-    return key in {f"trainer.{name}" for name in FREE}
+def way_out(folder: Path, kind: str = "training") -> str:
+    """Return what to do instead of going on in a folder of another experiment."""
+    if kind != "training":
+        return "choose another trainer.output_dir"
+    best = folder / "checkpoints" / "best.pt"
+    start = folder if best.exists() else folder / LEFT[kind]
+    return f"choose another trainer.output_dir (to start from this run's weights: init_from={start} trainer.output_dir=NEW)"
+
+
+def _is_free(key: str, before: Any, now: Any) -> bool:
+    if before == now or key in FREE:
+        return True
+    if key in START:
+        return None not in (before, now)
+    return key in PLACES and not any(isinstance(value, int) for value in (before, now))  # a generated dataset has numbers of videos there
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

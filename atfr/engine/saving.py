@@ -8,8 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from atfr.engine import checkpoint
 
 log = logging.getLogger(__name__)
@@ -52,10 +50,4 @@ class Saver:
 
 def copied(value: Any) -> Any:
     """Plain data with every tensor in it copied to the host's memory."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: copied(member) for key, member in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(copied(member) for member in value)
-    return value
+    return checkpoint.plain(value, tensor=lambda tensor: tensor.detach().to("cpu", copy=True))

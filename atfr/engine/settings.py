@@ -15,7 +15,7 @@ class TrainerSettings:
     output_dir: str | None  # the run folder; None: runs/ and a name made of the overrides
     batch_size: int  # clips in a global batch, over all processes
     epochs: int
-    max_steps: int | None  # stop after so many optimizer steps, if that comes first
+    max_steps: int | None  # stop after so many optimizer steps, if that comes first; the schedule spans all epochs
     seed: int
     accelerator: str  # auto | cpu | cuda
     devices: int | None  # processes; None: as many as the launcher started
@@ -42,6 +42,7 @@ class TrainerSettings:
     overfit_batches: int = 0  # train on the first so many batches over and over; 0: off
     profile: int = 0  # steps to record a trace of; 0: off
     deterministic: bool = False  # only algorithms that give the same result each time
+    tf32: bool = False  # float32 products and convolutions on a GPU may round their inputs to TF32
     mixup: float | None = None  # alpha of its Beta distribution; None: off
     cutmix: float | None = None
 

@@ -30,8 +30,12 @@ def clips_for_statistics(batches: Iterable[Any], settings: TrainerSettings) -> l
     Kept as bytes in the host's memory: the statistics go over them up to three times, and they
     need not be decoded as often.
     """
-    wanted = max(1, -(-settings.statistics_clips // settings.batch_size))
-    return [batch.clips for batch in islice(batches, wanted)]
+    return [batch.clips for batch in islice(batches, statistics_batches(settings))]
+
+
+def statistics_batches(settings: TrainerSettings) -> int:
+    """The most global batches whose clips `clips_for_statistics` takes."""
+    return max(1, -(-settings.statistics_clips // settings.batch_size))
 
 
 def refresh_statistics(model: VideoNet, clips: Callable[[], Iterable[Tensor]]) -> None:

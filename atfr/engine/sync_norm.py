@@ -82,11 +82,12 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var, count = ctx.saved_tensors
         scale = torch.ones_like(mean) if weight is None else weight
+        inverse = (var + ctx.eps).rsqrt()
         # As if mean and variance were constants; then what comes through them, of which every process has a part.
-        grad_x, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(grad, x, scale, mean, var, None, None, False, ctx.eps, [True, True, True])
+        # CUDA refuses None for the saved mean and inverse deviation, which CPUs ignore here.
+        grad_x, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(grad, x, scale, mean, var, mean, inverse, False, ctx.eps, [True] * 3)
         means = distributed.summed(torch.cat([by_weight, by_bias]).double()) / count
         through_var, through_mean = means.to(mean).chunk(2)
-        inverse = (var + ctx.eps).rsqrt()
         slope = scale * inverse.square() * through_var  # [C]
         level = scale * inverse * through_mean - slope * mean
         shape = (-1, *[1] * (x.dim() - 2))

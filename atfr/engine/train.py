@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,23 +11,26 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from atfr.engine import checkpoint, distributed
+from atfr.engine.contents import same_contents
 from atfr.engine.data_wait import DataWait
 from atfr.engine.distributed import Ranks
 from atfr.engine.ema import Ema
 from atfr.engine.interruption import Interrupted, StopFlag
 from atfr.engine.mixing import Mix
+from atfr.engine.optim import clip_gradients
 from atfr.engine.pending import REMEDY, Pending, some
 from atfr.engine.profiling import profiler
+from atfr.engine.run_folder import way_out
 from atfr.engine.run_log import RunLog
 from atfr.engine.saving import Saver
 from atfr.engine.settings import TrainerSettings, precision_dtype
-from atfr.engine.statistics import calibrate_width, clips_for_statistics, draw_shares, refresh_statistics, steer_width
+from atfr.engine.statistics import calibrate_width, clips_for_statistics, draw_shares, refresh_statistics, statistics_batches, steer_width
 from atfr.engine.sync_norm import over_all_processes
 from atfr.models.network import Prediction, VideoNet
 from atfr.models.sgs_layer import NonFiniteFeatures
+from atfr.progress import StepProgress, watched
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -47,7 +48,7 @@ class Training:
         learning_rate_factor: (step, total steps) -> what to multiply the base rate with.
         stop: true once training is to save and end, asked after each step; None: never.
         mix: blends a batch's clips and labels at a step (`mixing`); None: as they are.
-        identity: plain data kept in every checkpoint (config, class names).
+        identity: plain data kept in every checkpoint (config, class names, and `contents` of the files).
     """
 
     def __init__(
@@ -74,9 +75,8 @@ class Training:
         self.folder, self.identity, self.mix, self.stop = folder, identity, mix, stop
         model.prepare(compute_again=settings.checkpoint_activations, compiled=settings.compile)
         self.last, self.best = folder / "checkpoints" / "last.pt", folder / "checkpoints" / "best.pt"
-        self.total_steps = settings.epochs * steps_per_epoch
-        if settings.max_steps is not None:
-            self.total_steps = min(self.total_steps, settings.max_steps)
+        self.total_steps = settings.epochs * steps_per_epoch  # of the whole schedule
+        self.end_step = min(self.total_steps, settings.max_steps or self.total_steps)  # of this run
         self.dtype = precision_dtype(settings.precision, ranks.device)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
         self.loss = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
@@ -99,23 +99,23 @@ class Training:
         self.log = RunLog(self.folder, resume_step=self.step, evaluated=self.evaluated) if self.ranks.is_main else None
         self.network = distributed.replicate(self.model, self.ranks)
         self.saver = Saver()
-        self.bar = tqdm(initial=self.step, total=self.total_steps, unit="step", desc="train", disable=not self.ranks.is_main)
+        self.progress = StepProgress(first=self.step, total=self.end_step, shown=self.ranks.is_main)
         try:
             if self.step == 0:
-                clips = clips_for_statistics(self.until_told(self.batches(0, 0)), self.settings)
+                clips = self.clips_for_statistics(0)
                 calibrate_width(self.model, lambda: self._normalised(clips), untrained=True)
             elif self.evaluated < self.step:
                 self.end_epoch((self.step - 1) // self.steps_per_epoch)  # where the epoch's end was interrupted
             batch_norm = over_all_processes(self.model) if self.settings.sync_batch_norm else nullcontext()
             with batch_norm, profiler(self.folder / "profile", self.settings.profile if self.ranks.is_main else 0) as self.profile:
-                while self.step < self.total_steps:
+                while self.step < self.end_step:
                     epoch = self.step // self.steps_per_epoch
                     self.stop_if_told(epoch)  # a validation may have taken long
                     self.train_epoch(epoch)
                     self.end_epoch(epoch)
             self.saved()
         finally:
-            self.bar.close()
+            self.progress.close()
             self.saver.close()
             if self.log:
                 self.log.close()
@@ -134,7 +134,7 @@ class Training:
             self.saver.check()
             if self.profile:
                 self.profile.step()
-            if self.step == self.total_steps:
+            if self.step == self.end_step:
                 break
             self.stop_if_told(epoch)
             if self.settings.save_every and self.step % self.settings.save_every == 0:
@@ -152,11 +152,11 @@ class Training:
             self.check_losses(epoch)
             self.save(self.last)
             self.saved()
-            raise Interrupted(number, f"after step {self.step} of {self.total_steps}, saved in {self.last}")
+            raise Interrupted(number, f"after step {self.step} of {self.end_step}, saved in {self.last}")
 
-    def until_told(self, items: Iterable[T]) -> Iterator[T]:
+    def until_told(self, items: Iterable[T], total: int) -> Iterator[T]:
         """The items, as many on every process; between them all end if one was told to: what was trained is saved already."""
-        for item in items:
+        for item in watched(items, "statistics", unit="batch", total=total, shown=self.ranks.is_main):
             distributed.stop_together(self.stop, f"in the statistics after step {self.step}")
             yield item
 
@@ -170,16 +170,24 @@ class Training:
                 log.warning("%s", warning)
 
     def end_epoch(self, epoch: int) -> None:
-        """Save, validate if it is time, and save again. Does nothing in the middle of an epoch."""
-        over = self.step >= self.total_steps
-        if not over and self.step % self.steps_per_epoch:
+        """Save, validate if it is time, and save again. Does nothing in the middle of an epoch, unless this run ends there.
+
+        A validation that is due only since `max_steps` ends the run leaves no trace in `last.pt`, from which the rest
+        of the steps goes on as if there had been none.
+        """
+        whole, ends = self.step % self.steps_per_epoch == 0, self.step >= self.end_step
+        if not (whole or ends):
             return
         self.save(self.last)  # first, so that whatever goes wrong in the validation costs no training
-        if over or (epoch + 1) % self.settings.eval_every == 0:
+        due = self.step >= self.total_steps or (whole and (epoch + 1) % self.settings.eval_every == 0)
+        if due or ends:
             with self.ema.in_place(self.model) if self.ema else nullcontext():
-                self.evaluate(epoch)
-        self.evaluated = self.step
-        self.save(self.last)
+                self.evaluate(epoch, due=due)
+        else:
+            self.progress.line(f"epoch {epoch + 1}/{self.settings.epochs} step {self.step}")
+        if due or not ends:
+            self.evaluated = self.step
+            self.save(self.last)
 
     def train_step(self, batch: Any, *, epoch: int, data_s: float) -> None:
         """One optimizer step on one global batch."""
@@ -214,7 +222,7 @@ class Training:
             names = ("bins", *(f"bins_{key}" for key in list(self.model.sgs)[1:]))
             kept = {name: sum(bins) / len(bins) for name, bins in zip(names, zip(*(clip for part in parts for clip in part.bins)))}
             self.pending.add(loss, norm, batch.paths, **kept, replaced=len(batch.bad), data_s=data_s, step_s=time.perf_counter() - began)
-        self.bar.update()
+        self.progress.step()
         if self.step % self.settings.log_every == 0:
             self.check_losses(epoch)
 
@@ -238,15 +246,7 @@ class Training:
             total += loss.detach()
             parts.append(prediction)
         self.scaler.unscale_(self.optimizer)
-        return total, self.clipped(), parts
-
-    def clipped(self) -> Tensor:
-        """The gradient's norm, to which it is cut down if it was larger than may be."""
-        norm, limit = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]), self.settings.clip_norm
-        # To look whether it is larger is to wait for a GPU, which rather multiplies with 1.
-        if limit is not None and (norm.device.type != "cpu" or norm > limit):
-            nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
-        return norm
+        return total, clip_gradients(self.parameters, self.settings.clip_norm), parts
 
     def predict(self, clips: Tensor) -> tuple[Prediction, float]:
         """The network's forward pass, and what to multiply its loss with: 1, or NaN if the step has to be left out."""
@@ -299,30 +299,37 @@ class Training:
         for key, layer in self.model.sgs.items():
             if layer.tracks_width:
                 values["sgs_width" if len(self.model.sgs) == 1 else f"sgs_width_{key}"] = layer.width.item()
-        self.bar.set_postfix_str(
+        self.progress.report(
             f"loss {values['loss']:.3f} lr {values['lr']:.2g} B' {values['bins']:.1f} data {values['data_s'] * 1e3:.0f}/{values['step_s'] * 1e3:.0f} ms"
         )
         if self.log:
             self.log.write(step=self.step, epoch=epoch, split="train", values=values)
 
-    def evaluate(self, epoch: int) -> None:
-        """Refresh the statistics, validate, and keep the checkpoint if it is the best so far."""
+    def evaluate(self, epoch: int, *, due: bool) -> None:
+        """Refresh the statistics, validate, and keep the checkpoint if it is the best so far.
+
+        If the validation was not due, the best checkpoint of those that were stays beside it until the run goes on.
+        """
         if self.settings.statistics_clips:
-            clips = clips_for_statistics(self.until_told(self.batches(epoch, 0)), self.settings)
+            clips = self.clips_for_statistics(epoch)
             refresh_statistics(self.model, lambda: self._normalised(clips))
         else:
             distributed.broadcast_buffers(self.model)  # each process has the running averages of its own clips
         values = self.validate()
         self.model.train()
-        self.bar.write(f"epoch {epoch + 1}/{self.settings.epochs} step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        self.progress.line(f"epoch {epoch + 1}/{self.settings.epochs} step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
         if self.log:
             self.log.write(step=self.step, epoch=epoch, split="val", values=values)
         if values["top1"] > self.best_top1:
             self.best_top1 = values["top1"]
-            self.save(self.best)
+            self.save(self.best, keep=1 if due else 2)
 
-    def save(self, path: Path) -> None:
-        """Have everything that a resume needs written, by the main process and while training goes on."""
+    def save(self, path: Path, *, keep: int | None = None) -> None:
+        """Have everything that a resume needs written, by the main process and while training goes on.
+
+        Args:
+            keep: newest states that stay; None: `trainer.keep`.
+        """
         if self.ranks.is_main:
             state = {
                 "model": self.model.state_dict(),
@@ -337,7 +344,7 @@ class Training:
                 **({"ema": self.ema.state_dict()} if self.ema else {}),
                 **self.identity,
             }
-            self.saver.save(state, path, keep=self.settings.keep if path == self.last else 1)
+            self.saver.save(state, path, keep=self.settings.keep if keep is None else keep)
 
     def saved(self) -> None:
         """Wait until everything is written, on all processes."""
@@ -351,11 +358,12 @@ class Training:
         distributed.require_same(start, of="states to go on from", remedy=f"{self.folder} must be on a disk that all machines share")
         if state is None:
             return
+        self.identity = same_contents(state, self.identity, of=found, way_out=way_out(self.folder), warn=self.ranks.is_main)
         if state["class_names"] != self.identity["class_names"] or state["steps_per_epoch"] != self.steps_per_epoch:
             raise ValueError(
                 f"the training list or its classes changed since {found} was written ({len(state['class_names'])} classes and"
                 f" {state['steps_per_epoch']} steps an epoch then, {len(self.identity['class_names'])} and {self.steps_per_epoch} now);"
-                " choose another trainer.output_dir"
+                f" {way_out(self.folder)}"
             )
         checkpoint.load_weights(self.model, state["model"], found)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -365,10 +373,9 @@ class Training:
         if self.ema:
             self.ema.load_state_dict(state["ema"])
         distributed.barrier()  # every process has read it
-        if found != self.last and self.ranks.is_main:
-            shutil.copyfile(self.last, self.last.with_name(self.last.name + ".damaged"))  # no moment without a last.pt, which would begin anew
-            os.replace(found, self.last)
-        log.info("resuming %s at step %d of %d", found, self.step, self.total_steps)
+        if self.ranks.is_main:
+            checkpoint.go_on_from(found, last=self.last, best=self.best)
+        log.info("resuming %s at step %d of %d", found, self.step, self.end_step)
 
     def set_learning_rate(self) -> None:
         """The schedule's rate for the step that comes."""
@@ -376,6 +383,10 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
 
-    def _normalised(self, clips: Iterable[Tensor]) -> Iterator[Tensor]:
-        for batch in self.until_told(clips):
+    def clips_for_statistics(self, epoch: int) -> list[Tensor]:
+        batches = self.until_told(self.batches(epoch, 0), statistics_batches(self.settings))
+        return clips_for_statistics(batches, self.settings)
+
+    def _normalised(self, clips: list[Tensor]) -> Iterator[Tensor]:
+        for batch in self.until_told(clips, len(clips)):
             yield self.normalise(batch.to(self.ranks.device))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import logging
-from typing import Any, Callable, Mapping, NamedTuple, Sequence
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from atfr.models.conv_as_images import run_as_images
 from atfr.models.packed_forms import NoPackedForm
 from atfr.models.pieces import recomputing
 from atfr.models.program import INPUT, PackedTrunk, Time, Traced
+from atfr.models.repeatable_pools import use_repeatable_pools
 from atfr.models.segments import take
 from atfr.models.sgs_layer import SGS, Sampled, SGSOptions, sample
 from atfr.models.trials import evaluating
@@ -22,6 +24,7 @@ from atfr.models.trials import evaluating
 log = logging.getLogger(__name__)
 
 Stages = Mapping[str, "str | tuple[str, ...]"]
+BatchNorm = nn.modules.batchnorm._BatchNorm
 PREFIX = "backbone."
 TOLERANCE = 1e-3  # of the self-check, in standard deviations of the logits; a leak between clips is 0.05 and more
 
@@ -66,6 +69,7 @@ class VideoNet(nn.Module):
         times: what the lengths at each node of the packed trunk depend on.
         layer_inputs: the same for what is given to each layer that lies behind another one.
         places: {name of a layer: path of the backbone's module whose output it samples}.
+        stages: {name of a stage: path of the backbone's module that ends it}; empty for a custom network.
 
     Raises:
         ValueError: `sgs.after` is not a place of this network, or has no features in time; what is
@@ -77,16 +81,19 @@ class VideoNet(nn.Module):
         super().__init__()
         self.backbone = backbone.to(memory_format=torch.channels_last_3d)
         run_as_images(self.backbone)
+        use_repeatable_pools(self.backbone)
         self.sgs = nn.ModuleDict()  # a layer each place, under its name with _ for .
         self.execution = "dense"
         self.times: dict[str, Time] = {}
         self.layer_inputs: dict[str, Time] = {}
         self.places: dict[str, str] = {}
+        self.stages = {name: path for name, path in stages.items() if isinstance(path, str)}
         # Kept out of the module tree: the programs call the backbone's own modules, and registering
         # them would list every parameter a second time.
         self._programs: tuple[nn.Module, ...] = (self.backbone,)
         self._training_programs: tuple[nn.Module, ...] | None = None  # see `prepare`
         self._evaluation_programs: tuple[nn.Module, ...] | None = None
+        self._least: dict[tuple, tuple[int, ...]] = {}  # see `_least_alone`
         if sgs is None:
             return
         self.places = places = _resolve(sgs.places, stages, backbone)
@@ -118,9 +125,10 @@ class VideoNet(nn.Module):
             raise ValueError(f"clips must be floating point [N, 3, T, H, W] with at least one clip, not {clips.dtype} {list(clips.shape)}")
         clips = clips.contiguous(memory_format=torch.channels_last_3d)
         try:
-            if not self.sgs:
-                return Prediction(self._running[0](clips), (), clips.shape[2])
-            logits, sampled = self.trunk(*self.stem(clips), forced=forced)
+            with self._enough_for_batch_norm(clips):
+                if not self.sgs:
+                    return Prediction(self._running[0](clips), (), clips.shape[2])
+                logits, sampled = self.trunk(*self.stem(clips), forced=forced)
         except (RuntimeError, IndexError) as error:
             self._explain(error, clips)
             raise
@@ -129,6 +137,37 @@ class VideoNet(nn.Module):
     def check_clip(self, frames: int, height: int, width: int) -> None:
         """Raise ValueError, with the least number of frames, unless the network can run on such clips."""
         trials.check_clip(self.backbone, frames, height, width)
+
+    def check_training(self, frames: int, height: int, width: int) -> None:
+        """Raise ValueError unless a batch of one such clip has more than one value a channel for each batch norm in training mode."""
+        like = next(self.parameters())
+        self._least_alone(torch.zeros(1, 3, frames, height, width, device=like.device, dtype=like.dtype))
+
+    @contextmanager
+    def _enough_for_batch_norm(self, clips: Tensor) -> Iterator[None]:
+        """Make the layers keep at least as many features as batch norm needs in training. Two clips always have enough."""
+        before = {layer: layer.min_bins for layer in self.sgs.values()}
+        if self.training and len(clips) == 1:
+            for layer, least in zip(before, self._least_alone(clips)):
+                layer.min_bins = least
+        try:
+            yield
+        finally:
+            for layer, least in before.items():
+                layer.min_bins = least
+
+    def _least_alone(self, clip: Tensor) -> tuple[int, ...]:
+        """Return `trials.least_for_batch_norm` of this clip's shape; () if no batch norm takes its statistics from this batch alone."""
+        # `engine.sync_norm` replaces the forward of norms that take them from all processes.
+        norms = {m: name for name, m in self.named_modules() if isinstance(m, BatchNorm) and m.training and "forward" not in vars(m)}
+        if not norms or self.execution == "bucketed":  # which refuses such norms
+            return ()
+        key = clip.shape, tuple(norms)
+        if key not in self._least:
+            zeros = torch.zeros_like(clip, memory_format=torch.channels_last_3d)
+            with evaluating(self), trials.without_hooks(self):
+                self._least[key] = trials.least_for_batch_norm(self._programs, list(self.sgs.values()), norms, zeros)
+        return self._least[key]
 
     def _explain(self, error: Exception, clips: Tensor) -> None:
         """Raise ValueError where an error comes from the clips' size or from a network on several devices."""
@@ -195,7 +234,7 @@ class VideoNet(nn.Module):
                 for name, least in packed.least_bins().items():
                     self.sgs[_key(name)].min_bins = least
                     self.sgs[_key(name)].gap = packed.gap
-                    self.sgs[_key(name)].norms = tuple(m for m in self.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+                    self.sgs[_key(name)].norms = tuple(m for m in self.backbone.modules() if isinstance(m, BatchNorm))
                 self._self_check(traced, stem, packed, probe)
                 self.execution = "packed"
                 self.times, self.layer_inputs = packed.times, packed.inputs
@@ -215,7 +254,7 @@ class VideoNet(nn.Module):
 
     def _bucketed(self, trunk: nn.Module, x: Tensor, *passing: Tensor, forced: Sequence[tuple[int, ...]] | None) -> tuple[Tensor, tuple[Sampled, ...]]:
         """Clips that keep equally many features run together."""
-        if any(m.training for m in self.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+        if any(m.training for m in self.backbone.modules() if isinstance(m, BatchNorm)):
             raise ValueError("bucketed execution would give batch norm the statistics of one bucket after the other: freeze it, or make the network packable")
         packed, sampled = sample(list(self.sgs.values()), [x], [None], forced, (*passing, x)[0])  # the clip is the first to pass
         lengths = torch.tensor(sampled[0].segments.lengths)

@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from atfr.models import packed
 from atfr.models.conv_as_images import SpatialConv3d, TemporalConv3d
+from atfr.models.repeatable_pools import POOLS
 from atfr.models.segments import Window, window_of
 
 FRAMEWISE_MODULES = (
@@ -48,6 +49,8 @@ class Form(NamedTuple):
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module has a packed form as a whole, so that tracing must not look into it."""
     if isinstance(module, (SqueezeExcitation, NonLocal, Swish)) or hasattr(module, "packed_forward"):
+        return True
+    if type(module) in POOLS.values():
         return True
     # torch's own under another name, such as torchvision's Conv3DSimple
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in (nn.Conv3d, nn.BatchNorm3d))

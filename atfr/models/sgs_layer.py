@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from atfr.models import sgs
 from atfr.models.packed import framewise_pool
 from atfr.models.partition import width_keeping
+from atfr.models.repeatable_pools import needs_deterministic_pool
 from atfr.models.segments import Layout, Segments, shared_gap, unpadded
 
 EMBEDDINGS = ("mlp", "pooled", "frozen")
@@ -130,7 +131,11 @@ class MLPEmbedding(nn.Module):
 
     def pool(self, x: Tensor) -> Tensor:
         """[N, C, T, H, W] -> [N, T, C] in float64, of the rows' means in the type of x: all in float64 takes 20 times as long."""
-        rows = nn.functional.adaptive_avg_pool2d(x.transpose(1, 2).flatten(0, 1), (int(x.shape[3]), 1))  # [N T, C, H, 1]
+        images = x.transpose(1, 2).flatten(0, 1)
+        if needs_deterministic_pool(x):
+            rows = images.mean(dim=3, keepdim=True)
+        else:
+            rows = nn.functional.adaptive_avg_pool2d(images, (int(x.shape[3]), 1))  # [N T, C, H, 1]
         return rows.double().mean(dim=(2, 3)).unflatten(0, (x.shape[0], x.shape[2]))
 
     def forward(self, pooled: Tensor) -> Tensor:
@@ -352,7 +357,7 @@ def sample(
     layers: Sequence[SGS],
     features: Sequence[Tensor],
     segments: Sequence[Segments | None],
-    forced: Sequence[tuple[int, ...]] | None = None,
+    forced: Sequence[tuple[int, ...] | int] | None = None,
     clips: Tensor | None = None,
 ) -> tuple[tuple[Tensor, ...], tuple[Sampled, ...]]:
     """Sample features of one batch at several places at once: packed features, and what was done.
@@ -360,7 +365,7 @@ def sample(
     Args:
         features: for each layer [N, C, T, H, W], or packed [1, C, M, H, W] where it has segments.
         forced: for each layer the B' of each clip, in place of what the layer proposes: bins of
-            equal size, at the same cost.
+            equal size, at the same cost. One number for all clips is the most that each of them keeps.
         clips: [N, 3, T', H', W'] for layers of look=clip.
 
     Raises:
@@ -374,7 +379,8 @@ def sample(
         start = before or Segments.whole(len(x), x.shape[2], x.device)
         weights, kept = proposal.weights, lengths[i]
         if forced is not None:
-            weights, kept = _uniform_weights(start.lengths, tuple(forced[i]), x.device), tuple(forced[i])
+            kept = tuple(min(forced[i], length) for length in start.lengths) if isinstance(forced[i], int) else tuple(forced[i])
+            weights = _uniform_weights(start.lengths, kept, x.device)
         # A backward pass would keep the gaps.
         gap = 0 if torch.is_grad_enabled() or any(norm.training for norm in layer.norms) else shared_gap(kept, layer.gap, x.device)
         after = Segments(kept, start.frames, _mean_times(weights, start, kept), gap)

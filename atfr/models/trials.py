@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import OrderedDict
 from contextlib import contextmanager
-from typing import Any, Iterator, Sequence
+from typing import Any, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,6 +24,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """Run modules without the forward hooks that are registered on them, which would take a trial for a batch."""
+    hooks = [(module, module._forward_hooks, module._forward_pre_hooks) for module in model.modules()]
+    for module, *_ in hooks:
+        module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for module, after, before in hooks:
+            module._forward_hooks, module._forward_pre_hooks = after, before
 
 
 def check_clip(network: nn.Module, frames: int, height: int, width: int) -> None:
@@ -75,6 +90,60 @@ def least_features(trunk: fx.GraphModule, x: Tensor, passing: Sequence[Tensor], 
             raise ValueError(f"model.sgs.after={name!r}: what follows runs on all {length + 1} features and on no fewer, so sample at a later place. With one less, {steps.place} says: {reason}")
         return length + 1
     return 1
+
+
+def least_for_batch_norm(programs: Sequence[nn.Module], layers: Sequence[nn.Module], norms: Mapping[nn.Module, str], clip: Tensor) -> tuple[int, ...]:
+    """For each SGS layer, the fewest features of a batch of one clip that give each batch norm more than one value a channel.
+
+    Args:
+        programs: the stem and the packed trunk, or the network alone if it has no layers.
+        norms: the batch norms and their names.
+
+    Raises:
+        ValueError: all features give one value.
+    """
+    stem, *trunk = programs
+
+    def starved(most: Sequence[int]) -> str | None:
+        """The name of a batch norm with one value where each layer keeps up to so many features."""
+        with _fewest_values(norms) as values:
+            features = stem(clip)
+            sampled = trunk[0](*features, list(most))[1] if layers else ()
+        for layer, done in zip(layers, sampled):  # in evaluation an embedding does not call its norm
+            values.update({norm: done.given[0] for norm in layer.modules() if norm in norms})
+        return next((norms[norm] for norm, count in values.items() if count == 1), None)
+
+    frames, height, width = clip.shape[2:]
+    least, most = [layer.min_bins for layer in layers], [frames] * len(layers)
+    if starved(least) is None:
+        return tuple(least)
+    norm = starved(most)
+    if norm is None:
+        for i, low in enumerate(least):
+            most[i] = low + bisect_left(range(low, frames), True, key=lambda bins: starved([*most[:i], bins, *most[i + 1 :]]) is None)
+        return tuple(most)
+    raise ValueError(
+        f"a clip of {frames} frames of {height} x {width} pixels alone gives batch norm {norm!r} one value a channel, which it cannot be trained on:"
+        " set a larger trainer.batch_size, so that every process and every part of its share (trainer.accumulate) has two clips;"
+        " for a batch norm before the pooling a larger dataset.clip.crop_size does as well"
+    )
+
+
+@contextmanager
+def _fewest_values(norms: Collection[nn.Module]) -> Iterator[dict[nn.Module, int]]:
+    """Record the fewest values a channel that each of these batch norms is given."""
+    fewest: dict[nn.Module, int] = {}
+
+    def record(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        values = inputs[0].numel() // inputs[0].shape[1]  # of [N, C, ...]
+        fewest[norm] = min(values, fewest.get(norm, values))
+
+    hooks = [norm.register_forward_pre_hook(record) for norm in norms]
+    try:
+        yield fewest
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _Steps(fx.Interpreter):

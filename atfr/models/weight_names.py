@@ -1,8 +1,11 @@
-"""PySlowFast's names of a network's tensors, in the words of pytorchvideo.
+"""Names that other libraries give a network's tensors, translated to pytorchvideo's.
 
-Both libraries come from the same authors and build the same C2D, I3D, Slow, SlowFast and X3D; they
-differ in what they call the parts, and in one batch norm of X3D. Names as in PySlowFast's
+PySlowFast and pytorchvideo come from the same authors and build the same C2D, I3D, Slow, SlowFast and
+X3D; they differ in what they call the parts, and in one batch norm of X3D. Names as in PySlowFast's
 slowfast/models/{stem_helper,resnet_helper,head_helper,operators,video_model_builder}.py.
+
+torchvision's 2D ResNet of bottleneck blocks is the C2D of one frame. Both have a stage's spatial stride
+in its first 3x3 convolution. Names as in torchvision/models/resnet.py, which timm has, too.
 """
 
 from __future__ import annotations
@@ -41,6 +44,17 @@ HEAD = {
     "lin_5_bn": "pool.post_norm",
     "projection": "proj",
 }
+IMAGE_STEM = {"conv1": "conv", "bn1": "norm"}
+IMAGE_BLOCK = {
+    "downsample.0": "branch1_conv",
+    "downsample.1": "branch1_norm",
+    "conv1": "branch2.conv_a",
+    "bn1": "branch2.norm_a",
+    "conv2": "branch2.conv_b",
+    "bn2": "branch2.norm_b",
+    "conv3": "branch2.conv_c",
+    "bn3": "branch2.norm_c",
+}
 NORM_EPS = 1e-5  # of all of PySlowFast's batch norms
 
 
@@ -49,18 +63,46 @@ def is_pyslowfast(names: Iterable[str]) -> bool:
     return any(re.match(r"s1\.pathway\d_stem\.", name) for name in names)
 
 
+def is_image_resnet(names: Collection[str]) -> bool:
+    """Whether these are torchvision's names of a 2D ResNet."""
+    return "conv1.weight" in names and "layer1.0.conv1.weight" in names
+
+
 def to_pytorchvideo(names: Collection[str], own: Iterable[str]) -> dict[str, str]:
     """For each of PySlowFast's names the one in a pytorchvideo network; unknown ones stay as they are.
 
     `own` are that network's names. They tell where its stages are: some have pools or nothing that
     is learnt in between, and those count as blocks.
     """
-    blocks = sorted({int(name.split(".")[1]) for name in own if re.match(r"blocks\.\d+\.", name)})
-    if len(blocks) != 6:  # a stem, four stages and a head; anything else is not of this family
+    blocks = _blocks(own)
+    if len(blocks) != 6:
         return {name: name for name in names}
     x3d = any(".conv_xy." in name for name in names)
     pathways = any("pathway1_" in name for name in names)
     return {name: _translated(name, blocks=blocks, x3d=x3d, pathways=pathways) or name for name in names}
+
+
+def image_resnet_to_pytorchvideo(names: Collection[str], own: Iterable[str]) -> dict[str, str]:
+    """For each name of torchvision's 2D ResNet the one in a pytorchvideo network; unknown ones stay as they are."""
+    blocks = _blocks(own)
+    if len(blocks) != 6:
+        return {name: name for name in names}
+    translated = {}
+    for name in names:
+        part, _, kind = name.rpartition(".")
+        stage = re.fullmatch(r"layer([1-4])\.(\d+)\.(.+)", part)
+        if part in IMAGE_STEM:
+            translated[name] = f"blocks.{blocks[0]}.{IMAGE_STEM[part]}.{kind}"
+        elif stage and stage[3] in IMAGE_BLOCK:
+            translated[name] = f"blocks.{blocks[int(stage[1])]}.res_blocks.{stage[2]}.{IMAGE_BLOCK[stage[3]]}.{kind}"
+        else:
+            translated[name] = f"blocks.{blocks[-1]}.proj.{kind}" if part == "fc" else name
+    return translated
+
+
+def _blocks(own: Iterable[str]) -> list[int]:
+    """The numbers of pytorchvideo's blocks that have parameters. Its ResNets have six: a stem, four stages and a head."""
+    return sorted({int(name.split(".")[1]) for name in own if re.match(r"blocks\.\d+\.", name)})
 
 
 def _translated(name: str, *, blocks: list[int], x3d: bool, pathways: bool) -> str | None:

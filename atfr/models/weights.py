@@ -3,6 +3,11 @@
 Read are pytorchvideo's zoo files and PySlowFast's checkpoints (`model_state`), torchvision's state
 dicts and our own checkpoints (`model`, with the averages of `ema` where there are some), whatever they
 are called. Nothing in a file is run.
+
+The kernels of a 2D network are inflated: repeated over time and divided by their length in time, so that the
+network gives on a clip of one repeated image what the 2D network gives on the image (Carreira and Zisserman, "Quo vadis,
+action recognition?", 2017; so do PySlowFast and MMAction2). A kernel with the 2D weights in its centre alone would do the
+same, but its other weights would start at zero and see no motion.
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, NamedTuple
+from typing import Any, Mapping, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +35,8 @@ class Entry(NamedTuple):
 
     name: str
     size: int  # values in it
-    reason: str = ""
+    reason: str = ""  # why it was skipped
+    inflated: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class LoadReport:
             reasons.setdefault(entry.reason, []).append(entry)
         groups = list(reasons.items())
         rows = [_row("loaded", self.loaded, most=most)]
+        if inflated := [entry for entry in self.loaded if entry.inflated]:
+            rows.append(_row("inflated", inflated, most=most, why="of these, 2D kernels repeated over time and divided by their length: "))
         rows += [_row("skipped", entries, most=most, why=f"{reason}: ") for reason, entries in groups[:most]] or [_row("skipped", (), most=most)]
         if groups[most:]:
             rows.append(_row("skipped", [entry for _, entries in groups[most:] for entry in entries], most=most, why="for other such reasons: "))
@@ -73,7 +81,8 @@ def load_pretrained(model: VideoNet, path: Path, *, key: str = "model.weights") 
     """Copy into the network every tensor of the file that has its name and shape; `key` is the option that named the file.
 
     A classifier for another number of classes stays as it was initialised; so do a classifier and
-    a sampling layer of which a part does not fit. Where this raises, the network is untouched.
+    a sampling layer of which a part does not fit. The weights of a 2D network are inflated if each of them fits but
+    for the classifier, which stays new. Where this raises, the network is untouched.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -89,14 +98,24 @@ def load_pretrained(model: VideoNet, path: Path, *, key: str = "model.weights") 
     if weight_names.is_pyslowfast(for_backbone):
         kind = "names of PySlowFast"
         for_backbone, notes = _from_pyslowfast(for_backbone, own)
+    images = _is_2d(for_backbone) and any(value.dim() == 5 for value in own.values())
+    if images and weight_names.is_image_resnet(for_backbone):
+        kind = "names of torchvision's 2D ResNet"
+        names = weight_names.image_resnet_to_pytorchvideo(for_backbone, own)
+        for_backbone = {names[name]: g for name, g in for_backbone.items()}
 
     classifier = _classifier(model.backbone)
     fitting, skipped = _match(own, for_backbone, classifier=classifier)
-    _require_half(own, for_backbone, fitting, classifier=classifier, file=f"{key}={path}")
+    inflated = {f"backbone.{name}" for name in fitting if _inflates(for_backbone[name].value, own[name])}
+    surplus = [name for name in for_backbone if name not in fitting and not _in(name, classifier) and not name.endswith(COUNTER)]
+    _require_fit(own, for_backbone, fitting, surplus if inflated else [], classifier=classifier, images=images, file=f"{key}={path}")
+    if inflated:
+        for name in [name for name in fitting if _in(name, classifier)]:
+            skipped.append(Entry(for_backbone[name].name, fitting.pop(name).numel(), "head of a 2D network replaced"))
     _all_or_none([name for name in own if _in(name, classifier)], fitting, for_backbone, skipped)
-    surplus = sum(entry.reason == MISSING for entry in skipped)
-    if 4 * surplus > len(fitting):
-        notes.append(f"the file has {surplus} tensors that this network has no place for: is it of another model.size?")
+    unknown = sum(entry.reason == MISSING for entry in skipped)
+    if 4 * unknown > len(fitting):
+        notes.append(f"the file has {unknown} tensors that this network has no place for: is it of another model.size?")
 
     own_sgs, more_skipped = _open_to_files(model.sgs, for_sgs)
     fitting_sgs, unfit = _match(own_sgs, for_sgs, missing="no such tensor in this network's sampling" if model.sgs else "this network does not sample")
@@ -107,7 +126,7 @@ def load_pretrained(model: VideoNet, path: Path, *, key: str = "model.weights") 
     model.sgs.load_state_dict(fitting_sgs, strict=False)
     found = {f"backbone.{name}" for name in fitting} | {f"sgs.{name}" for name in fitting_sgs}
     sizes = {f"backbone.{name}": value.numel() for name, value in own.items()} | {f"sgs.{name}": value.numel() for name, value in own_sgs.items()}
-    entries = [Entry(name, size) for name, size in sizes.items() if not name.endswith(COUNTER)]
+    entries = [Entry(name, size, inflated=name in inflated) for name, size in sizes.items() if not name.endswith(COUNTER)]
     return LoadReport(
         path,
         kind,
@@ -207,6 +226,9 @@ def _match(
     for name, (file_name, value) in given.items():
         if name not in own:
             reason = missing
+        elif _inflates(value, own[name]):
+            fitting[name] = value.to(own[name].dtype)[:, :, None].expand_as(own[name]) / own[name].shape[2]
+            continue
         elif _bare(value.shape) == _bare(own[name].shape):
             fitting[name] = value.reshape(own[name].shape)
             continue
@@ -217,6 +239,17 @@ def _match(
         if not file_name.endswith(COUNTER):
             skipped.append(Entry(file_name, value.numel(), reason))
     return fitting, skipped
+
+
+def _inflates(value: Tensor, own: Tensor) -> bool:
+    """Whether a tensor is the kernel of a 2D convolution and the network's own is the same with a length in time."""
+    return value.dim() == 4 and own.dim() == 5 and value.shape == own.shape[:2] + own.shape[3:]
+
+
+def _is_2d(given: Mapping[str, _Given]) -> bool:
+    """Whether the tensors are those of a network of 2D convolutions."""
+    sizes = {g.value.dim() for g in given.values()}
+    return 4 in sizes and 5 not in sizes
 
 
 def _bare(shape: torch.Size) -> tuple[int, ...]:
@@ -248,18 +281,22 @@ def _open_to_files(sgs: nn.ModuleDict, given: dict[str, _Given]) -> tuple[dict[s
     return own, skipped
 
 
-def _require_half(own: Mapping[str, Tensor], given: Mapping[str, _Given], fitting: Mapping[str, Tensor], *, classifier: str, file: str) -> None:
-    """Raise ValueError, with what the file and the network hold, if the file is of another network."""
+def _require_fit(
+    own: Mapping[str, Tensor], given: Mapping[str, _Given], fitting: Mapping[str, Tensor], surplus: Sequence[str], *, classifier: str, images: bool, file: str
+) -> None:
+    """Raise ValueError, with what the file and the network hold, if less than half of the network is in the file or the file has a `surplus`."""
     wanted = [name for name in own if not _in(name, classifier) and not name.endswith(COUNTER)]
     found = sum(name in fitting for name in wanted)
-    if 2 * found >= len(wanted):
+    if 2 * found >= len(wanted) and not surplus:
         return
-    first = next(name for name in wanted if name not in fitting)
-    there = list(given[first].value.shape) if first in given else "missing"
+    first = next(name for name in (*wanted, *surplus) if name not in fitting)
+    there, here = (list(values[first].shape) if first in values else "missing" for values in ({name: g.value for name, g in given.items()}, own))
+    way_out = "choose the model and model.size that it was trained with"
+    if images:
+        way_out = "2D weights are inflated only into a network of the same shape, as those of a ResNet-50 into model=c2d, i3d or slow"
     raise ValueError(
-        f"{file} is of another network: {found} of {len(wanted)} tensors fit (first difference: {first} is {there} there, {list(own[first].shape)} here);"
-        f" the file holds {_some(g.name for g in given.values())}, the network has {_some(wanted)};"
-        " choose the model and model.size that it was trained with"
+        f"{file} is of another network: {found} of {len(wanted)} tensors fit (first difference: {first} is {there} there, {here} here);"
+        f" the file holds {_some(g.name for g in given.values())}, the network has {_some(wanted)}; {way_out}"
     )
 
 

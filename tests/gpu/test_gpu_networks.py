@@ -1,0 +1,177 @@
+"""Networks and the training step on a GPU: batch invariance, determinism, precision, and waits of the host."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from devices import on_gpu
+from test_backbones import CASES, lively, stages_of
+from test_dataset import settings
+from test_determinism import ATFR, NETWORKS
+from test_packed_backbones import NETS, backbone, built, calibrated, check_alone_and_in_batches, clips_for
+from test_train import SETTINGS, Batch
+from torch import nn
+
+from atfr.data.dataset import TestClips
+from atfr.data.loader import test_loader
+from atfr.data.records import Video
+from atfr.engine.determinism import choose_algorithms
+from atfr.engine.distributed import Ranks
+from atfr.engine.train import Training
+from atfr.models.backbones.x3d import x3d
+from atfr.models.network import VideoNet
+from atfr.models.sgs_layer import SGSOptions
+
+pytestmark = pytest.mark.gpu
+GPU = "cuda:0"
+INVARIANT = ["x3d tiny", "slow R50", "c2d R50", "i3d R50", "r2plus1d 18", "csn R101", "r3d 18", "s3d base", "resnet3d 18", "slowfast 8x8-R50"]
+
+
+@pytest.mark.parametrize("name", INVARIANT)
+def test_a_clip_in_float32_is_the_same_alone_and_in_any_batch_to_1e_4(name, tmp_path):
+    on_gpu(check_float32, name, output=tmp_path / "said.txt")
+
+
+def check_float32(name: str) -> None:
+    seeded()
+    choose_algorithms(deterministic=False, tf32=False)
+    net, clips = built(name, "res2"), clips_for(name, 5)
+    with torch.no_grad():
+        calibrated(net, clips)
+    check_alone_and_in_batches(net.to(GPU), clips.to(GPU))
+
+
+@pytest.mark.parametrize("name", INVARIANT)
+def test_a_clip_in_bfloat16_is_the_same_alone_and_in_a_batch_to_a_tenth_of_the_logits_spread(name, tmp_path):
+    on_gpu(check_bfloat16, name, output=tmp_path / "said.txt")
+
+
+@torch.no_grad()
+def check_bfloat16(name: str) -> None:
+    """B' is chosen from the clips themselves, in float32, and is the same in both."""
+    seeded()
+    choose_algorithms(deterministic=False, tf32=False)
+    net = VideoNet(backbone(name), stages=stages_of(CASES[name]), sgs=replace(ATFR, after="res2"), probe=NETS[name].probe).eval()
+    clips = clips_for(name, 5)
+    calibrated(net, clips)
+    net, clips = net.to(GPU), clips.to(GPU)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        batch, alone = net(clips), [net(clip[None]) for clip in clips]
+    assert batch.bins == [one.bins[0] for one in alone]
+    torch.testing.assert_close(batch.logits.float(), torch.cat([one.logits for one in alone]).float(), rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_deterministic_step_gives_the_same_gradients_twice(name, tmp_path):
+    on_gpu(check_gradients, name, output=tmp_path / "said.txt")
+
+
+def check_gradients(name: str) -> None:
+    """Also of the published SGS, whose embedding is learned, and under autocast."""
+    seeded()
+    choose_algorithms(deterministic=True, tf32=False)
+    case = CASES[name]
+    for sgs in (None, SGSOptions(), replace(ATFR, width=0.3)):
+        model = case.build(size=case.size, num_classes=5, dropout=0.0, sgs=sgs).to(GPU)
+        clips = torch.randn(3, 3, max(case.frames, 16), 64, 64, device=GPU)
+        for dtype in (torch.float32, torch.bfloat16):
+            gradients = []
+            for _ in range(2):
+                model.zero_grad()
+                with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
+                    logits = model(clips).logits
+                nn.functional.cross_entropy(logits.float(), torch.arange(3, device=GPU), label_smoothing=0.1).backward()
+                gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+            torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_the_gradients_of_a_gpu_are_those_of_the_cpu(tmp_path):
+    on_gpu(check_against_cpu, output=tmp_path / "said.txt")
+
+
+def check_against_cpu() -> None:
+    seeded()
+    choose_algorithms(deterministic=False, tf32=False)
+    clips, labels = torch.randn(6, 3, 8, 32, 32).cumsum(dim=2) / 4, torch.arange(6) % 3
+    gradients = {}
+    for device in ("cpu", GPU):
+        torch.manual_seed(0)
+        model = x3d(size="tiny", num_classes=3, dropout=0.0, sgs=replace(ATFR, width=0.3))
+        lively(model.backbone, clips)
+        model.to(device).train()
+        loss = nn.functional.cross_entropy(model(clips.to(device)).logits, labels.to(device))
+        loss.backward()
+        gradients[device] = torch.cat([p.grad.flatten().cpu() for p in model.parameters()])
+    difference = (gradients["cpu"] - gradients[GPU]).norm() / gradients["cpu"].norm()
+    assert difference < 1e-3, difference
+
+
+def test_tf32_is_used_if_asked_for_and_not_otherwise(tmp_path):
+    on_gpu(check_tf32, output=tmp_path / "said.txt")
+
+
+def check_tf32() -> None:
+    seeded()
+    assert torch.cuda.get_device_capability() >= (8, 0), "this GPU has no TF32"
+    x, conv, matrix = torch.randn(2, 64, 8, 16, 16, device=GPU), nn.Conv3d(64, 64, 3, device=GPU), torch.randn(512, 512, device=GPU)
+    exact = nn.functional.conv3d(x.double(), conv.weight.double(), conv.bias.double()), matrix.double() @ matrix.double()
+    for tf32 in (False, True, False):
+        choose_algorithms(deterministic=False, tf32=tf32)
+        for found, expected in zip((conv(x), matrix @ matrix), exact):
+            error = ((found - expected).norm() / expected.norm()).item()
+            assert (error > 1e-5) == tf32, (tf32, error)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_the_host_waits_for_the_gpu_once_a_step_if_it_samples_and_never_if_not(tmp_path, sampled):
+    on_gpu(check_waits, tmp_path, sampled, output=tmp_path / "said.txt")
+
+
+def check_waits(folder: Path, sampled: bool) -> None:
+    seeded()
+    model = x3d(size="tiny", num_classes=3, sgs=replace(ATFR, width=0.3) if sampled else None).to(GPU)
+    training = Training(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        learning_rate_factor=lambda step, total: 1.0,
+        batches=lambda epoch, start: [],
+        steps_per_epoch=9,
+        validate=lambda: {},
+        normalise=nn.Identity(),
+        settings=replace(SETTINGS, precision="bf16", log_every=100, clip_norm=1.0, ema=0.9),
+        ranks=Ranks(0, 1, torch.device(GPU)),
+        folder=folder,
+        identity={},
+    )
+    training.network = model.train()
+    training.bar = type("Bar", (), {"update": lambda self: None})()
+    clips = (torch.randn(4, 3, 8, 32, 32).cumsum(dim=2) / 4).pin_memory()
+    batch = Batch(clips, torch.zeros(4, dtype=torch.int64).pin_memory(), ("a",) * 4)
+    for _ in range(3):  # the first ones set up libraries and plans
+        training.train_step(batch, epoch=0, data_s=0.0)
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        training.train_step(batch, epoch=0, data_s=0.0)
+    torch.cuda.set_sync_debug_mode("default")
+    waits = [str(warning.message) for warning in caught if "synchronizing CUDA operation" in str(warning.message)]
+    assert len(waits) == int(sampled), waits
+
+
+def test_a_loader_pins_its_batches(small_videos, tmp_path):
+    on_gpu(check_pinned, str(next(small_videos.glob("*.mp4"))), output=tmp_path / "said.txt")
+
+
+def check_pinned(video: str) -> None:
+    (batch,) = test_loader(TestClips([Video(video, 0)], settings(), views=1, crops=1), batch_size=1, pin_memory=True)
+    assert batch.clips.is_pinned() and batch.labels.is_pinned()
+
+
+def seeded() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
