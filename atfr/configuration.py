@@ -10,7 +10,6 @@ import importlib
 import inspect
 import logging
 import os
-import signal
 import sys
 import types
 import typing
@@ -206,9 +205,6 @@ def program(
                         GlobalHydra.instance().clear()
                         sys.argv[1:] = again
                         run()
-            except KeyboardInterrupt:  # of a program that has nothing to save
-                print("stopped by SIGINT", file=sys.stderr, flush=True)
-                sys.exit(128 + signal.SIGINT)
             except Exception as error:
                 if not (ours and is_of_the_command(error)):
                     raise

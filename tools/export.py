@@ -12,6 +12,7 @@ network itself; where the two differ the command ends with exit code 1.
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Sequence
 
@@ -85,4 +86,5 @@ def different_clips(model: VideoNet, videos: Sequence[Video], settings: ClipSett
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save
     main()

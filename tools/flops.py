@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -52,4 +53,5 @@ def ladder(table: GflopsTable) -> list[tuple[int, ...]]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save
     main()
