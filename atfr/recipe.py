@@ -76,13 +76,26 @@ def _first(*names: str) -> str | None:
     return next((name for name in names if (CONFIGS / "experiment" / f"{name}.yaml").exists()), None)
 
 
-def with_recipe(config: DictConfig) -> tuple[DictConfig, list[str]]:
+@dataclass(frozen=True)
+class Announcement:
+    """What to print of a command's recipe: with one, before anything else; without, once it is known that the command can run."""
+
+    lines: tuple[str, ...] = ()
+    has_recipe: bool = False
+
+    def say(self, *, has_recipe: bool) -> None:
+        """Print the lines if this is their moment."""
+        if self.lines and has_recipe == self.has_recipe:
+            print(*self.lines, sep="\n", flush=True)
+
+
+def with_recipe(config: DictConfig) -> tuple[DictConfig, Announcement]:
     """Compose the config anew with the recipe of its network and dataset, where the command chooses no experiment.
 
     What the command line sets wins over the recipe, and `~experiment` there means no recipe.
 
     Returns:
-        The config, and lines that say which recipe it is and what to know about it.
+        The config, and what to say about its recipe.
 
     Raises:
         ValueError: the command line and the recipe do not fit together.
@@ -90,12 +103,12 @@ def with_recipe(config: DictConfig) -> tuple[DictConfig, list[str]]:
     hydra = HydraConfig.get()
     given = list(hydra.overrides.task)
     if is_given("experiment", given):
-        return config, []
+        return config, Announcement()
     chosen = {group: hydra.runtime.choices[group] for group in ("model", "dataset")}
     recipe = find_recipe(size=config.model.get("size"), **chosen)
     if recipe is None:
         nearest = "" if chosen["dataset"] == "synthetic" else "; experiment=base/pyslowfast is the nearest"
-        return config, [f"recipe: none for {chosen['model']} on {chosen['dataset']}{nearest}; {_summary(config)}"]
+        return config, Announcement((f"recipe: none for {chosen['model']} on {chosen['dataset']}{nearest}; {_summary(config)}",))
     # The network and the dataset once more, since the recipe's file names its own.
     overrides = [f"experiment={recipe.name}", *(f"{group}={choice}" for group, choice in chosen.items()), *given]
     try:
@@ -108,7 +121,7 @@ def with_recipe(config: DictConfig) -> tuple[DictConfig, list[str]]:
         del composed["hydra"]
     if composed.get("init_from") is not None and not is_given("model.weights", given):
         composed.model.weights = None  # the command says what to start from
-    return composed, _lines(composed, recipe, chosen, given)
+    return composed, Announcement(tuple(_lines(composed, recipe, chosen, given)), has_recipe=True)
 
 
 def with_experiment(arguments: list[str]) -> list[str] | None:

@@ -18,7 +18,6 @@ if __name__ == "__main__":
 
 # ruff: noqa: E402
 import os
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -37,13 +36,13 @@ from atfr.engine.run_folder import claim_folder
 from atfr.engine.settings import TrainerSettings
 from atfr.engine.train import Training
 from atfr.launch import on_every_process
-from atfr.recipe import require_weights, with_experiment, with_recipe
+from atfr.recipe import Announcement, require_weights, with_experiment, with_recipe
 from atfr.run_name import run_folder
 
 
 @program("train", otherwise=with_experiment)
 def main(config: DictConfig) -> None:
-    config, lines = with_recipe(config)
+    config, recipe = with_recipe(config)
     dry_run = take_dry_run(config)
     check_root(config)
     require_weights(config)
@@ -51,17 +50,17 @@ def main(config: DictConfig) -> None:
     folder, stop = run_folder(settings.output_dir), listen()
     if dry_run:
         if find_place(os.environ).rank == 0:
-            print(*lines, sep="\n")
+            print(*recipe.lines, sep="\n")
             print_plan(config, settings, folder=folder)
         return
-    work = partial(train_and_test, config, settings, folder=folder, stop=stop, lines=lines)
+    work = partial(train_and_test, config, settings, folder=folder, stop=stop, recipe=recipe)
     on_every_process(work, config, settings, program=__file__, folder=folder, alone=True, stop=stop, where="before training")
 
 
-def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distributed.Ranks, folder: Path, stop: StopFlag, lines: Sequence[str] = ()) -> None:
-    """Train and test on this process; the main one prints `lines` first."""
-    if ranks.is_main and lines:
-        print(*lines, sep="\n", flush=True)
+def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distributed.Ranks, folder: Path, stop: StopFlag, recipe: Announcement) -> None:
+    """Train and test on this process."""
+    if ranks.is_main:
+        recipe.say(has_recipe=True)
     clip = jobs.clip_settings(config)
     with stop.at_once("before training"):
         source = jobs.load_source(config, ranks)
@@ -81,6 +80,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
             f" {len(source.class_names)} classes; {millions:.2f} M parameters, {model.execution}, on {ranks.device}; run folder {folder}",
             flush=True,
         )
+        recipe.say(has_recipe=False)
         jobs.report_missing(source, folder)
         jobs.say_what_chooses_the_epoch(source, config, settings)
     distributed.barrier()
