@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from atfr.arguments import quote_where_needed
 from atfr.command_errors import JobLog, explain, is_of_the_command, one_line_errors, quiet_at_closed_pipe, unknown_option
-from atfr.paths import expand_home
+from atfr.home import expand_home
 from atfr.suggestions import GROUPS, did_you_mean, similar
 
 log = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from atfr.arguments import is_sweep
-from atfr.paths import expand_home
+from atfr.home import expand_home
+from atfr.suggestions import CONFIGS
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SOURCE = "# Source: "
 UNPUBLISHED = "not published"  # how the source of a recipe of ours begins
 SHORT_NAMES = {"something_something_v2": "ssv2"}

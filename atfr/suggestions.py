@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from atfr.arguments import is_override, parse, value_text
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 GROUPS = ("dataset", "model", "model/sgs", "optimizer", "schedule", "trainer", "experiment")
 DERIVED = ("model.clip", "model.clips")  # what dataset.clip takes from the model, which is changed there
 CLOSE = 0.8  # difflib's ratio

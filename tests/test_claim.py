@@ -19,7 +19,7 @@ from atfr.configuration import build
 from atfr.data.decode import read_clip
 from atfr.data.synthetic import render, write_video
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "studies" / "claim"))
 import claim  # noqa: E402
 import claim_change  # noqa: E402
 import claim_cuts  # noqa: E402
@@ -92,11 +92,11 @@ def test_a_calibration_that_was_interrupted_between_budgets_is_not_done(tmp_path
 
 def test_what_a_run_has_already_is_not_run_again(stubbed):
     job = claim.Job("x3d", "uneven", "atfr-0.4", 0)
-    assert [command[1] for command in job.missing()] == ["tools/train.py", "scripts/claim_change.py", "scripts/claim_speed.py"]
+    assert [command[1] for command in job.missing()] == ["tools/train.py", "studies/claim/claim_change.py", "studies/claim/claim_speed.py"]
     claim.run_all([job], parallel=1, through=[])
     assert job.done
     (job.folder / claim.TIMED).unlink()
-    assert [command[1] for command in job.missing()] == ["scripts/claim_speed.py"]
+    assert [command[1] for command in job.missing()] == ["studies/claim/claim_speed.py"]
 
 
 def test_ways_take_turns_and_the_first_batch_does_not_count():
@@ -162,7 +162,7 @@ def test_every_method_has_a_start_that_exists_and_a_command_with_its_seed():
         assert method.start is None or method.start in claim.METHODS, name
         (first, command), *others = claim.Job(method.networks[0], "even", name, 7).commands().items()
         assert "trainer.seed=7" in command and first == ("results.json" if method.tool == "train" else "calibration.json")
-        plain = any(word in command for word in ("model/sgs=uniform", "model/sgs=stride", "model/sgs=random", "model/sgs=none")) or not method.after
+        plain = any(word in command for word in ("model/sgs=uniform", "model/sgs=stride", "model/sgs=random", "model/sgs=identity")) or not method.after
         asked = [claim.PROBED] * (not plain) + [claim.TIMED] * (method.after is not None)
         assert [name for name, _ in others] == asked * (method.tool == "train"), name
 
@@ -191,7 +191,7 @@ def test_the_documents_say_what_the_published_rows_say():
         (claim_report.README, "verdict", claim_report.headline(groups)),
         (claim_report.DOCUMENT, "report", claim_report.body(groups)),
     ):
-        assert f"<!-- claim.py: {name} -->\n{text}\n<!-- claim.py: end of {name} -->" in document.read_text(), f"{document}: run scripts/claim.py --report-only"
+        assert f"<!-- claim.py: {name} -->\n{text}\n<!-- claim.py: end of {name} -->" in document.read_text(), f"{document}: run studies/claim/claim.py --report-only"
 
 
 def test_the_headline_counts_where_the_claim_holds_and_where_not():

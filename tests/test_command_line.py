@@ -20,7 +20,7 @@ from run_tools import ROOT, run_script, run_tool, small_job
 from atfr import run_name
 from atfr.arguments import quote_where_needed
 from atfr.command_errors import as_text, explain, is_of_the_command
-from atfr.paths import expand_home
+from atfr.home import expand_home
 from atfr.run_name import folder_name
 
 NAMES = ("Видео", "视频", "é à", "a=b", "x,y", "[1]", "(copy)", "{z}", "it's", 'say "hi"', "$HOME", "100%!", "#1;2&3", "back\\slash", "~old")

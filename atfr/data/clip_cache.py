@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from atfr.data.decode import Decoded
-from atfr.data.files import written_whole
+from atfr.engine.files import written_whole
 from atfr.data.readers import one_line
 from atfr.data.warn_once import warn_once
 

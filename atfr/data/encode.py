@@ -11,7 +11,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from atfr.data.files import written_whole
+from atfr.engine.files import written_whole
 from atfr.data.readers import AvVideo
 from atfr.data.records import VideoError
 

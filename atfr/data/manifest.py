@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from atfr.data.files import written_whole
+from atfr.engine.files import written_whole
 from atfr.data.probe import FileState, Probe
 from atfr.data.records import VideoSource
 

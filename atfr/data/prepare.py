@@ -12,7 +12,7 @@ from typing import Any
 
 from atfr.data.encode import encode, is_copied
 from atfr.data.file_pool import Alive, Outcome, run_each
-from atfr.data.files import written_whole
+from atfr.engine.files import written_whole
 from atfr.data.manifest import Listed, Manifest
 from atfr.data.probe import Probe, file_state, probe
 from atfr.progress import watched

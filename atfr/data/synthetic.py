@@ -25,7 +25,7 @@ import numpy as np
 
 from atfr.data.encode import h264_file
 from atfr.data.file_pool import Alive, cores, run_each
-from atfr.data.files import written_whole
+from atfr.engine.files import written_whole
 from atfr.data.records import VideoSource
 from atfr.data.synthetic_scene import CLASSES, DWELLS, PHASES, SPLITS, Timeline, Truth, check_scene, render
 from atfr.data.videolist import videolist

@@ -1,11 +1,32 @@
-"""Small text files of a run folder, written whole or not at all."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
 import os
-import socket
-from contextlib import suppress
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+@contextmanager
+def written_whole(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Yield a temporary name that becomes `path` when the block ends; in case of an error the file is removed.
+
+    Others that write the same file at the same time, perhaps on another machine, have names of their own. With
+    `durable` the file survives a power cut.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        yield temporary
+        if durable:
+            _sync(temporary)
+        os.replace(temporary, path)
+        if durable:
+            _sync(path.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
@@ -14,24 +35,21 @@ def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
     Raises:
         OSError: it could not be written; names it.
     """
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")  # two jobs may write the same file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w", newline="", encoding="utf-8", errors=errors) as file:
+        with written_whole(path, durable=True) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors=errors) as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync_folder(path.parent)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written ({error.strerror}); make room, or choose another trainer.output_dir") from error
 
 
 def sync_folder(folder: Path) -> None:
     """Make the renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,4 +1,4 @@
-"""The methods that the study (scripts/claim.py) compares: what a run is told beyond network, data and seed."""
+"""The methods that the study (studies/claim/claim.py) compares: what a run is told beyond network, data and seed."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ ABSOLUTE = (*REPAIRED, "model.sgs.scale=absolute", AT_HALF)
 METHODS: dict[str, Method] = {
     WARM: Method((), start=None, after=None),
     "dense": Method((), after=None),
-    "none": sampled("none"),
+    "none": sampled("identity"),
     # The layer of model/sgs=atfr, and what keeps equally many features of all clips.
     **{f"atfr-{share}": sampled("atfr", target(share)) for share in SHARES},
     **{f"{name}-{k}": fixed(name, k) for name in ("uniform", "stride", "random") for k in KEPT},

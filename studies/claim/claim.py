@@ -1,16 +1,16 @@
 """The study of docs/claim.md: does sampling halve the GFLOPs at no loss of accuracy, and does it beat what costs the same?
 
-    python scripts/claim.py --published                         # the runs of benchmarks/results/claim.csv again, then the report
-    python scripts/claim.py --networks x3d --data uneven --methods dense atfr-0.4 uniform-6 --seeds 0 1 2
-    python scripts/claim.py --parallel 50 --through "srun --cpus-per-task=4 --mem=8G"      # on SLURM
-    python scripts/claim.py                                     # all that it knows, more than a thousand runs
-    python scripts/claim.py --report-only                       # from what was run before
+    python studies/claim/claim.py --published                         # the runs of studies/claim/rows.csv again, then the report
+    python studies/claim/claim.py --networks x3d --data uneven --methods dense atfr-0.4 uniform-6 --seeds 0 1 2
+    python studies/claim/claim.py --parallel 50 --through "srun --cpus-per-task=4 --mem=8G"      # on SLURM
+    python studies/claim/claim.py                                     # all that it knows, more than a thousand runs
+    python studies/claim/claim.py --report-only                       # from what was run before
 
 A run is one of tools/train.py or tools/calibrate.py under runs/claim/DATA-NETWORK/METHOD/SEED. One that was interrupted goes
 on where it stopped, one that is done is left alone. Each seed trains a dense network first; every other run of
 that seed starts from its weights, and has the same number of further epochs, the dense one as well.
-Results go into benchmarks/results/claim.csv, in the place of those of the same run that it has; the report of all that it has
-into docs/claim.md and README.md (between their marks) and docs/claim.svg.
+Results go into studies/claim/rows.csv, in the place of those of the same run that it has; the report of all that it has
+into docs/claim.md and README.md (between their marks) and docs/claim.png.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from atfr.configuration import build
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RUNS = Path("runs", "claim")
 FURTHER = 1 / 3  # epochs of every run that starts from it, of those that it had itself
 LONGER = {"even": 1, "uneven_long": 1}  # the same where that is too few, or where it is asked whether it is
@@ -89,9 +89,9 @@ class Job:
             return {"calibration.json": main}
         commands = {"results.json": main}
         if method.adapts and is_generated(self.data):  # how B' follows the change of clips is known of these alone
-            commands[PROBED] = [sys.executable, "scripts/claim_change.py", str(self.folder)]
+            commands[PROBED] = [sys.executable, "studies/claim/claim_change.py", str(self.folder)]
         if method.after:
-            commands[TIMED] = [sys.executable, "scripts/claim_speed.py", str(self.folder)]
+            commands[TIMED] = [sys.executable, "studies/claim/claim_speed.py", str(self.folder)]
         return commands
 
 
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=sorted(path.stem for path in (ROOT / "configs/experiment/claim").glob("*.yaml")), help="files of configs/experiment/claim (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD", help=f"of {', '.join(METHODS)} (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--published", action="store_true", help="exactly the runs of benchmarks/results/claim.csv, whatever else is chosen")
+    parser.add_argument("--published", action="store_true", help="exactly the runs of studies/claim/rows.csv, whatever else is chosen")
     parser.add_argument("--clips", type=Path, default=Path("../shared/data/videos"), help="folder of the sets of real clips (default: %(default)s)")
     parser.add_argument("--parallel", type=int, default=os.cpu_count(), help="runs at a time, one thread each (default: one a core)")
     parser.add_argument("--through", default="", help="a command that each run is started with, such as srun and its options")

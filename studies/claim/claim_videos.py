@@ -1,4 +1,4 @@
-"""Small copies of a set of real clips, so that reading them is no part of what the study (scripts/claim.py) waits for.
+"""Small copies of a set of real clips, so that reading them is no part of what the study (studies/claim/claim.py) waits for.
 
 A clip of 300 to 1280 pixels takes longer to decode than the tiny networks take to learn from it. The copies have
 the same frames with a shorter side of 64 pixels, as H.264, and the lists beside them. The originals stay as they

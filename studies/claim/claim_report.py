@@ -1,4 +1,4 @@
-"""The report of scripts/claim.py, made from the rows of claim_rows.py: verdicts in words, a table over seeds, and a plot."""
+"""The report of studies/claim/claim.py, made from the rows of claim_rows.py: verdicts in words, a table over seeds, and a plot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from claim_rows import ROWS, Row, updated
 
 from atfr.engine.files import write_text
 
-DOCUMENT, README, PLOT = Path("docs/claim.md"), Path("README.md"), Path("docs/claim.svg")
+DOCUMENT, README, PLOT = Path("docs/claim.md"), Path("README.md"), Path("docs/claim.png")
 OURS = ("atfr", "features", "input")  # the preset's layer, the same by what the sampled features show, and the same on the clips themselves
 FIXED = ("uniform", "stride", "random", "input-uniform", "input-stride")  # what keeps equally many features of all clips
 ONE = "one seed against"  # what `relation` says of it
@@ -256,10 +256,9 @@ def plot(groups: Groups) -> None:
     """Top-1 over GFLOPs, one panel for each dataset."""
     import matplotlib
 
-    matplotlib.use("svg")
+    matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"svg.hashsalt": "claim", "svg.fonttype": "none"})  # the same file from the same figures, with words as words
     names = sorted({key[0] for key in groups})
     lines = -(-len(names) // 3)
     figure, axes = plt.subplots(lines, 3, figsize=(22, 5 * lines), squeeze=False)
@@ -280,5 +279,5 @@ def plot(groups: Groups) -> None:
         axis.set(title=data, xlabel="mean GFLOPs of a clip / dense", ylabel="top-1, %")
         axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the points, of which it would hide some
     figure.tight_layout()
-    figure.savefig(PLOT, metadata={"Date": None})
+    figure.savefig(PLOT, dpi=56, pil_kwargs={"optimize": True})
     plt.close(figure)

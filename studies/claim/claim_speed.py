@@ -1,6 +1,6 @@
-"""What sampling saves in time: the last question of the study (scripts/claim.py) to each network that samples.
+"""What sampling saves in time: the last question of the study (studies/claim/claim.py) to each network that samples.
 
-    python scripts/claim_speed.py RUN_FOLDER         # writes speed.json
+    python studies/claim/claim_speed.py RUN_FOLDER         # writes speed.json
 
 The test clips go through the trained network and, batch for batch, through the same network without the layer. Taken
 in turns, both have the same share of a machine on which other runs go on, so that their ratio is one of the study's

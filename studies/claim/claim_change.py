@@ -1,6 +1,6 @@
-"""How B' follows the amount of change in clips of which that is known: the probe of the study (scripts/claim.py).
+"""How B' follows the amount of change in clips of which that is known: the probe of the study (studies/claim/claim.py).
 
-    python scripts/claim_change.py RUN_FOLDER         # of a network trained on the built-in videos; writes change.json
+    python studies/claim/claim_change.py RUN_FOLDER         # of a network trained on the built-in videos; writes change.json
 
 All of the built-in clips go through the same number of events, so this plays other ones: a random share of a test
 video stretched over a whole clip (none of it, in every fifth clip: one frame held), with sensor noise anew for each

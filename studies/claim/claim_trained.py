@@ -1,4 +1,4 @@
-"""The network that a run of the study (scripts/claim.py) has trained, for what is asked of it afterwards."""
+"""The network that a run of the study (studies/claim/claim.py) has trained, for what is asked of it afterwards."""
 
 from __future__ import annotations
 

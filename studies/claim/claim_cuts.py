@@ -1,6 +1,6 @@
 """How many phases of the built-in clips a layer leaves a feature of their own, with no network at all: what any z could gain.
 
-    python scripts/claim_cuts.py         # a minute; writes its table into docs/claim.md, between its marks
+    python studies/claim/claim_cuts.py         # a minute; writes its table into docs/claim.md, between its marks
 
 The class of a built-in video is the order of its four phases. A phase has a feature of its own where a bin holds frames
 of that phase alone. Our layers' bins are cut by the pixels that networks see, at a width calibrated on training videos.

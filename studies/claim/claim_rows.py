@@ -1,4 +1,4 @@
-"""The rows of the study (scripts/claim.py): what every run found, in benchmarks/results/claim.csv.
+"""The rows of the study (studies/claim/claim.py): what every run found, in studies/claim/rows.csv.
 
 The file is what the report is made from. Runs lie under runs/, which git does not keep, so a report first takes the
 rows that are there and puts those of the runs on this machine in their places.
@@ -21,7 +21,7 @@ from claim_speed import RESULT as TIMED
 
 from atfr.engine.files import write_text
 
-ROWS = Path("benchmarks/results/claim.csv")
+ROWS = Path("studies/claim/rows.csv")
 NAN = float("nan")
 
 
