@@ -30,16 +30,16 @@ from typing import Callable, Iterator, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from atfr.engine.accounting import GflopsTable
-from atfr.host_memory import keep_freed_memory
+from atfr.engine.flops import GflopsTable
+from atfr.utils.malloc import keep_freed_memory
 from atfr.models.backbones.r2plus1d import r2plus1d
 from atfr.models.backbones.resnet3d import resnet3d
 from atfr.models.backbones.resnets import slow
 from atfr.models.backbones.x3d import x3d
-from atfr.models.network import VideoNet
-from atfr.models.program import Traced
-from atfr.models.segments import take
-from atfr.models.sgs_layer import SGSOptions, sample
+from atfr.models.video_net import VideoNet
+from atfr.models.graph.packed_program import Traced
+from atfr.models.packed.segments import take
+from atfr.models.sgs.layer import SGSOptions, sample
 
 OPTIONS = SGSOptions(similarity="partition", evenness=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=1.0)
 CLIPS_LAST = torch.channels_last_3d

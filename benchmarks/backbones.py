@@ -24,10 +24,10 @@ from adaptive_speed import timed
 from hydra import compose, initialize_config_dir
 from torch import nn
 
-from atfr import jobs
-from atfr.engine.distributed import Ranks
-from atfr.host_memory import keep_freed_memory
-from atfr.models.network import VideoNet
+from atfr.cli import builders
+from atfr.engine.distributed.comm import Ranks
+from atfr.utils.malloc import keep_freed_memory
+from atfr.models.video_net import VideoNet
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("x3d", "slow", "c2d", "i3d", "slowfast", "r2plus1d", "csn", "r3d", "mc3", "s3d", "resnet3d")
@@ -78,10 +78,10 @@ def main() -> None:
 def measured(name: str, size: str | None, *, batch: int, rounds: int) -> Row:
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         config = compose("flops", [f"model={name}_sgs", "model.sgs.after=res2", "model.sgs.width=1.0", *([f"model.size='{size}'"] if size else [])])
-    clip = jobs.clip_settings(config)
-    model = jobs.build_model(config, num_classes=400, ranks=Ranks(0, 1, torch.device("cpu"))).eval()
+    clip = builders.clip_settings(config)
+    model = builders.build_model(config, num_classes=400, ranks=Ranks(0, 1, torch.device("cpu"))).eval()
     shake(model)
-    table = jobs.gflops_table(model, clip)
+    table = builders.gflops_table(model, clip)
     half = table.at(tuple(max(least, frames // 2) for least, frames in zip(table.least, table.frames)))
     forced = [
         tuple(least + (frames - least) * i // max(batch - 1, 1) for i in range(batch)) for least, frames in zip(table.least, table.frames)

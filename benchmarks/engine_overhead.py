@@ -30,16 +30,16 @@ import torch
 from torch import Tensor, nn
 
 from atfr.data.transforms import Normalizer
-from atfr.engine import distributed
-from atfr.engine.distributed import Ranks
-from atfr.engine.interruption import StopFlag
+from atfr.engine.distributed import comm
+from atfr.engine.distributed.comm import Ranks
+from atfr.engine.distributed.preemption import StopFlag
 from atfr.engine.optim import sgd
 from atfr.engine.settings import TrainerSettings
-from atfr.engine.train import Training
+from atfr.engine.trainer import Training
 from atfr.models.backbones.resnets import slow
 from atfr.models.backbones.x3d import x3d
-from atfr.models.network import VideoNet
-from atfr.models.sgs_layer import SGSOptions
+from atfr.models.video_net import VideoNet
+from atfr.models.sgs.layer import SGSOptions
 
 BLOCK, WARM_UP = 10, 5  # steps
 ATFR = SGSOptions(after="stem", similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
@@ -84,7 +84,7 @@ def main() -> None:
 def in_process(steps: int) -> None:
     """The measurements of one process, or of one among two."""
     logging.disable(logging.WARNING)  # of waiting for data: the bare loop's turns
-    ranks = distributed.start(accelerator="cpu", devices=None)
+    ranks = comm.start(accelerator="cpu", devices=None)
     for name, sgs in (("dense", None), ("with SGS", ATFR)):
         torch.manual_seed(0)
         more, bare = overhead(x3d(size="S", num_classes=400, sgs=sgs), steps, ranks)
@@ -93,7 +93,7 @@ def in_process(steps: int) -> None:
             print(f"{ranks.world} process(es), {name + ':':<10}{times}: {more / bare:+.1%}", flush=True)
     if ranks.world == 1:
         print(saving(slow(size="R50", num_classes=400), steps, ranks), flush=True)
-    distributed.stop()
+    comm.stop()
 
 
 def overhead(model: VideoNet, steps: int, ranks: Ranks) -> tuple[float, float]:

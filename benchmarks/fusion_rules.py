@@ -16,9 +16,9 @@ import warnings
 import torch
 from backbones import shake
 
-from atfr.engine.statistics import calibrate_width, precise_batch_norm
+from atfr.engine.calibration import calibrate_width, precise_batch_norm
 from atfr.models.backbones.slowfast import FUSION_RULES, slowfast
-from atfr.models.sgs_layer import SGSOptions
+from atfr.models.sgs.layer import SGSOptions
 
 OPTIONS = dict(similarity="partition", evenness=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
 

@@ -24,8 +24,8 @@ from adaptive_speed import OPTIONS, SUBJECTS, distributions
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from atfr.engine.accounting import GflopsTable
-from atfr.models.network import VideoNet
+from atfr.engine.flops import GflopsTable
+from atfr.models.video_net import VideoNet
 
 
 def main() -> None:

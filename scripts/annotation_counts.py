@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from atfr.data import hmdb51, something_something, ucf101
-from atfr.data.annotations import read_lines
-from atfr.data.kinetics import read_segments
+from atfr.data.datasets import hmdb51, something_something, ucf101
+from atfr.data.lists.annotations import read_lines
+from atfr.data.datasets.kinetics import read_segments
 
 TESTED = "Something-Something V2, official test"
 START, END = "<!-- table -->", "<!-- end of table -->"

@@ -9,7 +9,7 @@ A folder that already holds the same dataset is left as it is; a run that was ki
 import argparse
 import sys
 
-from atfr.data.synthetic import DWELLS, generate
+from atfr.data.datasets.synthetic import DWELLS, generate
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from atfr.engine.run_folder import FREE, flat
+from atfr.engine.run.run_dir import FREE, flat
 
 # What follows from the split, or says where and by which copy of the code a run was made.
 _OF_THE_RUN = ("official_split", "lists", "videos", "missing", "failed", "decoders", "checkpoint", "commit")

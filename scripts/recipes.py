@@ -13,7 +13,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from atfr.recipe import CONFIGS, recipes
+from atfr.cli.recipe import CONFIGS, recipes
 
 COLUMNS = ("`experiment=`", "network", "from", "clip", "batch", "rate", "epochs", "warm-up", "schedule", "decay", "views x crops", "source")
 TEXT = """# Training recipes

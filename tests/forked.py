@@ -15,10 +15,10 @@ from typing import Any, Callable
 
 from run_tools import ROOT
 
-from atfr.engine.place import find_place
+from atfr.engine.distributed.launch_env import find_place
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["torch", "torch.utils.tensorboard", "torch.distributed.launcher.api", "hydra", "av", "atfr.launch", "atfr.jobs", "atfr.engine.train", "atfr.models.backbones.x3d"])
+_FORKS.set_forkserver_preload(["torch", "torch.utils.tensorboard", "torch.distributed.launcher.api", "hydra", "av", "atfr.cli.launch", "atfr.cli.builders", "atfr.engine.trainer", "atfr.models.backbones.x3d"])
 _steps = itertools.count(50 * os.getpid())  # test processes that run beside each other have ports of their own
 
 

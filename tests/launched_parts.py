@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import SGD
 
-from atfr.engine import distributed
+from atfr.engine.distributed import comm
 
 
 def network(num_classes: int) -> nn.Module:
@@ -47,12 +47,12 @@ def dawdling_optimizer(model: nn.Module, lr: float, starts: int, **_: Any) -> Da
 def wait_for_data(failing: str) -> None:
     """Two tasks of srun, of which the one of rank `failing` fails where the first comes before the second."""
     try:
-        ranks = distributed.start(accelerator="cpu", devices=None)
-        with distributed.main_first(ranks):
+        ranks = comm.start(accelerator="cpu", devices=None)
+        with comm.main_first(ranks):
             if ranks.rank == int(failing):
                 raise ValueError("no data")
-        distributed.barrier()
+        comm.barrier()
     except Exception as error:
-        distributed.tell_failure()
-        print("another's fault" if distributed.is_others_fault(error) else error, flush=True)
+        comm.tell_failure()
+        print("another's fault" if comm.is_others_fault(error) else error, flush=True)
         os._exit(1)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from atfr.engine.interruption import SIGNALS
+from atfr.engine.distributed.preemption import SIGNALS
 
 ROOT = Path(__file__).parent.parent
 

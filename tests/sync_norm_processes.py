@@ -12,16 +12,16 @@ from typing import Iterable
 import torch
 from torch import Tensor, nn
 
-from atfr.engine import distributed
-from atfr.engine.distributed import Ranks
+from atfr.engine.distributed import comm
+from atfr.engine.distributed.comm import Ranks
 from atfr.engine.optim import sgd
 from atfr.engine.settings import TrainerSettings
-from atfr.engine.statistics import calibrate_width, refresh_statistics
-from atfr.engine.sync_norm import over_all_processes
-from atfr.engine.train import Training
+from atfr.engine.calibration import calibrate_width, refresh_statistics
+from atfr.engine.distributed.sync_batchnorm import over_all_processes
+from atfr.engine.trainer import Training
 from atfr.models.backbones.x3d import x3d
-from atfr.models.network import VideoNet
-from atfr.models.sgs_layer import SGSOptions
+from atfr.models.video_net import VideoNet
+from atfr.models.sgs.layer import SGSOptions
 
 ANCHOR = SGSOptions(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
 LEARNED = replace(ANCHOR, similarity="path", embedding="frozen", noise_floor=True)  # whose embedding has a batch norm, too
@@ -117,7 +117,7 @@ def check_layer(rank: int) -> None:
             for (name, buffer), other in zip(together.named_buffers(), alone.buffers()):
                 same(buffer, other)
             for mine, other in zip(together.parameters(), alone.parameters()):
-                same(distributed.summed(mine.grad.clone()), other.grad)
+                same(comm.summed(mine.grad.clone()), other.grad)
             same(together.eval()(part), alone.eval()(whole)[own])
 
 
@@ -127,14 +127,14 @@ def main() -> None:
     cases = [(options, untrained) for options in (ANCHOR, LEARNED) for untrained in (True, False)]
     # Before there is a group: alone.
     expected = [statistics_of(options, 0, 1, untrained=untrained) for options, untrained in cases]
-    ranks = distributed.start(accelerator="cpu", devices=None)
+    ranks = comm.start(accelerator="cpu", devices=None)
     check_layer(ranks.rank)
     for (options, untrained), buffers in zip(cases, expected):
         for name, value in statistics_of(options, ranks.rank, ranks.world, untrained=untrained).items():
             torch.testing.assert_close(value, buffers[name], rtol=1e-4, atol=1e-5, msg=lambda text: f"{options.similarity}: {name}: {text}")
     lines = losses_of(folder / "together", ranks)
     if ranks.is_main:
-        distributed.stop()
+        comm.stop()
         compare(losses_of(folder / "alone", Ranks(0, 1, torch.device("cpu"))), lines)
 
 

@@ -9,8 +9,8 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from torch.utils.flop_counter import FlopCounterMode
 
-from atfr.engine.accounting import GflopsTable, _Trunk, gflops
-from atfr.models.sgs_layer import SGSOptions
+from atfr.engine.flops import GflopsTable, _Trunk, gflops
+from atfr.models.sgs.layer import SGSOptions
 from atfr.models.backbones.x3d import x3d
 
 ATFR = SGSOptions(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=0.3)

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from list_files import K400, listed, touch, write
 
-from atfr.data.hmdb51 import hmdb51, read_split
-from atfr.data.kinetics import kinetics, read_segments
-from atfr.data.mini_kinetics import mini_kinetics
-from atfr.data.something_something import something_something_v2
-from atfr.data.ucf101 import read_classes, read_list, ucf101
+from atfr.data.datasets.hmdb51 import hmdb51, read_split
+from atfr.data.datasets.kinetics import kinetics, read_segments
+from atfr.data.datasets.mini_kinetics import mini_kinetics
+from atfr.data.datasets.something_something import something_something_v2
+from atfr.data.datasets.ucf101 import read_classes, read_list, ucf101
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import annotation_counts  # noqa: E402
@@ -223,7 +223,7 @@ def test_all_official_lists_of_hmdb51_have_the_published_counts_and_the_labels_t
 
 
 def test_the_official_lists_give_no_warning_where_all_videos_are_there(annotations, tmp_path, monkeypatch):
-    monkeypatch.setattr("atfr.data.annotations.ExistingFiles.__contains__", lambda self, path: True)
+    monkeypatch.setattr("atfr.data.lists.annotations.ExistingFiles.__contains__", lambda self, path: True)
     folder = annotations / "something_something_v2"
     lists = {"labels": str(folder / "labels.json"), "train": str(folder / "train_excerpt.json"), "test": str(folder / "validation.json")}
     options = {"root": str(tmp_path), "split": 1}

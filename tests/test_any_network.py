@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from torchvision.models import video
 
 from atfr.models.backbones.custom import custom
-from atfr.models.network import VideoNet
-from atfr.models.sgs_layer import SGSOptions
+from atfr.models.video_net import VideoNet
+from atfr.models.sgs.layer import SGSOptions
 
 CLASSES = 6
 

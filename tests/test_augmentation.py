@@ -12,11 +12,11 @@ from PIL import Image, ImageEnhance, ImageOps
 from torchvision.transforms import v2
 from video_files import write_video
 
-from atfr.data.dataset import ClipSettings, TrainClips
+from atfr.data.clips import ClipSettings, TrainClips
 from atfr.data.loader import TrainSampler, train_loader
-from atfr.data.records import Video
+from atfr.data.types import Video
 from atfr.data.transforms import TrainTransform
-from atfr.engine.mixing import mixing
+from atfr.data.mixup import mixing
 
 OPTIONS = {
     "randaugment": {"randaugment": (2, 15)},

@@ -18,7 +18,7 @@ from torchvision.models import video
 
 from atfr.models.backbones import csn, r2plus1d, resnet3d, resnets, slowfast, torchvision3d, x3d
 from atfr.models.backbones.slowfast import Fusion, Pathways
-from atfr.models.network import VideoNet
+from atfr.models.video_net import VideoNet
 
 CLASSES = 6
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from atfr.models.backbones.resnets import c2d, i3d
 from atfr.models.backbones.torchvision3d import s3d
 from atfr.models.backbones.x3d import x3d
-from atfr.models.network import VideoNet
-from atfr.models.sgs_layer import NonFiniteFeatures, SGSOptions
+from atfr.models.video_net import VideoNet
+from atfr.models.sgs.layer import NonFiniteFeatures, SGSOptions
 
 
 def sampled(after: str) -> SGSOptions:

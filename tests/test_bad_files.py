@@ -17,15 +17,15 @@ import torch
 from run_tools import run_tool, small_job
 from video_files import lay_down, lie_about_duration, write_jpgs, write_sound, write_video
 
-from atfr.data import decode
-from atfr.data.dataset import ClipSettings, TestClips, TrainClips
-from atfr.data.decode import read_clip
+from atfr.data.video import decode
+from atfr.data.clips import ClipSettings, TestClips, TrainClips
+from atfr.data.video.decode import read_clip
 from atfr.data.loader import TrainSampler, test_loader, train_loader
-from atfr.data.records import Unreadable, Video, VideoError
+from atfr.data.types import Unreadable, Video, VideoError
 from atfr.data.transforms import Normalizer
-from atfr.engine.distributed import Ranks
-from atfr.engine.evaluate import evaluate
-from atfr.engine.results import summarise
+from atfr.engine.distributed.comm import Ranks
+from atfr.engine.evaluator import evaluate
+from atfr.engine.metrics import summarise
 
 GRAY = [0.5, 0.5, 0.5]
 CLIP = ClipSettings(frames=8, stride=2, crop_size=32, train_short_side=[32, 40], test_short_side=32, mean=GRAY, std=GRAY)
@@ -182,7 +182,7 @@ def test_a_file_that_is_listed_several_times_counts_as_often_whether_it_can_be_r
     good, bad = write_video(tmp_path / "good.mp4", 20, codec="libx264"), str(tmp_path / "bad.mp4")
     videos = [Video(path, 0) for path in (good, bad, good, bad, bad, good)]
     processes = []
-    monkeypatch.setattr("atfr.engine.evaluate.distributed.gathered", lambda own: processes.extend(own) or processes)
+    monkeypatch.setattr("atfr.engine.evaluator.distributed.gathered", lambda own: processes.extend(own) or processes)
     for rank in range(world):
         loader = test_loader(TestClips(videos, CLIP, views=2, crops=1), batch_size=3, rank=rank, world=world)
         found = evaluate(Constant(), loader, normalise=Normalizer(GRAY, GRAY), ranks=Ranks(rank, world, torch.device("cpu")))

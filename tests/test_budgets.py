@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import pytest
 from run_tools import run_tool, small_job
 
-from atfr import jobs
+from atfr.cli import builders
 from atfr.engine.budgets import set_share, share_for
-from atfr.engine.interruption import TRY_AGAIN
+from atfr.engine.distributed.preemption import TRY_AGAIN
 from atfr.models.backbones.x3d import x3d
-from atfr.models.sgs_layer import SGSOptions
+from atfr.models.sgs.layer import SGSOptions
 
 ATFR = dict(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
 
@@ -111,7 +111,7 @@ def test_the_same_command_leaves_what_is_measured_and_adds_other_budgets(small_v
 
 
 def test_ctrl_c_in_a_calibration_keeps_the_budgets_that_are_done_and_other_weights_are_refused(small_videos, dense, tmp_path, monkeypatch):
-    run_views, measured = jobs.run_views, []
+    run_views, measured = builders.run_views, []
 
     def told(*arguments, title, **more):
         measured.append(title)
@@ -120,7 +120,7 @@ def test_ctrl_c_in_a_calibration_keeps_the_budgets_that_are_done_and_other_weigh
             time.sleep(20)
         return run_views(*arguments, title=title, **more)
 
-    monkeypatch.setattr(jobs, "run_views", told)
+    monkeypatch.setattr(builders, "run_views", told)
     job = small_job(small_videos, tmp_path / "run", "model=x3d_sgs", "model.sgs.after=stem", "budgets=[0.8,0.6]")
     weights = tmp_path / "moved.pt"
     outcome = run_tool("calibrate", *job, f"model.weights={dense}")

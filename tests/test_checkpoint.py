@@ -15,10 +15,10 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from atfr.engine import checkpoint
-from atfr.engine.files import write_text
-from atfr.engine.run_folder import claim_folder
-from atfr.engine.run_log import RunLog
+from atfr.engine.run import checkpoint
+from atfr.utils.atomic_io import write_text
+from atfr.engine.run.run_dir import claim_folder
+from atfr.engine.run.metric_logger import RunLog
 
 STATE = {"model": {"weight": torch.arange(3.0)}, "config": {"model": {"size": "S"}}, "choices": {}, "class_names": ["a", "b"]}
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from atfr.configuration import build
-from atfr.data.decode import read_clip
-from atfr.data.synthetic import render, write_video
+from atfr.cli.config import build
+from atfr.data.video.decode import read_clip
+from atfr.data.datasets.synthetic import render, write_video
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "studies" / "claim"))
 import claim  # noqa: E402

@@ -8,9 +8,10 @@ from io import BytesIO
 import numpy as np
 import pytest
 
-from atfr.data import clip_cache, warn_once
-from atfr.data.clip_cache import cached
-from atfr.data.decode import Decoded
+from atfr.data import warn_once
+from atfr.data.video import cache
+from atfr.data.video.cache import cached
+from atfr.data.video.decode import Decoded
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
 
@@ -69,7 +70,7 @@ def test_a_damaged_clip_is_decoded_again_and_replaced_with_a_warning_that_names_
 def test_clips_of_another_version_are_not_read(reads, monkeypatch):
     read, decoded, _ = reads
     read()
-    monkeypatch.setattr(clip_cache, "VERSION", clip_cache.VERSION + 1)
+    monkeypatch.setattr(cache, "VERSION", cache.VERSION + 1)
     read()
     assert len(decoded) == 2
 

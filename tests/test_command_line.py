@@ -17,11 +17,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from run_tools import ROOT, run_script, run_tool, small_job
 
-from atfr import run_name
-from atfr.arguments import quote_where_needed
-from atfr.command_errors import as_text, explain, is_of_the_command
-from atfr.home import expand_home
-from atfr.run_name import folder_name
+from atfr.cli import run_name
+from atfr.cli.arguments import quote_where_needed
+from atfr.cli.command_errors import as_text, explain, is_of_the_command
+from atfr.cli.home import expand_home
+from atfr.cli.run_name import folder_name
 
 NAMES = ("Видео", "视频", "é à", "a=b", "x,y", "[1]", "(copy)", "{z}", "it's", 'say "hi"', "$HOME", "100%!", "#1;2&3", "back\\slash", "~old")
 
@@ -148,7 +148,7 @@ def test_the_jobs_of_a_sweep_go_on_after_one_that_fails_and_its_end_lists_those_
 
 
 def test_a_bug_in_a_job_of_a_sweep_has_its_traceback_and_does_not_end_the_sweep(monkeypatch):
-    monkeypatch.setattr("atfr.jobs.build_model", lambda *_, **__: {}["a bug"])
+    monkeypatch.setattr("atfr.cli.builders.build_model", lambda *_, **__: {}["a bug"])
     outcome = run_tool("flops", "-m", "num_classes=1,2", "hydra.sweep.dir=.")
     assert outcome.code == 1 and outcome.err.count("Traceback") == 2
     assert outcome.err.splitlines()[-1] == "error: 2 of 2 jobs failed: #0 num_classes=1 (KeyError: 'a bug'); #1 num_classes=2 (KeyError: 'a bug')"
@@ -175,7 +175,7 @@ def sweep_folders(folder: Path, monkeypatch, *overrides: str) -> set[str]:
     """The names of the run folders of a sweep, whose jobs only name them."""
     monkeypatch.chdir(folder)
     named: set[str] = set()
-    monkeypatch.setattr("atfr.jobs.clip_settings", lambda config: named.add(run_name.run_folder(None).name) or {}["stop"])
+    monkeypatch.setattr("atfr.cli.builders.clip_settings", lambda config: named.add(run_name.run_folder(None).name) or {}["stop"])
     run_tool("flops", "-m", *overrides)
     return named
 

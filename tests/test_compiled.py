@@ -15,9 +15,9 @@ from test_train import SETTINGS, batch, train
 from torch import fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 
-from atfr.models.compiled import Compiled
-from atfr.models.network import VideoNet
-from atfr.models.sgs_layer import SGSOptions
+from atfr.models.graph.compile import Compiled
+from atfr.models.video_net import VideoNet
+from atfr.models.sgs.layer import SGSOptions
 
 
 class Counting:

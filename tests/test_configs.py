@@ -10,9 +10,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from atfr.configuration import build, check_root
-from atfr.jobs import clip_settings
-from atfr.models.sgs_layer import SGSOptions
+from atfr.cli.config import build, check_root
+from atfr.cli.builders import clip_settings
+from atfr.models.sgs.layer import SGSOptions
 from atfr.models.backbones.x3d import SIZES
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from atfr.models.conv_as_images import SpatialConv3d, TemporalConv3d, run_as_images
+from atfr.models.packed.cpu import SpatialConv3d, TemporalConv3d, run_as_images
 
 CONVOLUTIONS = {
     "1x1x1": (SpatialConv3d, dict(kernel_size=1)),

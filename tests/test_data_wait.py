@@ -13,10 +13,10 @@ from run_tools import run_script
 
 from atfr.engine import data_wait
 from atfr.engine.data_wait import DataWait
-from atfr.engine.distributed import Ranks
+from atfr.engine.distributed.comm import Ranks
 from atfr.engine.optim import sgd
 from atfr.engine.settings import TrainerSettings
-from atfr.engine.train import Training
+from atfr.engine.trainer import Training
 from atfr.models.backbones.x3d import x3d
 
 SETTINGS = TrainerSettings(

@@ -9,9 +9,9 @@ from torchvision.transforms.v2 import functional as F
 from video_files import numbers, write_at, write_jpgs, write_video
 
 from atfr.data import warn_once
-from atfr.data.dataset import ClipSettings, TestClips, TrainClips, collate
+from atfr.data.clips import ClipSettings, TestClips, TrainClips, collate
 from atfr.data.loader import TrainSampler, test_loader, train_loader
-from atfr.data.records import Video, VideoError
+from atfr.data.types import Video, VideoError
 from atfr.data.transforms import Normalizer, TrainTransform, test_crops
 
 SETTINGS = {
@@ -287,7 +287,7 @@ def test_clips_from_the_cache_are_those_that_were_decoded(videos, tmp_path, monk
     def refuse(*_, **__):
         raise AssertionError("decoded")
 
-    monkeypatch.setattr("atfr.data.dataset.read_clip", refuse)
+    monkeypatch.setattr("atfr.data.clips.read_clip", refuse)
     again = everything(videos, str(tmp_path))
     assert len(again) == 18 and all(torch.equal(a, b) for a, b in zip(plain, again))
     with pytest.raises(AssertionError, match="decoded"):  # other clips of the same videos are not taken for these

@@ -19,13 +19,14 @@ from test_backbones import CASES
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from atfr import launch
-from atfr.engine import checkpoint
+from atfr.cli import launch
+from atfr.engine.run import checkpoint
 from atfr.engine.determinism import choose_algorithms, explaining_what_is_not_deterministic
-from atfr.engine.interruption import StopFlag
-from atfr.models import repeatable_pools, sgs_layer
-from atfr.models.repeatable_pools import POOLS, use_repeatable_pools
-from atfr.models.sgs_layer import SGSOptions
+from atfr.engine.distributed.preemption import StopFlag
+from atfr.models.packed import repeatable_pools
+from atfr.models.sgs import layer
+from atfr.models.packed.repeatable_pools import POOLS, use_repeatable_pools
+from atfr.models.sgs.layer import SGSOptions
 
 # From the documentation of torch.use_deterministic_algorithms (2.11), but for what no network has a use for.
 REFUSED = (
@@ -64,7 +65,7 @@ def test_training_uses_no_operation_without_a_deterministic_algorithm(name, sgs,
     def lengths(layers, proposals, *, checked):
         return [tuple(p.weights.shape[1] - i for i in range(len(p.lengths))) for p in proposals]
 
-    monkeypatch.setattr(sgs_layer, "_on_host", lengths)
+    monkeypatch.setattr(layer, "_on_host", lengths)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which the meta device has not
     case = CASES[name]
     with torch.device("meta"):

@@ -12,8 +12,8 @@ from forked import torchrun_places
 from run_tools import torchrun_script
 
 from atfr.data.loader import TrainSampler
-from atfr.engine import distributed
-from atfr.engine.distributed import Ranks
+from atfr.engine.distributed import comm
+from atfr.engine.distributed.comm import Ranks
 
 
 def test_a_nan_of_one_process_stops_both_or_is_left_out_by_both_and_both_hear_of_what_differs(tmp_path):
@@ -25,7 +25,7 @@ def test_a_part_of_the_launchers_variables_is_refused_naming_the_others(monkeypa
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="sets RANK, WORLD_SIZE but not MASTER_ADDR, MASTER_PORT"):
-        distributed.start(accelerator="cpu", devices=None)
+        comm.start(accelerator="cpu", devices=None)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
@@ -41,10 +41,10 @@ def test_the_shares_of_a_global_batch_that_does_not_divide_are_the_batch_and_dif
 def test_one_process_needs_no_launcher(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    ranks = distributed.start(accelerator="cpu", devices=None)
+    ranks = comm.start(accelerator="cpu", devices=None)
     assert (ranks.rank, ranks.world, ranks.is_main) == (0, 1, True)
-    assert distributed.gathered([1, 2]) == [1, 2]
-    distributed.barrier()
+    assert comm.gathered([1, 2]) == [1, 2]
+    comm.barrier()
 
 
 def test_processes_on_gpus_exchange_numbers_and_objects_on_their_hosts(monkeypatch):
@@ -55,20 +55,20 @@ def test_processes_on_gpus_exchange_numbers_and_objects_on_their_hosts(monkeypat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-0"))
-    init = distributed.dist.init_process_group
+    init = comm.dist.init_process_group
 
     def without_nccl(backend: str, **options: Any) -> None:
         assert backend == "cpu:gloo,cuda:nccl"
         init("cpu:gloo,cuda:fake", **options)
 
-    monkeypatch.setattr(distributed.dist, "init_process_group", without_nccl)
+    monkeypatch.setattr(comm.dist, "init_process_group", without_nccl)
     try:
-        ranks = distributed.start(accelerator="auto", devices=None)
+        ranks = comm.start(accelerator="auto", devices=None)
         assert ranks == Ranks(0, 1, torch.device("cuda", 0))
-        assert distributed.gathered([{"a": 1}]) == [{"a": 1}] and distributed.largest(3) == 3
-        told = distributed.OneCallLate()
+        assert comm.gathered([{"a": 1}]) == [{"a": 1}] and comm.largest(3) == 3
+        told = comm.OneCallLate()
         assert [told.largest(number) for number in (5, 6, 7)] == [0, 5, 6]
-        assert distributed.summed(torch.ones(())).item() == 1  # on the host
-        distributed.barrier()
+        assert comm.summed(torch.ones(())).item() == 1  # on the host
+        comm.barrier()
     finally:
-        distributed.stop()
+        comm.stop()

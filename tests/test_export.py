@@ -16,8 +16,8 @@ from torch import nn
 
 from atfr.models import export
 from atfr.models.backbones import resnets, slowfast, torchvision3d, x3d
-from atfr.models.network import VideoNet
-from atfr.models.sgs_layer import SGSOptions
+from atfr.models.video_net import VideoNet
+from atfr.models.sgs.layer import SGSOptions
 
 ATFR = SGSOptions(before_activation=False, similarity="partition", evenness=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", width=0.5)
 REFERENCE = SGSOptions()

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from video_files import numbers, write_at, write_video
 
-from atfr.data import frame_index, readers
-from atfr.data.frame_index import FrameIndex, uneven
-from atfr.data.readers import AvVideo
+from atfr.data.video import frame_index, readers
+from atfr.data.video.frame_index import FrameIndex, uneven
+from atfr.data.video.readers import AvVideo
 
 
 @pytest.fixture(autouse=True)

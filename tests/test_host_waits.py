@@ -15,14 +15,15 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atfr.data.transforms import Normalizer
-from atfr.engine.distributed import Ranks
-from atfr.engine.train import Training
-from atfr.models import segments, sgs_layer
+from atfr.engine.distributed.comm import Ranks
+from atfr.engine.trainer import Training
+from atfr.models.packed import segments
+from atfr.models.sgs import layer
 from atfr.models.backbones.slowfast import slowfast
 from atfr.models.backbones.x3d import x3d
-from atfr.models.network import VideoNet
-from atfr.models.sgs_layer import SGSOptions
-from atfr.progress import StepProgress
+from atfr.models.video_net import VideoNet
+from atfr.models.sgs.layer import SGSOptions
+from atfr.utils.progress import StepProgress
 
 GPU = torch.device("cuda:0")
 ATFR = SGSOptions(similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
@@ -62,7 +63,7 @@ def step_on_gpu(monkeypatch, folder: Path, model: VideoNet, **settings: object) 
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
 
-    monkeypatch.setattr(sgs_layer, "_on_host", lengths)
+    monkeypatch.setattr(layer, "_on_host", lengths)
     monkeypatch.setattr(segments, "_on", lambda values, device: torch.empty(np.shape(values), dtype=torch.int64, device=device))
     monkeypatch.setattr(Tensor, "backward", backward)
     with FakeTensorMode(allow_non_fake_inputs=True):

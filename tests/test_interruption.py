@@ -19,12 +19,13 @@ from forked import Job
 from run_tools import ROOT, run_tool, small_job
 from test_kill import logged, wait_for_steps
 
-from atfr import jobs
-from atfr.data.records import Unreadable
-from atfr.engine import checkpoint, train
-from atfr.engine.distributed import Ranks
-from atfr.engine.evaluate import LOOK_EVERY, evaluate
-from atfr.engine.interruption import SIGNALS, TRY_AGAIN, Interrupted, StopFlag, end, listen
+from atfr.cli import builders
+from atfr.data.types import Unreadable
+from atfr.engine import trainer
+from atfr.engine.run import checkpoint
+from atfr.engine.distributed.comm import Ranks
+from atfr.engine.evaluator import LOOK_EVERY, evaluate
+from atfr.engine.distributed.preemption import SIGNALS, TRY_AGAIN, Interrupted, StopFlag, end, listen
 
 MORE = ("trainer.batch_size=2", "trainer.epochs=6", "trainer.eval_every=6", "trainer.test=false", "trainer.workers=1", "trainer.accelerator=cpu")
 
@@ -41,8 +42,8 @@ def _own_handlers():
 def whole(small_videos, tmp_path_factory):
     """The weights of a training that nothing stopped, by its number of processes."""
     folders = {processes: tmp_path_factory.mktemp("whole") for processes in (1, 2)}
-    jobs = {processes: Job("train", *small_job(small_videos, folder, *MORE), processes=processes) for processes, folder in folders.items()}
-    assert {code for job in jobs.values() for code in job.wait()} == {0}
+    builders = {processes: Job("train", *small_job(small_videos, folder, *MORE), processes=processes) for processes, folder in folders.items()}
+    assert {code for job in builders.values() for code in job.wait()} == {0}
     return {processes: checkpoint.load(folder / "checkpoints/last.pt")["model"] for processes, folder in folders.items()}
 
 
@@ -135,7 +136,7 @@ def test_a_signal_while_data_are_generated_is_not_waited_with(small_videos, tmp_
             time.sleep(60)
         raise RuntimeError("the signal has also ended the processes that generate")
 
-    monkeypatch.setattr(jobs, "load_source", generate)
+    monkeypatch.setattr(builders, "load_source", generate)
     if how == "broken":  # noticed before the signal is
         monkeypatch.setattr(os, "kill", lambda pid, number: setattr(listen(), "signal", signal.Signals(number)))
     outcome = run_tool("train", *small_job(small_videos, tmp_path))
@@ -160,7 +161,7 @@ def test_a_signal_ends_a_test_within_a_few_batches_and_the_statistics_before_the
         evaluate(torch.nn.Identity(), Loader([None] * 100), normalise=torch.nn.Identity(), ranks=Ranks(0, 1, torch.device("cpu")), stop=flag)
     assert len(seen) <= 5 + LOOK_EVERY + 1
 
-    original = train.clips_for_statistics
+    original = trainer.clips_for_statistics
 
     def told(batches, settings):
         clips = original(batches, settings)
@@ -168,7 +169,7 @@ def test_a_signal_ends_a_test_within_a_few_batches_and_the_statistics_before_the
         return clips
 
     flag.signal = None
-    monkeypatch.setattr(train, "clips_for_statistics", told)
+    monkeypatch.setattr(trainer, "clips_for_statistics", told)
     outcome = run_tool("train", *small_job(small_videos, tmp_path))
     assert outcome.code == TRY_AGAIN and "stopped by SIGUSR1 in the statistics after step 0" in outcome.err, outcome.err
 
@@ -177,7 +178,7 @@ def test_a_signal_ends_a_test_within_a_few_batches_and_the_statistics_before_the
 def test_a_second_signal_ends_a_process_whose_main_thread_waits_for_ever(number):
     """A mutex locked twice stands for a collective whose other side is gone: no signal gets through to Python there."""
     script = (
-        "import ctypes; from atfr.engine.interruption import listen; flag = listen(); lock = ctypes.create_string_buffer(64); libc = ctypes.CDLL(None);"
+        "import ctypes; from atfr.engine.distributed.preemption import listen; flag = listen(); lock = ctypes.create_string_buffer(64); libc = ctypes.CDLL(None);"
         "print('ready', flush=True); libc.pthread_mutex_lock(lock); libc.pthread_mutex_lock(lock)"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -203,7 +204,7 @@ def script(text: str, *, before: Callable[[], None] | None = None, **options: An
 def test_what_a_program_was_started_to_ignore_it_ignores(number):
     """As under `nohup`, or in the background of a script."""
     process = script(
-        "import time; from atfr.engine.interruption import listen; flag = listen(); print('ready', flush=True); time.sleep(0.3); print(flag.signal)",
+        "import time; from atfr.engine.distributed.preemption import listen; flag = listen(); print('ready', flush=True); time.sleep(0.3); print(flag.signal)",
         before=lambda: signal.signal(number, signal.SIG_IGN),
     )
     process.send_signal(number)
@@ -214,7 +215,7 @@ def test_what_a_program_was_started_to_ignore_it_ignores(number):
 def test_a_program_whose_terminal_is_closed_saves_though_it_can_print_no_more(tmp_path):
     ours, theirs = pty.openpty()
     process = script(
-        "import os, sys, time; from atfr.engine.interruption import Interrupted, end, listen; flag = listen(); print('ready', flush=True); os.dup2(2, 1)\n"
+        "import os, sys, time; from atfr.engine.distributed.preemption import Interrupted, end, listen; flag = listen(); print('ready', flush=True); os.dup2(2, 1)\n"
         "while flag.signal is None: \n try: print('step', flush=True); time.sleep(0.01)\n except OSError: pass  # before the signal has arrived\n"
         f"time.sleep(0.2); print('one more', flush=True); open({str(tmp_path / 'saved')!r}, 'w').close(); end(Interrupted(flag.signal, 'now'), is_main=True)",
         before=lambda: (os.setsid(), fcntl.ioctl(2, termios.TIOCSCTTY, 0)),
@@ -235,7 +236,7 @@ def test_ctrl_c_ends_a_test_at_once_and_says_that_the_same_command_goes_on(small
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(20)
 
-    monkeypatch.setattr(jobs, place, told)
+    monkeypatch.setattr(builders, place, told)
     outcome = run_tool("test", f"checkpoint={tmp_path}/checkpoints/best.pt")
     where = {"load_source": "before the test", "gflops_table": "during the test"}[place]
     assert outcome.code == TRY_AGAIN and outcome.err == f"stopped by SIGINT {where}; the same command goes on\n"

@@ -13,7 +13,7 @@ import torch
 from forked import Job
 from run_tools import small_job
 
-from atfr.engine import checkpoint
+from atfr.engine.run import checkpoint
 
 STEPS = 24
 MORE = ("trainer.epochs=12", "trainer.save_every=1", "trainer.eval_every=6", "trainer.test=false", "trainer.mixup=0.8", "trainer.accumulate=2", "trainer.ema=0.9")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from list_files import K400, listed, touch, write
 
-from atfr.data.kinetics import kinetics, locate, read_segments
-from atfr.data.mini_kinetics import mini_kinetics
+from atfr.data.datasets.kinetics import kinetics, locate, read_segments
+from atfr.data.datasets.mini_kinetics import mini_kinetics
 
 LAYOUTS = {
     "class folders": (

@@ -14,9 +14,9 @@ from run_tools import run_script, run_tool
 from test_official_datasets import SMALL
 
 from atfr.data.known_bad import leave_out_bad
-from atfr.data.something_something import something_something_v2
-from atfr.data.ucf101 import ucf101
-from atfr.data.videolist import videolist
+from atfr.data.datasets.something_something import something_something_v2
+from atfr.data.datasets.ucf101 import ucf101
+from atfr.data.datasets.videolist import videolist
 
 BAD_TRAIN, BAD_TEST = "UCF-101/Archery/v_Archery_g05_c01.avi", "UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi"
 

@@ -19,9 +19,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from run_tools import ROOT, run_tool, small_job
 
-from atfr import configuration, launch
-from atfr.engine import distributed, meeting
-from atfr.engine.place import Place, find_place, hosts
+from atfr.cli import config as configuration, launch
+from atfr.engine.distributed import comm, rendezvous
+from atfr.engine.distributed.launch_env import Place, find_place, hosts
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400"}
 # The sixth of eight tasks, the second one of the third of three machines; a batch script's own variables are there too.
@@ -118,7 +118,7 @@ def test_what_torchrun_started_must_be_as_many_as_asked_for(monkeypatch):
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"trainer.devices=3, but 4 process\(es\) run"):
-        distributed.start(accelerator="cpu", devices=3)
+        comm.start(accelerator="cpu", devices=3)
 
 
 def test_a_port_in_use_is_named(monkeypatch):
@@ -129,22 +129,22 @@ def test_a_port_in_use_is_named(monkeypatch):
         for name, value in {**TORCHRUN, "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(ValueError, match=f"process 0 of 4 cannot wait for the others at 127.0.0.1:{port}: .*; another program may use that port"):
-            distributed.start(accelerator="cpu", devices=None)
+            comm.start(accelerator="cpu", devices=None)
         # It listens, but never answers.
-        monkeypatch.setattr(meeting, "ANSWER", timedelta(seconds=1))
+        monkeypatch.setattr(rendezvous, "ANSWER", timedelta(seconds=1))
         monkeypatch.setenv("RANK", "1")
         with pytest.raises(ValueError, match=f"process 1 of 4 met something else than its job at 127.0.0.1:{port}: another program uses that port"):
-            distributed.start(accelerator="cpu", devices=None)
+            comm.start(accelerator="cpu", devices=None)
 
 
 def test_a_task_whose_sibling_never_comes_gives_up_in_time(monkeypatch):
-    monkeypatch.setattr(meeting, "JOIN_S", 1.0)
+    monkeypatch.setattr(rendezvous, "JOIN_S", 1.0)
     began = time.monotonic()
     for rank, message in enumerate(("process 0 of 3 waited 1 s for process 1, 2, which did not start", "process 1 of 3 found nobody at 127.0.0.1:.* within 1 s")):
         for name, value in srun_places(3)[rank].items():
             monkeypatch.setenv(name, value)
         with pytest.raises(ValueError, match=message):
-            distributed.start(accelerator="cpu", devices=None)
+            comm.start(accelerator="cpu", devices=None)
     assert time.monotonic() - began < 10
 
 
@@ -152,12 +152,12 @@ def test_processes_on_different_devices_or_on_one_gpu_do_not_begin():
     def account(device: str, host: str, gpu: str | None = None) -> dict:
         return {"device": device, "host": host, "gpu": gpu}
 
-    meeting._require_devices([account("cuda", "a", "1"), account("cuda", "a", "2"), account("cuda", "b", "1")])
-    meeting._require_devices([account("cpu", "a"), account("cpu", "a")])
+    rendezvous._require_devices([account("cuda", "a", "1"), account("cuda", "a", "2"), account("cuda", "b", "1")])
+    rendezvous._require_devices([account("cpu", "a"), account("cpu", "a")])
     with pytest.raises(ValueError, match=r"different devices: cpu on rank 1 \(b\); cuda on rank 0 \(a\), 2 \(a\)"):
-        meeting._require_devices([account("cuda", "a", "1"), account("cpu", "b"), account("cuda", "a", "2")])
+        rendezvous._require_devices([account("cuda", "a", "1"), account("cpu", "b"), account("cuda", "a", "2")])
     with pytest.raises(ValueError, match="ranks 0, 2 have one GPU of a together"):
-        meeting._require_devices([account("cuda", "a", "1"), account("cuda", "a", "2"), account("cuda", "a", "1")])
+        rendezvous._require_devices([account("cuda", "a", "1"), account("cuda", "a", "2"), account("cuda", "a", "1")])
 
 
 

@@ -4,7 +4,7 @@ import codecs
 
 import pytest
 
-from atfr.data.videolist import videolist
+from atfr.data.datasets.videolist import videolist
 
 
 @pytest.fixture

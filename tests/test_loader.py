@@ -8,9 +8,9 @@ import pytest
 from torch.utils.data import Dataset
 from video_files import write_video
 
-from atfr.data.dataset import ClipSettings, TestClips
+from atfr.data.clips import ClipSettings, TestClips
 from atfr.data.loader import TrainSampler, test_loader
-from atfr.data.records import Video
+from atfr.data.types import Video
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -12,12 +12,12 @@ import torch
 from test_train import SETTINGS, batch
 from torch import nn
 
-from atfr.engine import checkpoint
-from atfr.engine.distributed import Ranks
+from atfr.engine.run import checkpoint
+from atfr.engine.distributed.comm import Ranks
 from atfr.engine.optim import cosine
-from atfr.engine.train import Training
+from atfr.engine.trainer import Training
 from atfr.models.backbones.x3d import x3d
-from atfr.models.sgs_layer import SGSOptions
+from atfr.models.sgs.layer import SGSOptions
 
 BATCHES = [replace(whole, clips=whole.clips[:4, :, ::2], labels=whole.labels[:4], paths=whole.paths[:4]) for whole in map(batch, range(3))]
 WHOLE = replace(SETTINGS, batch_size=4, epochs=4, eval_every=2, statistics_clips=8)

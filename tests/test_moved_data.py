@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from run_tools import Outcome, run_tool, small_job
 
-from atfr.data.records import Video, VideoSource
-from atfr.engine import checkpoint
-from atfr.engine.contents import contents, require_same_contents
-from atfr.engine.run_folder import claim_folder
+from atfr.data.types import Video, VideoSource
+from atfr.engine.run import checkpoint
+from atfr.engine.run.contents import contents, require_same_contents
+from atfr.engine.run.run_dir import claim_folder
 
 STATE = {"model": {}, "config": {}, "choices": {}, "class_names": []}
 SHORT = ("model=x3d", "dataset.clip.frames=4", "dataset.clip.views=1", "trainer.statistics_clips=0", "trainer.test=false")

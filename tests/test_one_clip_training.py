@@ -13,19 +13,19 @@ from test_packed import Flip, Toy
 from test_train import SETTINGS
 from torch import Tensor, nn
 
-from atfr import jobs
-from atfr.data.dataset import ClipSettings
-from atfr.engine import distributed
-from atfr.engine.distributed import Ranks
-from atfr.engine.statistics import calibrate_width, refresh_statistics
-from atfr.engine.sync_norm import over_all_processes
+from atfr.cli import builders
+from atfr.data.clips import ClipSettings
+from atfr.engine.distributed import comm
+from atfr.engine.distributed.comm import Ranks
+from atfr.engine.calibration import calibrate_width, refresh_statistics
+from atfr.engine.distributed.sync_batchnorm import over_all_processes
 from atfr.models.backbones.common import mended
 from atfr.models.backbones.r2plus1d import r2plus1d
 from atfr.models.backbones.slowfast import STAGES, SlowFast
 from atfr.models.backbones.x3d import x3d
-from atfr.models.network import VideoNet
-from atfr.models.segments import Segments
-from atfr.models.sgs_layer import SGSOptions
+from atfr.models.video_net import VideoNet
+from atfr.models.packed.segments import Segments
+from atfr.models.sgs.layer import SGSOptions
 
 # At this width a layer keeps as few features as it may.
 ATFR = SGSOptions(similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=1e6)
@@ -122,8 +122,8 @@ def test_no_more_features_are_kept_for_larger_frames_or_frozen_batch_norm(side, 
 
 def test_batch_norm_over_several_processes_has_enough_values_with_one_feature_each(monkeypatch):
     model = x3d_tiny(ATFR).train()
-    monkeypatch.setattr(distributed, "is_joined", lambda: True)
-    monkeypatch.setattr(distributed, "summed", lambda value: value.mul_(2))  # another process with the same clip
+    monkeypatch.setattr(comm, "is_joined", lambda: True)
+    monkeypatch.setattr(comm, "summed", lambda value: value.mul_(2))  # another process with the same clip
     with over_all_processes(model):
         prediction = model(torch.randn(1, 3, 16, 32, 32))
     assert prediction.bins == [(1,)] and prediction.logits.isfinite().all()
@@ -186,7 +186,7 @@ def test_single_clips_are_looked_for_in_all_shares_and_parts_of_a_batch(batch_si
     clip = ClipSettings(frames=1, stride=1, crop_size=32, train_short_side=[32, 32], test_short_side=32, mean=[0.5] * 3, std=[0.5] * 3)
     for rank in range(world):  # each process comes to the same answer
         with pytest.raises(ValueError, match="one value a channel") if refused else nullcontext():
-            jobs.check_batch_norm(x3d_tiny(None), clip, settings, Ranks(rank, world, torch.device("cpu")))
+            builders.check_batch_norm(x3d_tiny(None), clip, settings, Ranks(rank, world, torch.device("cpu")))
 
 
 def test_a_training_that_batch_norm_cannot_do_ends_before_it_starts(small_videos, tmp_path):

@@ -13,8 +13,8 @@ from miniatures import miniature
 from omegaconf import open_dict
 from run_tools import ROOT
 
-from atfr.data.synthetic import generate
-from atfr.engine.train import Training
+from atfr.data.datasets.synthetic import generate
+from atfr.engine.trainer import Training
 
 CONFIGS = ROOT / "configs"
 SMALLEST = {"x3d": "tiny", "r2plus1d": "tiny", "resnet3d": "18", "slowfast": "4x16-R50"}

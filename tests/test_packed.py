@@ -10,10 +10,10 @@ import torch
 from pytorchvideo.models.x3d import create_x3d
 from torch import nn
 
-from atfr.models.network import VideoNet
-from atfr.models.packed import conv3d, segment_mean
-from atfr.models.segments import Segments
-from atfr.models.sgs_layer import SGSOptions
+from atfr.models.video_net import VideoNet
+from atfr.models.packed.ops import conv3d, segment_mean
+from atfr.models.packed.segments import Segments
+from atfr.models.sgs.layer import SGSOptions
 from atfr.models.backbones.resnets import slow
 from atfr.models.backbones.x3d import SIZES, STAGES, x3d
 

@@ -12,8 +12,8 @@ from fvcore.nn.squeeze_excitation import SqueezeExcitation
 from pytorchvideo.layers.nonlocal_net import create_nonlocal
 from torch import Tensor, nn
 
-from atfr.models import packed
-from atfr.models.segments import Segments, Window, rows_of
+from atfr.models.packed import ops
+from atfr.models.packed.segments import Segments, Window, rows_of
 
 CPU = torch.device("cpu")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}
@@ -36,7 +36,7 @@ def each_alone(run: nn.Module, x: Tensor, lengths: tuple[int, ...]) -> list[Tens
     for them; here the padding in time is made by hand.
     """
     pieces = [piece.contiguous() for piece in x.split(lengths, dim=2)]
-    if isinstance(run, nn.AvgPool3d) and packed.window_of(run).padding:
+    if isinstance(run, nn.AvgPool3d) and ops.window_of(run).padding:
         padding, *space = run.padding
         run = nn.AvgPool3d(run.kernel_size, run.stride, (0, *space), divisor_override=run.divisor_override)
         pieces = [nn.functional.pad(piece, (0, 0, 0, 0, padding, padding)) for piece in pieces]
@@ -143,8 +143,8 @@ def test_a_convolution_is_that_of_each_clip(conv, memory):
     module = conv.module()
     for lengths in LENGTHS:
         uneven = len(set(lengths)) > 1
-        assert packed.way_of(module, lengths, CPU) == (conv.way if uneven or conv.way == "pick" else "batch")
-        check(lambda x, segments: packed.conv3d(module, x, segments), module, lengths, memory)
+        assert ops.way_of(module, lengths, CPU) == (conv.way if uneven or conv.way == "pick" else "batch")
+        check(lambda x, segments: ops.conv3d(module, x, segments), module, lengths, memory)
 
 
 @pytest.mark.parametrize("memory", FORMATS)
@@ -152,30 +152,30 @@ def test_a_convolution_is_that_of_each_clip(conv, memory):
 def test_a_convolution_without_padding_is_that_of_each_clip(conv, memory):
     module = conv.module()
     for lengths in [(4, 3, 6, 5), (3, 3), (7,), (3, 8, 3)]:
-        check(lambda x, segments: packed.conv3d(module, x, segments), module, lengths, memory)
+        check(lambda x, segments: ops.conv3d(module, x, segments), module, lengths, memory)
     with pytest.raises(ValueError, match="too short for"):
-        segments_of((4, 1)).through(packed.window_of(module))
+        segments_of((4, 1)).through(ops.window_of(module))
 
 
 @pytest.mark.parametrize("memory", FORMATS)
 @pytest.mark.parametrize("way", ["mend", "gaps"])
 def test_all_ways_of_one_convolution_agree(monkeypatch, way, memory):
     """What runs on GPUs is not what runs on CPUs; here each way is taken by force."""
-    monkeypatch.setattr(packed, "way_of", lambda *_: way)
+    monkeypatch.setattr(ops, "way_of", lambda *_: way)
     module = nn.Conv3d(4, 8, (3, 1, 1), padding=(1, 0, 0))
     for lengths in LENGTHS:
         if len(lengths) > 1:
-            check(lambda x, segments: packed.conv3d(module, x, segments), module, lengths, memory)
+            check(lambda x, segments: ops.conv3d(module, x, segments), module, lengths, memory)
 
 
 @pytest.mark.parametrize("memory", FORMATS)
 @pytest.mark.parametrize("sizes", [{"padding": 1}, {"padding": 1, "stride": (1, 2, 2), "bias": False}, {"padding": 1, "groups": 4}])
 def test_boundaries_that_are_mended_are_those_of_each_clip(monkeypatch, sizes, memory):
-    monkeypatch.setattr(packed, "way_of", lambda *_: "mend")
+    monkeypatch.setattr(ops, "way_of", lambda *_: "mend")
     module = nn.Conv3d(4, 8, 3, **sizes)
     for lengths in LENGTHS:
         if len(lengths) > 1:
-            check(lambda x, segments: packed.conv3d(module, x, segments), module, lengths, memory)
+            check(lambda x, segments: ops.conv3d(module, x, segments), module, lengths, memory)
 
 
 @pytest.mark.parametrize("conv", CONVS, ids=identify)
@@ -184,14 +184,14 @@ def test_what_a_convolution_computes_in_vain_is_what_wasted_says(conv):
     computed = []
     module.register_forward_hook(lambda module, inputs, output: computed.append(len(output) * output.shape[2]))
     lengths = (4, 1, 6, 2)
-    wasted = packed.wasted(module, lengths, CPU)
-    out = packed.apart(module, clips_of(lengths), segments_of(lengths), packed.window_of(module))
+    wasted = ops.wasted(module, lengths, CPU)
+    out = ops.apart(module, clips_of(lengths), segments_of(lengths), ops.window_of(module))
     if conv.way == "gaps":
         assert computed == [out.shape[2] + wasted]
     else:
         assert wasted == 0
     if module.kernel_size[0] == 3 and module.stride[0] == module.padding[0] == module.dilation[0] == 1:
-        assert packed.wasted(module, lengths, torch.device("cuda")) == 4  # two outputs of two taps at each of three boundaries
+        assert ops.wasted(module, lengths, torch.device("cuda")) == 4  # two outputs of two taps at each of three boundaries
 
 
 @pytest.mark.parametrize("window", [Window(3, padding=1), Window(5, padding=2), Window(3, 2, 1), Window(7, 4, 3), Window(3, padding=2, dilation=2), Window(2, 2)], ids=str)
@@ -230,10 +230,10 @@ def test_operations_that_share_gaps_give_what_each_clip_gives_alone_whatever_the
     with torch.no_grad():
         alone = [se(over_time(conv(piece))) for piece in x.split(lengths, dim=2)]
         y, parted = with_gaps(x, segments_of(lengths))
-        for run, module in ((packed.conv3d, conv), (packed.conv3d, over_time), (packed.squeeze_excitation, se)):
+        for run, module in ((ops.conv3d, conv), (ops.conv3d, over_time), (ops.squeeze_excitation, se)):
             y = run(module, y, parted)
         torch.testing.assert_close(y.index_select(2, parted.layout.kept), torch.cat(alone, dim=2), rtol=1e-10, atol=1e-10)
-        means = packed.mean(y, parted, keepdim=False)
+        means = ops.mean(y, parted, keepdim=False)
         torch.testing.assert_close(means, torch.cat([piece.mean(dim=(2, 3, 4)) for piece in alone]), rtol=1e-10, atol=1e-10)
 
 
@@ -242,7 +242,7 @@ def test_the_backward_pass_does_not_keep_the_copy_with_gaps():
     x = clips_of(lengths, dtype=torch.float32).requires_grad_()
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        out = packed.conv3d(conv, x, segments_of(lengths))
+        out = ops.conv3d(conv, x, segments_of(lengths))
     assert max(kept, default=0) <= conv.weight.numel(), "something as large as the features is kept"
     with torch.no_grad():
         x.mul_(2)
@@ -269,7 +269,7 @@ UNPADDED_POOLS = [
 
 
 def packed_pool(module: nn.Module) -> Callable[[Tensor, Segments], Tensor]:
-    run = packed.max_pool if isinstance(module, nn.MaxPool3d) else packed.avg_pool
+    run = ops.max_pool if isinstance(module, nn.MaxPool3d) else ops.avg_pool
     return lambda x, segments: run(module, x, segments)
 
 
@@ -277,7 +277,7 @@ def packed_pool(module: nn.Module) -> Callable[[Tensor, Segments], Tensor]:
 @pytest.mark.parametrize("pool", POOLS, ids=str)
 def test_a_pool_is_that_of_each_clip(pool, memory):
     for lengths in LENGTHS:
-        if packed.window_of(pool).out(min(lengths)) > 0:
+        if ops.window_of(pool).out(min(lengths)) > 0:
             check(packed_pool(pool), pool, lengths, memory)
 
 
@@ -293,14 +293,14 @@ def test_a_max_pool_pads_with_nothing_even_where_all_is_negative():
     lengths = (2, 1, 3)
     x = -1 - torch.rand(1, 2, 6, 3, 3)
     expected = torch.cat(each_alone(pool, x, lengths), dim=2)
-    assert packed.max_pool(pool, x, segments_of(lengths)).equal(expected) and expected.max() < -1
+    assert ops.max_pool(pool, x, segments_of(lengths)).equal(expected) and expected.max() < -1
 
 
 @pytest.mark.parametrize("memory", FORMATS)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_squeeze_excitation_is_that_of_each_clip(lengths, memory):
     module = SqueezeExcitation(4, 2, is_3d=True)
-    check(lambda x, segments: packed.squeeze_excitation(module, x, segments), module, lengths, memory)
+    check(lambda x, segments: ops.squeeze_excitation(module, x, segments), module, lengths, memory)
 
 
 def non_local(instantiation: str, pool: tuple[int, int, int] | None, norm: bool = True) -> nn.Module:
@@ -318,7 +318,7 @@ def non_local(instantiation: str, pool: tuple[int, int, int] | None, norm: bool 
 def test_a_non_local_block_is_that_of_each_clip(instantiation, pool, norm, memory):
     module = non_local(instantiation, pool, norm)
     for lengths in LENGTHS:
-        check(lambda x, segments: packed.non_local(module, x, segments), module, lengths, memory)
+        check(lambda x, segments: ops.non_local(module, x, segments), module, lengths, memory)
 
 
 @pytest.mark.parametrize("memory", FORMATS)
@@ -328,10 +328,10 @@ def test_a_segment_mean_is_that_of_each_clip(lengths, memory):
     segments = segments_of(lengths)
     alone = torch.cat(each_alone(nn.AdaptiveAvgPool3d(1), x, lengths))
     for found, expected in (
-        (packed.segment_mean(x, segments), alone),
-        (packed.global_pool(nn.AdaptiveAvgPool3d(1), x, segments), alone),
-        (packed.mean(x, segments, keepdim=True), alone),
-        (packed.mean(x, segments, keepdim=False), alone.flatten(1)),
+        (ops.segment_mean(x, segments), alone),
+        (ops.global_pool(nn.AdaptiveAvgPool3d(1), x, segments), alone),
+        (ops.mean(x, segments, keepdim=True), alone),
+        (ops.mean(x, segments, keepdim=False), alone.flatten(1)),
     ):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
         upstream = torch.randn_like(expected)
@@ -339,22 +339,22 @@ def test_a_segment_mean_is_that_of_each_clip(lengths, memory):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     # Given back to each feature of its clip.
     repeated = torch.cat([mean.expand(-1, length, 1, 1) for mean, length in zip(alone, lengths)], dim=1)[None]
-    torch.testing.assert_close(packed.spread(alone, segments), repeated)
+    torch.testing.assert_close(ops.spread(alone, segments), repeated)
 
 
 def test_a_segment_mean_of_half_precision_is_added_in_single():
     lengths = (3000, 1)
     x = torch.ones(1, 2, 3001, 1, 1, dtype=torch.float16)  # 3000 is above what float16 can count by ones
-    mean = packed.segment_mean(x, segments_of(lengths))
+    mean = ops.segment_mean(x, segments_of(lengths))
     assert mean.dtype == torch.float16 and mean.flatten().tolist() == [1.0] * 4
 
 
 OPERATIONS = {
-    **{f"conv {identify(conv)}": (conv.module, packed.conv3d) for conv in CONVS},
-    **{f"{pool}": (lambda pool=pool: pool, packed.max_pool if isinstance(pool, nn.MaxPool3d) else packed.avg_pool) for pool in POOLS},
-    "squeeze_excitation": (lambda: SqueezeExcitation(4, 2, is_3d=True).double(), packed.squeeze_excitation),
+    **{f"conv {identify(conv)}": (conv.module, ops.conv3d) for conv in CONVS},
+    **{f"{pool}": (lambda pool=pool: pool, ops.max_pool if isinstance(pool, nn.MaxPool3d) else ops.avg_pool) for pool in POOLS},
+    "squeeze_excitation": (lambda: SqueezeExcitation(4, 2, is_3d=True).double(), ops.squeeze_excitation),
     **{
-        f"non-local {kind} {pool}": (lambda kind=kind, pool=pool: non_local(kind, pool), packed.non_local)
+        f"non-local {kind} {pool}": (lambda kind=kind, pool=pool: non_local(kind, pool), ops.non_local)
         for kind in ("softmax", "dot_product")
         for pool in (None, (1, 2, 2))
     },
@@ -366,7 +366,7 @@ OPERATIONS = {
 def test_what_is_not_finite_in_a_clip_reaches_no_other(name, bad):
     build, run = OPERATIONS[name]
     module = build()
-    if isinstance(module, nn.MaxPool3d) and packed.window_of(module).out(1) < 1:
+    if isinstance(module, nn.MaxPool3d) and ops.window_of(module).out(1) < 1:
         pytest.skip("clips of one feature are too short for it")
     for memory in FORMATS:
         check_nothing_leaks(lambda x, segments: run(module, x, segments), module, bad, memory)
@@ -397,12 +397,12 @@ def test_segments_know_which_clip_a_feature_belongs_to():
     assert segments.owner.tolist() == [0, 0, 0, 1, 2, 2]
     assert segments.padded.tolist() == [[0, 1, 2], [3, 0, 0], [4, 5, 0]]
     assert segments.counts.tolist() == [3, 1, 2]
-    assert packed.unpadded((3, 1, 2), CPU).tolist() == [0, 1, 2, 3, 6, 7]
+    assert ops.unpadded((3, 1, 2), CPU).tolist() == [0, 1, 2, 3, 6, 7]
     whole = Segments.whole(2, 3, CPU)
     assert whole.lengths == (3, 3) and whole.frames == 3 and whole.times.tolist() == [0, 1, 2, 0, 1, 2]
 
 
-@pytest.mark.parametrize("run", [packed.conv3d, packed.max_pool, packed.avg_pool])
+@pytest.mark.parametrize("run", [ops.conv3d, ops.max_pool, ops.avg_pool])
 def test_lengths_that_do_not_add_up_are_refused(run):
     with pytest.raises(AssertionError, match="packed length 5 is not 6, the sum of"):
         run(nn.Conv3d(4, 4, 3), clips_of((5,)), segments_of((3, 3)))
@@ -411,11 +411,11 @@ def test_lengths_that_do_not_add_up_are_refused(run):
 @pytest.mark.parametrize("memory", FORMATS)
 def test_moving_frames_keeps_the_memory_format(memory):
     clips = torch.randn(3, 4, 5, 2, 2).contiguous(memory_format=FORMATS[memory])
-    x = packed.pack(clips)
+    x = ops.pack(clips)
     assert x.equal(torch.cat(list(clips), dim=1)[None])
     x = x.contiguous(memory_format=FORMATS[memory])
     places = torch.tensor([14, 0, 0, 7])
-    taken = packed.take(x, places)
+    taken = ops.take(x, places)
     assert taken.equal(x[:, :, places]) and taken.is_contiguous(memory_format=FORMATS[memory])
 
 
@@ -424,8 +424,8 @@ def test_plans_made_in_inference_mode_serve_training():
     lengths = (13, 1, 4)  # of no other test, since plans are cached
     x = clips_of(lengths, dtype=torch.float32)
     with torch.inference_mode():
-        packed.conv3d(conv, x, segments_of(lengths))
-    packed.conv3d(conv, x.requires_grad_(), segments_of(lengths)).sum().backward()
+        ops.conv3d(conv, x, segments_of(lengths))
+    ops.conv3d(conv, x.requires_grad_(), segments_of(lengths)).sum().backward()
     assert x.grad.isfinite().all()
 
 
@@ -434,6 +434,6 @@ def test_plans_made_in_inference_mode_serve_training():
 def test_frames_are_pooled_as_torch_pools_images(size, grid, memory):
     x = torch.randn(2, 3, 5, *size, dtype=torch.float64).contiguous(memory_format=FORMATS[memory])
     wanted = torch.stack([nn.functional.adaptive_avg_pool2d(clip.transpose(0, 1), grid).flatten(1) for clip in x])  # [N, T, C g g]
-    torch.testing.assert_close(packed.framewise_pool(x, grid), wanted, rtol=1e-12, atol=1e-12)
-    alone = torch.cat([packed.framewise_pool(x[i : i + 1], grid) for i in range(2)])
-    assert torch.equal(packed.framewise_pool(x, grid), alone)
+    torch.testing.assert_close(ops.framewise_pool(x, grid), wanted, rtol=1e-12, atol=1e-12)
+    alone = torch.cat([ops.framewise_pool(x[i : i + 1], grid) for i in range(2)])
+    assert torch.equal(ops.framewise_pool(x, grid), alone)

@@ -17,9 +17,9 @@ from torchvision.models import video
 
 from atfr.models.backbones.slowfast import slowfast
 from atfr.models.backbones.x3d import x3d
-from atfr.models.network import VideoNet
-from atfr.models.pieces import Recomputed
-from atfr.models.sgs_layer import NonFiniteFeatures, SGSOptions
+from atfr.models.video_net import VideoNet
+from atfr.models.graph.recompute import Recomputed
+from atfr.models.sgs.layer import NonFiniteFeatures, SGSOptions
 
 ATFR = SGSOptions(similarity="partition", kernel="mean", scale="absolute", width=0.6, order="time", embedding="pooled", before_activation=False, after="stem")
 

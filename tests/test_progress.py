@@ -13,8 +13,8 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 
 import pytest
 
-from atfr import progress
-from atfr.progress import StepProgress, watched
+from atfr.utils import progress
+from atfr.utils.progress import StepProgress, watched
 
 
 @pytest.fixture

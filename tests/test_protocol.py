@@ -10,10 +10,10 @@ import pytest
 import torch
 from test_configs import composed
 
-from atfr import jobs
-from atfr.configuration import build
-from atfr.data.dataset import ClipSettings
-from atfr.engine.distributed import Ranks
+from atfr.cli import builders
+from atfr.cli.config import build
+from atfr.data.clips import ClipSettings
+from atfr.engine.distributed.comm import Ranks
 
 # Each option of a clip that changes predictions, with another value.
 CHANGES_PREDICTIONS = {
@@ -25,18 +25,18 @@ CHANGES_PREDICTIONS = {
 def protocol(config, clip):
     source = SimpleNamespace(name="toy", notes={})
     settings = build(config.trainer, "trainer")
-    return jobs.protocol(config, SimpleNamespace(execution="packed"), clip, source, settings, Ranks(0, 1, torch.device("cpu")), checkpoint=Path("best.pt"))
+    return builders.protocol(config, SimpleNamespace(execution="packed"), clip, source, settings, Ranks(0, 1, torch.device("cpu")), checkpoint=Path("best.pt"))
 
 
 def test_every_option_of_a_clip_is_either_in_the_protocol_or_of_no_concern_to_a_test():
     """A new option belongs into CHANGES_PREDICTIONS above, or into jobs.NOT_OF_A_TEST."""
-    assert sorted(field.name for field in fields(ClipSettings)) == sorted([*CHANGES_PREDICTIONS, *jobs.NOT_OF_A_TEST])
+    assert sorted(field.name for field in fields(ClipSettings)) == sorted([*CHANGES_PREDICTIONS, *builders.NOT_OF_A_TEST])
 
 
 @pytest.mark.parametrize("name", CHANGES_PREDICTIONS)
 def test_tests_of_other_clips_have_other_protocols(name):
     config = composed()
-    clip = jobs.clip_settings(config)
+    clip = builders.clip_settings(config)
     before, after = protocol(config, clip), protocol(config, replace(clip, **{name: CHANGES_PREDICTIONS[name]}))
     different = {key for key in before if before[key] != after[key]}
     assert different == ({"sampling", "stride"} if name == "sampling" else {name}) and after[name] == CHANGES_PREDICTIONS[name]
@@ -44,5 +44,5 @@ def test_tests_of_other_clips_have_other_protocols(name):
 
 @pytest.mark.parametrize("override", ["trainer.precision=bf16", "trainer.compile=true", "model.sgs.num_bins=3", "model.dropout=0.1"])
 def test_tests_that_compute_otherwise_have_other_protocols(override):
-    first, second = (protocol(config, jobs.clip_settings(config)) for config in (composed(), composed(override)))
+    first, second = (protocol(config, builders.clip_settings(config)) for config in (composed(), composed(override)))
     assert first != second

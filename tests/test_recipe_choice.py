@@ -9,7 +9,7 @@ import pytest
 from miniatures import miniature
 from run_tools import ROOT, run_tool, small_job
 
-from atfr.recipe import find_recipe, recipes
+from atfr.cli.recipe import find_recipe, recipes
 
 SMALL = ["model.size=tiny", "dataset.clip.frames=8", "dataset.clip.crop_size=32", "dataset.clip.train_short_side=[32,40]", "dataset.clip.test_short_side=32"]
 

@@ -8,7 +8,7 @@ from miniatures import miniature
 from omegaconf import OmegaConf
 from run_tools import ROOT, run_script, run_tool
 
-from atfr.recipe import recipes
+from atfr.cli.recipe import recipes
 
 RECIPES = recipes()
 
@@ -38,7 +38,7 @@ def test_every_network_has_a_recipe_for_kinetics_and_so_does_the_papers_for_mini
 def test_a_recipe_is_the_same_with_and_without_sgs_and_its_shares_are_whole_epochs(name):
     dense, model = composed(f"experiment={name}", *(["model=x3d"] if name.startswith("finetune/") else []))
     sampled, _ = composed(f"experiment={name}", f"model={model}_sgs")
-    assert dense["model"].pop("sgs")["_target_"] == "atfr.configuration.nothing" and sampled["model"].pop("sgs")["num_bins"] is None
+    assert dense["model"].pop("sgs")["_target_"] == "atfr.cli.config.nothing" and sampled["model"].pop("sgs")["num_bins"] is None
     assert sampled == dense
     epochs, schedule = dense["trainer"]["epochs"], dense["schedule"]
     for share in (schedule["warmup"], *schedule.get("milestones", ())):

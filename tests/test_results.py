@@ -8,9 +8,9 @@ import json
 import numpy as np
 import pytest
 
-from atfr.data.records import Unreadable
-from atfr.engine.evaluate import Evaluation, View
-from atfr.engine.results import accuracy, as_table, summarise, write_predictions, write_results
+from atfr.data.types import Unreadable
+from atfr.engine.evaluator import Evaluation, View
+from atfr.engine.metrics import accuracy, as_table, summarise, write_predictions, write_results
 
 
 class Table:

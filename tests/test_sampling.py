@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from video_files import numbers, write_video
 
-from atfr.data.dataset import ClipSettings, TestClips, TrainClips
-from atfr.data.records import Video
-from atfr.data.sampling import (
+from atfr.data.clips import ClipSettings, TestClips, TrainClips
+from atfr.data.types import Video
+from atfr.data.temporal_sampling import (
     random_clip,
     random_clip_by_time,
     random_segments,

@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from atfr.engine import checkpoint
-from atfr.engine.saving import AT_ONCE, Saver, copied
+from atfr.engine.run import checkpoint
+from atfr.engine.run.saving import AT_ONCE, Saver, copied
 
 STATE = {"config": {}, "choices": {}, "class_names": ["a"]}
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from atfr.models.sgs import anchor_bins, calibrated_width, sampling_weights, uniform_bins
+from atfr.models.sgs.functional import anchor_bins, calibrated_width, sampling_weights, uniform_bins
 
 ANCHOR = dict(similarity="anchor", kernel="mean", scale="absolute", order="time")
 ABSOLUTE = dict(scale="absolute", width=1.0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from atfr.models.sgs import calibrated_width, median_step, sampling_weights, uniform_bins
+from atfr.models.sgs.functional import calibrated_width, median_step, sampling_weights, uniform_bins
 
 MEASURED = [
     *itertools.product(["distance_to_mean"], ["l2", "l1", "cosine", "mahalanobis"]),

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from atfr.models.segments import Segments
-from atfr.models.sgs import sampling_weights
-from atfr.models.sgs_layer import SGS, NonFiniteFeatures, SGSOptions, aggregate, sample
+from atfr.models.packed.segments import Segments
+from atfr.models.sgs.functional import sampling_weights
+from atfr.models.sgs.layer import SGS, NonFiniteFeatures, SGSOptions, aggregate, sample
 
 ATFR = SGSOptions(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
 EVERY_KIND = [

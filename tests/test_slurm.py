@@ -17,7 +17,7 @@ from run_tools import ROOT, small_job
 from slurm_cluster import Cluster, missing_programs
 from test_kill import logged
 
-from atfr.engine import checkpoint
+from atfr.engine.run import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]  # together in one process: one cluster
 BATCH = "scripts/slurm/train.sbatch"

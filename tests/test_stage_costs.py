@@ -6,11 +6,11 @@ import pytest
 import torch
 from fvcore.nn import FlopCountAnalysis
 
-from atfr.engine.accounting import GflopsTable
+from atfr.engine.flops import GflopsTable
 from atfr.engine.stage_costs import HEAD, OTHER, as_table, expected_bins, stage_costs
 from atfr.models.backbones.slowfast import slowfast
 from atfr.models.backbones.x3d import x3d
-from atfr.models.sgs_layer import SGSOptions
+from atfr.models.sgs.layer import SGSOptions
 
 ATFR = dict(before_activation=False, similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", look="clip", target=0.5)
 CLIP = (3, 8, 32, 32)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from atfr.engine.optim import cosine, sgd
-from atfr.engine.statistics import calibrate_width, precise_batch_norm, refresh_statistics, steer_width
-from atfr.models.sgs_layer import SGSOptions
+from atfr.engine.calibration import calibrate_width, precise_batch_norm, refresh_statistics, steer_width
+from atfr.models.sgs.layer import SGSOptions
 from atfr.models.backbones.x3d import x3d
 
 ATFR = SGSOptions(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)

@@ -11,7 +11,7 @@ from run_tools import torchrun_script
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from atfr.engine import sync_norm
+from atfr.engine.distributed import sync_batchnorm
 
 
 def test_batch_norm_statistics_and_twenty_steps_of_two_processes_are_those_of_one_with_all_clips(tmp_path):
@@ -23,7 +23,7 @@ def test_a_group_of_one_process_normalises_as_torch_does(tmp_path):
     model = nn.Sequential(nn.BatchNorm3d(2))
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        with sync_norm.over_all_processes(model), pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        with sync_batchnorm.over_all_processes(model), pytest.raises(ValueError, match="Expected more than 1 value per channel"):
             model(torch.randn(1, 2, 1, 1, 1))
     finally:
         dist.destroy_process_group()
@@ -41,14 +41,14 @@ class AsOnCuda(TorchDispatchMode):
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm3d(5), nn.BatchNorm3d(5, affine=False)], ids=["affine", "plain"])
 def test_one_process_under_a_launcher_trains_as_without_also_by_the_rules_of_cuda(monkeypatch, norm):
-    monkeypatch.setattr(sync_norm.distributed, "is_joined", lambda: True)
+    monkeypatch.setattr(sync_batchnorm.distributed, "is_joined", lambda: True)
     x = torch.randn(4, 5, 3, 2, 2).contiguous(memory_format=torch.channels_last_3d)
     factor, gradients = torch.randn(x.shape), []
     for together in (False, True):
         given = x.clone().requires_grad_()
         with AsOnCuda():
             if together:
-                with sync_norm.over_all_processes(norm):
+                with sync_batchnorm.over_all_processes(norm):
                     out = norm(given)
             else:
                 out = norm(given)

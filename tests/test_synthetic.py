@@ -16,10 +16,10 @@ from omegaconf import OmegaConf
 from run_tools import run_tool
 from test_configs import composed
 
-from atfr.data import synthetic
-from atfr.data import synthetic_scene as scene
-from atfr.data.synthetic import CLASSES, PHASES, generate, render
-from atfr.engine import checkpoint
+from atfr.data.datasets import synthetic
+from atfr.data.datasets import synthetic_scene as scene
+from atfr.data.datasets.synthetic import CLASSES, PHASES, generate, render
+from atfr.engine.run import checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMALL = {"seed": 3, "train": 16, "test": 8}

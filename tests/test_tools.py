@@ -13,9 +13,9 @@ from forked import Job
 from hydra.errors import MissingConfigException
 from run_tools import run_script, run_tool, small_job, torchrun
 
-from atfr.engine import checkpoint
-from atfr.engine.run_lock import run_lock
-from atfr.engine.train import Training
+from atfr.engine.run import checkpoint
+from atfr.engine.run.run_lock import run_lock
+from atfr.engine.trainer import Training
 
 
 @pytest.fixture(scope="module")

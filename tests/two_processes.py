@@ -12,15 +12,16 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from atfr import jobs
-from atfr.data.records import Unreadable, Video, VideoSource
-from atfr.engine import checkpoint, distributed
-from atfr.engine.evaluate import evaluate
-from atfr.engine.interruption import Interrupted, StopFlag
+from atfr.cli import builders
+from atfr.data.types import Unreadable, Video, VideoSource
+from atfr.engine.distributed import comm
+from atfr.engine.run import checkpoint
+from atfr.engine.evaluator import evaluate
+from atfr.engine.distributed.preemption import Interrupted, StopFlag
 from atfr.engine.optim import sgd
 from atfr.engine.settings import TrainerSettings
-from atfr.engine.train import Training
-from atfr.models.sgs_layer import SGSOptions
+from atfr.engine.trainer import Training
+from atfr.models.sgs.layer import SGSOptions
 from atfr.models.backbones.x3d import x3d
 
 ATFR = SGSOptions(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
@@ -44,7 +45,7 @@ def clips(seed: int) -> Tensor:
     return torch.randn(4, 3, 8, 32, 32, generator=generator).cumsum(dim=2) / 4
 
 
-def training_of(folder: Path, ranks: distributed.Ranks, *, broken: tuple[int, ...] = (), **changes: object) -> Training:
+def training_of(folder: Path, ranks: comm.Ranks, *, broken: tuple[int, ...] = (), **changes: object) -> Training:
     """Four steps; at the `broken` ones a clip of process 1 holds a NaN."""
 
     def batches(epoch: int, start: int) -> Iterable[Batch]:
@@ -84,22 +85,22 @@ def refused(message: str, call: Callable[[], object]) -> None:
         raise AssertionError(f"not refused: {message}")
 
 
-def check_states_and_lists_that_differ_stop_both(folder: Path, ranks: distributed.Ranks) -> None:
+def check_states_and_lists_that_differ_stop_both(folder: Path, ranks: comm.Ranks) -> None:
     folder = folder / f"of rank {ranks.rank}"  # not shared
     state = {"model": {}, "config": {}, "choices": {}, "class_names": [], "step": 20, "evaluated": 0, "steps_per_epoch": 4}
     if ranks.rank == 0:
         checkpoint.save(state, folder / "checkpoints/last.pt")
     training = training_of(folder, ranks)
     refused(f"different states to go on from: evaluated is 0 on rank 0, not there on rank 1; {folder} must be on a disk", training.resume)
-    refused(f"rank 1 does not see the run folder {folder}", lambda: distributed.require_shared(folder, ranks))
+    refused(f"rank 1 does not see the run folder {folder}", lambda: comm.require_shared(folder, ranks))
     videos = [Video(f"{number}.mp4", 0) for number in range(3)]
     source = VideoSource(name="lists", class_names=("a", "b" if ranks.rank else "c"), train=videos[ranks.rank :], val=videos, test=videos, notes={})
     config = OmegaConf.create({"dataset": {"_target_": "operator.attrgetter"}})
-    jobs.build = lambda node, key: source
-    refused("different videos or classes: class 1 is 'c' on rank 0, 'b' on rank 1; lists must be the same", lambda: jobs.load_source(config, ranks))
+    builders.build = lambda node, key: source
+    refused("different videos or classes: class 1 is 'c' on rank 0, 'b' on rank 1; lists must be the same", lambda: builders.load_source(config, ranks))
 
 
-def check_a_signal_on_one_process_ends_the_evaluation_on_both(ranks: distributed.Ranks) -> None:
+def check_a_signal_on_one_process_ends_the_evaluation_on_both(ranks: comm.Ranks) -> None:
     class Batch:
         failed, clips = (Unreadable(0, "bad.mp4", "no video"),), None
 
@@ -121,13 +122,13 @@ def check_a_signal_on_one_process_ends_the_evaluation_on_both(ranks: distributed
     assert len(evaluate(nn.Identity(), Loader([Batch] * (5 - ranks.rank)), normalise=nn.Identity(), ranks=ranks, stop=StopFlag()).failed) == 1
 
 
-def check_what_one_process_says_is_heard_by_both_at_the_next_call(ranks: distributed.Ranks) -> None:
-    told = distributed.OneCallLate()
+def check_what_one_process_says_is_heard_by_both_at_the_next_call(ranks: comm.Ranks) -> None:
+    told = comm.OneCallLate()
     said = [0, 5 if ranks.rank else 0, 0, 3, 0]
     assert [told.largest(number) for number in said] == [0, 0, 5, 0, 3]
 
 
-def check_a_nan_on_one_process_stops_both(folder: Path, ranks: distributed.Ranks) -> None:
+def check_a_nan_on_one_process_stops_both(folder: Path, ranks: comm.Ranks) -> None:
     training = training_of(folder, ranks)
     loss = training.loss
     training.loss = lambda logits, labels: loss(logits, labels) * (float("nan") if ranks.rank == 1 and training.step == 2 else 1.0)
@@ -137,20 +138,20 @@ def check_a_nan_on_one_process_stops_both(folder: Path, ranks: distributed.Ranks
         assert "at step 3" in str(error), error
     else:
         raise AssertionError("a NaN went unnoticed")
-    distributed.barrier()  # the first process writes while it ends
+    comm.barrier()  # the first process writes while it ends
     state = checkpoint.load(training.last)
     assert state["step"] == 2, state["step"]
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
-def check_a_nan_in_the_features_of_one_process_is_left_out_by_both(folder: Path, ranks: distributed.Ranks) -> None:
+def check_a_nan_in_the_features_of_one_process_is_left_out_by_both(folder: Path, ranks: comm.Ranks) -> None:
     """Also in the second half of an accumulated batch, and however often the run is begun anew in between."""
     training = training_of(folder / "two", ranks, broken=(1, 2), skip_nonfinite=2, accumulate=2)
     training.run()
     assert training.step == 4 and training.skipped == 2 and training.skipped_in_a_row == 0
     assert all(value.isfinite().all() for value in training.model.state_dict().values())
     weights = torch.cat([p.detach().flatten() for p in training.model.parameters()])
-    assert torch.equal(*distributed.gathered([weights]))
+    assert torch.equal(*comm.gathered([weights]))
 
     started = training_of(folder / "four", ranks, broken=(1, 2, 3), skip_nonfinite=2, max_steps=3)
     started.run()
@@ -165,14 +166,14 @@ def check_a_nan_in_the_features_of_one_process_is_left_out_by_both(folder: Path,
 
 def main() -> None:
     torch.set_num_threads(1)
-    ranks = distributed.start(accelerator="cpu", devices=2)
+    ranks = comm.start(accelerator="cpu", devices=2)
     assert ranks.world == 2
     check_states_and_lists_that_differ_stop_both(Path(sys.argv[1]), ranks)
     check_a_signal_on_one_process_ends_the_evaluation_on_both(ranks)
     check_what_one_process_says_is_heard_by_both_at_the_next_call(ranks)
     check_a_nan_on_one_process_stops_both(Path(sys.argv[1]) / "stops", ranks)
     check_a_nan_in_the_features_of_one_process_is_left_out_by_both(Path(sys.argv[1]), ranks)
-    distributed.stop()
+    comm.stop()
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from devices import number_of_gpus, seeing
 from forked import ended, start
 from run_tools import torchrun_script
 
-from atfr import launch
-from atfr.engine import distributed
+from atfr.cli import launch
+from atfr.engine.distributed import comm
 
 COUNT = "import sys, torch; sys.exit(torch.cuda.device_count())"
 
@@ -23,7 +23,7 @@ def require(expected: int) -> None:
 
 def test_a_test_sees_none():
     require(0)
-    assert launch.processes_to_start("auto", None) == 1 and not distributed.uses_gpu("auto")
+    assert launch.processes_to_start("auto", None) == 1 and not comm.uses_gpu("auto")
 
 
 def test_nor_does_a_process_that_it_forks_or_starts():

@@ -12,7 +12,7 @@ goes on where it stopped.
 
 from __future__ import annotations
 
-from atfr.engine.interruption import listen
+from atfr.engine.distributed.preemption import listen
 
 if __name__ == "__main__":
     listen()  # before the imports, which take seconds
@@ -25,21 +25,23 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from atfr import jobs
-from atfr.configuration import build, check_root, choices, program
-from atfr.data.records import VideoSource
+from atfr.cli import builders
+from atfr.cli.config import build, check_root, choices, program
+from atfr.data.types import VideoSource
 from atfr.data.transforms import Normalizer
-from atfr.engine import checkpoint, distributed, results
+from atfr.engine import metrics
+from atfr.engine.distributed import comm
+from atfr.engine.run import checkpoint
 from atfr.engine.budgets import set_share, share_for
-from atfr.engine.contents import contents, require_same_contents
-from atfr.engine.files import write_text
-from atfr.engine.run_folder import claim_folder
+from atfr.engine.run.contents import contents, require_same_contents
+from atfr.utils.atomic_io import write_text
+from atfr.engine.run.run_dir import claim_folder
 from atfr.engine.settings import TrainerSettings
-from atfr.engine.statistics import calibrate_width, clips_for_statistics, refresh_statistics
-from atfr.launch import on_every_process
-from atfr.models.network import VideoNet
-from atfr.recipe import with_recipe
-from atfr.run_name import run_folder
+from atfr.engine.calibration import calibrate_width, clips_for_statistics, refresh_statistics
+from atfr.cli.launch import on_every_process
+from atfr.models.video_net import VideoNet
+from atfr.cli.recipe import with_recipe
+from atfr.cli.run_name import run_folder
 
 
 @program("calibrate")
@@ -51,49 +53,49 @@ def main(config: DictConfig) -> None:
     if not isinstance(budgets, list) or not budgets or not all(isinstance(budget, (int, float)) and 0 < budget <= 1 for budget in budgets):
         raise ValueError(f"budgets={budgets} must be shares of the dense GFLOPs, above 0 and at most 1, in a list such as [0.4,0.6]")
     budgets = [float(budget) for budget in budgets]
-    if jobs.weights_given(config) is None:
+    if builders.weights_given(config) is None:
         raise ValueError("model.weights is not set, nor init_from: it names the trained network that SGS is put into")
     folder, stop = run_folder(settings.output_dir, under="calibrated"), listen()
     work = partial(calibrate, config, settings, budgets=budgets, folder=folder)
     on_every_process(work, config, settings, program=__file__, folder=folder, alone=True, stop=stop, where="in the calibration")
 
 
-def calibrate(config: DictConfig, settings: TrainerSettings, ranks: distributed.Ranks, budgets: list[float], folder: Path) -> None:
-    clip, source = jobs.clip_settings(config), jobs.load_source(config, ranks, make=False)
-    jobs.require_videos(source, "train", "test")
-    model = jobs.build_model(config, num_classes=len(source.class_names), ranks=ranks, seed=settings.seed, pretrained=True)
+def calibrate(config: DictConfig, settings: TrainerSettings, ranks: comm.Ranks, budgets: list[float], folder: Path) -> None:
+    clip, source = builders.clip_settings(config), builders.load_source(config, ranks, make=False)
+    builders.require_videos(source, "train", "test")
+    model = builders.build_model(config, num_classes=len(source.class_names), ranks=ranks, seed=settings.seed, pretrained=True)
     if not model.sgs:
         raise ValueError("this model does not sample, so there is nothing to calibrate: choose its twin, model=NAME_sgs")
     path = folder / "calibration.json"
     done = {entry["budget"]: entry for entry in json.loads(path.read_text())} if path.exists() else {}
-    files = contents(source, jobs.weights_given(config))
+    files = contents(source, builders.weights_given(config))
     for entry in done.values():
         require_same_contents(entry.get("contents", files), files, of=path, way_out="choose another trainer.output_dir", warn=ranks.is_main)
     missing = [budget for budget in budgets if budget not in done]
-    table = jobs.gflops_table(model, clip) if missing else None
+    table = builders.gflops_table(model, clip) if missing else None
     whole = any(layer.is_baseline for layer in model.sgs.values())
     shares = {budget: share_for(table, budget, whole=whole) for budget in missing}  # all of them first: one may not be possible
     plain = OmegaConf.to_container(config, resolve=True)
     del plain["budgets"]  # other budgets of the same network are no other experiment
     if ranks.is_main:
         claim_folder(folder, plain, "calibration", resume=settings.resume)
-        jobs.report_missing(source, folder)
-    distributed.barrier()
-    clips = clips_for_statistics(jobs.train_batches(source, clip, settings, ranks)[1](0, 0), settings) if missing else []
+        builders.report_missing(source, folder)
+    comm.barrier()
+    clips = clips_for_statistics(builders.train_batches(source, clip, settings, ranks)[1](0, 0), settings) if missing else []
     normalise = Normalizer(clip.mean, clip.std).to(ranks.device)
     choose = refresh_statistics if config.refresh_batch_norm else calibrate_width
     for budget in budgets:
         if budget in missing:
             set_share(model, shares[budget])
             choose(model, lambda: (normalise(batch.to(ranks.device)) for batch in clips))
-            evaluation = jobs.run_views(
+            evaluation = builders.run_views(
                 model, source.test, clip, views=clip.views, crops=clip.crops, settings=settings, ranks=ranks, title=f"budget {budget:g}"
             )
             saved = folder / "checkpoints" / f"budget-{budget:g}.pt"
-            protocol = jobs.protocol(config, model, clip, source, settings, ranks, checkpoint=saved)
-            with distributed.main_first(ranks):  # the others wait: counting a network's GFLOPs may take long
+            protocol = builders.protocol(config, model, clip, source, settings, ranks, checkpoint=saved)
+            with comm.main_first(ranks):  # the others wait: counting a network's GFLOPs may take long
                 if ranks.is_main:
-                    done[budget] = {"budget": budget, "share": shares[budget], "contents": files, **results.summarise(evaluation, table, protocol=protocol)}
+                    done[budget] = {"budget": budget, "share": shares[budget], "contents": files, **metrics.summarise(evaluation, table, protocol=protocol)}
                     checkpoint.save(state_of(model, plain, shares[budget], source, whole=whole), saved)
                     write_text(path, json.dumps([done[key] for key in sorted(done)], indent=2) + "\n")
         if ranks.is_main:

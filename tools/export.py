@@ -20,30 +20,30 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from atfr import checkpoint_config, jobs
-from atfr.configuration import check_root, program
-from atfr.data.dataset import ClipSettings, TestClips
-from atfr.data.records import Video
+from atfr.cli import builders, from_checkpoint
+from atfr.cli.config import check_root, program
+from atfr.data.clips import ClipSettings, TestClips
+from atfr.data.types import Video
 from atfr.data.transforms import Normalizer
-from atfr.engine.distributed import Ranks
+from atfr.engine.distributed.comm import Ranks
 from atfr.models import export
-from atfr.models.network import VideoNet
+from atfr.models.video_net import VideoNet
 
 LOOKED_AT = 24  # clips of the test split among which those with different B' are looked for
 CHECKED = 4  # of these, besides those with frames held
 
 
-@program("export", arguments=checkpoint_config.like_the_checkpoint)
+@program("export", arguments=from_checkpoint.like_the_checkpoint)
 def main(config: DictConfig) -> None:
     check_root(config)
     export.check_format(config.format)
-    path, format = checkpoint_config.checkpoint_file(config.checkpoint), config.format
-    state = checkpoint_config.read(path)
-    file = checkpoint_config.results_folder(path, config.trainer.output_dir) / "export" / export.FILES[format]
-    config = checkpoint_config.with_overrides(state, config)
-    ranks, clip = Ranks(0, 1, torch.device("cpu")), jobs.clip_settings(config)
-    source = checkpoint_config.test_videos(config, state, path, ranks)
-    model = checkpoint_config.trained_model(config, state, path, ranks).eval()
+    path, format = from_checkpoint.checkpoint_file(config.checkpoint), config.format
+    state = from_checkpoint.read(path)
+    file = from_checkpoint.results_folder(path, config.trainer.output_dir) / "export" / export.FILES[format]
+    config = from_checkpoint.with_overrides(state, config)
+    ranks, clip = Ranks(0, 1, torch.device("cpu")), builders.clip_settings(config)
+    source = from_checkpoint.test_videos(config, state, path, ranks)
+    model = from_checkpoint.trained_model(config, state, path, ranks).eval()
     clips = different_clips(model, source.test, clip)
     unchecked = file.with_stem("unchecked")
     run = export.export(model, next(iter(clips.values())), unchecked, format=format)

@@ -13,11 +13,11 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from atfr import jobs
-from atfr.configuration import check_root, program
-from atfr.engine.accounting import CONVENTION, GflopsTable
-from atfr.engine.distributed import Ranks
-from atfr.recipe import is_given, with_recipe
+from atfr.cli import builders
+from atfr.cli.config import check_root, program
+from atfr.engine.flops import CONVENTION, GflopsTable
+from atfr.engine.distributed.comm import Ranks
+from atfr.cli.recipe import is_given, with_recipe
 
 
 @program("flops")
@@ -25,12 +25,12 @@ def main(config: DictConfig) -> None:
     if is_given("dataset", HydraConfig.get().overrides.task):
         config, _ = with_recipe(config)  # what a training on this dataset takes
     check_root(config)
-    clip = jobs.clip_settings(config)
+    clip = builders.clip_settings(config)
     classes = 400 if config.num_classes is None else config.num_classes
     if not isinstance(classes, int) or classes < 1:
         raise ValueError(f"num_classes must be at least 1, or null, not {classes}")
-    model = jobs.build_model(config, num_classes=classes, ranks=Ranks(0, 1, torch.device("cpu")))
-    table = jobs.gflops_table(model, clip)
+    model = builders.build_model(config, num_classes=classes, ranks=Ranks(0, 1, torch.device("cpu")))
+    table = builders.gflops_table(model, clip)
     params = sum(parameter.numel() for parameter in model.parameters())
     by_bins = {"/".join(map(str, bins)): table.at(bins) for bins in ladder(table)}
     if config.json:

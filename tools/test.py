@@ -9,7 +9,7 @@ folder, or into trainer.output_dir. The config is the one that the checkpoint wa
 
 from __future__ import annotations
 
-from atfr.engine.interruption import StopFlag, listen
+from atfr.engine.distributed.preemption import StopFlag, listen
 
 if __name__ == "__main__":
     listen()  # before the imports, which take seconds
@@ -21,20 +21,20 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from atfr import checkpoint_config, jobs
-from atfr.configuration import build, check_root, program
-from atfr.engine.distributed import Ranks
+from atfr.cli import builders, from_checkpoint
+from atfr.cli.config import build, check_root, program
+from atfr.engine.distributed.comm import Ranks
 from atfr.engine.settings import TrainerSettings
-from atfr.launch import on_every_process
+from atfr.cli.launch import on_every_process
 
 
-@program("test", arguments=checkpoint_config.like_the_checkpoint)
+@program("test", arguments=from_checkpoint.like_the_checkpoint)
 def main(config: DictConfig) -> None:
     check_root(config)
-    path = checkpoint_config.checkpoint_file(config.checkpoint)
-    state = checkpoint_config.read(path)
-    folder = checkpoint_config.results_folder(path, config.trainer.output_dir)
-    config = checkpoint_config.with_overrides(state, config)
+    path = from_checkpoint.checkpoint_file(config.checkpoint)
+    state = from_checkpoint.read(path)
+    folder = from_checkpoint.results_folder(path, config.trainer.output_dir)
+    config = from_checkpoint.with_overrides(state, config)
     settings: TrainerSettings = build(config.trainer, "trainer")
     stop = listen()
     work = partial(test, config, state, path, settings, folder=folder, stop=stop)
@@ -42,14 +42,14 @@ def main(config: DictConfig) -> None:
 
 
 def test(config: DictConfig, state: dict[str, Any], path: Path, settings: TrainerSettings, ranks: Ranks, folder: Path, stop: StopFlag) -> None:
-    clip = jobs.clip_settings(config)
-    source = checkpoint_config.test_videos(config, state, path, ranks)
+    clip = builders.clip_settings(config)
+    source = from_checkpoint.test_videos(config, state, path, ranks)
     if ranks.is_main:
-        jobs.report_missing(source, folder)
-    model = checkpoint_config.trained_model(config, state, path, ranks)
+        builders.report_missing(source, folder)
+    model = from_checkpoint.trained_model(config, state, path, ranks)
     model.prepare(compiled=settings.compile)
     with stop.only_noted():
-        jobs.test_and_report(model, source, clip, config=config, settings=settings, ranks=ranks, folder=folder, checkpoint=path, stop=stop)
+        builders.test_and_report(model, source, clip, config=config, settings=settings, ranks=ranks, folder=folder, checkpoint=path, stop=stop)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ torchrun, srun and submitit may start the processes instead. The same command ru
 
 from __future__ import annotations
 
-from atfr.engine.interruption import StopFlag, listen
+from atfr.engine.distributed.preemption import StopFlag, listen
 
 if __name__ == "__main__":
     listen()  # before the imports that take seconds, in which a signal would end the program
@@ -23,21 +23,22 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from atfr import jobs
-from atfr.configuration import build, check_root, choices, program, take_dry_run
+from atfr.cli import builders
+from atfr.cli.config import build, check_root, choices, program, take_dry_run
 from atfr.data.transforms import Normalizer
-from atfr.dry_run import print_plan
-from atfr.engine import checkpoint, distributed
-from atfr.engine.contents import contents
-from atfr.engine.mixing import mixing
-from atfr.engine.place import find_place
-from atfr.engine.results import accuracy
-from atfr.engine.run_folder import claim_folder
+from atfr.cli.dry_run import print_plan
+from atfr.engine.distributed import comm
+from atfr.engine.run import checkpoint
+from atfr.engine.run.contents import contents
+from atfr.data.mixup import mixing
+from atfr.engine.distributed.launch_env import find_place
+from atfr.engine.metrics import accuracy
+from atfr.engine.run.run_dir import claim_folder
 from atfr.engine.settings import TrainerSettings
-from atfr.engine.train import Training
-from atfr.launch import on_every_process
-from atfr.recipe import Announcement, require_weights, with_experiment, with_recipe
-from atfr.run_name import run_folder
+from atfr.engine.trainer import Training
+from atfr.cli.launch import on_every_process
+from atfr.cli.recipe import Announcement, require_weights, with_experiment, with_recipe
+from atfr.cli.run_name import run_folder
 
 
 @program("train", otherwise=with_experiment)
@@ -57,22 +58,22 @@ def main(config: DictConfig) -> None:
     on_every_process(work, config, settings, program=__file__, folder=folder, alone=True, stop=stop, where="before training")
 
 
-def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distributed.Ranks, folder: Path, stop: StopFlag, recipe: Announcement) -> None:
+def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: comm.Ranks, folder: Path, stop: StopFlag, recipe: Announcement) -> None:
     """Train and test on this process."""
     if ranks.is_main:
         recipe.say(has_recipe=True)
-    clip = jobs.clip_settings(config)
+    clip = builders.clip_settings(config)
     with stop.at_once("before training"):
-        source = jobs.load_source(config, ranks)
-    jobs.require_videos(source, "train", "val", *(["test"] if settings.test else []))
+        source = builders.load_source(config, ranks)
+    builders.require_videos(source, "train", "val", *(["test"] if settings.test else []))
     # Pretrained weights are where training starts from: a run that goes on has its own.
     starts = not (folder / "checkpoints" / "last.pt").exists()
-    model = jobs.build_model(config, num_classes=len(source.class_names), ranks=ranks, seed=settings.seed, pretrained=starts)
-    jobs.check_batch_norm(model, clip, settings, ranks)
+    model = builders.build_model(config, num_classes=len(source.class_names), ranks=ranks, seed=settings.seed, pretrained=starts)
+    builders.check_batch_norm(model, clip, settings, ranks)
     plain = OmegaConf.to_container(config, resolve=True)
     if ranks.is_main:
         claim_folder(folder, plain, "training", resume=settings.resume)
-        if not starts and (given := jobs.weights_given(config)):
+        if not starts and (given := builders.weights_given(config)):
             print(f"{given[0]} is left alone: this run goes on from its own {folder / 'checkpoints' / 'last.pt'}", flush=True)
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         print(
@@ -81,14 +82,14 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
             flush=True,
         )
         recipe.say(has_recipe=False)
-        jobs.report_missing(source, folder)
-        jobs.say_what_chooses_the_epoch(source, config, settings)
-    distributed.barrier()
+        builders.report_missing(source, folder)
+        builders.say_what_chooses_the_epoch(source, config, settings)
+    comm.barrier()
 
-    steps_per_epoch, batches = jobs.train_batches(source, clip, settings, ranks)
+    steps_per_epoch, batches = builders.train_batches(source, clip, settings, ranks)
 
     def validate() -> dict[str, float]:
-        evaluation = jobs.run_views(
+        evaluation = builders.run_views(
             model, source.val, clip, views=1, crops=1, settings=settings, ranks=ranks, title="validation", stop=stop
         )
         bins = [view.bins[0] for view in evaluation.views]
@@ -106,7 +107,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
         settings=settings,
         ranks=ranks,
         folder=folder,
-        identity={"config": plain, "choices": choices(), "class_names": list(source.class_names), "contents": contents(source, jobs.weights_given(config))},
+        identity={"config": plain, "choices": choices(), "class_names": list(source.class_names), "contents": contents(source, builders.weights_given(config))},
         mix=mix,
         stop=stop,
     )
@@ -115,7 +116,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: distrib
         if settings.test:
             best = training.best
             checkpoint.load_weights(model, checkpoint.load(best)["model"], best)
-            jobs.test_and_report(model, source, clip, config=config, settings=settings, ranks=ranks, folder=folder, checkpoint=best, stop=stop)
+            builders.test_and_report(model, source, clip, config=config, settings=settings, ranks=ranks, folder=folder, checkpoint=best, stop=stop)
 
 
 if __name__ == "__main__":

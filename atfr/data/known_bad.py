@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from atfr.data.annotations import find_file
+from atfr.data.lists.annotations import find_file
 from atfr.data.manifest import VERSION, read_manifest, shorter
-from atfr.data.probe import Probe, file_state, quick_hash
-from atfr.data.records import Video, VideoSource
+from atfr.data.video.probe import Probe, file_state, quick_hash
+from atfr.data.types import Video, VideoSource
 
 _HASHED = 8  # good videos whose hashes are compared, to tell copies of a dataset from the originals
 _REMEDY = "give the manifest of this dataset, or make it anew with scripts/prepare.py"

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from atfr.data.dataset import Batch, TestClips, TrainClips, collate
+from atfr.data.clips import Batch, TestClips, TrainClips, collate
 from atfr.data.shortage import shortage
-from atfr.data.time_limit import TimeLimit
+from atfr.data.video.timeout import TimeLimit
 from atfr.data.worker_signals import leave_signals_to_main, starting_processes
-from atfr.host_memory import hand_back_freed_memory
+from atfr.utils.malloc import hand_back_freed_memory
 
 _PREFETCH = 2  # batches that each worker has ready
 

@@ -15,7 +15,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from atfr.data.readers import scaled_size
+from atfr.data.video.readers import scaled_size
 
 
 class _Frames(tv_tensors.Video):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from atfr.engine.accounting import GflopsTable
-from atfr.models.network import VideoNet
+from atfr.engine.flops import GflopsTable
+from atfr.models.video_net import VideoNet
 
 
 def share_for(table: GflopsTable, budget: float, *, whole: bool) -> float:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from atfr.engine.accounting import GflopsTable
-from atfr.models import packed
-from atfr.models.network import PREFIX, VideoNet
-from atfr.models.trials import evaluating
+from atfr.engine.flops import GflopsTable
+from atfr.models.packed import ops
+from atfr.models.video_net import PREFIX, VideoNet
+from atfr.models.graph.probing import evaluating
 
 HEAD = "head"  # the convolutions and linear layers behind the last stage
 OTHER = "other"  # everything that is no convolution or linear layer: pools, squeeze-excitation, sampling
@@ -128,7 +128,7 @@ class _PackedCosts(fx.Interpreter):
         self.costs = costs
 
     def run_node(self, node: fx.Node) -> Any:
-        if node.target is not packed.conv3d:
+        if node.target is not ops.conv3d:
             return super().run_node(node)
         path = node.args[0].target.removeprefix(PREFIX)
         before = self.costs.get(path, 0.0)

@@ -37,7 +37,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from atfr.configuration import build
+from atfr.cli.config import build
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = Path("runs", "claim")

@@ -21,10 +21,10 @@ from claim_trained import trained
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from atfr import jobs
-from atfr.data.synthetic_scene import NOISE, WINDOW, render, step_changes
+from atfr.cli import builders
+from atfr.data.datasets.synthetic_scene import NOISE, WINDOW, render, step_changes
 from atfr.data.transforms import Normalizer, test_crops
-from atfr.engine.files import write_text
+from atfr.utils.atomic_io import write_text
 
 CLIPS, STATIC_EVERY, BATCH = 300, 5, 50
 RESULT = "change.json"
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     model, config = trained(folder)
-    clip = jobs.clip_settings(config)
+    clip = builders.clip_settings(config)
     normalise = Normalizer(clip.mean, clip.std)
 
     def bins(clips: list[Tensor]) -> list[int]:

@@ -20,11 +20,11 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from atfr.configuration import build
-from atfr.data.sampling import uniform_views
-from atfr.data.synthetic_scene import PHASES, render
+from atfr.cli.config import build
+from atfr.data.temporal_sampling import uniform_views
+from atfr.data.datasets.synthetic_scene import PHASES, render
 from atfr.data.transforms import Normalizer, test_crops
-from atfr.models.sgs_layer import SGS, sample
+from atfr.models.sgs.layer import SGS, sample
 
 VIDEOS = 400  # of each split
 DATA = ("uneven", "even")  # files of configs/experiment/claim

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from claim_rows import ROWS, Row, updated
 
-from atfr.engine.files import write_text
+from atfr.utils.atomic_io import write_text
 
 DOCUMENT, README, PLOT = Path("docs/claim.md"), Path("README.md"), Path("docs/claim.png")
 OURS = ("atfr", "features", "input")  # the preset's layer, the same by what the sampled features show, and the same on the clips themselves

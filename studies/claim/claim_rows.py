@@ -19,7 +19,7 @@ from claim_change import RESULT as PROBED
 from claim_change import spearman
 from claim_speed import RESULT as TIMED
 
-from atfr.engine.files import write_text
+from atfr.utils.atomic_io import write_text
 
 ROWS = Path("studies/claim/rows.csv")
 NAN = float("nan")

@@ -19,12 +19,12 @@ import torch
 from claim_trained import CPU, trained
 from torch import Tensor
 
-from atfr import jobs
-from atfr.data.dataset import TestClips
+from atfr.cli import builders
+from atfr.data.clips import TestClips
 from atfr.data.loader import test_loader
 from atfr.data.transforms import Normalizer
-from atfr.engine.files import write_text
-from atfr.host_memory import keep_freed_memory
+from atfr.utils.atomic_io import write_text
+from atfr.utils.malloc import keep_freed_memory
 
 RESULT = "speed.json"
 LEAST = 40  # batches; a short list of test clips is gone through again
@@ -36,8 +36,8 @@ def main() -> None:
     folder = parser.parse_args().folder
     keep_freed_memory()  # as training and testing do
     model, config = trained(folder)
-    clip = jobs.clip_settings(config)
-    views = TestClips(jobs.load_source(config, CPU).test, clip, views=clip.views, crops=clip.crops)
+    clip = builders.clip_settings(config)
+    views = TestClips(builders.load_source(config, CPU).test, clip, views=clip.views, crops=clip.crops)
     loader = test_loader(views, batch_size=config.trainer.batch_size)
     normalise = Normalizer(clip.mean, clip.std)
     batches = [normalise(batch.clips).contiguous(memory_format=torch.channels_last_3d) for batch in loader if batch.clips is not None]

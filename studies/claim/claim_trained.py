@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from atfr.checkpoint_config import trained_model
-from atfr.engine import checkpoint
-from atfr.engine.distributed import Ranks
-from atfr.models.network import VideoNet
+from atfr.cli.from_checkpoint import trained_model
+from atfr.engine.run import checkpoint
+from atfr.engine.distributed.comm import Ranks
+from atfr.models.video_net import VideoNet
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 

@@ -15,8 +15,8 @@ from typing import Sequence
 
 from tqdm import tqdm
 
-from atfr.data.encode import encode
-from atfr.engine.files import write_text
+from atfr.data.video.encode import encode
+from atfr.utils.atomic_io import write_text
 
 SHORT_SIDE, KEYFRAME = 64, 12
 

@@ -17,15 +17,15 @@ from test_packed_backbones import NETS, backbone, built, calibrated, check_alone
 from test_train import SETTINGS, Batch
 from torch import nn
 
-from atfr.data.dataset import TestClips
+from atfr.data.clips import TestClips
 from atfr.data.loader import test_loader
-from atfr.data.records import Video
+from atfr.data.types import Video
 from atfr.engine.determinism import choose_algorithms
-from atfr.engine.distributed import Ranks
-from atfr.engine.train import Training
+from atfr.engine.distributed.comm import Ranks
+from atfr.engine.trainer import Training
 from atfr.models.backbones.x3d import x3d
-from atfr.models.network import VideoNet
-from atfr.models.sgs_layer import SGSOptions
+from atfr.models.video_net import VideoNet
+from atfr.models.sgs.layer import SGSOptions
 
 pytestmark = pytest.mark.gpu
 GPU = "cuda:0"

@@ -15,7 +15,7 @@ from devices import on_gpu, seeing
 from forked import Job
 from run_tools import run_tool, small_job, torchrun
 
-from atfr.engine import checkpoint
+from atfr.engine.run import checkpoint
 
 pytestmark = pytest.mark.gpu
 EXACT = ("trainer.precision=fp32", "model.dropout=0.0")

@@ -8,9 +8,9 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from atfr.models.network import VideoNet
-from atfr.models.sgs_layer import SGSOptions
-from atfr.models.trials import first_line
+from atfr.models.video_net import VideoNet
+from atfr.models.sgs.layer import SGSOptions
+from atfr.models.graph.probing import first_line
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from pytorchvideo.models.slowfast import FuseFastToSlow, create_slowfast
 from torch import Tensor, fx, nn
 
 from atfr.models.backbones.common import variant, mended
-from atfr.models import packed
-from atfr.models.network import VideoNet
-from atfr.models.segments import Segments, centred, take, window_of
-from atfr.models.sgs_layer import SGSOptions
+from atfr.models.packed import ops
+from atfr.models.video_net import VideoNet
+from atfr.models.packed.segments import Segments, centred, take, window_of
+from atfr.models.sgs.layer import SGSOptions
 
 _NAMES = ("stem", "res2", "res3", "res4", "res5")
 # Each stage of each pathway, before the fusion; a bare name stands for that stage of both.
@@ -162,7 +162,7 @@ class Fusion(nn.Module):
         return torch.cat((slow, self.activation(self.norm(fused))), 1), slow_segments
 
     def _released(self, slow: Tensor, slow_segments: Segments, fast: Tensor, fast_segments: Segments) -> Packed:
-        fused = self.activation(self.norm(packed.conv3d(self.conv_fast_to_slow, fast, fast_segments)))
+        fused = self.activation(self.norm(ops.conv3d(self.conv_fast_to_slow, fast, fast_segments)))
         fused_segments = fast_segments.through(window_of(self.conv_fast_to_slow))
         lengths = tuple(max(pair) for pair in zip(slow_segments.lengths, fused_segments.lengths))
         parts = [_centred(x, segments.lengths, lengths) for x, segments in ((slow, slow_segments), (fused, fused_segments))]

@@ -9,8 +9,8 @@ from pytorchvideo.models.x3d import create_x3d
 from torch import nn
 
 from atfr.models.backbones.common import variant, mended
-from atfr.models.network import VideoNet
-from atfr.models.sgs_layer import SGSOptions
+from atfr.models.video_net import VideoNet
+from atfr.models.sgs.layer import SGSOptions
 
 STAGES = {"stem": "blocks.0", "res2": "blocks.1", "res3": "blocks.2", "res4": "blocks.3", "res5": "blocks.4"}
 

@@ -1,0 +1,91 @@
+"""Quote command-line values that hydra's grammar refuses, such as paths that begin with `~` or are not ASCII."""
+
+from __future__ import annotations
+
+import os
+from typing import Callable
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
+
+OPENING, CLOSING, QUOTES = "([{", ")]}", "'\""
+TOP_PATHS = ("init_from", "checkpoint", "root", "output")  # without a dot in their name, which a config group has neither
+
+
+def is_override(argument: str) -> bool:
+    return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
+
+
+def is_sweep(arguments: list[str]) -> bool:
+    return any(argument in ("-m", "--multirun", "hydra.mode=MULTIRUN") for argument in arguments)
+
+
+def quote_where_needed(arguments: list[str]) -> list[str]:
+    """The arguments, in a form that hydra parses.
+
+    What hydra parses already stays as it is, with one exception: a path with commas is one value where it exists, or where the
+    command is no sweep. With `-m`, the values of a comma list are quoted one by one.
+    """
+    sweep = is_sweep(arguments)
+    return [_quoted_argument(argument, sweep) if is_override(argument) and not argument.startswith("~") else argument for argument in arguments]
+
+
+def quoted(text: str) -> str:
+    """The text as one quoted string of hydra's grammar."""
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def parse(argument: str) -> Override | None:
+    """The override that an argument gives; None where hydra cannot parse it."""
+    try:
+        return OverridesParser.create().parse_override(argument)
+    except (HydraException, ValueError):
+        return None
+
+
+def value_text(override: Override) -> str:
+    """The text of a value that is no sweep, without its quotes."""
+    value = override.value()
+    return value if isinstance(value, str) else override.get_value_element_as_str()
+
+
+def _quoted_argument(argument: str, sweep: bool) -> str:
+    key, _, value = argument.partition("=")
+    if key.startswith("hydra.") and value.startswith("~"):  # hydra expands no ~; in our options it is done by atfr.utils.paths
+        argument = f"{key}={os.path.expanduser(value)}"
+        value = argument.partition("=")[2]
+    value, override = value.strip(), parse(argument)
+    if override is not None:
+        one_path = override.is_sweep_override() and "/" in value and ("." in key or key in TOP_PATHS)
+        return f"{key}={quoted(value)}" if one_path and (not sweep or os.path.exists(os.path.expanduser(value))) else argument
+    mended = f"{key}={_mended(value, lambda text: parse(f'{key}={text}') is not None, split=sweep)}"
+    return argument if parse(mended) is None else mended
+
+
+def _mended(value: str, parses: Callable[[str], bool], *, split: bool) -> str:
+    if parses(value):
+        return value
+    if value.startswith("[") and value.endswith("]"):
+        return f"[{','.join(_mended(part, parses, split=False) for part in _split(value[1:-1]))}]"
+    parts = _split(value)
+    if split and len(parts) > 1 and not os.path.exists(os.path.expanduser(value)):
+        return ",".join(_mended(part, parses, split=False) for part in parts)
+    return value if value.startswith((*OPENING, *QUOTES)) else quoted(value)
+
+
+def _split(text: str) -> list[str]:
+    """Split at the commas that are in no brackets or quotes; where these are not balanced, they are letters of a path."""
+    parts, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in QUOTES:
+            quote = letter
+        elif letter in OPENING + CLOSING:
+            depth += 1 if letter in OPENING else -1
+        if letter == "," and depth == 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in (text.split(",") if depth or quote else parts)]

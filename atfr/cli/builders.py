@@ -1,0 +1,268 @@
+"""What tools/train.py and tools/test.py have in common: data, network and testing from a config."""
+
+from __future__ import annotations
+
+import zlib
+from contextlib import nullcontext
+from dataclasses import fields
+from itertools import islice
+from pathlib import Path
+from typing import Any, Callable, Iterable, Sequence
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from atfr.cli.config import build, warn_of_ignored
+from atfr.data.clips import ClipSettings, TestClips, TrainClips
+from atfr.data.known_bad import leave_out_bad
+from atfr.data.loader import TrainSampler, test_loader, train_loader
+from atfr.data.types import Video, VideoSource
+from atfr.data.transforms import Normalizer
+from atfr.engine import metrics
+from atfr.engine.distributed import comm
+from atfr.engine.flops import GflopsTable
+from atfr.engine.distributed.comm import Ranks
+from atfr.engine.evaluator import Evaluation, evaluate
+from atfr.utils.atomic_io import write_text
+from atfr.engine.distributed.preemption import StopFlag
+from atfr.engine.settings import TrainerSettings, precision_dtype
+from atfr.models.video_net import VideoNet
+from atfr.models.pretrained.load import load_pretrained
+
+# Options of `dataset.clip` that concern training only, or speed only. All others are part of a test's protocol.
+NOT_OF_A_TEST = ("train_short_side", "train_scale", "flip", "randaugment", "color_jitter", "erasing", "cache")
+SYNTHETIC = "atfr.data.datasets.synthetic.synthetic"  # the dataset that can be generated
+
+
+def load_source(config: DictConfig, ranks: Ranks, *, make: bool = True) -> VideoSource:
+    """The dataset's videos, the same on all processes, without those for training that `dataset.manifest` knows to be bad.
+
+    The main process comes first, since it may have to generate them: `make` says whether it does so where `dataset.make` is
+    null. It prints the warnings about the lists.
+    """
+    extra = {} if make or config.dataset.get("make") is not None or config.dataset._target_ != SYNTHETIC else {"make": False}
+    with comm.main_first(ranks):
+        source = build(config.dataset, "dataset", **extra)
+    manifest = config.dataset.get("manifest")
+    if manifest is not None and source.train:
+        listed = len(source.train)
+        source = leave_out_bad(source, str(manifest), decoder=config.dataset.clip.decoder)
+        if ranks.is_main:
+            noted = source.notes["manifest"]
+            others = f", which does not have {noted['not_in_it']} others" if noted["not_in_it"] else ""
+            print(f"{source.name}: {noted['left_out']} of the {listed} training videos are left out, bad by {noted['file']}{others}", flush=True)
+    if ranks.is_main:
+        for warning in source.warnings:
+            print(_printable(f"warning: {warning}"), flush=True)
+    lists = {f"{split} videos": _fingerprint(getattr(source, split)) for split in ("train", "val", "test")}
+    classes = {f"class {number}": name for number, name in enumerate(source.class_names)}
+    comm.require_same({**lists, **classes}, of="videos or classes", remedy=f"{source.name} must be the same on all machines")
+    return source
+
+
+def _fingerprint(videos: Sequence[Video]) -> str:
+    return f"{len(videos)} (crc {zlib.crc32(repr([(video.path, video.label) for video in videos]).encode(errors='surrogateescape')):08x})"
+
+
+def require_videos(source: VideoSource, *splits: str) -> None:
+    """Raise ValueError unless each of the splits has videos."""
+    for split in splits:
+        if not getattr(source, split):
+            raise ValueError(f"dataset {source.name} has no {split} videos; set dataset.{split}")
+
+
+def report_missing(source: VideoSource, folder: Path) -> None:
+    """Say in one line how many listed videos are not there, and name all of them in `missing_SPLIT.txt`."""
+    for split, videos in source.missing.items():
+        path = folder / f"missing_{split}.txt"
+        path.unlink(missing_ok=True)
+        if not videos:
+            continue
+        # A list may name files whose names are not UTF-8; they are written back as the bytes they came from.
+        write_text(path, "".join(f"{video}\n" for video in videos), errors="surrogateescape")
+        listed = len(videos) + source.notes["videos"][split]
+        shown = ", ".join(videos[:3]) + (", ..." if len(videos) > 3 else "")
+        line = f"{source.name}: {len(videos)} of the {listed} {split} videos are not there and left out ({shown}); {path} names them all"
+        print(_printable(line), flush=True)
+
+
+def say_what_chooses_the_epoch(source: VideoSource, config: DictConfig, settings: TrainerSettings) -> None:
+    """Print a line if the epoch is chosen on the test videos, which makes its accuracy optimistic."""
+    if source.notes.get("validation") != "test list" or settings.epochs <= settings.eval_every:
+        return
+    others = "set dataset.val=LIST to choose it on others, or " if "val" in config.dataset else ""
+    last = f"trainer.eval_every={settings.epochs} to test the last epoch"
+    print(f"validation: {source.name} has no validation list, so the test videos choose the best epoch; {others}{last}", flush=True)
+
+
+def _printable(line: str) -> str:
+    """A line that may name files whose names are not UTF-8."""
+    return line.encode(errors="backslashreplace").decode()
+
+
+def clip_settings(config: DictConfig) -> ClipSettings:
+    """`dataset.clip`, checked."""
+    node = OmegaConf.create({"_target_": "atfr.data.clips.ClipSettings", **OmegaConf.to_container(config.dataset.clip, resolve=True)})
+    return build(node, "dataset.clip")
+
+
+def build_model(config: DictConfig, *, num_classes: int, ranks: Ranks, seed: int = 0, pretrained: bool = False) -> VideoNet:
+    """The network of `model`, initialised from the seed, on this process's device.
+
+    With `pretrained` the weights of `model.weights` or `init_from`, if one is set, are loaded into it, and the
+    main process prints what came of them. A network whose own checkpoint is read next needs none.
+
+    Raises:
+        ValueError: options that do not fit, or clips of `dataset.clip` that the network cannot run on.
+    """
+    if ranks.is_main:
+        warn_of_ignored(config)
+    dropout = config.model.get("dropout", 0.0)
+    if isinstance(dropout, (int, float)) and not 0 <= dropout < 1:
+        raise ValueError(f"model.dropout must be at least 0 and below 1, not {dropout}")
+    torch.manual_seed(seed)
+    model: VideoNet = build(config.model, "model", num_classes=num_classes)
+    try:
+        model.check_clip(config.dataset.clip.frames, config.dataset.clip.crop_size, config.dataset.clip.crop_size)
+    except ValueError as error:
+        raise ValueError(f"dataset.clip.frames={config.dataset.clip.frames}, dataset.clip.crop_size={config.dataset.clip.crop_size}: {error}") from error
+    given = weights_given(config)
+    if pretrained and given is not None:
+        report = load_pretrained(model, given[1], key=given[0])
+        if ranks.is_main:
+            print(report.as_table(), flush=True)
+    return model.to(ranks.device)
+
+
+def check_batch_norm(model: VideoNet, clip: ClipSettings, settings: TrainerSettings, ranks: Ranks) -> None:
+    """Raise ValueError if a process runs clips one by one and they are too small for batch norm in training."""
+    if settings.sync_batch_norm and ranks.world > 1:
+        return
+    shares = {settings.batch_size // ranks.world, -(-settings.batch_size // ranks.world)}
+    if any(len(part) == 1 for share in shares for part in torch.empty(share).chunk(settings.accumulate)):
+        model.check_training(clip.frames, clip.crop_size, clip.crop_size)
+
+
+def weights_given(config: DictConfig) -> tuple[str, Path] | None:
+    """The option that names the weights to start from, and their file; of a run folder, its best checkpoint.
+
+    Raises:
+        ValueError: both options are set.
+    """
+    weights, start = config.model.get("weights"), config.get("init_from")
+    if weights is not None and start is not None:
+        raise ValueError(f"model.weights={weights} and init_from={start} both say what to start from: set one of them to null")
+    if start is None:
+        return None if weights is None else ("model.weights", weights_file(weights, "model.weights"))
+    return "init_from", weights_file(start, "init_from")
+
+
+def weights_file(value: str, option: str) -> Path:
+    """The file that an option names: the value, or of a run folder its best checkpoint.
+
+    Raises:
+        ValueError: the value is a folder without one; names the checkpoints that are there.
+    """
+    path = Path(str(value))
+    if not path.is_dir():
+        return path
+    best = path / "checkpoints" / "best.pt"
+    if not best.exists():
+        others = [*sorted(path.glob("*.pt")), *sorted(path.glob("checkpoints/*.pt"))] or sorted(path.iterdir())
+        listed = ", ".join(str(other.relative_to(path)) for other in others[:8]) + (", ..." if len(others) > 8 else "")
+        raise ValueError(f"{option}={path} is a folder without checkpoints/best.pt; it holds {listed or 'nothing'}")
+    return best
+
+
+def gflops_table(model: VideoNet, clip: ClipSettings) -> GflopsTable:
+    return GflopsTable(model, (3, clip.frames, clip.crop_size, clip.crop_size))
+
+
+def train_batches(source: VideoSource, clip: ClipSettings, settings: TrainerSettings, ranks: Ranks) -> tuple[int, Callable[[int, int], Iterable[Any]]]:
+    """Steps an epoch, and `batches(epoch, n)`: this process's training batches of an epoch from its n-th on."""
+    labels = [video.label for video in source.train] if settings.class_balanced else None
+    sampler = TrainSampler(
+        len(source.train), seed=settings.seed, global_batch=settings.batch_size, rank=ranks.rank, world=ranks.world, labels=labels
+    )
+    loader = train_loader(
+        TrainClips(source.train, clip, seed=settings.seed),
+        sampler=sampler,
+        workers=settings.workers,
+        timeout_s=settings.timeout_s,
+        pin_memory=ranks.device.type == "cuda",
+    )
+
+    def batches(epoch: int, start: int) -> Iterable[Any]:
+        sampler.set_epoch(epoch, start)
+        return loader
+
+    def first_batches(epoch: int, start: int) -> Iterable[Any]:
+        return islice(batches(0, start), steps - start)
+
+    sampler.set_epoch(0)
+    steps = min(len(sampler), settings.overfit_batches)
+    return (steps, first_batches) if settings.overfit_batches else (len(sampler), batches)
+
+
+def run_views(
+    model: VideoNet, videos: Sequence[Video], clip: ClipSettings, *, views: int, crops: int, settings: TrainerSettings, ranks: Ranks, title: str, stop: StopFlag | None = None
+) -> Evaluation:
+    """Evaluate `views` x `crops` clips of each video, over all processes."""
+    loader = test_loader(
+        TestClips(videos, clip, views=views, crops=crops),
+        batch_size=ranks.share(settings.batch_size),
+        rank=ranks.rank,
+        world=ranks.world,
+        workers=settings.workers,
+        timeout_s=settings.timeout_s,
+        pin_memory=ranks.device.type == "cuda",
+    )
+    normalise = Normalizer(clip.mean, clip.std).to(ranks.device)
+    precision = precision_dtype(settings.precision, ranks.device)
+    return evaluate(model, loader, normalise=normalise, ranks=ranks, precision=precision, title=title, stop=stop)
+
+
+def test_and_report(
+    model: VideoNet,
+    source: VideoSource,
+    clip: ClipSettings,
+    *,
+    config: DictConfig,
+    settings: TrainerSettings,
+    ranks: Ranks,
+    folder: Path,
+    checkpoint: Path,
+    stop: StopFlag | None = None,
+) -> None:
+    """Test with all views; write `results.json`, `predictions.csv` and the config of the test, and print the table."""
+    evaluation = run_views(model, source.test, clip, views=clip.views, crops=clip.crops, settings=settings, ranks=ranks, title="test", stop=stop)
+    if not ranks.is_main:
+        return
+    with stop.at_once("during the test") if stop else nullcontext():
+        table = gflops_table(model, clip)
+        summary = metrics.summarise(evaluation, table, protocol=protocol(config, model, clip, source, settings, ranks, checkpoint=checkpoint))
+        metrics.write_results(summary, folder)
+        metrics.write_predictions(evaluation, table, folder, class_names=source.class_names)
+        write_text(folder / "test_config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    for video in evaluation.failed.values():
+        print(_printable(f"failed: {video.path}: {video.reason}"))
+    print(metrics.as_table(summary, folder=folder))
+
+
+def protocol(
+    config: DictConfig, model: VideoNet, clip: ClipSettings, source: VideoSource, settings: TrainerSettings, ranks: Ranks, *, checkpoint: Path
+) -> dict[str, Any]:
+    """What was tested and how, as `results.json` has it: every option that changes predictions."""
+    return {
+        **{field.name: getattr(clip, field.name) for field in fields(clip) if field.name not in NOT_OF_A_TEST},
+        **({"stride": None} if clip.sampling == "segments" else {}),
+        "dataset": source.name,
+        "split": "test",
+        "checkpoint": str(checkpoint),
+        "model": {key: value for key, value in OmegaConf.to_container(config.model, resolve=True).items() if key not in ("clip", "clips")},
+        "execution": model.execution,
+        "compile": settings.compile,
+        "precision": str(precision_dtype(settings.precision, ranks.device)).removeprefix("torch."),
+        "tf32": settings.tf32 and ranks.device.type == "cuda",
+        **source.notes,
+    }

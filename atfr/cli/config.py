@@ -1,0 +1,220 @@
+"""From a composed Hydra config to objects: checked key by key, built by `_target_`.
+
+Only the programs in tools/ use this; models, data and engine take plain values.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import logging
+import os
+import sys
+import types
+import typing
+from collections import abc
+from typing import Any, Callable, Union
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from atfr.cli.arguments import quote_where_needed
+from atfr.cli.command_errors import JobLog, explain, is_of_the_command, one_line_errors, quiet_at_closed_pipe, unknown_option
+from atfr.cli.home import expand_home
+from atfr.cli.suggestions import GROUPS, did_you_mean, similar
+
+log = logging.getLogger(__name__)
+
+# Keys of a group that others read, and that its own target does not take.
+SHARED_KEYS = {"model": ("clip", "clips", "weights"), "dataset": ("clip", "manifest")}
+# What a config has at its top.
+ROOT_KEYS = ("dataset", "model", "optimizer", "schedule", "trainer", "experiment", "init_from", "checkpoint", "format", "json", "num_classes", "budgets", "refresh_batch_norm")
+
+
+def build(node: DictConfig, key: str, **extra: Any) -> Any:
+    """Call the `_target_` of the config node at `key` with the node's values and `extra`.
+
+    Raises:
+        ValueError: in one line, for a key that the target does not take, one that it lacks or one
+            of a wrong type (all with their full name), and whatever the target itself refuses.
+    """
+    values = OmegaConf.to_container(node, resolve=False)
+    for name in _unset(values):
+        raise ValueError(f"{key}.{name} is not set; add {key}.{name}=... to the command")
+    kept = OmegaConf.masked_copy(node, [name for name in values if name not in SHARED_KEYS.get(key, ())])
+    kept._set_parent(node._get_parent())
+    _check(OmegaConf.to_container(kept, resolve=True), key, given=extra)
+    try:
+        return instantiate(kept, **extra, _convert_="object")
+    except InstantiationException as error:
+        if error.__cause__ is None:
+            raise
+        raise error.__cause__ from None
+
+
+def _unset(values: dict[str, Any]) -> list[str]:
+    nested = [f"{name}.{inner}" for name, value in values.items() if isinstance(value, dict) and "_target_" in value for inner in _unset(value)]
+    return [name for name, value in values.items() if value == "???"] + nested
+
+
+def take_dry_run(config: DictConfig) -> bool:
+    """Remove `dry_run` from a config, of whose experiment it is no option, and return its value."""
+    with open_dict(config):
+        value = config.pop("dry_run", False)
+    if not isinstance(value, bool):
+        raise ValueError(f"dry_run={value} must be true or false")
+    return value
+
+
+def check_root(config: DictConfig) -> None:
+    """Raise ValueError for a key at the top of the config that nothing reads. A dense network's `model.sgs` becomes null."""
+    if take_dry_run(config):
+        raise ValueError("dry_run=true is an option of tools/train.py alone")
+    unknown = [str(key) for key in config if key not in ROOT_KEYS]
+    if unknown:
+        raise ValueError(unknown_option(unknown[0], OmegaConf.masked_copy(config, [key for key in config if key in ROOT_KEYS])))
+    if OmegaConf.select(config, "model.sgs._target_") == f"{__name__}.{nothing.__name__}":
+        config.model.sgs = None  # so that a run folder has no options that mean nothing
+
+
+def nothing(**options: Any) -> None:
+    """What `model.sgs` makes for a dense network, whatever it says there."""
+
+
+def warn_of_ignored(config: DictConfig) -> None:
+    """Say in one line that the command's `model.sgs.*` are for nothing, where they are; a config composed without a command has none."""
+    if not HydraConfig.initialized():
+        return
+    given = [override for override in HydraConfig.get().overrides.task if override.lstrip("+").startswith("model.sgs.")]
+    if given and config.model.get("sgs") is None:
+        name = HydraConfig.get().runtime.choices.get("model")
+        log.warning("model=%s does not sample: %s ignored, and jobs of a sweep that differ only in it are one experiment", name, ", ".join(given))
+
+
+def _check(values: dict[str, Any], key: str, given: typing.Collection[str] = ()) -> None:
+    """Compare a node's values with the signature of its target, and those of nested targets."""
+    target = _target(values["_target_"], key)
+    try:
+        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (NameError, TypeError):  # a function of somebody else's, whose hints cannot be read
+        hints = {}
+    parameters = inspect.signature(target).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name, value in values.items():
+        if name.startswith("_"):
+            continue
+        if name not in parameters and not takes_any:
+            meant = did_you_mean([f"{key}.{other}" for other in similar(name, parameters)])
+            raise ValueError(f"{key}.{name} is not an option of {values['_target_']}{meant or ';'} it takes {', '.join(parameters)}")
+        if isinstance(value, dict) and "_target_" in value:
+            _check(value, f"{key}.{name}")
+        elif not _fits(value, hints.get(name, Any)):
+            group = f"{key}.{name}".replace(".", "/")
+            way_out = f"; a file of that group is chosen with {group}={value}" if group in GROUPS else ""
+            raise ValueError(f"{key}.{name}={value!r} is not of type {_readable(hints[name])}{way_out}")
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    lacking = [n for n, p in parameters.items() if p.default is p.empty and p.kind not in variable and n not in values and n not in given]
+    if lacking and not values.get("_partial_"):
+        raise ValueError(f"{key}.{lacking[0]} is not set; add {key}.{lacking[0]}=... to the command")
+
+
+def _target(path: str, key: str) -> Callable[..., Any]:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{key}._target_={path!r} cannot be imported: {error}") from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin in (list, abc.Sequence):
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if isinstance(hint, type):
+        return isinstance(value, hint)
+    return True
+
+
+def _readable(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("NoneType", "null").replace("None", "null")
+
+
+def choices() -> dict[str, str]:
+    """Which file was chosen of each config group, for the checkpoint to remember."""
+    return {group: choice for group, choice in HydraConfig.get().runtime.choices.items() if not group.startswith("hydra") and choice}
+
+
+FULL_ERROR = "HYDRA_FULL_ERROR"  # at 1 hydra raises an error instead of printing what it makes of it
+
+
+Arguments = list[str]
+
+
+def program(
+    config_name: str,
+    arguments: Callable[[Arguments], Arguments] = list,
+    otherwise: Callable[[Arguments], Arguments | None] = lambda given: None,
+) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """Make `main(config)` of a file beside configs/ a program of this config; what its user can mend is said in one line.
+
+    Args:
+        arguments: what to make of the command line before hydra reads it.
+        otherwise: what to try where hydra composes no config from these; None: nothing.
+    """
+
+    def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
+        ours, jobs = False, JobLog()
+
+        @functools.wraps(main)
+        def composed(config: DictConfig) -> None:
+            if ours:
+                os.environ.pop(FULL_ERROR, None)
+            expand_home(config)
+            main(config)
+
+        run = hydra.main(version_base="1.3", config_path="../configs", config_name=config_name)(one_line_errors(composed, jobs))
+
+        @functools.wraps(main)
+        def start() -> None:
+            nonlocal ours
+            sys.argv[1:] = arguments(quote_where_needed(sys.argv[1:]))
+            ours = os.environ.get(FULL_ERROR) != "1"
+            if ours:
+                os.environ[FULL_ERROR] = "1"  # until main begins: of a command that gives no config hydra prints up to 30 lines
+            try:
+                with quiet_at_closed_pipe():
+                    try:
+                        run()
+                    except Exception as error:
+                        again = otherwise(sys.argv[1:]) if ours and is_of_the_command(error) else None
+                        if again is None:
+                            raise
+                        GlobalHydra.instance().clear()
+                        sys.argv[1:] = again
+                        run()
+            except Exception as error:
+                if not (ours and is_of_the_command(error)):
+                    raise
+                print(f"error: {explain(error, config_name, sys.argv[1:])}", file=sys.stderr, flush=True)
+                sys.exit(1)
+            finally:
+                if ours:
+                    os.environ.pop(FULL_ERROR, None)
+            jobs.end()
+
+        return start
+
+    return decorate

@@ -1,0 +1,164 @@
+"""What a training would do, printed before anything of it is done (`dry_run=true`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from atfr.cli import builders
+from atfr.data.loader import TrainSampler
+from atfr.data.types import VideoSource
+from atfr.engine import stage_costs
+from atfr.engine.distributed.comm import Ranks
+from atfr.engine.distributed.launch_env import find_place
+from atfr.engine.run.run_dir import flat
+from atfr.engine.settings import TrainerSettings, precision_dtype
+from atfr.cli.launch import processes_to_start
+from atfr.cli.recipe import CONFIGS
+
+COMMAND_LINE = "command line"
+SHOWN = ("model", "dataset", "optimizer", "schedule", "trainer", "init_from")
+HIDDEN = ("_target_", "_partial_", "clips", "prepare_hint")  # nobody chooses these
+
+
+def print_plan(config: DictConfig, settings: TrainerSettings, *, folder: Path) -> None:
+    """Print the options and where each comes from, the launch, the network's costs and the data; do nothing else.
+
+    Raises:
+        ValueError, OSError: what would end the training at its start, such as a dataset that is not there.
+    """
+    cpu = Ranks(0, 1, torch.device("cpu"))
+    source, problem = None, None
+    try:
+        source = builders.load_source(config, cpu, make=False)
+    except (ValueError, OSError) as error:
+        problem = error  # what can be said without the data comes first
+    num_classes = len(source.class_names) if source else OmegaConf.select(config, "dataset.num_classes") or 400
+    _print_section("options", options_table(config))
+    _print_section("launch", _aligned({**launch_facts(settings), "run folder": str(folder)}))
+    _print_section("network", network_table(config, num_classes))
+    if source is None and config.dataset._target_ != builders.SYNTHETIC:
+        print("\ndata", flush=True)
+        raise problem
+    facts = data_facts(source) if source else {"videos": f"{config.dataset.train} train, {config.dataset.test} test; generated first, under {config.dataset.root}"}
+    videos = len(source.train) if source else config.dataset.train
+    _print_section("data", _aligned({**facts, **step_facts(videos, config, settings)}))
+
+
+def _print_section(title: str, lines: Iterable[str]) -> None:
+    print(f"\n{title}", *lines, sep="\n  ", flush=True)
+
+
+def _aligned(facts: Mapping[str, str]) -> Iterator[str]:
+    return (f"{name:<11}  {value}" for name, value in facts.items())
+
+
+def network_table(config: DictConfig, num_classes: int) -> list[str]:
+    """Lines about the network: how it runs, and each stage's output, parameters and GFLOPs."""
+    clip = builders.clip_settings(config)
+    model = builders.build_model(config, num_classes=num_classes, ranks=Ranks(0, 1, torch.device("cpu")))
+    table = builders.gflops_table(model, clip)
+    bins = stage_costs.expected_bins(model, table)
+    first = f"one clip of {clip.frames} frames, {clip.crop_size} x {clip.crop_size}, {num_classes} classes; runs {model.execution}"
+    if bins:
+        first += f"; with SGS: a clip that keeps B' = {'/'.join(map(str, bins))} of {'/'.join(map(str, table.frames))} features"
+    shape = (3, clip.frames, clip.crop_size, clip.crop_size)
+    return [first, *stage_costs.as_table(stage_costs.stage_costs(model, table, shape, bins)).splitlines()]
+
+
+def options_table(config: DictConfig) -> Iterator[str]:
+    """Lines of `key  value  where it comes from`, for every option that a user may set."""
+    sources = value_sources()
+    values = {key: value for key, value in flat(OmegaConf.to_container(config, resolve=True)).items() if _is_shown(key)}
+    raw = flat(OmegaConf.to_container(config, resolve=False))
+    width = max(map(len, values))
+    for key, value in values.items():
+        source = sources.get(key, "")
+        reference = raw.get(key)
+        if isinstance(reference, str) and reference.startswith("${") and source != COMMAND_LINE:
+            source += f": {reference}"
+        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        yield f"{key:<{width}}  {shown:<24}  {source}".rstrip()
+
+
+def _is_shown(key: str) -> bool:
+    parts = key.split(".")
+    return parts[0] in SHOWN and not any(part in HIDDEN for part in parts) and not key.startswith("model.clip.")
+
+
+def value_sources() -> dict[str, str]:
+    """Map each key of the composed config to the file under configs/, or the command line, that set it last."""
+    hydra = HydraConfig.get()
+    choices = hydra.runtime.choices
+    overrides = list(hydra.overrides.task)
+    chosen = [f"{group}={choices[group]}" for group in ("model", "dataset", "experiment") if choices.get(group)]
+    loader = GlobalHydra.instance().config_loader()
+    defaults = loader.compute_defaults_list(hydra.job.config_name, [*chosen, *overrides], RunMode.RUN).defaults
+    sources: dict[str, str] = {}
+    for default in defaults:
+        path = CONFIGS / f"{default.config_path}.yaml"
+        if default.config_path is None or default.config_path.startswith("hydra") or not path.exists():
+            continue
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        assert isinstance(content, dict)
+        content.pop("defaults", None)
+        prefix = f"{default.package}." if default.package else ""
+        sources.update(dict.fromkeys(flat(content, prefix), f"configs/{default.config_path}.yaml"))
+    for override in OverridesParser.create().parse_overrides(overrides):
+        if override.key_or_group not in choices:
+            sources.update(dict.fromkeys([override.key_or_group, *_below(override.key_or_group, sources)], COMMAND_LINE))
+    return sources
+
+
+def _below(key: str, sources: Mapping[str, str]) -> list[str]:
+    return [other for other in sources if other.startswith(f"{key}.")]
+
+
+def launch_facts(settings: TrainerSettings) -> dict[str, str]:
+    """How many processes would run, where, on what, and what each has of a batch."""
+    place = find_place(os.environ)
+    world = place.world if place.launcher != "none" else processes_to_start(settings.accelerator, settings.devices)
+    gpus = torch.cuda.device_count() if settings.accelerator != "cpu" else 0
+    device = torch.device("cuda" if gpus else "cpu")
+    names = torch.cuda.get_device_name(0) if gpus else f"CPU, {torch.get_num_threads()} threads"
+    started = {"none": "this command", "torchrun": "torchrun", "srun": "srun"}[place.launcher]
+    precision = str(precision_dtype(settings.precision, device)).removeprefix("torch.")
+    share = -(-settings.batch_size // world)
+    return {
+        "processes": f"{world}, started by {started}" + (f", meeting at {place.address}:{place.port}" if place.address else ""),
+        "device": f"{names}; {precision}",
+        "batch": f"{settings.batch_size} clips, {share} a process" + (f" in {settings.accumulate} parts" if settings.accumulate > 1 else ""),
+        "workers": f"{settings.workers} loader processes for each process",
+    }
+
+
+def data_facts(source: VideoSource) -> dict[str, str]:
+    """How many videos and classes there are."""
+    facts = {
+        "dataset": f"{source.name}, {len(source.class_names)} classes; root {source.notes.get('root', '')}",
+        "videos": ", ".join(f"{len(getattr(source, split))} {split}" for split in ("train", "val", "test")),
+    }
+    missing = {split: len(paths) for split, paths in source.missing.items() if paths}
+    return {**facts, "missing": ", ".join(f"{count} {split}" for split, count in missing.items())} if missing else facts
+
+
+def step_facts(videos: int, config: DictConfig, settings: TrainerSettings) -> dict[str, str]:
+    """How many optimizer steps so many training videos make, and what a test video gets."""
+    clip = config.dataset.clip
+    facts = {"test": f"{clip.views} views x {clip.crops} crops a video" if settings.test else "none (trainer.test=false)"}
+    if not videos:
+        return facts
+    epoch = len(TrainSampler(videos, seed=0, global_batch=settings.batch_size))
+    epoch = min(epoch, settings.overfit_batches or epoch)
+    total = epoch * settings.epochs
+    stop = f", stops after {settings.max_steps}" if settings.max_steps is not None else ""
+    warmup = config.schedule.get("warmup", 0) * total
+    return {"steps": f"{epoch} an epoch, {total:,} in {settings.epochs} epochs{stop}; warm-up {warmup:.0f} steps", **facts}

@@ -1,0 +1,117 @@
+"""What the programs that start from a checkpoint share: its own config, this command's overrides, its network.
+
+The config is the one that the checkpoint was trained with; what the command line gives changes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from atfr.cli import builders
+from atfr.cli.arguments import is_override, parse, value_text
+from atfr.data.types import VideoSource
+from atfr.engine.run import checkpoint
+from atfr.engine.distributed.comm import Ranks
+from atfr.models.video_net import VideoNet
+from atfr.utils.paths import expanded
+from atfr.cli.run_name import run_folder
+
+OF_THE_COMMAND = ("checkpoint", "format")  # keys that say what to do with the network, and are not its config's
+
+read = functools.cache(checkpoint.load)  # needed twice: to compose the config, and for the weights
+
+
+def results_folder(path: Path, output_dir: str | None) -> Path:
+    """Where the results go: trainer.output_dir, or the run folder; in a sweep, a folder for each job."""
+    if output_dir is None and path.parent.name != "checkpoints":
+        raise ValueError(f"checkpoint {path} is in no run folder's checkpoints/; add trainer.output_dir=... for the results")
+    folder = Path(output_dir) if output_dir is not None else path.parent.parent
+    return folder / run_folder(None) if HydraConfig.get().mode == RunMode.MULTIRUN else folder
+
+
+def with_overrides(state: dict[str, Any], composed: DictConfig) -> DictConfig:
+    """The checkpoint's own config with what this command overrides taken from the composed one."""
+    config = OmegaConf.create(state["config"])
+    config.trainer.devices, config.trainer.accelerator = None, "auto"
+    now = HydraConfig.get().runtime.choices
+    given = given_overrides(HydraConfig.get().overrides.task)
+    for override in sorted(given, key=lambda override: "." in override):  # whole groups before single keys
+        if override not in OF_THE_COMMAND and (override not in now or now[override] != state["choices"].get(override)):
+            key = override.replace("/", ".")
+            OmegaConf.update(config, key, OmegaConf.select(composed, key), merge=False, force_add=True)
+    if composed.model.get("sgs") is None:  # single keys of it may have been given
+        config.model.sgs = None
+    # The checkpoint knows its classes, so a list of files needs no training videos to be tested.
+    if isinstance(config.dataset.get("train"), str):
+        config.dataset.train = None
+    if "class_names" in config.dataset and config.dataset.class_names is None:
+        config.dataset.class_names = state["class_names"]
+    return config
+
+
+def given_overrides(arguments: list[str]) -> list[str]:
+    """The keys that a command line overrides, groups among them.
+
+    Raises:
+        ValueError: it deletes a key, takes an experiment or names pretrained weights, none of which
+            a program that starts from a checkpoint has a use for.
+    """
+    program, keys = f"tools/{Path(sys.argv[0]).name}", []
+    for override in OverridesParser.create().parse_overrides([a for a in arguments if is_override(a)]):
+        if override.is_delete() or override.key_or_group == "experiment":
+            raise ValueError(f"{program} does not take {override.input_line}: change the checkpoint's config key by key")
+        if override.key_or_group in ("model.weights", "init_from"):
+            raise ValueError(f"{program} does not take {override.input_line}: the weights tested are those of checkpoint=...")
+        keys.append(override.key_or_group)
+    return keys
+
+
+def like_the_checkpoint(arguments: list[str]) -> list[str]:
+    """The arguments, with the config groups that the checkpoint was trained with for hydra to compose from."""
+    named = [override for override in map(parse, arguments) if override is not None and override.key_or_group == "checkpoint"]
+    try:
+        chosen = read(checkpoint_file(value_text(named[-1])))["choices"] if named and not named[-1].is_sweep_override() else {}
+        given = {*given_overrides(arguments), "experiment"}
+    except (ValueError, OSError, HydraException):
+        return arguments  # main or hydra says what is wrong
+    # Nor does a group inside one that is given, such as model/sgs in another model, come from the checkpoint.
+    groups = [f"{group}={choice}" for group, choice in chosen.items() if not {group, group.split("/")[0]} & given]
+    first = next((i for i, argument in enumerate(arguments) if is_override(argument)), len(arguments))
+    return [*arguments[:first], *groups, *arguments[first:]]
+
+
+def checkpoint_file(value: str) -> Path:
+    """The file that `checkpoint=` names: a checkpoint, or a run folder's best one."""
+    return builders.weights_file(expanded(str(value), "checkpoint"), "checkpoint")
+
+
+def test_videos(config: DictConfig, state: dict[str, Any], path: Path, ranks: Ranks) -> VideoSource:
+    """The videos of the dataset.
+
+    Raises:
+        ValueError: there are none to test, or they have other classes than the checkpoint.
+    """
+    source = builders.load_source(config, ranks, make=False)
+    builders.require_videos(source, "test")
+    if list(source.class_names) != state["class_names"]:
+        raise ValueError(
+            f"checkpoint {path} was trained for {len(state['class_names'])} classes ({', '.join(state['class_names'][:3])}, ...),"
+            f" dataset {source.name} has {len(source.class_names)} ({', '.join(source.class_names[:3])}, ...)"
+        )
+    return source
+
+
+def trained_model(config: DictConfig, state: dict[str, Any], path: Path, ranks: Ranks) -> VideoNet:
+    """The checkpoint's network with its weights; ValueError if these belong to another one."""
+    model = builders.build_model(config, num_classes=len(state["class_names"]), ranks=ranks)
+    checkpoint.load_weights(model, state["model"], path)
+    return model

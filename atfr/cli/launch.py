@@ -1,0 +1,235 @@
+"""Do a program's work on every process: those that a launcher started, or some that this one starts.
+
+Without a launcher, `trainer.devices` processes (null: one for each GPU that torch sees) are started on
+this machine by torch's elastic launcher. They run the same program with the same overrides.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+import os
+import signal
+import sys
+import tempfile
+import time
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Callable
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from atfr.cli.command_errors import CLOSED_PIPE, JobFailed, as_text, output_is_closed
+from atfr.engine.distributed import comm
+from atfr.engine.determinism import choose_algorithms, explaining_what_is_not_deterministic
+from atfr.engine.distributed.comm import Ranks
+from atfr.engine.distributed.preemption import FROM_BATCH_SYSTEM, ONE_TOLD, TRY_AGAIN, Interrupted, StopFlag, end, heeded
+from atfr.engine.distributed.launch_env import find_place
+from atfr.engine.run.run_lock import run_lock
+from atfr.engine.settings import TrainerSettings
+from atfr.cli.run_name import in_sweep
+
+PARENT, ERRORS = "ATFR_PARENT", "ATFR_ERRORS"  # a started process's parent, and the folder of its file: empty, or why it failed
+TOLD = "told"  # the file there with the signal that came
+
+
+def on_every_process(
+    work: Callable[[Ranks], None],
+    config: DictConfig,
+    settings: TrainerSettings,
+    *,
+    program: str,
+    folder: Path,
+    stop: StopFlag,
+    where: str,
+    alone: bool = False,
+) -> None:
+    """Call `work` on every process with its ranks, after they have joined and compared their configs.
+
+    An error in one of several ends its process at once, with exit code 1, so that its launcher ends the others. A
+    signal ends the program at once, as `interruption.end` does, except where `work` looks at the flag itself.
+
+    Args:
+        program: the file to run in the processes that are started here.
+        folder: where the results go, which in a sweep depends on more than a process's overrides.
+        where: what the program does, to be said when a signal ends it.
+        alone: refuse to work in a folder in which another job works (`run_lock`).
+    """
+
+    def with_lock(ranks: Ranks) -> None:
+        if alone:
+            comm.require_shared(folder, ranks)
+        with run_lock(folder, stop) if alone and ranks.is_main else nullcontext():
+            work(ranks)
+
+    try:
+        with stop.at_once(where):
+            _on_every_process(with_lock, config, settings, program=program, folder=folder)
+    except Interrupted as error:
+        comm.stop()
+        end(error, is_main=find_place(os.environ).rank == 0)
+
+
+def _on_every_process(work: Callable[[Ranks], None], config: DictConfig, settings: TrainerSettings, *, program: str, folder: Path) -> None:
+    choose_algorithms(deterministic=settings.deterministic, tf32=settings.tf32)
+    count = processes_to_start(settings.accelerator, settings.devices)
+    if count > 1:
+        start_processes(count, program, folder)
+        return
+    answer_to_the_parent()
+    try:
+        ranks = comm.start(accelerator=settings.accelerator, devices=settings.devices)
+        comm.require_same(OmegaConf.to_container(config), of="configs", remedy="start all of them with the same command")
+        with explaining_what_is_not_deterministic():
+            work(ranks)
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and output_is_closed():
+            sys.exit(CLOSED_PIPE)
+        if find_place(os.environ).launcher == "none":
+            raise
+        # Nor does it leave the group, for which it might wait for ever.
+        text = as_text(error)
+        if comm.is_others_fault(error) and os.environ.get("ATFR_TRACEBACK") != "1":
+            reason = str(error).strip().splitlines()
+            text = "error: another process of this job ended, see its output" + (f", or cannot be reached: {reason[0]}" if reason else "")
+        comm.tell_failure()
+        if ERRORS in os.environ:
+            Path(os.environ[ERRORS], str(os.getpid())).write_text(text, errors="backslashreplace")
+        else:
+            print(text, file=sys.stderr, flush=True)
+        sys.exit(1)
+    comm.stop()
+
+
+def processes_to_start(accelerator: str, devices: int | None) -> int:
+    """How many processes are to be started here; 1: none, this one does the work, alone or among those of a launcher.
+
+    Raises:
+        ValueError: an impossible `accelerator` or number of `devices`.
+    """
+    if devices is not None and devices < 1:
+        raise ValueError(f"trainer.devices={devices} must be at least 1, or null for every GPU")
+    if find_place(os.environ).launcher != "none":
+        return 1
+    if not comm.uses_gpu(accelerator):
+        return devices or 1
+    gpus = torch.cuda.device_count()
+    if devices is not None and devices > gpus:
+        raise ValueError(f"trainer.devices={devices}, but torch sees {gpus} GPU(s) here; ask for fewer, or set trainer.accelerator=cpu")
+    return devices or gpus
+
+
+def start_processes(count: int, program: str, folder: Path) -> None:
+    """Run the program in `count` processes of this machine; the first one's error ends all of them, and is printed once."""
+    hydra = HydraConfig.get()
+    # A job of a sweep is not what the command line says, and the same overrides alone would be another run folder.
+    arguments = [*hydra.overrides.task, f"trainer.output_dir={quoted(folder)}"] if in_sweep() else sys.argv[1:]
+    before, handlers, disabled = dict(os.environ), {s: signal.getsignal(s) for s in signal.valid_signals()}, logging.root.manager.disable
+    with tempfile.TemporaryDirectory(prefix="atfr-") as logs, tempfile.TemporaryDirectory(prefix="atfr-") as errors:
+        os.environ.update({PARENT: str(os.getpid()), ERRORS: errors})
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+        logging.disable(logging.CRITICAL)  # torch's own account of a failure, which is longer than ours
+        passed_on = pass_on_signals(Path(errors))
+        try:
+            elastic_launch(
+                LaunchConfig(
+                    min_nodes=1,
+                    max_nodes=1,
+                    nproc_per_node=count,
+                    run_id=str(os.getpid()),
+                    rdzv_backend="c10d",
+                    rdzv_endpoint="localhost:0",
+                    local_addr="localhost",
+                    max_restarts=0,
+                    logs_specs=DefaultLogsSpecs(log_dir=logs),
+                    signals_to_handle="SIGQUIT",  # the others would leave the processes 30 s to save
+                ),
+                sys.executable,
+            )(program, *arguments)
+        except ChildFailedError as error:
+            if passed_on:
+                saved = any(failure.exitcode == TRY_AGAIN for failure in error.failures.values())
+                sys.exit(TRY_AGAIN if saved else 128 + passed_on[0])
+            if any(failure.exitcode == CLOSED_PIPE for failure in error.failures.values()):
+                sys.exit(CLOSED_PIPE)
+            text = first_error(Path(errors), error)
+            print(text, file=sys.stderr, flush=True)
+            if in_sweep() and "SUBMITIT_EXECUTOR" not in os.environ:
+                raise JobFailed(text) from None  # the sweep's other jobs still run
+            sys.exit(1)
+        except SignalException as stopped:
+            sys.exit(128 + stopped.sigval)
+        finally:
+            logging.disable(disabled)
+            os.environ.clear()
+            os.environ.update(before)
+            for number, handler in handlers.items():
+                if handler is not None and signal.getsignal(number) is not handler:
+                    signal.signal(number, handler)
+
+
+def pass_on_signals(folder: Path) -> list[int]:
+    """From now on the signals that mean "stop soon" go to the started processes, each of which has a file there; those that came.
+
+    A process that has none yet finds the signal in the file `TOLD`.
+    """
+    came: list[int] = []
+    first = math.inf
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        came.append(number)
+        first = min(first, time.monotonic())
+        (folder / TOLD).write_text(str(number))
+        processes = _files(folder)
+        for path in processes:
+            with suppress(ProcessLookupError):
+                os.kill(int(path.name), number)  # which ends it at once, if it is the second
+        if not processes and number not in FROM_BATCH_SYSTEM and time.monotonic() - first > ONE_TOLD:
+            os._exit(128 + number)
+
+    for number in heeded():
+        signal.signal(number, handle)
+    return came
+
+
+def first_error(folder: Path, error: ChildFailedError) -> str:
+    """The first process's error; the others' follow from it. One that was killed left none, and SIGTERM came after it."""
+    killed = [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM]
+    said = sorted((path for path in _files(folder) if path.stat().st_size), key=lambda path: path.stat().st_mtime_ns)
+    if said and not killed:
+        return said[0].read_text()
+    rank, failure = (killed or [error.get_first_failure()])[0]
+    how = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with exit code {failure.exitcode}"
+    return f"error: process {rank} {how}, so the others were ended"
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name != TOLD]
+
+
+def quoted(folder: Path) -> str:
+    """The folder as the value of an override, whatever its name has in it."""
+    return "'" + str(folder).replace("'", "\\'") + "'"
+
+
+def answer_to_the_parent() -> None:
+    """Have the kernel kill this process as soon as the one that started it is gone, however that ended, and tell that one of it."""
+    if PARENT not in os.environ:
+        return
+    if sys.platform.startswith("linux"):
+        set_parent_death_signal = 1  # of prctl(2)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != int(os.environ[PARENT]):  # it was gone before that
+        sys.exit(1)
+    folder = Path(os.environ[ERRORS])
+    (folder / str(os.getpid())).touch()
+    with suppress(FileNotFoundError, ValueError):  # ValueError: it is being written, and its writer will see our file
+        os.kill(os.getpid(), int((folder / TOLD).read_text()))

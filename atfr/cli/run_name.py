@@ -1,0 +1,71 @@
+"""Name a run folder after the command's overrides."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from atfr.cli.arguments import parse, value_text
+from atfr.engine.run.run_dir import PLACES
+
+SWEPT = "ATFR_SWEPT"  # in a job's environment: the keys with several values in its sweep, separated by commas; see atfr.cli.sweep
+LONGEST = 100  # letters of a name
+
+
+def in_sweep() -> bool:
+    """Whether this is a job of a sweep (`-m`)."""
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def run_folder(output_dir: str | None, *, under: str = "") -> Path:
+    """`trainer.output_dir`, or a folder under runs/ (and there under `under`) named after the command's overrides.
+
+    The name is the same for the same command, in whatever order its overrides are, so that running it again resumes; it has no
+    date. It leaves out where the data lie: of a list, it has the file's name without its folder. In a sweep the overrides that
+    differ between its jobs come first, whole.
+    """
+    if output_dir is not None:
+        return Path(output_dir)
+    overrides, free = list(HydraConfig.get().overrides.task), HydraConfig.get().job.config.override_dirname.exclude_keys
+    swept = swept_part(overrides) if in_sweep() else []
+    rest = [override for override in overrides if override not in swept and _key(override) not in free]
+    name = folder_name([*sorted(map(_plain, swept)), *sorted(map(_without_folder, map(_plain, rest)))])
+    return Path("runs", under, "sweep", name) if in_sweep() else Path("runs", under, name)
+
+
+def swept_part(overrides: list[str]) -> list[str]:
+    """The overrides of a job that differ between the jobs of its sweep; all, where these are not known."""
+    swept = os.environ.get(SWEPT)
+    return overrides if swept is None else [override for override in overrides if _key(override) in swept.split(",")]
+
+
+def folder_name(overrides: list[str]) -> str:
+    """A name that neither a shell nor hydra wants quoted, with a hash where letters had to go."""
+    full = ",".join(overrides)
+    name = re.sub(r"[^\w.+-]+", "_", full.replace("=", "-"), flags=re.ASCII)[:LONGEST] or "default"
+    if len(full) > LONGEST or re.search(r"[^\w.+=,-]", full, flags=re.ASCII):
+        name += "-" + hashlib.sha256(full.encode()).hexdigest()[:8]
+    return name
+
+
+def _without_folder(override: str) -> str:
+    """The override with the name of its file or folder alone, where it says where data lie."""
+    key, _, value = override.partition("=")
+    return f"{key}={os.path.basename(value)}" if key.lstrip("+") in PLACES and not value.startswith("[") else override
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def _plain(override: str) -> str:
+    """The override without quotes round its value."""
+    parsed = parse(override)
+    if parsed is None or parsed.value_type is None or parsed.is_sweep_override() or parsed.is_delete():
+        return override
+    return f"{override.partition('=')[0]}={value_text(parsed)}"

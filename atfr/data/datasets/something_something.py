@@ -1,0 +1,90 @@
+"""Something-Something V2 (Goyal et al., 2017) from its official files: labels.json, train.json, validation.json."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from atfr.data.lists.annotations import Annotation, check_classes, find_file, labelled, open_root, read_lines, under, video_source
+from atfr.data.types import VideoSource
+from atfr.data.lists.text import read_text
+
+
+def something_something_v2(
+    *,
+    root: str,
+    labels: str,
+    train: str | None,
+    test: str | None,
+    val: str | None = None,
+    videos: str = "20bn-something-something-v2",
+    suffix: str = ".webm",
+    num_classes: int | None = 174,
+    allow_missing: bool = False,
+    name: str = "something_something_v2",
+    prepare_hint: str = "",
+) -> VideoSource:
+    """The videos of the lists, each `videos`/ID`suffix`; `videos` is a folder, from `root` or absolute.
+
+    The published test.json names videos without their classes, so `test` is validation.json as in the literature, or
+    the answers to it that came later, test-answers.csv; it also validates unless there is a `val`. Raises FileNotFoundError for what is not there and ValueError for a file
+    that cannot be understood.
+    """
+    root = open_root(root, name=name, hint=prepare_hint)
+    given = {split: file for split, file in (("train", train), ("val", val), ("test", test)) if file is not None}
+    if not given:
+        raise ValueError(f"dataset {name}: neither a train nor a test list is given")
+    files = {split: find_file(file, root=root, what=f"{split} list", name=name, hint=prepare_hint) for split, file in given.items()}
+    labels = find_file(labels, root=root, what="file of labels", name=name, hint=prepare_hint)
+    classes = read_classes(labels)
+    check_classes(classes, num_classes, where=labels)
+    folder = under(root, videos)
+    return video_source(
+        name=name,
+        root=root,
+        files=files,
+        videos={split: labelled(read_list(file, suffix), videos=folder, classes=classes, file=file) for split, file in files.items()},
+        class_names=classes,
+        allow_missing=allow_missing,
+        hint=prepare_hint,
+    )
+
+
+def read_classes(file: str) -> tuple[str, ...]:
+    """The classes in the order of their ids, which labels.json has as strings: {"Closing something": "5", ...}."""
+    labels = _load(file)
+    if isinstance(labels, dict) and labels and all(isinstance(number, int) for number in labels.values()):
+        raise ValueError(f'{file}: ids are numbers, as in the labels of Something-Else; the official labels.json has strings ("5")')
+    if not isinstance(labels, dict) or sorted(labels.values(), key=str) != sorted(map(str, range(len(labels)))):
+        raise ValueError(f'{file}: expected {{"CLASS": "ID", ...}} with ids from "0" on, as in the official labels.json')
+    return tuple(sorted(labels, key=lambda class_name: int(labels[class_name])))
+
+
+def read_list(file: str, suffix: str = ".webm") -> list[Annotation]:
+    """The videos of train.json, validation.json or test-answers.csv. A template without its brackets is the name of a class."""
+    entries = _answers(file) if file.endswith(".csv") else _load(file)
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "id" in entry for entry in entries):
+        raise ValueError(f'{file}: expected [{{"id": ..., "template": ...}}, ...], as in the official lists')
+    for entry in entries:
+        if not isinstance(entry.get("template"), str):
+            raise ValueError(f"{file}: video {entry['id']} has no template: the test list was published without labels; test on validation.json or test-answers.csv")
+    return [Annotation(f"{entry['id']}{suffix}", entry["template"].replace("[", "").replace("]", "")) for entry in entries]
+
+
+def _answers(file: str) -> list[dict[str, str]]:
+    """The lines `ID;TEMPLATE` of test-answers.csv."""
+    entries = []
+    for number, line in read_lines(file):
+        video, _, template = line.partition(";")
+        if not video.isdigit() or not template:
+            raise ValueError(f"{file}:{number}: expected 'ID;TEMPLATE' as in the official test-answers.csv, found {line!r}")
+        entries.append({"id": video, "template": template})
+    return entries
+
+
+def _load(file: str) -> Any:
+    text = read_text(file)
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{file}: not a JSON file ({error})") from error

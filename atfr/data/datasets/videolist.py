@@ -1,0 +1,97 @@
+"""Datasets given as lists of files, `path,label` a line; the other formats are in `atfr.data.lists.format`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from atfr.data.lists.annotations import find_file, open_root, video_source
+from atfr.data.lists.existing import ExistingFiles
+from atfr.data.lists.format import read_rows
+from atfr.data.lists.labels import Labels, VideoList, resolve_labels
+from atfr.data.types import Video, VideoSource
+
+
+def videolist(
+    *,
+    root: str,
+    train: str | None,
+    test: str | None,
+    val: str | None = None,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    strip_prefix: str | None = None,
+    allow_missing: bool = False,
+    name: str = "videolist",
+    prepare_hint: str = "",
+) -> VideoSource:
+    """Read the lists of a dataset and check that every video they name exists (`allow_missing` leaves out the others).
+
+    - A list has one video a line: `path,label`, with `;` or a tab instead of the comma, or `path label`, or
+      `path frames label`. A header such as `relative_path,label` may name further columns. Fields may be quoted as in
+      csv files. A path is a video file or a folder of jpg files.
+    - Blank lines are skipped. A line that begins with `#` is a comment, unless it reads as a row and its file exists.
+    - A list is UTF-8, or UTF-16 with a byte order mark.
+    - A list is looked for as given, relative to the working directory, then relative to `root`. Paths in a list are
+      absolute (`~` is the home folder) or relative to `root`, which also stands for `strip_prefix`, the folder that
+      they begin with on the machine of whoever wrote the list.
+    - Labels are all numbers or all names. Numbers are class ids, counted from 0; there are `num_classes` classes, or
+      the largest id of all the lists plus one. With names the classes are `class_names` in that order, or the sorted
+      names of the training list.
+    - Without `val` the test list is the validation list, too. Without `train` the source is for testing only.
+
+    Raises:
+        FileNotFoundError: a root, list or video is missing; `prepare_hint` ("run ... first") ends the message.
+        ValueError: a list cannot be understood.
+    """
+    files = {split: file for split, file in (("train", train), ("val", val), ("test", test)) if file is not None}
+    if train is None and test is None:
+        raise ValueError(f"dataset {name}: neither a train nor a test list is given")
+    root = open_root(root, name=name, hint=prepare_hint)
+    files = {split: find_file(file, root=root, what=f"{split} list", name=name, hint=prepare_hint) for split, file in files.items()}
+    lists = read_path_lists(files, root=root, num_classes=num_classes, class_names=class_names, strip_prefix=strip_prefix, name=name)
+    source = video_source(
+        name=name,
+        root=root,
+        files=files,
+        videos=lists.videos,
+        class_names=lists.labels.class_names,
+        allow_missing=allow_missing,
+        hint=prepare_hint,
+        lines=lists.lines,
+        numbered=lists.labels.numbered,
+    )
+    if class_names is None or not lists.labels.numbered:
+        return source
+    note = f"{' and '.join(files.values())}: labels are numbers, taken for positions in class_names (0 is {lists.labels.class_names[0]!r})"
+    return replace(source, warnings=(note, *source.warnings))
+
+
+@dataclass(frozen=True)
+class PathLists:
+    """The lists of a dataset, by split: their videos and the line of each."""
+
+    videos: Mapping[str, tuple[Video, ...]]
+    lines: Mapping[str, Sequence[int]]
+    labels: Labels
+
+
+def read_path_lists(
+    files: Mapping[str, str], *, root: str, num_classes: int | None, class_names: Sequence[str] | None, strip_prefix: str | None, name: str
+) -> PathLists:
+    """Read lists of paths, by split; the paths need not exist."""
+    prefix = "" if strip_prefix is None else strip_prefix.rstrip("/") + "/"
+    existing = ExistingFiles()
+
+    def full(path: str) -> str:
+        return os.path.join(root, os.path.expanduser(path.removeprefix(prefix)))
+
+    lists = {split: VideoList(file, read_rows(file, there=lambda path: full(path) in existing)) for split, file in files.items()}
+    for listed in lists.values():
+        first = listed.rows[0]
+        if not first.path.startswith(prefix):
+            raise ValueError(f"{listed.file}:{first.line}: {first.path} does not begin with dataset.strip_prefix={strip_prefix}")
+    labels = resolve_labels(lists, num_classes=num_classes, class_names=class_names, name=name)
+    videos = {split: tuple(Video(full(row.path), label) for row, label in zip(listed.rows, labels.ids[split])) for split, listed in lists.items()}
+    return PathLists(videos, {split: [row.line for row in listed.rows] for split, listed in lists.items()}, labels)

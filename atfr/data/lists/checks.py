@@ -1,0 +1,120 @@
+"""What is suspicious about the lists of a dataset, in one line each."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from atfr.data.types import Video
+from atfr.data.lists.text import without_spelling
+
+Lists = Mapping[str, Sequence[Video]]  # by split
+Paths = Mapping[str, Sequence[str]]
+Place = Callable[[str, int], str]  # where the n-th video of a split is listed
+
+
+def list_warnings(
+    listed: Lists, there: Lists, *, files: Mapping[str, str], lines: Mapping[str, Sequence[int]], class_names: Sequence[str], numbered: bool
+) -> tuple[str, ...]:
+    """Check the videos of all splits: those `listed`, and those of them that are `there`.
+
+    `lines` has the line numbers of the listed videos, for splits where they are known. `numbered` says that the labels
+    in the lists are ids.
+    """
+    paths = {split: [_normal(video.path) for video in videos] for split, videos in listed.items()}
+
+    def place(split: str, index: int) -> str:
+        return f"{files[split]}:{lines[split][index]}" if split in lines else files[split]
+
+    return (
+        *_suspicious_classes(class_names, listed, files=files, numbered=numbered),
+        *_untrained_classes(class_names, there, files=files, numbered=numbered),
+        *_repeated_videos(paths, place),
+        *_two_labels(paths, listed, place, class_names),
+        *_training_videos_in_test(paths, files),
+    )
+
+
+def _suspicious_classes(class_names: Sequence[str], listed: Lists, *, files: Mapping[str, str], numbered: bool) -> Iterator[str]:
+    lists = " and ".join(dict.fromkeys(files[split] for split in listed))
+    if len(class_names) == 1:
+        yield f"{lists}: there is only one class, {class_names[0]!r}, so every prediction is right"
+    counts = Counter(map(without_spelling, class_names))
+    alike = [name for name in class_names if counts[without_spelling(name)] > 1]
+    if alike:
+        yield f"{lists}: classes differ only in case, blanks or underscores: {_some(alike)}"
+    if numbered:
+        yield from _counting_from_one(listed, files)
+
+
+def _counting_from_one(listed: Lists, files: Mapping[str, str]) -> Iterator[str]:
+    labels = {split: [video.label for video in videos] for split, videos in listed.items()}
+    ranges = {split: (min(own), max(own)) for split, own in labels.items()}
+    if min(least for least, _ in ranges.values()) == 1:
+        lists = " and ".join(dict.fromkeys(files[split] for split in ranges))
+        yield f"{lists}: labels seem to count from 1: no video has label 0, with which they must begin"
+        return
+    if "train" not in ranges:
+        return
+    least, largest = ranges["train"]
+    for split, other in ranges.items():
+        if (least, other) in ((1, (0, largest - 1)), (0, (1, largest + 1))):
+            one, zero = (files["train"], files[split]) if least == 1 else (files[split], files["train"])
+            yield f"labels seem to count from 1 in {one}, but from 0 in {zero}"
+
+
+def _untrained_classes(class_names: Sequence[str], there: Lists, *, files: Mapping[str, str], numbered: bool) -> Iterator[str]:
+    if "train" not in there:
+        return
+    trained = {video.label for video in there["train"]}
+    untrained = [name for label, name in enumerate(class_names) if label not in trained]
+    if not untrained:
+        return
+    have = "has" if len(untrained) == 1 else "have"
+    numbers = f" (labels 0 to {len(class_names) - 1})" if numbered else ""
+    yield f"{files['train']}: {len(untrained)} of the {len(class_names)} classes{numbers} {have} no training videos: {_some(untrained)}"
+    for split, videos in there.items():
+        labels = [video.label for video in videos if video.label not in trained]
+        if labels:
+            names = _some([class_names[label] for label in dict.fromkeys(labels)])
+            yield f"{files[split]}: {len(labels)} of the {len(videos)} {split} videos are of classes without training videos: {names}"
+
+
+def _repeated_videos(paths: Paths, place: Place) -> Iterator[str]:
+    for split, own in paths.items():
+        repeats = len(own) - len(set(own))
+        if repeats:
+            path, times = Counter(own).most_common(1)[0]
+            yield f"{place(split, own.index(path))}: {path} is listed {times} times (repeated rows of the {split} list: {repeats})"
+
+
+def _two_labels(paths: Paths, listed: Lists, place: Place, class_names: Sequence[str]) -> Iterator[str]:
+    labels: dict[str, int] = {}
+    differing: dict[str, tuple[str, int]] = {}
+    for split, videos in listed.items():
+        for index, (path, video) in enumerate(zip(paths[split], videos)):
+            if labels.setdefault(path, video.label) != video.label:
+                differing.setdefault(path, (split, index))
+    if differing:
+        path, (split, index) = next(iter(differing.items()))
+        first = next(place(split, own.index(path)) for split, own in paths.items() if path in own)
+        one, other = class_names[labels[path]], class_names[listed[split][index].label]
+        count = "1 video has" if len(differing) == 1 else f"{len(differing)} videos have"
+        yield f"{count} two labels: {path} is {one!r} in {first}, but {other!r} in {place(split, index)}"
+
+
+def _training_videos_in_test(paths: Paths, files: Mapping[str, str]) -> Iterator[str]:
+    trained = set(paths.get("train", ()))
+    for split in (split for split in paths if split != "train"):
+        both = [path for path in paths[split] if path in trained]
+        if both:
+            yield f"{files[split]}: {len(both)} of the {len(paths[split])} {split} videos are training videos, too: {_some(both, shown=1)}"
+
+
+def _normal(path: str) -> str:
+    return os.path.normpath(path) if "/." in path or "//" in path else path
+
+
+def _some(names: Sequence[str], shown: int = 3) -> str:
+    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")

@@ -1,0 +1,176 @@
+"""The formats that lists of videos come in.
+
+    path,label        or with ; or a tab instead of the comma; csv quoting; an optional header names the columns
+    path label        PySlowFast; quotes around a path or label with blanks are optional
+    path frames label TSN and mmaction2, for folders of frames
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import shlex
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from atfr.data.lists.annotations import read_lines
+
+_PATH_COLUMNS = (
+    "relative_path", "path", "video_path", "file_path", "filepath", "video", "filename", "file_name", "file", "video_name", "video_id", "vid", "clip",
+    "folder", "frame_dir", "name", "id",
+)  # fmt: skip
+_LABEL_COLUMNS = ("label", "class", "class_id", "label_id", "class_name", "label_name", "classname", "category", "target", "action", "activity")
+_SAMPLE = 100  # rows that the format is told from
+# A separator stands in the path, not between path and label, where a whole row follows it: "d, e.mp4 1".
+_FILE_THEN_LABEL = re.compile(r".*\.\w{2,4}[\"']?[\s,;]+\S+")
+_HEADER_WORD = re.compile(r"[A-Za-z][A-Za-z _-]*")
+
+
+class Row(NamedTuple):
+    """A video of a list: its line, and path and label as they are written."""
+
+    line: int
+    path: str
+    label: str
+
+
+@dataclass(frozen=True)
+class _Format:
+    """`separator` is a blank for any number of blanks. `path` and `label` are columns of `columns`."""
+
+    separator: str
+    columns: int = 2
+    path: int = 0
+    label: int = 1
+    named: bool = False  # by a header
+    frames: bool = False  # the column between path and label is a number of frames
+
+    def fields(self, line: str) -> list[str]:
+        fields = _split(line, self.separator, self.columns)
+        # Several tabs may align the labels.
+        return fields if self.named or self.separator != "\t" else [field for field in fields if field]
+
+    def row(self, number: int, line: str, file: str) -> Row:
+        fields = self.fields(line)
+        enough = len(fields) > max(self.path, self.label) if self.named else len(fields) == self.columns
+        if not enough or (self.frames and not (fields[1].isdecimal() and int(fields[1]) > 0)):
+            expected = "'path frames label'" if self.frames else "'path,label' or 'path label'"
+            hint = "; a header that names the columns, such as path,label,group, allows more of them" if len(fields) > 2 and not self.frames else ""
+            raise ValueError(f"{file}:{number}: expected {expected}, found {line!r}{hint}")
+        path, label = fields[self.path], fields[self.label]
+        if not path or not label:
+            raise ValueError(f"{file}:{number}: the {'label' if path else 'path'} is missing in {line!r}")
+        return Row(number, path, label)
+
+
+def read_rows(file: str, there: Callable[[str], bool]) -> list[Row]:
+    """Read a list of videos. `there` says whether a path of the list exists.
+
+    A line that begins with `#` is a row if it reads as one and its file exists, otherwise a comment.
+
+    Raises:
+        ValueError: the list is empty or cannot be understood.
+    """
+    lines = read_lines(file)
+    plain = [(number, line) for number, line in lines if not line.startswith("#")] or lines
+    if not plain:
+        raise ValueError(f"{file}: the list is empty")
+    form = _format(file, plain, there)
+    rows = []
+    for number, line in lines:
+        if form.named and number == plain[0][0]:
+            continue
+        if not line.startswith("#"):
+            rows.append(form.row(number, line, file))
+        elif (row := _hash_row(form, number, line, file)) is not None and there(row.path):
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{file}: the list is empty{' (it has only a header)' if form.named else ''}")
+    if not form.named and _seems_header(rows) and not there(rows[0].path):
+        raise ValueError(f"{file}:{rows[0].line}: {plain[0][1]!r} seems to be a header: call its columns path and label, or remove the line")
+    return rows
+
+
+def _hash_row(form: _Format, number: int, line: str, file: str) -> Row | None:
+    try:
+        return form.row(number, line, file)
+    except ValueError:
+        return None
+
+
+def _seems_header(rows: Sequence[Row]) -> bool:
+    """Whether the first row has two words, of which the second is no label of another row."""
+    first, *others = rows
+    words = all(_HEADER_WORD.fullmatch(field) for field in (first.path, first.label))
+    return words and bool(others) and all(row.label != first.label for row in others)
+
+
+def _format(file: str, lines: Sequence[tuple[int, str]], there: Callable[[str], bool]) -> _Format:
+    sample = [line for _, line in lines[:_SAMPLE]]
+    separator = _separator(sample)
+    header = [field.lower() for field in _split(sample[0], separator, None)]
+    path, label = (next((header.index(name) for name in names if name in header), None) for names in (_PATH_COLUMNS, _LABEL_COLUMNS))
+    if path is not None and label is not None:
+        return _Format(separator, len(header), path, label, named=True)
+    if separator == " " and (columns := _blank_columns(file, lines[:_SAMPLE], there)) == 3:
+        return _Format(separator, columns, label=2, frames=True)
+    return _Format(separator)
+
+
+def _separator(lines: Sequence[str]) -> str:
+    """The separator that most lines have between path and label; a blank if none is in half of them."""
+
+    def separates(line: str, separator: str) -> bool:
+        fields = _split(line, separator, None) if separator in line else ()
+        return len(fields) > 1 and not _FILE_THEN_LABEL.fullmatch(fields[-1])
+
+    counts = {separator: sum(separates(line, separator) for line in lines) for separator in "\t;,"}
+    best = max(counts, key=counts.__getitem__)
+    return best if 2 * counts[best] >= len(lines) else " "
+
+
+def _blank_columns(file: str, lines: Sequence[tuple[int, str]], there: Callable[[str], bool]) -> int:
+    """The number of columns in a list that is separated by blanks: 3 where a number of frames stands before the label.
+
+    Paths may have blanks, too, so what decides in doubt is which paths exist.
+    """
+    numbers = [_numbers_at_end(line) for _, line in lines]
+    usual = Counter(numbers).most_common(1)[0][0]
+    if usual < 2:
+        return 2
+    alike = [(number, line) for (number, line), count in zip(lines, numbers) if count == usual]
+    for columns in (2, 3):
+        if any(there(_split(line, " ", columns)[0]) for _, line in alike):
+            return columns
+    if usual > 2:
+        number, line = alike[0]
+        raise ValueError(
+            f"{file}:{number}: {line!r} ends in {usual} numbers; expected 'path label' or 'path frames label'"
+            " (parts of a video and several labels for one are not supported)"
+        )
+    return 3
+
+
+def _numbers_at_end(line: str) -> int:
+    """How many numbers a line ends in, not counting its first field."""
+    count = 0
+    for field in reversed(line.split()[1:]):
+        if not field.isdecimal():
+            break
+        count += 1
+    return count
+
+
+def _split(line: str, separator: str, columns: int | None) -> list[str]:
+    """The fields of a line, at most `columns` where blanks separate them: those in front belong to the path."""
+    if separator != " ":
+        fields = next(csv.reader([line], delimiter=separator, skipinitialspace=True)) if '"' in line else line.split(separator)
+        return [field.strip() for field in fields]
+    if line[0] in "\"'" or line[-1] in "\"'":
+        try:
+            return shlex.split(line)
+        except ValueError:  # a lone quote is part of a name, as in "person's head"
+            pass
+    return line.rsplit(None, -1 if columns is None else columns - 1)

@@ -1,0 +1,95 @@
+"""Batch norm over the clips of all processes, whatever each of them has.
+
+Torch's SyncBatchNorm refuses CPUs, and is another module: a traced network would go on calling the one that it
+replaces. Here the modules stay, with their names and buffers, and normalise differently for a while.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from atfr.engine.distributed import comm
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+def batch_norms(model: nn.Module) -> list[BatchNorm]:
+    """Those with running statistics."""
+    return [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
+
+
+@contextmanager
+def over_all_processes(model: nn.Module) -> Iterator[None]:
+    """Meanwhile batch norms in training mode normalise with the values of all processes, and their running statistics follow those.
+
+    All processes must run the same batch norms equally often. Alone, nothing changes.
+    """
+    norms = batch_norms(model) if comm.is_joined() else []
+    before = [norm.__dict__.get("forward") for norm in norms]
+    for norm in norms:
+        norm.forward = MethodType(_forward, norm)
+    try:
+        yield
+    finally:
+        for norm, forward in zip(norms, before):
+            if forward is None:
+                del norm.forward
+            else:
+                norm.forward = forward
+
+
+def _forward(norm: BatchNorm, x: Tensor) -> Tensor:
+    """`norm(x)` of x [N, C, ...] that every process has a part of: other N, and other sizes behind C, are fine."""
+    if not norm.training:
+        return type(norm).forward(norm, x)
+    norm._check_input_dim(x)
+    with torch.no_grad():
+        mean, var, count = _moments(x)
+        norm.num_batches_tracked.add_(1)
+        share = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+        norm.running_mean.lerp_(mean.to(norm.running_mean), share)
+        norm.running_var.lerp_((var * count / (count - 1)).to(norm.running_var), share)
+    return _Normalise.apply(x, norm.weight, norm.bias, mean, var, count, norm.eps)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and (biased) variance [C] over all processes, and the number of values a channel, a scalar."""
+    own = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    mean, var = (moment.double() for moment in torch.batch_norm_update_stats(own, None, None, 0.0))
+    count = x.numel() // x.shape[1]
+    # Sums of squares lose nothing that matters in float64, and sums need only one message.
+    total = comm.summed(torch.cat([count * mean, count * (var + mean.square()), mean.new_full((1,), count)]))
+    first, second, count = total.split([len(mean), len(mean), 1])
+    mean = first / count
+    return mean.to(own.dtype), (second / count - mean.square()).clamp(min=0).to(own.dtype), count[0].to(own.dtype)
+
+
+class _Normalise(torch.autograd.Function):
+    """(x - mean) / sqrt(var + eps) x weight + bias, where mean and variance are those of all processes' x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, count: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, var, count)
+        ctx.eps = eps
+        return nn.functional.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, var, count = ctx.saved_tensors
+        scale = torch.ones_like(mean) if weight is None else weight
+        inverse = (var + ctx.eps).rsqrt()
+        # As if mean and variance were constants; then what comes through them, of which every process has a part.
+        # CUDA refuses None for the saved mean and inverse deviation, which CPUs ignore here.
+        grad_x, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(grad, x, scale, mean, var, mean, inverse, False, ctx.eps, [True] * 3)
+        means = comm.summed(torch.cat([by_weight, by_bias]).double()) / count
+        through_var, through_mean = means.to(mean).chunk(2)
+        slope = scale * inverse.square() * through_var  # [C]
+        level = scale * inverse * through_mean - slope * mean
+        shape = (-1, *[1] * (x.dim() - 2))
+        grad_x.addcmul_(x, slope.view(shape), value=-1).sub_(level.view(shape))
+        return grad_x, None if weight is None else by_weight, None if weight is None else by_bias, None, None, None, None

@@ -1,0 +1,123 @@
+"""Which packed form each module and function has; what is not known here is refused by name.
+
+A module of your own gets one by a method `packed_forward(self, *pairs) -> (tensor, Segments)`,
+where each pair is the packed tensor and the Segments of one input.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, Callable, NamedTuple
+
+import torch
+from fvcore.nn.squeeze_excitation import SqueezeExcitation
+from pytorchvideo.layers.nonlocal_net import NonLocal
+from pytorchvideo.layers.swish import Swish
+from torch import fx, nn
+
+from atfr.models.packed import ops
+from atfr.models.packed.cpu import SpatialConv3d, TemporalConv3d
+from atfr.models.packed.repeatable_pools import POOLS
+from atfr.models.packed.segments import Window, window_of
+
+FRAMEWISE_MODULES = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Hardswish, Swish,
+    nn.Dropout, nn.Identity,
+)  # fmt: skip
+FRAMEWISE_FUNCTIONS = (
+    operator.add, operator.iadd, operator.sub, operator.mul, operator.imul, operator.truediv, operator.neg,
+    torch.add, torch.sub, torch.mul, torch.div, torch.relu, torch.sigmoid,
+    nn.functional.relu, nn.functional.silu, nn.functional.gelu, nn.functional.dropout,
+)  # fmt: skip
+FRAMEWISE_METHODS = ("add", "add_", "sub", "mul", "mul_", "div", "relu", "relu_", "sigmoid", "contiguous", "clone")
+
+
+class NoPackedForm(ValueError):
+    """A module or function may mix the features of different clips."""
+
+
+class Form(NamedTuple):
+    """How an operation runs on packed features."""
+
+    run: Callable | None = None  # (module, x, segments) -> x; None: as it is
+    window: Window = Window(1)  # along time
+    per_clip: bool = False  # it leaves one value a clip
+    gap: int | None = 0  # between clips, that it needs to keep them apart as it stands; None: it cannot run on a layout with gaps
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module has a packed form as a whole, so that tracing must not look into it."""
+    if isinstance(module, (SqueezeExcitation, NonLocal, Swish)) or hasattr(module, "packed_forward"):
+        return True
+    if type(module) in POOLS.values():
+        return True
+    # torch's own under another name, such as torchvision's Conv3DSimple
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in (nn.Conv3d, nn.BatchNorm3d))
+
+
+def module_form(module: nn.Module, path: str) -> Form:
+    """The packed form of a leaf module.
+
+    Raises:
+        NoPackedForm: it has none; says which module it is and why.
+    """
+    if isinstance(module, FRAMEWISE_MODULES):
+        return Form()
+    if isinstance(module, SqueezeExcitation):
+        return Form(ops.squeeze_excitation)
+    if isinstance(module, nn.Conv3d) and not isinstance(module.padding, str):
+        window = window_of(module)
+        if window == Window(1, dilation=window.dilation):
+            return Form()
+        if module._forward_pre_hooks or type(module)._conv_forward not in (nn.Conv3d._conv_forward, SpatialConv3d._conv_forward, TemporalConv3d._conv_forward):
+            raise NoPackedForm(f"{path} behind SGS has no packed form: a convolution that makes its weight when it is called")
+        if module.padding_mode != "zeros":
+            raise NoPackedForm(f"{path} behind SGS has no packed form: it pads in time with {module.padding_mode}")
+        return Form(ops.conv3d, window, gap=ops.gap_for(module))
+    if isinstance(module, (nn.MaxPool3d, nn.AvgPool3d)):
+        return _pool_form(module, path)
+    if isinstance(module, nn.AdaptiveAvgPool3d):
+        if module.output_size in (1, (1, 1, 1)):
+            return Form(ops.global_pool, per_clip=True)
+        if isinstance(module.output_size, tuple) and module.output_size[0] is None:
+            return Form()
+    if isinstance(module, NonLocal) and (module.pool is None or window_of(module.pool) == Window(1)):
+        return Form(ops.non_local, gap=None)
+    raise NoPackedForm(f"{path} behind SGS has no packed form: {type(module).__name__} may mix the features of different clips")
+
+
+def _pool_form(module: nn.MaxPool3d | nn.AvgPool3d, path: str) -> Form:
+    window = window_of(module)
+    if window == Window(1):
+        return Form()
+    if module.ceil_mode or getattr(module, "return_indices", False):
+        raise NoPackedForm(f"{path} behind SGS has no packed form: a pool in time with ceil_mode or return_indices")
+    if isinstance(module, nn.MaxPool3d):
+        return Form(ops.max_pool, window, gap=None)
+    if window.padding and not module.count_include_pad:
+        raise NoPackedForm(f"{path} behind SGS has no packed form: an average in time that leaves its padding out")
+    return Form(ops.avg_pool, window, gap=None)
+
+
+def is_framewise(node: fx.Node) -> bool:
+    """Whether a function or method treats every feature by itself."""
+    if node.op == "call_method":
+        return node.target in FRAMEWISE_METHODS
+    if node.target is torch.cat:
+        return argument(node, 1, "dim", 0) in (1, -4)
+    return node.target in FRAMEWISE_FUNCTIONS
+
+
+def mean_over_clip(node: fx.Node) -> bool | None:
+    """For a mean over time and space: whether it keeps the dimensions. None for anything else."""
+    if node.target not in ("mean", torch.mean) or not isinstance(dims := argument(node, 1, "dim", ()), (tuple, list)):
+        return None
+    if {d % 5 for d in dims} != {2, 3, 4}:
+        return None
+    return bool(argument(node, 2, "keepdim", False))
+
+
+def argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
+    """An argument of a traced call, wherever it was given."""
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)

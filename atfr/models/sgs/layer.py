@@ -1,0 +1,464 @@
+"""The SGS layer: similarity embedding, sampling and aggregation of one batch of clips.
+
+The mathematics is in `atfr.models.sgs.functional`; running what the layer returns is `atfr.models.packed.ops`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Callable, NamedTuple, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from atfr.models.sgs import functional
+from atfr.models.packed.ops import framewise_pool
+from atfr.models.sgs.partition import width_keeping
+from atfr.models.packed.repeatable_pools import needs_deterministic_pool
+from atfr.models.packed.segments import Layout, Segments, shared_gap, unpadded
+
+EMBEDDINGS = ("mlp", "pooled", "frozen")
+LOOKS = ("features", "clip")
+
+
+class NonFiniteFeatures(ValueError):
+    """The features that an SGS layer was given hold a NaN or an infinity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGSOptions:
+    """Where SGS sits in a network and which choices it is made of (`configs/model/sgs/`).
+
+    The defaults are the `reference` preset: the released code, number for number.
+    """
+
+    after: str | Sequence[str] = "res2"  # stage or module path whose output is sampled, or several
+    before_activation: bool = True  # sample the features before that stage's last ReLU
+    num_bins: int | None = None  # B, the most bins a clip may keep; None: as many as there are frames
+    similarity: str = "distance_to_mean"  # see atfr.models.sgs.functional
+    metric: str = "l2"  # l2 | l1 | cosine | mahalanobis
+    kernel: str = "linear"  # linear | linear_normalized | delta | delta_normalized | mean
+    scale: str = "relative"  # relative to each clip's own range | absolute: one width for all clips
+    edges: str = "released"  # released (2B) | inclusive (2B - 1)
+    order: str = "similarity"  # of the kept bins: similarity | time
+    embedding: str = "mlp"  # mlp (learned, as published) | frozen (the same, not learned) | pooled (no parameters)
+    embedding_dim: int = 8  # D of the mlp
+    grid: int = 4  # cells a side of the pooled embedding
+    look: str = "features"  # what z is taken from: the sampled features | the clip itself (not of a layer behind another one)
+    width: float | None = None  # absolute scale: a fixed bin width; None: held to `target`
+    target: float = 0.5  # mean B' / T that a width is held to, and what a baseline keeps without num_bins
+    drawn: Sequence[float] | None = None  # train each batch at a mean B' / T drawn from this range, for all its budgets
+    noise_floor: bool = False  # path: take the median step of the training clips off every step
+    evenness: float = 0.0  # partition: 0: one price a bin for all clips .. 1: in proportion to the clip's own change
+    execution: str = "auto"  # of the network behind: auto | packed | bucketed
+
+    def __post_init__(self) -> None:
+        functional.check_choices(self.similarity, self.metric, self.kernel, self.scale, self.edges, self.order)
+        for name, value, possible in (
+            ("embedding", self.embedding, EMBEDDINGS),
+            ("look", self.look, LOOKS),
+            ("execution", self.execution, ("auto", "packed", "bucketed")),
+        ):
+            if value not in possible:
+                raise ValueError(f"sgs {name}={value!r} does not exist; choose one of {', '.join(possible)}")
+        if not isinstance(self.after, (str, Sequence)) or not all(isinstance(place, str) for place in self.after):
+            raise ValueError(f"sgs after={self.after!r} must be the name of a stage, the path of a module, or a list of these")
+        if not self.places:
+            raise ValueError("sgs after is empty: name a stage, or set model.sgs=null for the dense network")
+        if self.kernel == "mean" and self.embedding == "mlp" and self.similarity not in functional.BASELINES:
+            raise ValueError("sgs kernel=mean passes no gradient to a learned embedding, which would stay random: set embedding=pooled or frozen")
+        if self.num_bins is not None and (not isinstance(self.num_bins, int) or self.num_bins < 1):
+            raise ValueError(f"sgs num_bins must be a whole number of at least 1, not {self.num_bins!r}")
+        if self.embedding_dim < 1 or self.grid < 1:
+            raise ValueError(f"sgs embedding_dim ({self.embedding_dim}) and grid ({self.grid}) must be at least 1")
+        if not 0 < self.target <= 1:
+            raise ValueError(f"sgs target is a share of the frames, above 0 and at most 1, not {self.target}")
+        if self.width is not None and not 0 < self.width < math.inf:
+            raise ValueError(f"sgs width must be above 0, not {self.width}")
+        if self.width is not None and self.scale != "absolute":
+            raise ValueError("sgs width is one bin width for all clips, which scale=relative has not: set scale=absolute")
+        if not 0 <= self.evenness <= 1:
+            raise ValueError(f"sgs evenness={self.evenness} must be from 0 to 1")
+        if self.drawn is not None:
+            if len(self.drawn) != 2 or not 0 < self.drawn[0] <= self.drawn[1] <= 1:
+                raise ValueError(f"sgs drawn={list(self.drawn)} must be the least and the greatest share of the frames, above 0 and at most 1")
+            if self.scale != "absolute" or self.width is not None:
+                raise ValueError("sgs drawn chooses the width of each training batch: set scale=absolute and width=null")
+        if self.noise_floor and self.similarity != "path":
+            raise ValueError(f"sgs noise_floor is taken off the steps of similarity=path, not of {self.similarity}")
+
+    @property
+    def looks_at_clip(self) -> bool:
+        """Whether there is a z at all, and it is taken from the clip itself."""
+        return self.look == "clip" and self.similarity not in functional.BASELINES
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """`after` as a tuple of names."""
+        return (self.after,) if isinstance(self.after, str) else tuple(self.after)
+
+
+class PooledEmbedding(nn.Module):
+    """z without parameters: LayerNorm of each frame's features averaged over a grid of cells."""
+
+    def __init__(self, grid: int) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def pool(self, x: Tensor) -> Tensor:
+        """[N, C, T, H, W] -> [N, T, C g g]."""
+        return framewise_pool(x.detach(), self.grid)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return nn.functional.layer_norm(pooled, pooled.shape[2:])
+
+
+class MLPEmbedding(nn.Module):
+    """z as published (paper section 3.1): average pool, Linear, ReLU, Linear, BatchNorm over D.
+
+    A convolution gives a clip other roundings alone than in a batch, and scale=relative magnifies the
+    difference by the size of z over the distances within a clip. So all but the statistics of a
+    training batch is in float64, where little is added to it and much of it averages out.
+    """
+
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(channels, max(channels // 2, 1))
+        self.out = nn.Linear(max(channels // 2, 1), dim)
+        self.norm = nn.BatchNorm1d(dim)
+
+    def pool(self, x: Tensor) -> Tensor:
+        """[N, C, T, H, W] -> [N, T, C] in float64, of the rows' means in the type of x: all in float64 takes 20 times as long."""
+        images = x.transpose(1, 2).flatten(0, 1)
+        if needs_deterministic_pool(x):
+            rows = images.mean(dim=3, keepdim=True)
+        else:
+            rows = nn.functional.adaptive_avg_pool2d(images, (int(x.shape[3]), 1))  # [N T, C, H, 1]
+        return rows.double().mean(dim=(2, 3)).unflatten(0, (x.shape[0], x.shape[2]))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        hidden = _linear64(self.hidden, pooled).relu()
+        z = _linear64(self.out, hidden).transpose(1, 2)  # [N, D, T]
+        norm = self.norm
+        if norm.training:
+            return norm(z.to(norm.weight.dtype)).transpose(1, 2)
+        mean, variance, weight, bias = (t.double() for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
+        return nn.functional.batch_norm(z, mean, variance, weight, bias, eps=norm.eps).transpose(1, 2)
+
+
+def _linear64(module: nn.Linear, x: Tensor) -> Tensor:
+    return nn.functional.linear(x, module.weight.double(), module.bias.double())
+
+
+class Proposal(NamedTuple):
+    """What a layer wants to do with a batch, still on the device."""
+
+    z: Tensor  # [N, T, D] embeddings
+    valid: Tensor  # [N] how many of the T frames each clip has
+    weights: Tensor  # [N, B, T] kept bins first, zero rows after
+    lengths: Tensor  # [N] B' of each clip
+    finite: Tensor  # [N] whether all of a clip's features are finite numbers
+
+
+class SGS(nn.Module):
+    """Proposes how to sample a batch of clips.
+
+    With scale=absolute the bin width is one buffer shared by all clips. Unless it is fixed it must
+    be calibrated before the first use, and a trainer holds it to the target with `steer`.
+    """
+
+    def __init__(self, channels: int, options: SGSOptions, *, name: str, min_bins: int = 1) -> None:
+        super().__init__()
+        self.options, self.name, self.min_bins = options, name, min_bins
+        self.gap = 0  # between clips, which in evaluation keeps them apart in all that follows; 0: each operation sees to that
+        self.norms: tuple[nn.Module, ...] = ()  # the network's batch norms, of which those in training must see no gaps
+        self.num_bins = options.num_bins  # may be changed between batches
+        self.share: float | None = None  # of the training batches that come, where shares are `drawn`; None: torch's generator draws one for each
+        if self.is_baseline:
+            self.embedding = None
+        elif options.embedding == "pooled":
+            self.embedding = PooledEmbedding(options.grid)
+        else:
+            self.embedding = MLPEmbedding(channels, options.embedding_dim)
+            self.embedding.requires_grad_(options.embedding == "mlp")
+        if options.scale == "absolute":
+            self.register_buffer("width", torch.tensor(math.nan if options.width is None else options.width))
+        if options.noise_floor:
+            self.register_buffer("floor", torch.tensor(math.nan))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SGS:
+        """`model.half()` leaves this layer in float32, in which it computes: a width in half precision is another width."""
+
+        def at_least_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        return super()._apply(at_least_float32, recurse)
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether B' has nothing to do with what a clip shows."""
+        return self.options.similarity in functional.BASELINES
+
+    @property
+    def tracks_width(self) -> bool:
+        """Whether the bin width follows the data and is held to `target` while training."""
+        return self.options.scale == "absolute" and self.options.width is None
+
+    def most_bins(self, frames: int) -> int:
+        """B for clips of `frames` features."""
+        if self.num_bins is not None:
+            return self.num_bins
+        cuts = self.is_baseline and self.options.similarity != "none"
+        return max(self.min_bins, round(self.options.target * frames)) if cuts else frames
+
+    def forward(self, x: Tensor, segments: Segments | None = None, clips: Tensor | None = None) -> Proposal:
+        """Sample features [N, C, T, H, W], or packed ones [1, C, M, H, W] with their segments.
+
+        With look=clip by what `clips` [N, 3, T', H', W'] show, where they are given: the z of a feature is that of the
+        frame at its time, or the mean of several where T < T'. In float32 or float64 even under autocast.
+
+        Raises:
+            ValueError: the layer lies on another device than x, or a clip is too short for what follows.
+        """
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if tensor.device != x.device:
+                raise ValueError(f"SGS after {self.name!r}: its {name} is on {tensor.device} and the features are on {x.device}: move the network with model.to(device)")
+        with torch.autocast(x.device.type, enabled=False):
+            looks = self.options.looks_at_clip and clips is not None and clips is not x  # at the input they are the same
+            return self._propose(_at_least_float32(x), segments, _at_least_float32(clips) if looks else None)
+
+    def _most_bins_for(self, lengths: Sequence[int], frames: int) -> int:
+        if min(lengths) < self.min_bins:
+            raise ValueError(f"SGS after {self.name!r}: what follows needs at least {self.min_bins} features, and a clip has {min(lengths)}")
+        if self.most_bins(frames) < self.min_bins:
+            raise ValueError(f"model.sgs.num_bins={self.num_bins} is too few: what follows {self.name!r} needs at least {self.min_bins}")
+        return self.most_bins(frames)
+
+    def _propose(self, x: Tensor, segments: Segments | None, clips: Tensor | None) -> Proposal:
+        o = self.options
+        frames = int(x.shape[2] if segments is None else segments.frames)  # a tensor while torch.jit traces
+        num_bins = self._most_bins_for((frames,) if segments is None else segments.lengths, frames)
+        if self.embedding is None:  # a baseline, which looks at the number of frames alone
+            z = x.new_zeros(*(x.shape[::2][:2] if segments is None else segments.padded.shape), 1)  # [N, T, 1]
+            finite = _finite_frames(x)
+        else:
+            pooled = self.embedding.pool(x) if clips is None else _parts(self.embedding.pool(clips), frames)  # [N, T, ...] or [1, M, ...]
+            z = self.embedding(pooled)
+            # Batch norm spreads a NaN to the z of every clip, so the clip at fault shows in what was pooled.
+            finite = pooled.isfinite().all(dim=2)
+            if clips is not None:
+                finite = finite & _finite_frames(x)
+            z = z if segments is None else z[0][segments.padded]
+        finite = (finite if segments is None else finite[0][segments.padded]).all(dim=1)
+        valid = None if segments is None else torch.tensor(segments.lengths)  # on the host, where it is checked
+        width = self.width if o.scale == "absolute" else None
+        if o.drawn is not None and self.training and torch.is_grad_enabled():  # not where statistics are taken
+            width = self._drawn_width(z, valid)
+        weights, lengths = functional.sampling_weights(
+            z,
+            num_bins=num_bins,
+            similarity=o.similarity,
+            metric=o.metric,
+            kernel=o.kernel,
+            scale=o.scale,
+            edges=o.edges,
+            order=o.order,
+            width=width,
+            valid=valid,
+            min_bins=self.min_bins,
+            noise_floor=self.floor if o.noise_floor else 0.0,
+            evenness=o.evenness,
+        )
+        return Proposal(z, lengths.new_full((len(z),), z.shape[1]) if valid is None else valid, weights.to(x.dtype), lengths, finite)
+
+    @torch.no_grad()
+    def calibrate(self, z: Tensor, valid: Tensor) -> None:
+        """Choose noise floor and width so that clips z [N, T, D], of which `valid` frames exist, keep the target share."""
+        o = self.options
+        if o.noise_floor:
+            self.floor.fill_(functional.median_step(z, o.metric, valid))
+        self.width.fill_(self._width_for(z, valid, o.target))
+
+    @torch.no_grad()
+    def _drawn_width(self, z: Tensor, valid: Tensor | None) -> Tensor | float:
+        """The width for a training batch; a partition's is found without waiting for the device. A NaN is for the caller to find (`_on_host`)."""
+        low, high = self.options.drawn
+        share = low + (high - low) * torch.rand(()).item() if self.share is None else self.share  # drawn on the host
+        z = z.nan_to_num(0, 0, 0)
+        if self.options.similarity != "partition":
+            return self._width_for(z, valid, share)
+        frames = torch.full((len(z),), z.shape[1], device=z.device) if valid is None else valid.to(z.device, non_blocking=True)
+        mean_bins = share * (z.shape[1] if valid is None else valid.double().mean().item())  # lengths are on the host
+        z = z.masked_fill((torch.arange(z.shape[1], device=z.device) >= frames[:, None])[:, :, None], 0)
+        return width_keeping(z, frames, num_bins=self.most_bins(z.shape[1]), mean_bins=mean_bins, evenness=self.options.evenness)
+
+    @torch.no_grad()
+    def _width_for(self, z: Tensor, valid: Tensor | None, share: float) -> float:
+        """The width at which clips z [N, T, D] keep this share of their features."""
+        o = self.options
+        return functional.calibrated_width(
+            z,
+            num_bins=self.most_bins(z.shape[1]),
+            mean_bins=share * (z.shape[1] if valid is None else valid.double().mean().item()),
+            valid=valid,
+            similarity=o.similarity,
+            metric=o.metric,
+            noise_floor=self.floor.item() if o.noise_floor else 0.0,
+            evenness=o.evenness,
+        )
+
+    @torch.no_grad()
+    def steer(self, mean_ratio: Tensor, *, gain: float = 0.1) -> None:
+        """Move the width towards the target, given a training batch's mean B' / T (a scalar tensor).
+
+        log(width) changes by gain x (ratio - target), so that a deviation of 0.1 is corrected over
+        some tens of batches and the noise of one batch moves the width by less than one percent.
+        Batches whose share was drawn say nothing about it.
+        """
+        if self.options.drawn is not None:
+            return
+        self.width.mul_(torch.exp(gain * (mean_ratio.to(self.width) - self.options.target)))
+
+    def extra_repr(self) -> str:
+        o = self.options
+        return f"after={self.name}, similarity={o.similarity}, kernel={o.kernel}, scale={o.scale}, order={o.order}, num_bins={self.num_bins or 'T'}"
+
+
+def _finite_frames(x: Tensor) -> Tensor:
+    """[N, C, T, H, W] -> [N, T] (or packed, [1, M]): one look at each value, and no copy."""
+    return x.detach().sum(dim=(1, 3, 4)).isfinite()
+
+
+def _parts(pooled: Tensor, count: int) -> Tensor:
+    """Means over so many equal parts of time: [N, T', D] -> [N, count, D]."""
+    return pooled if pooled.shape[1] == count else nn.functional.adaptive_avg_pool1d(pooled.transpose(1, 2), count).transpose(1, 2)
+
+
+class Sampled(NamedTuple):
+    """What a layer did with a batch."""
+
+    layer: str
+    given: tuple[int, ...]  # features that each clip came with
+    segments: Segments  # those that it goes on with: B' and times
+    weights: Tensor  # [N, B, T]
+    proposal: Proposal  # what the layer wanted; the same unless it was forced
+
+    @property
+    def assignment(self) -> Tensor:
+        """[N, T] int64: the kept feature that each frame went into; -1 where into none."""
+        weight, feature = self.weights.detach().max(dim=1)
+        return feature.where(weight > 0, -1)
+
+
+def sample(
+    layers: Sequence[SGS],
+    features: Sequence[Tensor],
+    segments: Sequence[Segments | None],
+    forced: Sequence[tuple[int, ...] | int] | None = None,
+    clips: Tensor | None = None,
+) -> tuple[tuple[Tensor, ...], tuple[Sampled, ...]]:
+    """Sample features of one batch at several places at once: packed features, and what was done.
+
+    Args:
+        features: for each layer [N, C, T, H, W], or packed [1, C, M, H, W] where it has segments.
+        forced: for each layer the B' of each clip, in place of what the layer proposes: bins of
+            equal size, at the same cost. One number for all clips is the most that each of them keeps.
+        clips: [N, 3, T', H', W'] for layers of look=clip.
+
+    Raises:
+        NonFiniteFeatures: naming layer and clip, if features hold a NaN or an infinity.
+        ValueError: a width that is unset, or forced bins that a clip has not the features for.
+    """
+    proposals = [layer(x, s, clips) for layer, x, s in zip(layers, features, segments)]
+    lengths = _on_host(layers, proposals, checked=forced is None)
+    packed, done = [], []
+    for i, (layer, x, before, proposal) in enumerate(zip(layers, features, segments, proposals)):
+        start = before or Segments.whole(len(x), x.shape[2], x.device)
+        weights, kept = proposal.weights, lengths[i]
+        if forced is not None:
+            kept = tuple(min(forced[i], length) for length in start.lengths) if isinstance(forced[i], int) else tuple(forced[i])
+            weights = _uniform_weights(start.lengths, kept, x.device)
+        # A backward pass would keep the gaps.
+        gap = 0 if torch.is_grad_enabled() or any(norm.training for norm in layer.norms) else shared_gap(kept, layer.gap, x.device)
+        after = Segments(kept, start.frames, _mean_times(weights, start, kept), gap)
+        packed.append(aggregate(x, weights, kept, before, layout=after.layout))
+        done.append(Sampled(layer.name, start.lengths, after, weights, proposal))
+    return tuple(packed), tuple(done)
+
+
+def _on_host(layers: Sequence[SGS], proposals: Sequence[Proposal], *, checked: bool) -> list[tuple[int, ...]]:
+    """B' of each clip as plain integers: the one synchronisation of a batch, in which all errors cross, too."""
+    columns = []
+    for layer, (z, _, _, lengths, finite) in zip(layers, proposals):
+        unset = layer.width.isnan() if layer.options.scale == "absolute" else lengths.new_zeros((), dtype=torch.bool)
+        spoilt = ~z.isfinite().all()
+        columns.append(torch.cat([lengths.where(finite, 0), torch.stack([unset, spoilt]).to(lengths)]))
+    kept = []
+    for layer, (*lengths, unset, spoilt) in zip(layers, torch.stack(columns).tolist()):
+        if checked and unset:
+            raise ValueError(f"SGS after {layer.name!r} has no bin width yet: calibrate it, load a trained checkpoint, or set model.sgs.width")
+        if checked and 0 in lengths:
+            raise NonFiniteFeatures(f"SGS after {layer.name!r}: the features of clip {lengths.index(0)} of the batch hold a NaN or an infinity")
+        if checked and spoilt:
+            raise NonFiniteFeatures(f"SGS after {layer.name!r}: the similarity embedding holds a NaN or an infinity")
+        kept.append(tuple(lengths))
+    return kept
+
+
+def aggregate(x: Tensor, weights: Tensor, lengths: tuple[int, ...], before: Segments | None = None, *, layout: Layout | None = None) -> Tensor:
+    """Sum each clip's frames into its kept bins and lay the clips out one after another in time.
+
+    x [N, C, T, H, W], or packed [1, C, M, H, W] as in `before`, and weights [N, B, T] (kept bins
+    first) -> [1, C, M', H, W] in channels-last memory, summed in float32 even under autocast and
+    returned in the type of x. M' = sum B', or the places of a `layout` of the clips.
+    """
+    _, c, _, h, w = x.shape
+    places = unpadded(lengths, x.device) if layout is None else unpadded(lengths, x.device).index_select(0, layout.source)
+    with torch.autocast(x.device.type, enabled=False):
+        frames = _at_least_float32(x).permute(0, 2, 3, 4, 1).flatten(2)  # [N, T, H W C] or [1, M, H W C]
+        weights = weights[:, : max(lengths)].to(frames.dtype)
+        # On CPUs a product is three times as slow as sums of the few frames of each bin. Counting and compiling see the product.
+        if x.device.type == "cpu" and not (torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling()):
+            rows = _sums(frames.flatten(0, 1), weights, places, None if before is None else before.padded)
+        else:
+            rows = torch.bmm(weights, frames if before is None else frames[0][before.padded]).flatten(0, 1)
+            if layout is not None or min(lengths) < max(lengths):
+                rows = rows.index_select(0, places)
+    return rows.to(x.dtype).view(1, -1, h, w, c).permute(0, 4, 1, 2, 3)
+
+
+def _sums(frames: Tensor, weights: Tensor, places: Tensor, padded: Tensor | None) -> Tensor:
+    """Sums of rows of frames [M, F], by weights [N, B, T] at `places` [M'] of [N B]; `padded` [N, T] says which row each frame is: [M', F]."""
+    _, bins, steps = weights.shape
+    chosen = weights.flatten(0, 1).index_select(0, places)  # [M', T]
+    place, time = chosen.nonzero(as_tuple=True)
+    frame = places.div(bins, rounding_mode="floor").index_select(0, place) * steps + time  # of [N T]
+    if padded is not None:
+        frame = padded.flatten().index_select(0, frame)
+    counts = chosen.count_nonzero(dim=1)
+    return nn.functional.embedding_bag(frame, frames, counts.cumsum(0) - counts, mode="sum", per_sample_weights=chosen[place, time])
+
+
+def _mean_times(weights: Tensor, before: Segments, kept: tuple[int, ...]) -> Tensor:
+    """[M'] the mean time of the frames that went into each kept feature."""
+    member = (weights.detach()[:, : max(kept)] > 0).float()
+    times = (member * before.times[before.padded][:, None]).sum(dim=2) / member.sum(dim=2).clamp(min=1)  # [N, longest B']
+    return times.flatten()[unpadded(kept, times.device)]
+
+
+@lru_cache(maxsize=64)
+def _uniform_weights(given: tuple[int, ...], bins: tuple[int, ...], device: torch.device) -> Tensor:
+    if len(bins) != len(given) or any(not 1 <= b <= length for b, length in zip(bins, given)):
+        raise ValueError(f"clips of {given} features cannot be made to keep {bins}")
+    with torch.inference_mode(False):
+        weights = torch.zeros(len(given), max(bins), max(given))
+        for clip, (b, length) in enumerate(zip(bins, given)):
+            weights[clip, functional.uniform_bins(length, b), torch.arange(length)] = 1
+        return (weights / weights.sum(dim=2, keepdim=True).clamp(min=1)).to(device)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
