@@ -41,7 +41,7 @@ from atfr.models.graph.packed_program import Traced
 from atfr.models.packed.segments import take
 from atfr.models.sgs.layer import SGSOptions, sample
 
-OPTIONS = SGSOptions(similarity="partition", evenness=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=1.0)
+OPTIONS = SGSOptions(similarity="partition", cost_exponent=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=1.0)
 CLIPS_LAST = torch.channels_last_3d
 
 

@@ -25,7 +25,7 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 from atfr.cli import builders
-from atfr.engine.distributed.comm import Ranks
+from atfr.engine.distributed.comm import DistInfo
 from atfr.utils.malloc import keep_freed_memory
 from atfr.models.video_net import VideoNet
 
@@ -79,7 +79,7 @@ def measured(name: str, size: str | None, *, batch: int, rounds: int) -> Row:
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         config = compose("flops", [f"model={name}_sgs", "model.sgs.after=res2", "model.sgs.width=1.0", *([f"model.size='{size}'"] if size else [])])
     clip = builders.clip_settings(config)
-    model = builders.build_model(config, num_classes=400, ranks=Ranks(0, 1, torch.device("cpu"))).eval()
+    model = builders.build_model(config, num_classes=400, dist_info=DistInfo(0, 1, torch.device("cpu"))).eval()
     shake(model)
     table = builders.gflops_table(model, clip)
     half = table.at(tuple(max(least, frames // 2) for least, frames in zip(table.least, table.frames)))

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from atfr.data.transforms import Normalizer
 from atfr.engine.distributed import comm
-from atfr.engine.distributed.comm import Ranks
+from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.distributed.preemption import StopFlag
 from atfr.engine.optim import sgd
 from atfr.engine.settings import TrainerSettings
@@ -84,19 +84,19 @@ def main() -> None:
 def in_process(steps: int) -> None:
     """The measurements of one process, or of one among two."""
     logging.disable(logging.WARNING)  # of waiting for data: the bare loop's turns
-    ranks = comm.start(accelerator="cpu", devices=None)
+    dist_info = comm.start(accelerator="cpu", devices=None)
     for name, sgs in (("dense", None), ("with SGS", ATFR)):
         torch.manual_seed(0)
-        more, bare = overhead(x3d(size="S", num_classes=400, sgs=sgs), steps, ranks)
-        if ranks.is_main:
+        more, bare = overhead(x3d(size="S", num_classes=400, sgs=sgs), steps, dist_info)
+        if dist_info.is_main:
             times = f"{1e3 * bare:.1f} ms a step in a bare loop, {1e3 * more:.1f} ms more in the trainer"
-            print(f"{ranks.world} process(es), {name + ':':<10}{times}: {more / bare:+.1%}", flush=True)
-    if ranks.world == 1:
-        print(saving(slow(size="R50", num_classes=400), steps, ranks), flush=True)
+            print(f"{dist_info.world} process(es), {name + ':':<10}{times}: {more / bare:+.1%}", flush=True)
+    if dist_info.world == 1:
+        print(saving(slow(size="R50", num_classes=400), steps, dist_info), flush=True)
     comm.stop()
 
 
-def overhead(model: VideoNet, steps: int, ranks: Ranks) -> tuple[float, float]:
+def overhead(model: VideoNet, steps: int, dist_info: DistInfo) -> tuple[float, float]:
     """How many seconds more a step of the trainer takes than a bare one, and the seconds of that."""
     batch, training = batch_of(4, frames=8, size=80), None
     times: dict[str, list[float]] = {"trainer": [], "bare": []}
@@ -112,13 +112,13 @@ def overhead(model: VideoNet, steps: int, ranks: Ranks) -> tuple[float, float]:
             yield batch
             times["trainer"].append(time.perf_counter() - began)
 
-    training = trainer_of(model, batches, steps + 1, ranks)
+    training = trainer_of(model, batches, steps + 1, dist_info)
     run_in(training, saves=False)
     pairs = list(zip(times["trainer"], times["bare"]))[WARM_UP:]
     return median(trainer - bare for trainer, bare in pairs), median(bare for _, bare in pairs)
 
 
-def saving(model: VideoNet, steps: int, ranks: Ranks) -> str:
+def saving(model: VideoNet, steps: int, dist_info: DistInfo) -> str:
     """What a save costs."""
     batch, times, training = batch_of(4, frames=4, size=64), [], None
 
@@ -131,7 +131,7 @@ def saving(model: VideoNet, steps: int, ranks: Ranks) -> str:
             yield batch
             times.append(time.perf_counter() - began)
 
-    training = trainer_of(model, batches, 2 * steps, ranks)
+    training = trainer_of(model, batches, 2 * steps, dist_info)
     size = run_in(training, saves=True)
     blocks = [times[i : i + BLOCK] for i in range(BLOCK, len(times) - BLOCK, BLOCK)]  # the first one warms up
     saved, without = blocks[0::2], blocks[1::2]
@@ -150,7 +150,7 @@ def bare_step(training: Training, batch: Batch) -> None:
     training.optimizer.step()
 
 
-def trainer_of(model: VideoNet, batches: Callable[[int, int], Iterator[Batch]], steps: int, ranks: Ranks) -> Training:
+def trainer_of(model: VideoNet, batches: Callable[[int, int], Iterator[Batch]], steps: int, dist_info: DistInfo) -> Training:
     return Training(
         model=model,
         optimizer=sgd(model, lr=1e-4, momentum=0.9, weight_decay=1e-5, nesterov=True),
@@ -159,8 +159,8 @@ def trainer_of(model: VideoNet, batches: Callable[[int, int], Iterator[Batch]], 
         steps_per_epoch=steps,
         validate=lambda: {"top1": 0.0},
         normalise=Normalizer([0.45] * 3, [0.225] * 3),
-        settings=replace(SETTINGS, batch_size=4 * ranks.world),
-        ranks=ranks,
+        settings=replace(SETTINGS, batch_size=4 * dist_info.world),
+        dist_info=dist_info,
         folder=Path(),
         identity={"config": {}, "choices": {}, "class_names": []},
         stop=StopFlag(),

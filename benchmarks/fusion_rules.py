@@ -20,7 +20,7 @@ from atfr.engine.calibration import calibrate_width, precise_batch_norm
 from atfr.models.backbones.slowfast import FUSION_RULES, slowfast
 from atfr.models.sgs.layer import SGSOptions
 
-OPTIONS = dict(similarity="partition", evenness=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
+OPTIONS = dict(similarity="partition", cost_exponent=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from typing import Any, Callable
 
 from run_tools import ROOT
 
-from atfr.engine.distributed.launch_env import find_place
+from atfr.engine.distributed.launch_env import read_launch_env
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["torch", "torch.utils.tensorboard", "torch.distributed.launcher.api", "hydra", "av", "atfr.cli.launch", "atfr.cli.builders", "atfr.engine.trainer", "atfr.models.backbones.x3d"])
@@ -57,7 +57,7 @@ def srun_places(processes: int) -> list[dict[str, str]]:
         shared = {"SLURM_JOB_ID": str(next(_steps)), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(processes), "SLURM_STEP_NODELIST": f"127.0.0.[1-{processes}]"}
         places = [{**shared, "SLURM_PROCID": str(rank), "SLURM_LOCALID": "0"} for rank in range(processes)]
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", find_place(places[0]).port)) != 0:
+            if probe.connect_ex(("127.0.0.1", read_launch_env(places[0]).port)) != 0:
                 return places
 
 

@@ -47,9 +47,9 @@ def dawdling_optimizer(model: nn.Module, lr: float, starts: int, **_: Any) -> Da
 def wait_for_data(failing: str) -> None:
     """Two tasks of srun, of which the one of rank `failing` fails where the first comes before the second."""
     try:
-        ranks = comm.start(accelerator="cpu", devices=None)
-        with comm.main_first(ranks):
-            if ranks.rank == int(failing):
+        dist_info = comm.start(accelerator="cpu", devices=None)
+        with comm.main_first(dist_info):
+            if dist_info.rank == int(failing):
                 raise ValueError("no data")
         comm.barrier()
     except Exception as error:

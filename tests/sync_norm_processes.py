@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from atfr.engine.distributed import comm
-from atfr.engine.distributed.comm import Ranks
+from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.optim import sgd
 from atfr.engine.settings import TrainerSettings
 from atfr.engine.calibration import calibrate_width, refresh_statistics
-from atfr.engine.distributed.sync_batchnorm import over_all_processes
+from atfr.engine.distributed.sync_batchnorm import sync_batchnorm
 from atfr.engine.trainer import Training
 from atfr.models.backbones.x3d import x3d
 from atfr.models.video_net import VideoNet
@@ -60,13 +60,13 @@ def statistics_of(options: SGSOptions, rank: int, world: int, *, untrained: bool
     return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
-def losses_of(folder: Path, ranks: Ranks) -> list[dict[str, float]]:
+def losses_of(folder: Path, dist_info: DistInfo) -> list[dict[str, float]]:
     """What 20 steps log."""
     model = network()
 
     def batches(epoch: int, start: int) -> Iterable[Batch]:
         for step in range(start, STEPS):
-            x, labels = clips(step)[ranks.rank :: ranks.world], torch.arange(6)[ranks.rank :: ranks.world] % 3
+            x, labels = clips(step)[dist_info.rank :: dist_info.world], torch.arange(6)[dist_info.rank :: dist_info.world] % 3
             yield Batch(x, labels, ("a",) * len(x))
 
     training = Training(
@@ -77,14 +77,14 @@ def losses_of(folder: Path, ranks: Ranks) -> list[dict[str, float]]:
         steps_per_epoch=STEPS,
         validate=lambda: {"top1": 0.0},
         normalise=nn.Identity(),
-        settings=replace(SETTINGS, checkpoint_activations=ranks.world > 1),  # which must change nothing
-        ranks=ranks,
+        settings=replace(SETTINGS, checkpoint_activations=dist_info.world > 1),  # which must change nothing
+        dist_info=dist_info,
         folder=folder,
         identity={"config": {}, "choices": {}, "class_names": []},
     )
     training.run()
     assert "forward" not in model.backbone.blocks[0].norm.__dict__, "the batch norms were not given back"
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"train"' in line] if ranks.is_main else []
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"train"' in line] if dist_info.is_main else []
 
 
 def check_layer(rank: int) -> None:
@@ -104,7 +104,7 @@ def check_layer(rank: int) -> None:
             part = whole.detach()[own].clone().requires_grad_()
             for _ in range(2):
                 expected = alone(whole)
-                with over_all_processes(together):
+                with sync_batchnorm(together):
                     found = together(part)
             (expected.float() * factor).sum().backward()
             (found.float() * factor[own]).sum().backward()
@@ -127,15 +127,15 @@ def main() -> None:
     cases = [(options, untrained) for options in (ANCHOR, LEARNED) for untrained in (True, False)]
     # Before there is a group: alone.
     expected = [statistics_of(options, 0, 1, untrained=untrained) for options, untrained in cases]
-    ranks = comm.start(accelerator="cpu", devices=None)
-    check_layer(ranks.rank)
+    dist_info = comm.start(accelerator="cpu", devices=None)
+    check_layer(dist_info.rank)
     for (options, untrained), buffers in zip(cases, expected):
-        for name, value in statistics_of(options, ranks.rank, ranks.world, untrained=untrained).items():
+        for name, value in statistics_of(options, dist_info.rank, dist_info.world, untrained=untrained).items():
             torch.testing.assert_close(value, buffers[name], rtol=1e-4, atol=1e-5, msg=lambda text: f"{options.similarity}: {name}: {text}")
-    lines = losses_of(folder / "together", ranks)
-    if ranks.is_main:
+    lines = losses_of(folder / "together", dist_info)
+    if dist_info.is_main:
         comm.stop()
-        compare(losses_of(folder / "alone", Ranks(0, 1, torch.device("cpu"))), lines)
+        compare(losses_of(folder / "alone", DistInfo(0, 1, torch.device("cpu"))), lines)
 
 
 def compare(alone: list[dict[str, float]], together: list[dict[str, float]]) -> None:

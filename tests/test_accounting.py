@@ -38,7 +38,7 @@ def test_the_number_of_parameters_is_pytorchvideos():
 
 
 @pytest.mark.filterwarnings("ignore:.*:torch.jit.TracerWarning")
-@pytest.mark.parametrize("options", [SGSOptions(), ATFR, replace(ATFR, look="clip")], ids=["reference", "atfr", "looks at the clip"])
+@pytest.mark.parametrize("options", [SGSOptions(), ATFR, replace(ATFR, embed_from="clip")], ids=["reference", "atfr", "looks at the clip"])
 def test_the_table_equals_a_direct_analysis_of_a_clip(options):
     model = x3d(size="tiny", num_classes=6, sgs=options).eval()
     table = GflopsTable(model, SHAPE)

@@ -23,7 +23,7 @@ from atfr.data.video.decode import read_clip
 from atfr.data.loader import TrainSampler, test_loader, train_loader
 from atfr.data.types import Unreadable, Video, VideoError
 from atfr.data.transforms import Normalizer
-from atfr.engine.distributed.comm import Ranks
+from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.evaluator import evaluate
 from atfr.engine.metrics import summarise
 
@@ -185,7 +185,7 @@ def test_a_file_that_is_listed_several_times_counts_as_often_whether_it_can_be_r
     monkeypatch.setattr("atfr.engine.evaluator.distributed.gathered", lambda own: processes.extend(own) or processes)
     for rank in range(world):
         loader = test_loader(TestClips(videos, CLIP, views=2, crops=1), batch_size=3, rank=rank, world=world)
-        found = evaluate(Constant(), loader, normalise=Normalizer(GRAY, GRAY), ranks=Ranks(rank, world, torch.device("cpu")))
+        found = evaluate(Constant(), loader, normalise=Normalizer(GRAY, GRAY), dist_info=DistInfo(rank, world, torch.device("cpu")))
     assert [(view.video, view.view) for view in found.views] == [(video, view) for video in (0, 2, 5) for view in (0, 1)]
     table = SimpleNamespace(dense=1.0, at=lambda bins: 1.0, executed=len)
     results = summarise(found, table, protocol={})
@@ -201,7 +201,7 @@ def test_a_video_counts_although_another_row_of_its_file_failed(monkeypatch):
         return SimpleNamespace(clips=clips, **numbers, paths=("a",), decoders=("pyav",), failed=failed)
 
     batches = [batch(0, 0), batch(0, 1), batch(1, 0, (Unreadable(1, "a", "gone"),))]
-    found = evaluate(Constant(), batches, normalise=torch.nn.Identity(), ranks=Ranks(0, 1, torch.device("cpu")))
+    found = evaluate(Constant(), batches, normalise=torch.nn.Identity(), dist_info=DistInfo(0, 1, torch.device("cpu")))
     assert [(view.video, view.view) for view in found.views] == [(0, 0), (0, 1)] and list(found.failed) == [1]
 
 

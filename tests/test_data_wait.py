@@ -13,7 +13,7 @@ from run_tools import run_script
 
 from atfr.engine import data_wait
 from atfr.engine.data_wait import DataWait
-from atfr.engine.distributed.comm import Ranks
+from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.optim import sgd
 from atfr.engine.settings import TrainerSettings
 from atfr.engine.trainer import Training
@@ -67,7 +67,7 @@ def test_a_training_with_a_slow_loader_warns_of_it_and_one_with_a_quick_loader_d
         validate=lambda: {"top1": 0.0},
         normalise=torch.nn.Identity(),
         settings=SETTINGS,
-        ranks=Ranks(0, 1, torch.device("cpu")),
+        dist_info=DistInfo(0, 1, torch.device("cpu")),
         folder=tmp_path,
         identity={"config": {}, "choices": {}, "class_names": []},
     ).run()

@@ -36,7 +36,7 @@ REFUSED = (
     "reflection_pad2d_backward", "reflection_pad3d_backward", "nll_loss2d_forward", "put_", "histc", "bincount", "median", "nanmedian",
     "grid_sampler_2d_backward", "grid_sampler_3d_backward", "scatter_reduce",
 )  # fmt: skip
-ATFR = SGSOptions(similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", look="clip", before_activation=False)
+ATFR = SGSOptions(similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", embed_from="clip", before_activation=False)
 NETWORKS = ["x3d tiny", "slow R50", "c2d R50", "i3d R50", "r2plus1d 18", "csn R101", "r3d 18", "mc3 18", "s3d base", "resnet3d 18", "slowfast 8x8-R50"]
 
 
@@ -158,7 +158,7 @@ def test_testing_and_calibrating_set_what_the_checkpoint_was_trained_with(monkey
     seen = []
     monkeypatch.setattr(launch, "choose_algorithms", lambda **options: seen.append(options))
     settings = SimpleNamespace(accelerator="cpu", devices=None, deterministic=True, tf32=True)
-    launch.on_every_process(lambda ranks: seen.append(ranks.device.type), OmegaConf.create(), settings, program="", folder=Path(), stop=StopFlag(), where="in a test")
+    launch.on_every_process(lambda dist_info: seen.append(dist_info.device.type), OmegaConf.create(), settings, program="", folder=Path(), stop=StopFlag(), where="in a test")
     assert seen == [{"deterministic": True, "tf32": True}, "cpu"]
 
 

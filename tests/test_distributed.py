@@ -13,7 +13,7 @@ from run_tools import torchrun_script
 
 from atfr.data.loader import TrainSampler
 from atfr.engine.distributed import comm
-from atfr.engine.distributed.comm import Ranks
+from atfr.engine.distributed.comm import DistInfo
 
 
 def test_a_nan_of_one_process_stops_both_or_is_left_out_by_both_and_both_hear_of_what_differs(tmp_path):
@@ -35,14 +35,14 @@ def test_the_shares_of_a_global_batch_that_does_not_divide_are_the_batch_and_dif
     for batch, shares in zip(alone, zip(*samplers), strict=True):
         assert sorted(index for share in shares for index in share) == sorted(batch)
         sizes = [len(share) for share in shares]
-        assert max(sizes) - min(sizes) <= 1 and max(sizes) == Ranks(0, world, torch.device("cpu")).share(8)
+        assert max(sizes) - min(sizes) <= 1 and max(sizes) == DistInfo(0, world, torch.device("cpu")).share(8)
 
 
 def test_one_process_needs_no_launcher(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    ranks = comm.start(accelerator="cpu", devices=None)
-    assert (ranks.rank, ranks.world, ranks.is_main) == (0, 1, True)
+    dist_info = comm.start(accelerator="cpu", devices=None)
+    assert (dist_info.rank, dist_info.world, dist_info.is_main) == (0, 1, True)
     assert comm.gathered([1, 2]) == [1, 2]
     comm.barrier()
 
@@ -63,10 +63,10 @@ def test_processes_on_gpus_exchange_numbers_and_objects_on_their_hosts(monkeypat
 
     monkeypatch.setattr(comm.dist, "init_process_group", without_nccl)
     try:
-        ranks = comm.start(accelerator="auto", devices=None)
-        assert ranks == Ranks(0, 1, torch.device("cuda", 0))
+        dist_info = comm.start(accelerator="auto", devices=None)
+        assert dist_info == DistInfo(0, 1, torch.device("cuda", 0))
         assert comm.gathered([{"a": 1}]) == [{"a": 1}] and comm.largest(3) == 3
-        told = comm.OneCallLate()
+        told = comm.DelayedMax()
         assert [told.largest(number) for number in (5, 6, 7)] == [0, 5, 6]
         assert comm.summed(torch.ones(())).item() == 1  # on the host
         comm.barrier()

@@ -19,7 +19,7 @@ from atfr.models.backbones import resnets, slowfast, torchvision3d, x3d
 from atfr.models.video_net import VideoNet
 from atfr.models.sgs.layer import SGSOptions
 
-ATFR = SGSOptions(before_activation=False, similarity="partition", evenness=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", width=0.5)
+ATFR = SGSOptions(before_activation=False, similarity="partition", cost_exponent=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", width=0.5)
 REFERENCE = SGSOptions()
 WITHOUT_ONNX = [name for name in export.ONNX_PACKAGES if importlib.util.find_spec(name) is None]
 FORMATS = ["torch_export", "onnx"]
@@ -68,7 +68,7 @@ def find_width(model: VideoNet, samples: dict[str, torch.Tensor]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "sgs, format",
-    [(ATFR, "onnx"), (replace(ATFR, look="clip", after="stem"), "torch_export"), (replace(ATFR, look="clip", after="stem"), "onnx"), (REFERENCE, "onnx")],
+    [(ATFR, "onnx"), (replace(ATFR, embed_from="clip", after="stem"), "torch_export"), (replace(ATFR, embed_from="clip", after="stem"), "onnx"), (REFERENCE, "onnx")],
     ids=["atfr", "looks at the clip, torch_export", "looks at the clip, onnx", "reference"],
 )
 def test_x3d(sgs, format, tmp_path):
@@ -164,7 +164,7 @@ def test_what_cannot_be_exported_is_named(tmp_path, monkeypatch):
 def trained(small_videos, tmp_path_factory):
     """The run folder of a job of one step, in which B' differs between clips."""
     folder = tmp_path_factory.mktemp("run")
-    spread = ["model.sgs.after=res2", "model.sgs.look=features", "model.sgs.target=0.5"]
+    spread = ["model.sgs.after=res2", "model.sgs.embed_from=features", "model.sgs.target=0.5"]
     outcome = run_tool("train", *small_job(small_videos, folder, "trainer.max_steps=1", "trainer.test=false", *spread))
     assert outcome.code == 0, outcome.err
     return folder

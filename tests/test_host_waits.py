@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atfr.data.transforms import Normalizer
-from atfr.engine.distributed.comm import Ranks
+from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.trainer import Training
 from atfr.models.packed import segments
 from atfr.models.sgs import layer
@@ -79,7 +79,7 @@ def step_on_gpu(monkeypatch, folder: Path, model: VideoNet, **settings: object) 
             validate=lambda: {},
             normalise=normalise,
             settings=replace(SETTINGS, log_every=10, clip_norm=1.0, ema=0.9, **settings),
-            ranks=Ranks(0, 1, GPU),
+            dist_info=DistInfo(0, 1, GPU),
             folder=folder,
             identity={},
         )
@@ -102,7 +102,7 @@ def test_a_dense_step_never_waits_for_the_device(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [SGSOptions(), ATFR, replace(ATFR, look="clip"), replace(ATFR, drawn=(0.3, 0.7)), SGSOptions(similarity="random", kernel="mean")],
+    [SGSOptions(), ATFR, replace(ATFR, embed_from="clip"), replace(ATFR, drawn=(0.3, 0.7)), SGSOptions(similarity="random", kernel="mean")],
     ids=["reference", "atfr", "looks at the clip", "drawn", "random"],
 )
 def test_a_step_with_sampling_waits_once_for_the_lengths(monkeypatch, tmp_path, options):

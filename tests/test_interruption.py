@@ -23,7 +23,7 @@ from atfr.cli import builders
 from atfr.data.types import Unreadable
 from atfr.engine import trainer
 from atfr.engine.run import checkpoint
-from atfr.engine.distributed.comm import Ranks
+from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.evaluator import LOOK_EVERY, evaluate
 from atfr.engine.distributed.preemption import SIGNALS, TRY_AGAIN, Interrupted, StopFlag, end, listen
 
@@ -158,7 +158,7 @@ def test_a_signal_ends_a_test_within_a_few_batches_and_the_statistics_before_the
         failed, clips = (Unreadable(0, "bad.mp4", "no video"),), None
 
     with pytest.raises(Interrupted, match="stopped by SIGUSR2 during the test"):
-        evaluate(torch.nn.Identity(), Loader([None] * 100), normalise=torch.nn.Identity(), ranks=Ranks(0, 1, torch.device("cpu")), stop=flag)
+        evaluate(torch.nn.Identity(), Loader([None] * 100), normalise=torch.nn.Identity(), dist_info=DistInfo(0, 1, torch.device("cpu")), stop=flag)
     assert len(seen) <= 5 + LOOK_EVERY + 1
 
     original = trainer.clips_for_statistics

@@ -1,4 +1,4 @@
-"""Layers that look at the clip itself (`look=clip`) to decide which of the features behind them go together."""
+"""Layers that look at the clip itself (`embed_from=clip`) to decide which of the features behind them go together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.layer import NonFiniteFeatures, SGSOptions
 
 FEATURES = SGSOptions(similarity="partition", kernel="mean", scale="absolute", width=0.6, order="time", embedding="pooled", before_activation=False, after="stem")
-CLIP = replace(FEATURES, look="clip")
+CLIP = replace(FEATURES, embed_from="clip")
 
 
 def phases(*lengths: int) -> Tensor:
@@ -87,5 +87,5 @@ def test_a_baseline_looks_at_nothing():
 
 
 def test_what_can_be_looked_at_is_named():
-    with pytest.raises(ValueError, match="look='frames' does not exist; choose one of features, clip"):
-        replace(CLIP, look="frames")
+    with pytest.raises(ValueError, match="embed_from='frames' does not exist; choose one of features, clip"):
+        replace(CLIP, embed_from="frames")

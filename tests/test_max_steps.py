@@ -13,7 +13,7 @@ from test_train import SETTINGS, batch
 from torch import nn
 
 from atfr.engine.run import checkpoint
-from atfr.engine.distributed.comm import Ranks
+from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.optim import cosine
 from atfr.engine.trainer import Training
 from atfr.models.backbones.x3d import x3d
@@ -38,7 +38,7 @@ def run(folder: Path, **settings: Any) -> Training:
         validate=lambda: {"top1": TOP1.get(training.step, 90.0)},
         normalise=nn.Identity(),
         settings=replace(WHOLE, **settings),
-        ranks=Ranks(0, 1, torch.device("cpu")),
+        dist_info=DistInfo(0, 1, torch.device("cpu")),
         folder=folder,
         identity={"config": {}, "choices": {}, "class_names": []},
     )

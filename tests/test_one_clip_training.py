@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from atfr.cli import builders
 from atfr.data.clips import ClipSettings
 from atfr.engine.distributed import comm
-from atfr.engine.distributed.comm import Ranks
+from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.calibration import calibrate_width, refresh_statistics
-from atfr.engine.distributed.sync_batchnorm import over_all_processes
+from atfr.engine.distributed.sync_batchnorm import sync_batchnorm
 from atfr.models.backbones.common import mended
 from atfr.models.backbones.r2plus1d import r2plus1d
 from atfr.models.backbones.slowfast import STAGES, SlowFast
@@ -124,7 +124,7 @@ def test_batch_norm_over_several_processes_has_enough_values_with_one_feature_ea
     model = x3d_tiny(ATFR).train()
     monkeypatch.setattr(comm, "is_joined", lambda: True)
     monkeypatch.setattr(comm, "summed", lambda value: value.mul_(2))  # another process with the same clip
-    with over_all_processes(model):
+    with sync_batchnorm(model):
         prediction = model(torch.randn(1, 3, 16, 32, 32))
     assert prediction.bins == [(1,)] and prediction.logits.isfinite().all()
 
@@ -186,7 +186,7 @@ def test_single_clips_are_looked_for_in_all_shares_and_parts_of_a_batch(batch_si
     clip = ClipSettings(frames=1, stride=1, crop_size=32, train_short_side=[32, 32], test_short_side=32, mean=[0.5] * 3, std=[0.5] * 3)
     for rank in range(world):  # each process comes to the same answer
         with pytest.raises(ValueError, match="one value a channel") if refused else nullcontext():
-            builders.check_batch_norm(x3d_tiny(None), clip, settings, Ranks(rank, world, torch.device("cpu")))
+            builders.check_batch_norm(x3d_tiny(None), clip, settings, DistInfo(rank, world, torch.device("cpu")))
 
 
 def test_a_training_that_batch_norm_cannot_do_ends_before_it_starts(small_videos, tmp_path):

@@ -135,7 +135,7 @@ def test_a_value_out_of_range_is_refused_by_its_key_before_the_first_step(group,
         ("dataset.clip.mean", ([0.4, NAN, 0.4],)),
         ("dataset.clip.std", ([0.2, NAN, 0.2], [0.2, 0, 0.2], [INF, 1, 1])),
         *((f"model.sgs.{name}", (0, -1, NAN, INF)) for name in ("width", "target")),
-        ("model.sgs.evenness", (-0.1, NAN, 1.5)),
+        ("model.sgs.cost_exponent", (-0.1, NAN, 1.5)),
         ("model.sgs.drawn", ([0, 1], [NAN, 1], [0.2,INF])),
     ],
 )

@@ -18,7 +18,7 @@ from atfr.models.backbones.resnets import slow
 from atfr.models.backbones.x3d import SIZES, STAGES, x3d
 
 ATFR = dict(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=0.3)
-PRESETS = {"reference": {}, "cosine": {"metric": "cosine"}, "atfr": ATFR, "looks at the clip": {**ATFR, "look": "clip"}}
+PRESETS = {"reference": {}, "cosine": {"metric": "cosine"}, "atfr": ATFR, "looks at the clip": {**ATFR, "embed_from": "clip"}}
 TOLERANCE = 1e-4  # of logits of spread one
 
 
@@ -235,13 +235,13 @@ def test_clips_of_another_shape_or_on_another_device_are_refused():
         model(torch.zeros(1, 3, 16, 32, 32, device="meta"))
 
 
-PARTITION = dict(similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, target=0.4, evenness=0.5)
+PARTITION = dict(similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, target=0.4, cost_exponent=0.5)
 
 
 @pytest.mark.parametrize("build, size, after, reach", [(slow, "R50", "res2", 0), (x3d, "tiny", "stem", 2)], ids=["slow", "x3d"])
 @pytest.mark.parametrize("similarity", ["partition", "anchor"])
 def test_a_static_clip_keeps_one_feature_but_for_frames_near_enough_to_its_ends_to_see_the_padding(build, size, after, reach, similarity):
-    sgs = SGSOptions(**{**PARTITION, "similarity": similarity, "evenness": 0.5 if similarity == "partition" else 0.0, "after": after})
+    sgs = SGSOptions(**{**PARTITION, "similarity": similarity, "cost_exponent": 0.5 if similarity == "partition" else 0.0, "after": after})
     model = build(size=size, num_classes=6, sgs=sgs).eval()
     layer, clips = model.sgs[after], uneven_clips(8)
     static = clips[:, :, :1].expand(-1, -1, 16, -1, -1)

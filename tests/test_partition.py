@@ -23,25 +23,25 @@ def all_cuts(clip: torch.Tensor, bins: int) -> list[list[int]]:
     return [[0, *inner, len(clip)] for inner in combinations(range(1, len(clip)), bins - 1)]
 
 
-def bins_by_trial(clip: torch.Tensor, *, width: float, evenness: float, least: int, most: int) -> list[int]:
+def bins_by_trial(clip: torch.Tensor, *, width: float, cost_exponent: float, least: int, most: int) -> list[int]:
     whole = left_over(clip, [0, len(clip)])
-    price = width**2 * whole**evenness
+    price = width**2 * whole**cost_exponent
     costs = {tuple(cut): left_over(clip, cut) + price * k for k in range(least, min(most, len(clip)) + 1) for cut in all_cuts(clip, k)}
     cut = min(costs, key=costs.get)
     return [sum(t >= begin for begin in cut[1:-1]) for t in range(len(clip))]
 
 
-@pytest.mark.parametrize("evenness", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("cost_exponent", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("least, most", [(1, 8), (1, 3), (3, 8), (1, 20)])
-def test_bins_are_those_of_the_cheapest_of_all_cuts(evenness, least, most):
+def test_bins_are_those_of_the_cheapest_of_all_cuts(cost_exponent, least, most):
     z = torch.randn(12, 8, 3, dtype=torch.float64).cumsum(dim=1)
     lengths = torch.tensor([8, 8, 8, 5, 7, 3] * 2)
     z = z.masked_fill(torch.arange(8)[None, :, None] >= lengths[:, None, None], 0)
     found = []
     for width in (0.1, 0.3, 0.6, 1.2):
-        bins = partition_bins(z, lengths, width=width, num_bins=most, min_bins=least, evenness=evenness)
+        bins = partition_bins(z, lengths, width=width, num_bins=most, min_bins=least, cost_exponent=cost_exponent)
         for clip, length, own in zip(z, lengths.tolist(), bins.tolist()):
-            assert own[:length] == bins_by_trial(clip[:length], width=width, evenness=evenness, least=least, most=most)
+            assert own[:length] == bins_by_trial(clip[:length], width=width, cost_exponent=cost_exponent, least=least, most=most)
             found.append(own[length - 1] + 1)
     assert len(set(found)) > 2 or most == 3
 
@@ -67,8 +67,8 @@ def test_evenness_makes_clips_of_the_same_shape_keep_equally_many_whatever_the_a
     z = torch.randn(1, 16, 4).cumsum(dim=1)
     z = torch.cat([z, z / 10, z * 0])
 
-    def kept(evenness: float) -> list[int]:
-        return sampling_weights(z, num_bins=16, width=0.3, evenness=evenness, **CHOICE)[1].tolist()
+    def kept(cost_exponent: float) -> list[int]:
+        return sampling_weights(z, num_bins=16, width=0.3, cost_exponent=cost_exponent, **CHOICE)[1].tolist()
 
     busy, quiet, still = kept(0.0)
     assert busy > quiet >= still == 1
@@ -76,12 +76,12 @@ def test_evenness_makes_clips_of_the_same_shape_keep_equally_many_whatever_the_a
     assert busy - quiet > kept(0.5)[0] - kept(0.5)[1] >= 0 and kept(0.5)[2] == 1
 
 
-@pytest.mark.parametrize("evenness", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("cost_exponent", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("mean_bins", [2.0, 4.5, 9.0])
-def test_a_calibrated_width_is_the_widest_that_does_not_exceed_the_mean(evenness, mean_bins):
+def test_a_calibrated_width_is_the_widest_that_does_not_exceed_the_mean(cost_exponent, mean_bins):
     z = torch.randn(200, 16, 4).cumsum(dim=1) * torch.rand(200, 1, 1)
-    width = calibrated_width(z, num_bins=16, mean_bins=mean_bins, similarity="partition", evenness=evenness)
-    means = [sampling_weights(z, num_bins=16, width=w, evenness=evenness, **CHOICE)[1].double().mean().item() for w in (width, width * 0.99)]
+    width = calibrated_width(z, num_bins=16, mean_bins=mean_bins, similarity="partition", cost_exponent=cost_exponent)
+    means = [sampling_weights(z, num_bins=16, width=w, cost_exponent=cost_exponent, **CHOICE)[1].double().mean().item() for w in (width, width * 0.99)]
     assert mean_bins - 0.2 < means[0] <= mean_bins <= means[1] + 0.02
 
 
@@ -92,16 +92,16 @@ def test_a_partition_has_one_price_for_all_clips_and_no_position_inside_a_bin():
         check_choices("partition", "l2", "linear", "absolute", "released", "time")
 
 
-@pytest.mark.parametrize("evenness", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("cost_exponent", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("mean_bins", [1.0, 1.3, 3.0, 5.21, 7.9])
-def test_the_width_that_keeps_a_mean_is_the_one_that_a_search_finds(evenness, mean_bins):
+def test_the_width_that_keeps_a_mean_is_the_one_that_a_search_finds(cost_exponent, mean_bins):
     lengths = torch.tensor([12, 12, 5, 9, 12, 1, 12])
     z = torch.randn(7, 12, 3, dtype=torch.float64).cumsum(dim=1)
     z[4] = z[4, :1]  # a static clip, which keeps one bin at any price
     z = z.masked_fill(torch.arange(12)[None, :, None] >= lengths[:, None, None], 0)
-    found = width_keeping(z, lengths, num_bins=10, mean_bins=mean_bins, evenness=evenness)
-    searched = calibrated_width(z, num_bins=10, mean_bins=mean_bins, valid=lengths, similarity="partition", evenness=evenness)
+    found = width_keeping(z, lengths, num_bins=10, mean_bins=mean_bins, cost_exponent=cost_exponent)
+    searched = calibrated_width(z, num_bins=10, mean_bins=mean_bins, valid=lengths, similarity="partition", cost_exponent=cost_exponent)
     assert found.item() == pytest.approx(searched, rel=3e-4) or mean_bins == 7.9  # more than there is to keep
-    bins = partition_bins(z, lengths, width=found, num_bins=10, evenness=evenness)
+    bins = partition_bins(z, lengths, width=found, num_bins=10, cost_exponent=cost_exponent)
     kept = [len(set(own[:length])) for own, length in zip(bins.tolist(), lengths.tolist())]
     assert sum(kept) == min(int(7 * mean_bins + 1e-6), sum(kept)) and (sum(kept) == int(7 * mean_bins + 1e-6) or mean_bins == 7.9)

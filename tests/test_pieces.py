@@ -38,7 +38,7 @@ NETWORKS = {
     "x3d atfr": of_x3d(ATFR),
     "x3d reference": of_x3d(SGSOptions()),
     "x3d two levels": of_x3d(replace(ATFR, after=("stem", "res3"))),
-    "x3d atfr that looks at the clip": of_x3d(replace(ATFR, after=("stem", "res3"), look="clip")),
+    "x3d atfr that looks at the clip": of_x3d(replace(ATFR, after=("stem", "res3"), embed_from="clip")),
     "r3d": of_r3d(None),
     "r3d reference": of_r3d(SGSOptions(after="layer1")),
     "slowfast atfr": lambda: slowfast(size="8x8-R50", num_classes=5, sgs=replace(ATFR, after="res2")),

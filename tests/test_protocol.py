@@ -13,7 +13,7 @@ from test_configs import composed
 from atfr.cli import builders
 from atfr.cli.config import build
 from atfr.data.clips import ClipSettings
-from atfr.engine.distributed.comm import Ranks
+from atfr.engine.distributed.comm import DistInfo
 
 # Each option of a clip that changes predictions, with another value.
 CHANGES_PREDICTIONS = {
@@ -25,7 +25,7 @@ CHANGES_PREDICTIONS = {
 def protocol(config, clip):
     source = SimpleNamespace(name="toy", notes={})
     settings = build(config.trainer, "trainer")
-    return builders.protocol(config, SimpleNamespace(execution="packed"), clip, source, settings, Ranks(0, 1, torch.device("cpu")), checkpoint=Path("best.pt"))
+    return builders.protocol(config, SimpleNamespace(execution="packed"), clip, source, settings, DistInfo(0, 1, torch.device("cpu")), checkpoint=Path("best.pt"))
 
 
 def test_every_option_of_a_clip_is_either_in_the_protocol_or_of_no_concern_to_a_test():

@@ -29,7 +29,7 @@ cut = pytest.mark.parametrize("scale,edges", CUTS)
 def every_choice(width: float) -> list[dict]:
     """All combinations that make sense, as keywords of sampling_weights."""
     choices = [{**ANCHOR, "order": order} for order in ("similarity", "time")]
-    choices += [{**PARTITION, "evenness": evenness} for evenness in (0.0, 0.5, 1.0)]
+    choices += [{**PARTITION, "cost_exponent": cost_exponent} for cost_exponent in (0.0, 0.5, 1.0)]
     choices += [dict(similarity=name, kernel="mean") for name in BASELINES]
     for (similarity, metric), (scale, edges), kernel, order in itertools.product(MEASURED, CUTS, KERNELS, ["similarity", "time"]):
         choice = dict(similarity=similarity, metric=metric, scale=scale, edges=edges, kernel=kernel, order=order)

@@ -12,7 +12,7 @@ from atfr.models.backbones.slowfast import slowfast
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.layer import SGSOptions
 
-ATFR = dict(before_activation=False, similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", look="clip", target=0.5)
+ATFR = dict(before_activation=False, similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", embed_from="clip", target=0.5)
 CLIP = (3, 8, 32, 32)
 
 
@@ -52,6 +52,6 @@ def test_the_columns_add_up_and_only_what_follows_the_layer_gets_cheaper(network
 
 
 def test_the_number_of_features_shown_is_the_target_or_the_fixed_number_of_a_baseline():
-    for options, expected in (({"target": 0.25}, 2), ({"similarity": "uniform", "scale": "relative", "num_bins": 5}, 5), ({"similarity": "distance_to_mean", "scale": "relative", "look": "features"}, 4)):
+    for options, expected in (({"target": 0.25}, 2), ({"similarity": "uniform", "scale": "relative", "num_bins": 5}, 5), ({"similarity": "distance_to_mean", "scale": "relative", "embed_from": "features"}, 4)):
         model = x3d(size="tiny", num_classes=5, sgs=SGSOptions(**{**ATFR, "after": "stem", **options}))
         assert expected_bins(model, GflopsTable(model, CLIP)) == (expected,)

@@ -23,7 +23,7 @@ def test_a_group_of_one_process_normalises_as_torch_does(tmp_path):
     model = nn.Sequential(nn.BatchNorm3d(2))
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        with sync_batchnorm.over_all_processes(model), pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        with sync_batchnorm.sync_batchnorm(model), pytest.raises(ValueError, match="Expected more than 1 value per channel"):
             model(torch.randn(1, 2, 1, 1, 1))
     finally:
         dist.destroy_process_group()
@@ -48,7 +48,7 @@ def test_one_process_under_a_launcher_trains_as_without_also_by_the_rules_of_cud
         given = x.clone().requires_grad_()
         with AsOnCuda():
             if together:
-                with sync_batchnorm.over_all_processes(norm):
+                with sync_batchnorm.sync_batchnorm(norm):
                     out = norm(given)
             else:
                 out = norm(given)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from atfr.engine.run import checkpoint
-from atfr.engine.distributed.comm import Ranks
+from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.settings import TrainerSettings
 from atfr.engine.calibration import draw_shares
 from atfr.engine.trainer import Training
@@ -58,7 +58,7 @@ def train(folder: Path, batches: list[Batch], settings: TrainerSettings = SETTIN
         validate=validate,
         normalise=nn.Identity(),
         settings=settings,
-        ranks=Ranks(0, 1, torch.device("cpu")),
+        dist_info=DistInfo(0, 1, torch.device("cpu")),
         folder=folder,
         identity={"config": {}, "choices": {}, "class_names": []},
     )

@@ -45,15 +45,15 @@ def clips(seed: int) -> Tensor:
     return torch.randn(4, 3, 8, 32, 32, generator=generator).cumsum(dim=2) / 4
 
 
-def training_of(folder: Path, ranks: comm.Ranks, *, broken: tuple[int, ...] = (), **changes: object) -> Training:
+def training_of(folder: Path, dist_info: comm.DistInfo, *, broken: tuple[int, ...] = (), **changes: object) -> Training:
     """Four steps; at the `broken` ones a clip of process 1 holds a NaN."""
 
     def batches(epoch: int, start: int) -> Iterable[Batch]:
         for step in range(start, 4):
-            x = clips(10 * step + ranks.rank)
-            if step in broken and ranks.rank == 1:
+            x = clips(10 * step + dist_info.rank)
+            if step in broken and dist_info.rank == 1:
                 x[3, 0, 0, 0, 0] = torch.nan
-            yield Batch(x, torch.tensor([0, 1, 2, 0]), (f"clip {step}.{ranks.rank}",) * 4)
+            yield Batch(x, torch.tensor([0, 1, 2, 0]), (f"clip {step}.{dist_info.rank}",) * 4)
 
     model = network()
     settings = TrainerSettings(
@@ -69,7 +69,7 @@ def training_of(folder: Path, ranks: comm.Ranks, *, broken: tuple[int, ...] = ()
         validate=lambda: {"top1": 0.0},
         normalise=nn.Identity(),
         settings=replace(settings, **changes),
-        ranks=ranks,
+        dist_info=dist_info,
         folder=folder,
         identity={"config": {}, "choices": {}, "class_names": []},
     )
@@ -85,53 +85,53 @@ def refused(message: str, call: Callable[[], object]) -> None:
         raise AssertionError(f"not refused: {message}")
 
 
-def check_states_and_lists_that_differ_stop_both(folder: Path, ranks: comm.Ranks) -> None:
-    folder = folder / f"of rank {ranks.rank}"  # not shared
+def check_states_and_lists_that_differ_stop_both(folder: Path, dist_info: comm.DistInfo) -> None:
+    folder = folder / f"of rank {dist_info.rank}"  # not shared
     state = {"model": {}, "config": {}, "choices": {}, "class_names": [], "step": 20, "evaluated": 0, "steps_per_epoch": 4}
-    if ranks.rank == 0:
+    if dist_info.rank == 0:
         checkpoint.save(state, folder / "checkpoints/last.pt")
-    training = training_of(folder, ranks)
+    training = training_of(folder, dist_info)
     refused(f"different states to go on from: evaluated is 0 on rank 0, not there on rank 1; {folder} must be on a disk", training.resume)
-    refused(f"rank 1 does not see the run folder {folder}", lambda: comm.require_shared(folder, ranks))
+    refused(f"rank 1 does not see the run folder {folder}", lambda: comm.require_shared(folder, dist_info))
     videos = [Video(f"{number}.mp4", 0) for number in range(3)]
-    source = VideoSource(name="lists", class_names=("a", "b" if ranks.rank else "c"), train=videos[ranks.rank :], val=videos, test=videos, notes={})
+    source = VideoSource(name="lists", class_names=("a", "b" if dist_info.rank else "c"), train=videos[dist_info.rank :], val=videos, test=videos, notes={})
     config = OmegaConf.create({"dataset": {"_target_": "operator.attrgetter"}})
     builders.build = lambda node, key: source
-    refused("different videos or classes: class 1 is 'c' on rank 0, 'b' on rank 1; lists must be the same", lambda: builders.load_source(config, ranks))
+    refused("different videos or classes: class 1 is 'c' on rank 0, 'b' on rank 1; lists must be the same", lambda: builders.load_source(config, dist_info))
 
 
-def check_a_signal_on_one_process_ends_the_evaluation_on_both(ranks: comm.Ranks) -> None:
+def check_a_signal_on_one_process_ends_the_evaluation_on_both(dist_info: comm.DistInfo) -> None:
     class Batch:
         failed, clips = (Unreadable(0, "bad.mp4", "no video"),), None
 
     class Loader(list):
         def __iter__(self) -> Iterator[Batch]:
             for number, batch in enumerate(super().__iter__()):
-                if (ranks.rank, number) == (1, 6):
+                if (dist_info.rank, number) == (1, 6):
                     flag.signal = signal.SIGUSR1
                 yield batch
 
     flag = StopFlag()
     try:
-        evaluate(nn.Identity(), Loader([Batch] * (14 - ranks.rank)), normalise=nn.Identity(), ranks=ranks, stop=flag)
+        evaluate(nn.Identity(), Loader([Batch] * (14 - dist_info.rank)), normalise=nn.Identity(), dist_info=dist_info, stop=flag)
     except Interrupted as error:
         assert "SIGUSR1 during the test" in str(error)
     else:
         raise AssertionError("the signal was not heard")
     # One batch more on one of them is no look more.
-    assert len(evaluate(nn.Identity(), Loader([Batch] * (5 - ranks.rank)), normalise=nn.Identity(), ranks=ranks, stop=StopFlag()).failed) == 1
+    assert len(evaluate(nn.Identity(), Loader([Batch] * (5 - dist_info.rank)), normalise=nn.Identity(), dist_info=dist_info, stop=StopFlag()).failed) == 1
 
 
-def check_what_one_process_says_is_heard_by_both_at_the_next_call(ranks: comm.Ranks) -> None:
-    told = comm.OneCallLate()
-    said = [0, 5 if ranks.rank else 0, 0, 3, 0]
+def check_what_one_process_says_is_heard_by_both_at_the_next_call(dist_info: comm.DistInfo) -> None:
+    told = comm.DelayedMax()
+    said = [0, 5 if dist_info.rank else 0, 0, 3, 0]
     assert [told.largest(number) for number in said] == [0, 0, 5, 0, 3]
 
 
-def check_a_nan_on_one_process_stops_both(folder: Path, ranks: comm.Ranks) -> None:
-    training = training_of(folder, ranks)
+def check_a_nan_on_one_process_stops_both(folder: Path, dist_info: comm.DistInfo) -> None:
+    training = training_of(folder, dist_info)
     loss = training.loss
-    training.loss = lambda logits, labels: loss(logits, labels) * (float("nan") if ranks.rank == 1 and training.step == 2 else 1.0)
+    training.loss = lambda logits, labels: loss(logits, labels) * (float("nan") if dist_info.rank == 1 and training.step == 2 else 1.0)
     try:
         training.run()
     except FloatingPointError as error:
@@ -144,35 +144,35 @@ def check_a_nan_on_one_process_stops_both(folder: Path, ranks: comm.Ranks) -> No
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
-def check_a_nan_in_the_features_of_one_process_is_left_out_by_both(folder: Path, ranks: comm.Ranks) -> None:
+def check_a_nan_in_the_features_of_one_process_is_left_out_by_both(folder: Path, dist_info: comm.DistInfo) -> None:
     """Also in the second half of an accumulated batch, and however often the run is begun anew in between."""
-    training = training_of(folder / "two", ranks, broken=(1, 2), skip_nonfinite=2, accumulate=2)
+    training = training_of(folder / "two", dist_info, broken=(1, 2), skip_nonfinite=2, accumulate=2)
     training.run()
     assert training.step == 4 and training.skipped == 2 and training.skipped_in_a_row == 0
     assert all(value.isfinite().all() for value in training.model.state_dict().values())
     weights = torch.cat([p.detach().flatten() for p in training.model.parameters()])
     assert torch.equal(*comm.gathered([weights]))
 
-    started = training_of(folder / "four", ranks, broken=(1, 2, 3), skip_nonfinite=2, max_steps=3)
+    started = training_of(folder / "four", dist_info, broken=(1, 2, 3), skip_nonfinite=2, max_steps=3)
     started.run()
     assert started.skipped_in_a_row == 2
     try:
-        training_of(folder / "four", ranks, broken=(1, 2, 3), skip_nonfinite=2).run()
+        training_of(folder / "four", dist_info, broken=(1, 2, 3), skip_nonfinite=2).run()
     except FloatingPointError as error:
-        assert "step 4: the 3th step in a row" in str(error) and f"clip 3.{ranks.rank}" in str(error), error
+        assert "step 4: the 3th step in a row" in str(error) and f"clip 3.{dist_info.rank}" in str(error), error
     else:
         raise AssertionError("a third step in a row was left out")
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    ranks = comm.start(accelerator="cpu", devices=2)
-    assert ranks.world == 2
-    check_states_and_lists_that_differ_stop_both(Path(sys.argv[1]), ranks)
-    check_a_signal_on_one_process_ends_the_evaluation_on_both(ranks)
-    check_what_one_process_says_is_heard_by_both_at_the_next_call(ranks)
-    check_a_nan_on_one_process_stops_both(Path(sys.argv[1]) / "stops", ranks)
-    check_a_nan_in_the_features_of_one_process_is_left_out_by_both(Path(sys.argv[1]), ranks)
+    dist_info = comm.start(accelerator="cpu", devices=2)
+    assert dist_info.world == 2
+    check_states_and_lists_that_differ_stop_both(Path(sys.argv[1]), dist_info)
+    check_a_signal_on_one_process_ends_the_evaluation_on_both(dist_info)
+    check_what_one_process_says_is_heard_by_both_at_the_next_call(dist_info)
+    check_a_nan_on_one_process_stops_both(Path(sys.argv[1]) / "stops", dist_info)
+    check_a_nan_in_the_features_of_one_process_is_left_out_by_both(Path(sys.argv[1]), dist_info)
     comm.stop()
 
 

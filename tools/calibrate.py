@@ -60,45 +60,45 @@ def main(config: DictConfig) -> None:
     on_every_process(work, config, settings, program=__file__, folder=folder, alone=True, stop=stop, where="in the calibration")
 
 
-def calibrate(config: DictConfig, settings: TrainerSettings, ranks: comm.Ranks, budgets: list[float], folder: Path) -> None:
-    clip, source = builders.clip_settings(config), builders.load_source(config, ranks, make=False)
+def calibrate(config: DictConfig, settings: TrainerSettings, dist_info: comm.DistInfo, budgets: list[float], folder: Path) -> None:
+    clip, source = builders.clip_settings(config), builders.load_source(config, dist_info, make=False)
     builders.require_videos(source, "train", "test")
-    model = builders.build_model(config, num_classes=len(source.class_names), ranks=ranks, seed=settings.seed, pretrained=True)
+    model = builders.build_model(config, num_classes=len(source.class_names), dist_info=dist_info, seed=settings.seed, pretrained=True)
     if not model.sgs:
         raise ValueError("this model does not sample, so there is nothing to calibrate: choose its twin, model=NAME_sgs")
     path = folder / "calibration.json"
     done = {entry["budget"]: entry for entry in json.loads(path.read_text())} if path.exists() else {}
     files = contents(source, builders.weights_given(config))
     for entry in done.values():
-        require_same_contents(entry.get("contents", files), files, of=path, way_out="choose another trainer.output_dir", warn=ranks.is_main)
+        require_same_contents(entry.get("contents", files), files, of=path, way_out="choose another trainer.output_dir", warn=dist_info.is_main)
     missing = [budget for budget in budgets if budget not in done]
     table = builders.gflops_table(model, clip) if missing else None
     whole = any(layer.is_baseline for layer in model.sgs.values())
     shares = {budget: share_for(table, budget, whole=whole) for budget in missing}  # all of them first: one may not be possible
     plain = OmegaConf.to_container(config, resolve=True)
     del plain["budgets"]  # other budgets of the same network are no other experiment
-    if ranks.is_main:
+    if dist_info.is_main:
         claim_folder(folder, plain, "calibration", resume=settings.resume)
         builders.report_missing(source, folder)
     comm.barrier()
-    clips = clips_for_statistics(builders.train_batches(source, clip, settings, ranks)[1](0, 0), settings) if missing else []
-    normalise = Normalizer(clip.mean, clip.std).to(ranks.device)
+    clips = clips_for_statistics(builders.train_batches(source, clip, settings, dist_info)[1](0, 0), settings) if missing else []
+    normalise = Normalizer(clip.mean, clip.std).to(dist_info.device)
     choose = refresh_statistics if config.refresh_batch_norm else calibrate_width
     for budget in budgets:
         if budget in missing:
             set_share(model, shares[budget])
-            choose(model, lambda: (normalise(batch.to(ranks.device)) for batch in clips))
+            choose(model, lambda: (normalise(batch.to(dist_info.device)) for batch in clips))
             evaluation = builders.run_views(
-                model, source.test, clip, views=clip.views, crops=clip.crops, settings=settings, ranks=ranks, title=f"budget {budget:g}"
+                model, source.test, clip, views=clip.views, crops=clip.crops, settings=settings, dist_info=dist_info, title=f"budget {budget:g}"
             )
             saved = folder / "checkpoints" / f"budget-{budget:g}.pt"
-            protocol = builders.protocol(config, model, clip, source, settings, ranks, checkpoint=saved)
-            with comm.main_first(ranks):  # the others wait: counting a network's GFLOPs may take long
-                if ranks.is_main:
+            protocol = builders.protocol(config, model, clip, source, settings, dist_info, checkpoint=saved)
+            with comm.main_first(dist_info):  # the others wait: counting a network's GFLOPs may take long
+                if dist_info.is_main:
                     done[budget] = {"budget": budget, "share": shares[budget], "contents": files, **metrics.summarise(evaluation, table, protocol=protocol)}
                     checkpoint.save(state_of(model, plain, shares[budget], source, whole=whole), saved)
                     write_text(path, json.dumps([done[key] for key in sorted(done)], indent=2) + "\n")
-        if ranks.is_main:
+        if dist_info.is_main:
             print(as_line(done[budget]), flush=True)
 
 

@@ -25,7 +25,7 @@ from atfr.cli.config import check_root, program
 from atfr.data.clips import ClipSettings, TestClips
 from atfr.data.types import Video
 from atfr.data.transforms import Normalizer
-from atfr.engine.distributed.comm import Ranks
+from atfr.engine.distributed.comm import DistInfo
 from atfr.models import export
 from atfr.models.video_net import VideoNet
 
@@ -41,9 +41,9 @@ def main(config: DictConfig) -> None:
     state = from_checkpoint.read(path)
     file = from_checkpoint.results_folder(path, config.trainer.output_dir) / "export" / export.FILES[format]
     config = from_checkpoint.with_overrides(state, config)
-    ranks, clip = Ranks(0, 1, torch.device("cpu")), builders.clip_settings(config)
-    source = from_checkpoint.test_videos(config, state, path, ranks)
-    model = from_checkpoint.trained_model(config, state, path, ranks).eval()
+    dist_info, clip = DistInfo(0, 1, torch.device("cpu")), builders.clip_settings(config)
+    source = from_checkpoint.test_videos(config, state, path, dist_info)
+    model = from_checkpoint.trained_model(config, state, path, dist_info).eval()
     clips = different_clips(model, source.test, clip)
     unchecked = file.with_stem("unchecked")
     run = export.export(model, next(iter(clips.values())), unchecked, format=format)

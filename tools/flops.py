@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from atfr.cli import builders
 from atfr.cli.config import check_root, program
 from atfr.engine.flops import CONVENTION, GflopsTable
-from atfr.engine.distributed.comm import Ranks
+from atfr.engine.distributed.comm import DistInfo
 from atfr.cli.recipe import is_given, with_recipe
 
 
@@ -29,7 +29,7 @@ def main(config: DictConfig) -> None:
     classes = 400 if config.num_classes is None else config.num_classes
     if not isinstance(classes, int) or classes < 1:
         raise ValueError(f"num_classes must be at least 1, or null, not {classes}")
-    model = builders.build_model(config, num_classes=classes, ranks=Ranks(0, 1, torch.device("cpu")))
+    model = builders.build_model(config, num_classes=classes, dist_info=DistInfo(0, 1, torch.device("cpu")))
     table = builders.gflops_table(model, clip)
     params = sum(parameter.numel() for parameter in model.parameters())
     by_bins = {"/".join(map(str, bins)): table.at(bins) for bins in ladder(table)}

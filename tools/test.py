@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 
 from atfr.cli import builders, from_checkpoint
 from atfr.cli.config import build, check_root, program
-from atfr.engine.distributed.comm import Ranks
+from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.settings import TrainerSettings
 from atfr.cli.launch import on_every_process
 
@@ -41,15 +41,15 @@ def main(config: DictConfig) -> None:
     on_every_process(work, config, settings, program=__file__, folder=folder, stop=stop, where="before the test")
 
 
-def test(config: DictConfig, state: dict[str, Any], path: Path, settings: TrainerSettings, ranks: Ranks, folder: Path, stop: StopFlag) -> None:
+def test(config: DictConfig, state: dict[str, Any], path: Path, settings: TrainerSettings, dist_info: DistInfo, folder: Path, stop: StopFlag) -> None:
     clip = builders.clip_settings(config)
-    source = from_checkpoint.test_videos(config, state, path, ranks)
-    if ranks.is_main:
+    source = from_checkpoint.test_videos(config, state, path, dist_info)
+    if dist_info.is_main:
         builders.report_missing(source, folder)
-    model = from_checkpoint.trained_model(config, state, path, ranks)
+    model = from_checkpoint.trained_model(config, state, path, dist_info)
     model.prepare(compiled=settings.compile)
     with stop.only_noted():
-        builders.test_and_report(model, source, clip, config=config, settings=settings, ranks=ranks, folder=folder, checkpoint=path, stop=stop)
+        builders.test_and_report(model, source, clip, config=config, settings=settings, dist_info=dist_info, folder=folder, checkpoint=path, stop=stop)
 
 
 if __name__ == "__main__":

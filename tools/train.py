@@ -31,7 +31,7 @@ from atfr.engine.distributed import comm
 from atfr.engine.run import checkpoint
 from atfr.engine.run.contents import contents
 from atfr.data.mixup import mixing
-from atfr.engine.distributed.launch_env import find_place
+from atfr.engine.distributed.launch_env import read_launch_env
 from atfr.engine.metrics import accuracy
 from atfr.engine.run.run_dir import claim_folder
 from atfr.engine.settings import TrainerSettings
@@ -50,7 +50,7 @@ def main(config: DictConfig) -> None:
     settings: TrainerSettings = build(config.trainer, "trainer")
     folder, stop = run_folder(settings.output_dir), listen()
     if dry_run:
-        if find_place(os.environ).rank == 0:
+        if read_launch_env(os.environ).rank == 0:
             print(*recipe.lines, sep="\n")
             print_plan(config, settings, folder=folder)
         return
@@ -58,27 +58,27 @@ def main(config: DictConfig) -> None:
     on_every_process(work, config, settings, program=__file__, folder=folder, alone=True, stop=stop, where="before training")
 
 
-def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: comm.Ranks, folder: Path, stop: StopFlag, recipe: Announcement) -> None:
+def train_and_test(config: DictConfig, settings: TrainerSettings, dist_info: comm.DistInfo, folder: Path, stop: StopFlag, recipe: Announcement) -> None:
     """Train and test on this process."""
-    if ranks.is_main:
+    if dist_info.is_main:
         recipe.say(has_recipe=True)
     clip = builders.clip_settings(config)
     with stop.at_once("before training"):
-        source = builders.load_source(config, ranks)
+        source = builders.load_source(config, dist_info)
     builders.require_videos(source, "train", "val", *(["test"] if settings.test else []))
     # Pretrained weights are where training starts from: a run that goes on has its own.
     starts = not (folder / "checkpoints" / "last.pt").exists()
-    model = builders.build_model(config, num_classes=len(source.class_names), ranks=ranks, seed=settings.seed, pretrained=starts)
-    builders.check_batch_norm(model, clip, settings, ranks)
+    model = builders.build_model(config, num_classes=len(source.class_names), dist_info=dist_info, seed=settings.seed, pretrained=starts)
+    builders.check_batch_norm(model, clip, settings, dist_info)
     plain = OmegaConf.to_container(config, resolve=True)
-    if ranks.is_main:
+    if dist_info.is_main:
         claim_folder(folder, plain, "training", resume=settings.resume)
         if not starts and (given := builders.weights_given(config)):
             print(f"{given[0]} is left alone: this run goes on from its own {folder / 'checkpoints' / 'last.pt'}", flush=True)
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         print(
             f"{source.name}: {len(source.train)} training, {len(source.val)} validation, {len(source.test)} test videos,"
-            f" {len(source.class_names)} classes; {millions:.2f} M parameters, {model.execution}, on {ranks.device}; run folder {folder}",
+            f" {len(source.class_names)} classes; {millions:.2f} M parameters, {model.execution}, on {dist_info.device}; run folder {folder}",
             flush=True,
         )
         recipe.say(has_recipe=False)
@@ -86,11 +86,11 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: comm.Ra
         builders.say_what_chooses_the_epoch(source, config, settings)
     comm.barrier()
 
-    steps_per_epoch, batches = builders.train_batches(source, clip, settings, ranks)
+    steps_per_epoch, batches = builders.train_batches(source, clip, settings, dist_info)
 
     def validate() -> dict[str, float]:
         evaluation = builders.run_views(
-            model, source.val, clip, views=1, crops=1, settings=settings, ranks=ranks, title="validation", stop=stop
+            model, source.val, clip, views=1, crops=1, settings=settings, dist_info=dist_info, title="validation", stop=stop
         )
         bins = [view.bins[0] for view in evaluation.views]
         return {**accuracy(evaluation.views), "bins": sum(bins) / len(bins), "failed": len(evaluation.failed)}
@@ -103,9 +103,9 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: comm.Ra
         batches=batches,
         steps_per_epoch=steps_per_epoch,
         validate=validate,
-        normalise=Normalizer(clip.mean, clip.std).to(ranks.device),
+        normalise=Normalizer(clip.mean, clip.std).to(dist_info.device),
         settings=settings,
-        ranks=ranks,
+        dist_info=dist_info,
         folder=folder,
         identity={"config": plain, "choices": choices(), "class_names": list(source.class_names), "contents": contents(source, builders.weights_given(config))},
         mix=mix,
@@ -116,7 +116,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, ranks: comm.Ra
         if settings.test:
             best = training.best
             checkpoint.load_weights(model, checkpoint.load(best)["model"], best)
-            builders.test_and_report(model, source, clip, config=config, settings=settings, ranks=ranks, folder=folder, checkpoint=best, stop=stop)
+            builders.test_and_report(model, source, clip, config=config, settings=settings, dist_info=dist_info, folder=folder, checkpoint=best, stop=stop)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from atfr.data.transforms import Normalizer
 from atfr.engine import metrics
 from atfr.engine.distributed import comm
 from atfr.engine.flops import GflopsTable
-from atfr.engine.distributed.comm import Ranks
+from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.evaluator import Evaluation, evaluate
 from atfr.utils.atomic_io import write_text
 from atfr.engine.distributed.preemption import StopFlag
@@ -34,24 +34,24 @@ NOT_OF_A_TEST = ("train_short_side", "train_scale", "flip", "randaugment", "colo
 SYNTHETIC = "atfr.data.datasets.synthetic.synthetic"  # the dataset that can be generated
 
 
-def load_source(config: DictConfig, ranks: Ranks, *, make: bool = True) -> VideoSource:
+def load_source(config: DictConfig, dist_info: DistInfo, *, make: bool = True) -> VideoSource:
     """The dataset's videos, the same on all processes, without those for training that `dataset.manifest` knows to be bad.
 
     The main process comes first, since it may have to generate them: `make` says whether it does so where `dataset.make` is
     null. It prints the warnings about the lists.
     """
     extra = {} if make or config.dataset.get("make") is not None or config.dataset._target_ != SYNTHETIC else {"make": False}
-    with comm.main_first(ranks):
+    with comm.main_first(dist_info):
         source = build(config.dataset, "dataset", **extra)
     manifest = config.dataset.get("manifest")
     if manifest is not None and source.train:
         listed = len(source.train)
         source = leave_out_bad(source, str(manifest), decoder=config.dataset.clip.decoder)
-        if ranks.is_main:
+        if dist_info.is_main:
             noted = source.notes["manifest"]
             others = f", which does not have {noted['not_in_it']} others" if noted["not_in_it"] else ""
             print(f"{source.name}: {noted['left_out']} of the {listed} training videos are left out, bad by {noted['file']}{others}", flush=True)
-    if ranks.is_main:
+    if dist_info.is_main:
         for warning in source.warnings:
             print(_printable(f"warning: {warning}"), flush=True)
     lists = {f"{split} videos": _fingerprint(getattr(source, split)) for split in ("train", "val", "test")}
@@ -106,7 +106,7 @@ def clip_settings(config: DictConfig) -> ClipSettings:
     return build(node, "dataset.clip")
 
 
-def build_model(config: DictConfig, *, num_classes: int, ranks: Ranks, seed: int = 0, pretrained: bool = False) -> VideoNet:
+def build_model(config: DictConfig, *, num_classes: int, dist_info: DistInfo, seed: int = 0, pretrained: bool = False) -> VideoNet:
     """The network of `model`, initialised from the seed, on this process's device.
 
     With `pretrained` the weights of `model.weights` or `init_from`, if one is set, are loaded into it, and the
@@ -115,7 +115,7 @@ def build_model(config: DictConfig, *, num_classes: int, ranks: Ranks, seed: int
     Raises:
         ValueError: options that do not fit, or clips of `dataset.clip` that the network cannot run on.
     """
-    if ranks.is_main:
+    if dist_info.is_main:
         warn_of_ignored(config)
     dropout = config.model.get("dropout", 0.0)
     if isinstance(dropout, (int, float)) and not 0 <= dropout < 1:
@@ -129,16 +129,16 @@ def build_model(config: DictConfig, *, num_classes: int, ranks: Ranks, seed: int
     given = weights_given(config)
     if pretrained and given is not None:
         report = load_pretrained(model, given[1], key=given[0])
-        if ranks.is_main:
+        if dist_info.is_main:
             print(report.as_table(), flush=True)
-    return model.to(ranks.device)
+    return model.to(dist_info.device)
 
 
-def check_batch_norm(model: VideoNet, clip: ClipSettings, settings: TrainerSettings, ranks: Ranks) -> None:
+def check_batch_norm(model: VideoNet, clip: ClipSettings, settings: TrainerSettings, dist_info: DistInfo) -> None:
     """Raise ValueError if a process runs clips one by one and they are too small for batch norm in training."""
-    if settings.sync_batch_norm and ranks.world > 1:
+    if settings.sync_batch_norm and dist_info.world > 1:
         return
-    shares = {settings.batch_size // ranks.world, -(-settings.batch_size // ranks.world)}
+    shares = {settings.batch_size // dist_info.world, -(-settings.batch_size // dist_info.world)}
     if any(len(part) == 1 for share in shares for part in torch.empty(share).chunk(settings.accumulate)):
         model.check_training(clip.frames, clip.crop_size, clip.crop_size)
 
@@ -178,18 +178,18 @@ def gflops_table(model: VideoNet, clip: ClipSettings) -> GflopsTable:
     return GflopsTable(model, (3, clip.frames, clip.crop_size, clip.crop_size))
 
 
-def train_batches(source: VideoSource, clip: ClipSettings, settings: TrainerSettings, ranks: Ranks) -> tuple[int, Callable[[int, int], Iterable[Any]]]:
+def train_batches(source: VideoSource, clip: ClipSettings, settings: TrainerSettings, dist_info: DistInfo) -> tuple[int, Callable[[int, int], Iterable[Any]]]:
     """Steps an epoch, and `batches(epoch, n)`: this process's training batches of an epoch from its n-th on."""
     labels = [video.label for video in source.train] if settings.class_balanced else None
     sampler = TrainSampler(
-        len(source.train), seed=settings.seed, global_batch=settings.batch_size, rank=ranks.rank, world=ranks.world, labels=labels
+        len(source.train), seed=settings.seed, global_batch=settings.batch_size, rank=dist_info.rank, world=dist_info.world, labels=labels
     )
     loader = train_loader(
         TrainClips(source.train, clip, seed=settings.seed),
         sampler=sampler,
         workers=settings.workers,
         timeout_s=settings.timeout_s,
-        pin_memory=ranks.device.type == "cuda",
+        pin_memory=dist_info.device.type == "cuda",
     )
 
     def batches(epoch: int, start: int) -> Iterable[Any]:
@@ -205,21 +205,21 @@ def train_batches(source: VideoSource, clip: ClipSettings, settings: TrainerSett
 
 
 def run_views(
-    model: VideoNet, videos: Sequence[Video], clip: ClipSettings, *, views: int, crops: int, settings: TrainerSettings, ranks: Ranks, title: str, stop: StopFlag | None = None
+    model: VideoNet, videos: Sequence[Video], clip: ClipSettings, *, views: int, crops: int, settings: TrainerSettings, dist_info: DistInfo, title: str, stop: StopFlag | None = None
 ) -> Evaluation:
     """Evaluate `views` x `crops` clips of each video, over all processes."""
     loader = test_loader(
         TestClips(videos, clip, views=views, crops=crops),
-        batch_size=ranks.share(settings.batch_size),
-        rank=ranks.rank,
-        world=ranks.world,
+        batch_size=dist_info.share(settings.batch_size),
+        rank=dist_info.rank,
+        world=dist_info.world,
         workers=settings.workers,
         timeout_s=settings.timeout_s,
-        pin_memory=ranks.device.type == "cuda",
+        pin_memory=dist_info.device.type == "cuda",
     )
-    normalise = Normalizer(clip.mean, clip.std).to(ranks.device)
-    precision = precision_dtype(settings.precision, ranks.device)
-    return evaluate(model, loader, normalise=normalise, ranks=ranks, precision=precision, title=title, stop=stop)
+    normalise = Normalizer(clip.mean, clip.std).to(dist_info.device)
+    precision = precision_dtype(settings.precision, dist_info.device)
+    return evaluate(model, loader, normalise=normalise, dist_info=dist_info, precision=precision, title=title, stop=stop)
 
 
 def test_and_report(
@@ -229,18 +229,18 @@ def test_and_report(
     *,
     config: DictConfig,
     settings: TrainerSettings,
-    ranks: Ranks,
+    dist_info: DistInfo,
     folder: Path,
     checkpoint: Path,
     stop: StopFlag | None = None,
 ) -> None:
     """Test with all views; write `results.json`, `predictions.csv` and the config of the test, and print the table."""
-    evaluation = run_views(model, source.test, clip, views=clip.views, crops=clip.crops, settings=settings, ranks=ranks, title="test", stop=stop)
-    if not ranks.is_main:
+    evaluation = run_views(model, source.test, clip, views=clip.views, crops=clip.crops, settings=settings, dist_info=dist_info, title="test", stop=stop)
+    if not dist_info.is_main:
         return
     with stop.at_once("during the test") if stop else nullcontext():
         table = gflops_table(model, clip)
-        summary = metrics.summarise(evaluation, table, protocol=protocol(config, model, clip, source, settings, ranks, checkpoint=checkpoint))
+        summary = metrics.summarise(evaluation, table, protocol=protocol(config, model, clip, source, settings, dist_info, checkpoint=checkpoint))
         metrics.write_results(summary, folder)
         metrics.write_predictions(evaluation, table, folder, class_names=source.class_names)
         write_text(folder / "test_config.yaml", OmegaConf.to_yaml(config, resolve=True))
@@ -250,7 +250,7 @@ def test_and_report(
 
 
 def protocol(
-    config: DictConfig, model: VideoNet, clip: ClipSettings, source: VideoSource, settings: TrainerSettings, ranks: Ranks, *, checkpoint: Path
+    config: DictConfig, model: VideoNet, clip: ClipSettings, source: VideoSource, settings: TrainerSettings, dist_info: DistInfo, *, checkpoint: Path
 ) -> dict[str, Any]:
     """What was tested and how, as `results.json` has it: every option that changes predictions."""
     return {
@@ -262,7 +262,7 @@ def protocol(
         "model": {key: value for key, value in OmegaConf.to_container(config.model, resolve=True).items() if key not in ("clip", "clips")},
         "execution": model.execution,
         "compile": settings.compile,
-        "precision": str(precision_dtype(settings.precision, ranks.device)).removeprefix("torch."),
-        "tf32": settings.tf32 and ranks.device.type == "cuda",
+        "precision": str(precision_dtype(settings.precision, dist_info.device)).removeprefix("torch."),
+        "tf32": settings.tf32 and dist_info.device.type == "cuda",
         **source.notes,
     }

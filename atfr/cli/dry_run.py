@@ -17,8 +17,8 @@ from atfr.cli import builders
 from atfr.data.loader import TrainSampler
 from atfr.data.types import VideoSource
 from atfr.engine import stage_costs
-from atfr.engine.distributed.comm import Ranks
-from atfr.engine.distributed.launch_env import find_place
+from atfr.engine.distributed.comm import DistInfo
+from atfr.engine.distributed.launch_env import read_launch_env
 from atfr.engine.run.run_dir import flat
 from atfr.engine.settings import TrainerSettings, precision_dtype
 from atfr.cli.launch import processes_to_start
@@ -35,7 +35,7 @@ def print_plan(config: DictConfig, settings: TrainerSettings, *, folder: Path) -
     Raises:
         ValueError, OSError: what would end the training at its start, such as a dataset that is not there.
     """
-    cpu = Ranks(0, 1, torch.device("cpu"))
+    cpu = DistInfo(0, 1, torch.device("cpu"))
     source, problem = None, None
     try:
         source = builders.load_source(config, cpu, make=False)
@@ -64,7 +64,7 @@ def _aligned(facts: Mapping[str, str]) -> Iterator[str]:
 def network_table(config: DictConfig, num_classes: int) -> list[str]:
     """Lines about the network: how it runs, and each stage's output, parameters and GFLOPs."""
     clip = builders.clip_settings(config)
-    model = builders.build_model(config, num_classes=num_classes, ranks=Ranks(0, 1, torch.device("cpu")))
+    model = builders.build_model(config, num_classes=num_classes, dist_info=DistInfo(0, 1, torch.device("cpu")))
     table = builders.gflops_table(model, clip)
     bins = stage_costs.expected_bins(model, table)
     first = f"one clip of {clip.frames} frames, {clip.crop_size} x {clip.crop_size}, {num_classes} classes; runs {model.execution}"
@@ -124,7 +124,7 @@ def _below(key: str, sources: Mapping[str, str]) -> list[str]:
 
 def launch_facts(settings: TrainerSettings) -> dict[str, str]:
     """How many processes would run, where, on what, and what each has of a batch."""
-    place = find_place(os.environ)
+    place = read_launch_env(os.environ)
     world = place.world if place.launcher != "none" else processes_to_start(settings.accelerator, settings.devices)
     gpus = torch.cuda.device_count() if settings.accelerator != "cpu" else 0
     device = torch.device("cuda" if gpus else "cpu")

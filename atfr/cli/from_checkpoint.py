@@ -20,7 +20,7 @@ from atfr.cli import builders
 from atfr.cli.arguments import is_override, parse, value_text
 from atfr.data.types import VideoSource
 from atfr.engine.run import checkpoint
-from atfr.engine.distributed.comm import Ranks
+from atfr.engine.distributed.comm import DistInfo
 from atfr.models.video_net import VideoNet
 from atfr.utils.paths import expanded
 from atfr.cli.run_name import run_folder
@@ -94,13 +94,13 @@ def checkpoint_file(value: str) -> Path:
     return builders.weights_file(expanded(str(value), "checkpoint"), "checkpoint")
 
 
-def test_videos(config: DictConfig, state: dict[str, Any], path: Path, ranks: Ranks) -> VideoSource:
+def test_videos(config: DictConfig, state: dict[str, Any], path: Path, dist_info: DistInfo) -> VideoSource:
     """The videos of the dataset.
 
     Raises:
         ValueError: there are none to test, or they have other classes than the checkpoint.
     """
-    source = builders.load_source(config, ranks, make=False)
+    source = builders.load_source(config, dist_info, make=False)
     builders.require_videos(source, "test")
     if list(source.class_names) != state["class_names"]:
         raise ValueError(
@@ -110,8 +110,8 @@ def test_videos(config: DictConfig, state: dict[str, Any], path: Path, ranks: Ra
     return source
 
 
-def trained_model(config: DictConfig, state: dict[str, Any], path: Path, ranks: Ranks) -> VideoNet:
+def trained_model(config: DictConfig, state: dict[str, Any], path: Path, dist_info: DistInfo) -> VideoNet:
     """The checkpoint's network with its weights; ValueError if these belong to another one."""
-    model = builders.build_model(config, num_classes=len(state["class_names"]), ranks=ranks)
+    model = builders.build_model(config, num_classes=len(state["class_names"]), dist_info=dist_info)
     checkpoint.load_weights(model, state["model"], path)
     return model

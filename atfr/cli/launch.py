@@ -29,9 +29,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from atfr.cli.command_errors import CLOSED_PIPE, JobFailed, as_text, output_is_closed
 from atfr.engine.distributed import comm
 from atfr.engine.determinism import choose_algorithms, explaining_what_is_not_deterministic
-from atfr.engine.distributed.comm import Ranks
+from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.distributed.preemption import FROM_BATCH_SYSTEM, ONE_TOLD, TRY_AGAIN, Interrupted, StopFlag, end, heeded
-from atfr.engine.distributed.launch_env import find_place
+from atfr.engine.distributed.launch_env import read_launch_env
 from atfr.engine.run.run_lock import run_lock
 from atfr.engine.settings import TrainerSettings
 from atfr.cli.run_name import in_sweep
@@ -41,7 +41,7 @@ TOLD = "told"  # the file there with the signal that came
 
 
 def on_every_process(
-    work: Callable[[Ranks], None],
+    work: Callable[[DistInfo], None],
     config: DictConfig,
     settings: TrainerSettings,
     *,
@@ -63,21 +63,21 @@ def on_every_process(
         alone: refuse to work in a folder in which another job works (`run_lock`).
     """
 
-    def with_lock(ranks: Ranks) -> None:
+    def with_lock(dist_info: DistInfo) -> None:
         if alone:
-            comm.require_shared(folder, ranks)
-        with run_lock(folder, stop) if alone and ranks.is_main else nullcontext():
-            work(ranks)
+            comm.require_shared(folder, dist_info)
+        with run_lock(folder, stop) if alone and dist_info.is_main else nullcontext():
+            work(dist_info)
 
     try:
         with stop.at_once(where):
             _on_every_process(with_lock, config, settings, program=program, folder=folder)
     except Interrupted as error:
         comm.stop()
-        end(error, is_main=find_place(os.environ).rank == 0)
+        end(error, is_main=read_launch_env(os.environ).rank == 0)
 
 
-def _on_every_process(work: Callable[[Ranks], None], config: DictConfig, settings: TrainerSettings, *, program: str, folder: Path) -> None:
+def _on_every_process(work: Callable[[DistInfo], None], config: DictConfig, settings: TrainerSettings, *, program: str, folder: Path) -> None:
     choose_algorithms(deterministic=settings.deterministic, tf32=settings.tf32)
     count = processes_to_start(settings.accelerator, settings.devices)
     if count > 1:
@@ -85,14 +85,14 @@ def _on_every_process(work: Callable[[Ranks], None], config: DictConfig, setting
         return
     answer_to_the_parent()
     try:
-        ranks = comm.start(accelerator=settings.accelerator, devices=settings.devices)
+        dist_info = comm.start(accelerator=settings.accelerator, devices=settings.devices)
         comm.require_same(OmegaConf.to_container(config), of="configs", remedy="start all of them with the same command")
         with explaining_what_is_not_deterministic():
-            work(ranks)
+            work(dist_info)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and output_is_closed():
             sys.exit(CLOSED_PIPE)
-        if find_place(os.environ).launcher == "none":
+        if read_launch_env(os.environ).launcher == "none":
             raise
         # Nor does it leave the group, for which it might wait for ever.
         text = as_text(error)
@@ -116,7 +116,7 @@ def processes_to_start(accelerator: str, devices: int | None) -> int:
     """
     if devices is not None and devices < 1:
         raise ValueError(f"trainer.devices={devices} must be at least 1, or null for every GPU")
-    if find_place(os.environ).launcher != "none":
+    if read_launch_env(os.environ).launcher != "none":
         return 1
     if not comm.uses_gpu(accelerator):
         return devices or 1

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from atfr.engine.distributed import comm
 from atfr.engine.settings import TrainerSettings
-from atfr.engine.distributed.sync_batchnorm import batch_norms, over_all_processes
+from atfr.engine.distributed.sync_batchnorm import batch_norms, sync_batchnorm
 from atfr.models.video_net import VideoNet
 from atfr.models.sgs.layer import SGS, Proposal, Sampled
 from atfr.models.graph.probing import evaluating
@@ -166,7 +166,7 @@ def _batch_statistics(model: nn.Module) -> Iterator[None]:
     for norm in momenta:
         norm.momentum = 0.0
     try:
-        with over_all_processes(model):
+        with sync_batchnorm(model):
             yield
     finally:
         for norm, momentum in momenta.items():

@@ -12,7 +12,7 @@ from torch import nn
 
 from atfr.data.types import Unreadable
 from atfr.engine.distributed import comm
-from atfr.engine.distributed.comm import Ranks
+from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.distributed.preemption import StopFlag
 from atfr.models.video_net import VideoNet
 from atfr.utils.progress import watched
@@ -58,7 +58,7 @@ def evaluate(
     loader: Iterable[Any],
     *,
     normalise: nn.Module,
-    ranks: Ranks,
+    dist_info: DistInfo,
     precision: torch.dtype = torch.float32,
     title: str = "test",
     stop: StopFlag | None = None,
@@ -74,19 +74,19 @@ def evaluate(
     model.eval()
     own = Evaluation()
     in_all = -comm.largest(-len(loader)) if stop else 0  # one process may have a batch more than another
-    for number, batch in enumerate(watched(loader, title, unit="batch", shown=ranks.is_main)):
+    for number, batch in enumerate(watched(loader, title, unit="batch", shown=dist_info.is_main)):
         if number < in_all and number % LOOK_EVERY == 0:
             comm.stop_together(stop, f"during the {title}")
         own.failed.update((failed.video, failed) for failed in batch.failed)
         if batch.clips is None:
             continue
-        clips = normalise(batch.clips.to(ranks.device, non_blocking=True))
-        _wait(ranks.device)
+        clips = normalise(batch.clips.to(dist_info.device, non_blocking=True))
+        _wait(dist_info.device)
         began = time.perf_counter()
-        with torch.autocast(ranks.device.type, dtype=precision, enabled=precision != torch.float32):
+        with torch.autocast(dist_info.device.type, dtype=precision, enabled=precision != torch.float32):
             prediction = model(clips)
         scores = prediction.logits.float().softmax(dim=1).cpu().numpy()
-        _wait(ranks.device)
+        _wait(dist_info.device)
         own.network_seconds += time.perf_counter() - began
         for path, row in zip(batch.paths, scores):
             if not np.isfinite(row).all():

@@ -16,19 +16,19 @@ from atfr.engine.distributed import comm
 from atfr.engine.run import checkpoint
 from atfr.engine.run.contents import same_contents
 from atfr.engine.data_wait import DataWait
-from atfr.engine.distributed.comm import Ranks
+from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.ema import Ema
 from atfr.engine.distributed.preemption import Interrupted, StopFlag
 from atfr.data.mixup import Mix
 from atfr.engine.optim import clip_gradients
-from atfr.engine.run.metric_buffer import REMEDY, Pending, some
+from atfr.engine.run.metric_buffer import REMEDY, MetricBuffer, some
 from atfr.engine.run.profiler import profiler
 from atfr.engine.run.run_dir import way_out
 from atfr.engine.run.metric_logger import RunLog
 from atfr.engine.run.saving import Saver
 from atfr.engine.settings import TrainerSettings, precision_dtype
 from atfr.engine.calibration import calibrate_width, clips_for_statistics, draw_shares, refresh_statistics, statistics_batches, steer_width
-from atfr.engine.distributed.sync_batchnorm import over_all_processes
+from atfr.engine.distributed.sync_batchnorm import sync_batchnorm
 from atfr.models.video_net import Prediction, VideoNet
 from atfr.models.sgs.layer import NonFiniteFeatures
 from atfr.utils.progress import StepProgress, watched
@@ -63,7 +63,7 @@ class Training:
         validate: Callable[[], dict[str, float]],
         normalise: nn.Module,
         settings: TrainerSettings,
-        ranks: Ranks,
+        dist_info: DistInfo,
         folder: Path,
         identity: Mapping[str, Any],
         mix: Mix | None = None,
@@ -72,20 +72,20 @@ class Training:
         self.model, self.optimizer, self.factor = model, optimizer, learning_rate_factor
         self.parameters = list(model.parameters())
         self.batches, self.steps_per_epoch, self.validate = batches, steps_per_epoch, validate
-        self.normalise, self.settings, self.ranks = normalise, settings, ranks
+        self.normalise, self.settings, self.dist_info = normalise, settings, dist_info
         self.folder, self.identity, self.mix, self.stop = folder, identity, mix, stop
         model.prepare(compute_again=settings.checkpoint_activations, compiled=settings.compile)
         self.last, self.best = folder / "checkpoints" / "last.pt", folder / "checkpoints" / "best.pt"
         self.total_steps = settings.epochs * steps_per_epoch  # of the whole schedule
         self.end_step = min(self.total_steps, settings.max_steps or self.total_steps)  # of this run
-        self.dtype = precision_dtype(settings.precision, ranks.device)
-        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
+        self.dtype = precision_dtype(settings.precision, dist_info.device)
+        self.scaler = torch.amp.GradScaler(dist_info.device.type, enabled=self.dtype == torch.float16)
         self.loss = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
         self.step, self.evaluated, self.best_top1 = 0, 0, -1.0
         self.skipped, self.skipped_in_a_row = 0, 0
         self.ema = Ema(model, settings.ema) if settings.ema is not None else None
-        self.pending = Pending()
-        self.told = comm.OneCallLate()
+        self.pending = MetricBuffer()
+        self.told = comm.DelayedMax()
         self.data_wait = DataWait()
         self.named: set[str] = set()  # the bad videos that were told of
 
@@ -97,18 +97,18 @@ class Training:
             Interrupted: it was told to stop, and has saved.
         """
         self.resume()
-        self.log = RunLog(self.folder, resume_step=self.step, evaluated=self.evaluated) if self.ranks.is_main else None
-        self.network = comm.replicate(self.model, self.ranks)
+        self.log = RunLog(self.folder, resume_step=self.step, evaluated=self.evaluated) if self.dist_info.is_main else None
+        self.network = comm.replicate(self.model, self.dist_info)
         self.saver = Saver()
-        self.progress = StepProgress(first=self.step, total=self.end_step, shown=self.ranks.is_main)
+        self.progress = StepProgress(first=self.step, total=self.end_step, shown=self.dist_info.is_main)
         try:
             if self.step == 0:
                 clips = self.clips_for_statistics(0)
                 calibrate_width(self.model, lambda: self._normalised(clips), untrained=True)
             elif self.evaluated < self.step:
                 self.end_epoch((self.step - 1) // self.steps_per_epoch)  # where the epoch's end was interrupted
-            batch_norm = over_all_processes(self.model) if self.settings.sync_batch_norm else nullcontext()
-            with batch_norm, profiler(self.folder / "profile", self.settings.profile if self.ranks.is_main else 0) as self.profile:
+            batch_norm = sync_batchnorm(self.model) if self.settings.sync_batch_norm else nullcontext()
+            with batch_norm, profiler(self.folder / "profile", self.settings.profile if self.dist_info.is_main else 0) as self.profile:
                 while self.step < self.end_step:
                     epoch = self.step // self.steps_per_epoch
                     self.stop_if_told(epoch)  # a validation may have taken long
@@ -157,7 +157,7 @@ class Training:
 
     def until_told(self, items: Iterable[T], total: int) -> Iterator[T]:
         """The items, as many on every process; between them all end if one was told to: what was trained is saved already."""
-        for item in watched(items, "statistics", unit="batch", total=total, shown=self.ranks.is_main):
+        for item in watched(items, "statistics", unit="batch", total=total, shown=self.dist_info.is_main):
             comm.stop_together(self.stop, f"in the statistics after step {self.step}")
             yield item
 
@@ -165,7 +165,7 @@ class Training:
         """Count a step, and warn if too much of the time goes to waiting."""
         self.data_wait.add(waited=waited, total=total)
         # Only where the device has been waited for: in between, a GPU's steps seem to take no time.
-        if self.ranks.is_main and self.step % self.settings.log_every == 0:
+        if self.dist_info.is_main and self.step % self.settings.log_every == 0:
             warning = self.data_wait.warning(self.settings)
             if warning:
                 log.warning("%s", warning)
@@ -195,8 +195,8 @@ class Training:
         began = time.perf_counter()
         # Dropout draws from a generator that depends on the step alone: nothing to save for a resume.
         # (torch.manual_seed notes for a GPU that is not there, too, where it was called from.)
-        seeded = torch.default_generator if self.ranks.device.type == "cpu" else torch
-        seeded.manual_seed(hash((self.settings.seed, self.step, self.ranks.rank)) % 2**63)
+        seeded = torch.default_generator if self.dist_info.device.type == "cpu" else torch
+        seeded.manual_seed(hash((self.settings.seed, self.step, self.dist_info.rank)) % 2**63)
         draw_shares(self.model, seed=self.settings.seed, step=self.step)
         self.set_learning_rate()
         buffers = [b.clone() for b in self.model.buffers()] if self.settings.skip_nonfinite else []
@@ -229,20 +229,20 @@ class Training:
 
     def gradients(self, batch: Any) -> tuple[Tensor, Tensor, list[Prediction]]:
         """This process's addend of the mean loss, with its clipped gradient left in the parameters; the gradient's norm; the predictions of each part."""
-        clips = self.normalise(batch.clips.to(self.ranks.device, non_blocking=True))
-        targets = batch.labels.to(self.ranks.device, non_blocking=True)
+        clips = self.normalise(batch.clips.to(self.dist_info.device, non_blocking=True))
+        targets = batch.labels.to(self.dist_info.device, non_blocking=True)
         if self.mix is not None:
             clips, targets = self.mix(clips, targets, self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        parts, total = [], torch.zeros((), device=self.ranks.device)
+        parts, total = [], torch.zeros((), device=self.dist_info.device)
         pieces = list(zip(clips.chunk(self.settings.accumulate), targets.chunk(self.settings.accumulate)))
         for number, (part, wanted) in enumerate(pieces, start=1):
             # Gradients are averaged over the processes once, with the last part.
-            waits = self.ranks.world > 1 and number < len(pieces)
+            waits = self.dist_info.world > 1 and number < len(pieces)
             with self.network.no_sync() if waits else nullcontext():
                 prediction, counts = self.predict(part)
                 # The mean over the global batch, once averaged over processes: parts, and the shares of processes, may be of different sizes.
-                loss = self.loss(prediction.logits.float(), wanted) * (counts * len(part) * self.ranks.world / self.settings.batch_size)
+                loss = self.loss(prediction.logits.float(), wanted) * (counts * len(part) * self.dist_info.world / self.settings.batch_size)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
             parts.append(prediction)
@@ -251,11 +251,11 @@ class Training:
 
     def predict(self, clips: Tensor) -> tuple[Prediction, float]:
         """The network's forward pass, and what to multiply its loss with: 1, or NaN if the step has to be left out."""
-        with torch.autocast(self.ranks.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+        with torch.autocast(self.dist_info.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             try:
                 return self.network(clips), 1.0
             except NonFiniteFeatures:
-                if not self.settings.skip_nonfinite or self.ranks.world == 1:
+                if not self.settings.skip_nonfinite or self.dist_info.world == 1:
                     raise
                 # The others wait for this one's gradients, of whatever clips, before all of them leave the step out.
                 return self.network(torch.zeros_like(clips)), math.nan
@@ -291,9 +291,9 @@ class Training:
         """
         if not self.pending.losses:
             return
-        values = self.pending.means(self.ranks)
+        values = self.pending.means(self.dist_info)
         self.pending.check(self.step, scaled=self.scaler.is_enabled())
-        self.pending = Pending()
+        self.pending = MetricBuffer()
         if self.settings.skip_nonfinite:
             values["skipped"] = self.skipped
         values["lr"] = self.optimizer.param_groups[0]["lr"]
@@ -331,7 +331,7 @@ class Training:
         Args:
             keep: newest states that stay; None: `trainer.keep`.
         """
-        if self.ranks.is_main:
+        if self.dist_info.is_main:
             state = {
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -359,7 +359,7 @@ class Training:
         comm.require_same(start, of="states to go on from", remedy=f"{self.folder} must be on a disk that all machines share")
         if state is None:
             return
-        self.identity = same_contents(state, self.identity, of=found, way_out=way_out(self.folder), warn=self.ranks.is_main)
+        self.identity = same_contents(state, self.identity, of=found, way_out=way_out(self.folder), warn=self.dist_info.is_main)
         if state["class_names"] != self.identity["class_names"] or state["steps_per_epoch"] != self.steps_per_epoch:
             raise ValueError(
                 f"the training list or its classes changed since {found} was written ({len(state['class_names'])} classes and"
@@ -374,7 +374,7 @@ class Training:
         if self.ema:
             self.ema.load_state_dict(state["ema"])
         comm.barrier()  # every process has read it
-        if self.ranks.is_main:
+        if self.dist_info.is_main:
             checkpoint.go_on_from(found, last=self.last, best=self.best)
         log.info("resuming %s at step %d of %d", found, self.step, self.end_step)
 
@@ -390,4 +390,4 @@ class Training:
 
     def _normalised(self, clips: list[Tensor]) -> Iterator[Tensor]:
         for batch in self.until_told(clips, len(clips)):
-            yield self.normalise(batch.to(self.ranks.device))
+            yield self.normalise(batch.to(self.dist_info.device))

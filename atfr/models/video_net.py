@@ -97,8 +97,8 @@ class VideoNet(nn.Module):
         if sgs is None:
             return
         self.places = places = _resolve(sgs.places, stages, backbone)
-        traced = Traced(backbone, places, before_activation=sgs.before_activation, looks=sgs.looks_at_clip)
-        looking = {traced.cuts[cut] for cut in traced.levels[0]} if sgs.looks_at_clip else set()
+        traced = Traced(backbone, places, before_activation=sgs.before_activation, looks=sgs.embeds_clip)
+        looking = {traced.cuts[cut] for cut in traced.levels[0]} if sgs.embeds_clip else set()
         clip = torch.zeros(1, 3, *probe, device=next(backbone.parameters()).device)
         with evaluating(self):  # so that the probe leaves the running statistics alone
             features = traced.stem(self, PREFIX, list(traced.cuts))(clip)

@@ -60,7 +60,7 @@ def target(share: float) -> str:
 AT_HALF = target(0.4)  # of the features: with stem and sampling about half of the GFLOPs of r2plus1d
 ANCHOR = ("model.sgs.similarity=anchor",)
 PATH = ("model.sgs.similarity=path", "model.sgs.noise_floor=true")
-FEATURES = "model.sgs.look=features"
+FEATURES = "model.sgs.embed_from=features"
 DRAWN = "model.sgs.drawn=[0.15,1]"
 TWELVE = "model.sgs.num_bins=12"  # of which the published layer fills about half
 REPAIRED = ("model.sgs.edges=inclusive", "model.sgs.kernel=linear_normalized", "model.sgs.order=time")
@@ -76,9 +76,9 @@ METHODS: dict[str, Method] = {
     **{f"features-{share}": sampled("atfr", FEATURES, target(share)) for share in (0.32, 0.4)},
     "anchor-0.4": sampled("atfr", FEATURES, *ANCHOR, AT_HALF),
     "path-0.4": sampled("atfr", FEATURES, *PATH, AT_HALF),
-    "one-price-0.4": sampled("atfr", FEATURES, "model.sgs.evenness=0", AT_HALF),
-    "one-price-0.32": sampled("atfr", FEATURES, "model.sgs.evenness=0", target(0.32)),
-    "own-price-0.4": sampled("atfr", FEATURES, "model.sgs.evenness=1", AT_HALF),
+    "one-price-0.4": sampled("atfr", FEATURES, "model.sgs.cost_exponent=0", AT_HALF),
+    "one-price-0.32": sampled("atfr", FEATURES, "model.sgs.cost_exponent=0", target(0.32)),
+    "own-price-0.4": sampled("atfr", FEATURES, "model.sgs.cost_exponent=1", AT_HALF),
     "global-0.4": sampled("atfr", FEATURES, "model.sgs.grid=1", AT_HALF),
     # Its bins, with a z that is learned by the gradient of their kernel, and the same with one that is not.
     **{f"path-{embedding}-0.4": sampled("atfr", FEATURES, *PATH[:1], f"model.sgs.embedding={embedding}", "model.sgs.kernel=linear_normalized", "model.sgs.edges=inclusive", AT_HALF) for embedding in ("mlp", "frozen")},

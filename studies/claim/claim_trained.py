@@ -9,10 +9,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from atfr.cli.from_checkpoint import trained_model
 from atfr.engine.run import checkpoint
-from atfr.engine.distributed.comm import Ranks
+from atfr.engine.distributed.comm import DistInfo
 from atfr.models.video_net import VideoNet
 
-CPU = Ranks(0, 1, torch.device("cpu"))
+CPU = DistInfo(0, 1, torch.device("cpu"))
 
 
 def trained(folder: Path) -> tuple[VideoNet, DictConfig]:

@@ -21,7 +21,7 @@ from atfr.data.clips import TestClips
 from atfr.data.loader import test_loader
 from atfr.data.types import Video
 from atfr.engine.determinism import choose_algorithms
-from atfr.engine.distributed.comm import Ranks
+from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.trainer import Training
 from atfr.models.backbones.x3d import x3d
 from atfr.models.video_net import VideoNet
@@ -144,7 +144,7 @@ def check_waits(folder: Path, sampled: bool) -> None:
         validate=lambda: {},
         normalise=nn.Identity(),
         settings=replace(SETTINGS, precision="bf16", log_every=100, clip_norm=1.0, ema=0.9),
-        ranks=Ranks(0, 1, torch.device(GPU)),
+        dist_info=DistInfo(0, 1, torch.device(GPU)),
         folder=folder,
         identity={},
     )

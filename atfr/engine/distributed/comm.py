@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from atfr.engine.distributed.preemption import Interrupted, StopFlag
 from atfr.engine.distributed.rendezvous import FAILED, OtherFailed, meet, wait_until
-from atfr.engine.distributed.launch_env import Place, find_place
+from atfr.engine.distributed.launch_env import LaunchEnv, read_launch_env
 from atfr.engine.run.run_dir import flat
 from atfr.utils.malloc import keep_freed_memory
 
@@ -36,7 +36,7 @@ _store: dist.Store | None = None  # of the processes that have joined
 
 
 @dataclass(frozen=True)
-class Ranks:
+class DistInfo:
     """This process's rank among `world` processes, and the device it computes on."""
 
     rank: int
@@ -53,7 +53,7 @@ class Ranks:
         return -(-batch_size // self.world)
 
 
-def start(*, accelerator: str, devices: int | None) -> Ranks:
+def start(*, accelerator: str, devices: int | None) -> DistInfo:
     """Join the other processes, if a launcher started any, and choose this one's device.
 
     Raises:
@@ -61,7 +61,7 @@ def start(*, accelerator: str, devices: int | None) -> Ranks:
             variables missing, another number of processes than `devices`, or the others were not
             there in time.
     """
-    place = find_place(os.environ)
+    place = read_launch_env(os.environ)
     if devices is not None and devices != place.world:
         raise ValueError(f"trainer.devices={devices}, but {place.world} process(es) run: it counts those of all machines; leave it out under a launcher")
     device = torch.device("cpu")
@@ -72,7 +72,7 @@ def start(*, accelerator: str, devices: int | None) -> Ranks:
         keep_freed_memory()
     if place.launcher != "none" and not dist.is_initialized():
         _join(place, device)
-    return Ranks(place.rank, place.world, device)
+    return DistInfo(place.rank, place.world, device)
 
 
 def uses_gpu(accelerator: str) -> bool:
@@ -84,7 +84,7 @@ def uses_gpu(accelerator: str) -> bool:
     return accelerator != "cpu" and torch.cuda.is_available()
 
 
-def _join(place: Place, device: torch.device) -> None:
+def _join(place: LaunchEnv, device: torch.device) -> None:
     global _store
     _store = meet(place, device, next(_joined))
     # Objects, plain numbers and barriers go from host to host: no GPU is waited for, and a process that is gone is noticed at once.
@@ -93,19 +93,19 @@ def _join(place: Place, device: torch.device) -> None:
 
 
 @contextmanager
-def main_first(ranks: Ranks) -> Iterator[None]:
+def main_first(dist_info: DistInfo) -> Iterator[None]:
     """The main process is through with this block before any other begins it, however long it takes.
 
     Raises:
         OtherFailed: it failed there.
     """
     key = f"through/{next(_turns)}"
-    if _store is not None and not ranks.is_main:
+    if _store is not None and not dist_info.is_main:
         wait_until(lambda: _store.check([key]) or _store.check([FAILED]), math.inf)
         if not _store.check([key]):
             raise OtherFailed
     yield
-    if _store is not None and ranks.is_main:
+    if _store is not None and dist_info.is_main:
         _store.set(key, "")
 
 
@@ -133,19 +133,19 @@ def require_same(values: Mapping[str, Any], *, of: str, remedy: str) -> None:
             raise ValueError(f"the processes have different {of}: {key} is {found}; {remedy}")
 
 
-def require_shared(folder: Path, ranks: Ranks) -> None:
+def require_shared(folder: Path, dist_info: DistInfo) -> None:
     """Raise ValueError on every process unless all of them see the same folder, which is made for that."""
-    if ranks.world == 1:
+    if dist_info.world == 1:
         return
     folder.mkdir(parents=True, exist_ok=True)
     # A name that no machine has asked for before, so that none remembers that it was not there.
-    (name,) = gathered([f".seen-{uuid.uuid4().hex}"] if ranks.is_main else [])
+    (name,) = gathered([f".seen-{uuid.uuid4().hex}"] if dist_info.is_main else [])
     token = folder / name
-    if ranks.is_main:
+    if dist_info.is_main:
         token.touch()
     barrier()
     blind = [str(rank) for rank, sees in enumerate(gathered([token.exists()])) if not sees]
-    if ranks.is_main:
+    if dist_info.is_main:
         token.unlink()
     if blind:
         raise ValueError(f"rank {', '.join(blind)} does not see the run folder {folder} of rank 0: it must be on a disk that all machines share; set trainer.output_dir")
@@ -159,16 +159,16 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
+def replicate(model: nn.Module, dist_info: DistInfo) -> nn.Module:
     """The model whose gradients are averaged over all processes: DDP, or itself when alone."""
-    if ranks.world == 1:
+    if dist_info.world == 1:
         return model
-    ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+    ids = [dist_info.device.index] if dist_info.device.type == "cuda" else None
     ddp = nn.parallel.DistributedDataParallel
     # Running statistics are not used in training, and before an evaluation all processes get the same ones.
     option = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in inspect.signature(ddp).parameters)  # the newer name first
     network = ddp(model, device_ids=ids, **{option: False})
-    if ranks.world > 2 and torch.are_deterministic_algorithms_enabled():
+    if dist_info.world > 2 and torch.are_deterministic_algorithms_enabled():
         network.register_comm_hook(None, lambda _, bucket: _mean_in_rank_order(bucket))
     return network
 
@@ -218,7 +218,7 @@ def largest(number: int) -> int:
     return int(value.item())
 
 
-class OneCallLate:
+class DelayedMax:
     """`largest` without waiting for the other processes: each call gives what was asked in the one before it, at first 0. Alone, its own number."""
 
     def __init__(self) -> None:

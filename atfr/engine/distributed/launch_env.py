@@ -13,7 +13,7 @@ FIRST_PORT, PORTS = 20000, 12000  # below 32768, from where on Linux hands ports
 
 
 @dataclass(frozen=True)
-class Place:
+class LaunchEnv:
     """A process among `world` others, `local_rank` on its own machine, and where they all meet."""
 
     launcher: str  # torchrun | srun | none
@@ -39,7 +39,7 @@ class Place:
         return index
 
 
-def find_place(environment: Mapping[str, str]) -> Place:
+def read_launch_env(environment: Mapping[str, str]) -> LaunchEnv:
     """Read the launcher's variables: torchrun's four, else those of an srun step of several tasks, else none.
 
     A batch script, `salloc` and `srun -n1` are one process, whatever SLURM_NTASKS says.
@@ -53,7 +53,7 @@ def find_place(environment: Mapping[str, str]) -> Place:
         raise ValueError(f"the environment sets {', '.join(given)} but not {', '.join(sorted(missing))}: start with torchrun, or unset them")
     if given:
         rank, world = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
-        return Place(
+        return LaunchEnv(
             launcher="torchrun",
             rank=rank,
             world=world,
@@ -64,17 +64,17 @@ def find_place(environment: Mapping[str, str]) -> Place:
             attempt=_number(environment, "TORCHELASTIC_RESTART_COUNT", default=0),
         )
     tasks = _number(environment, "SLURM_STEP_NUM_TASKS", default=1)
-    return _srun_task(environment, tasks) if tasks > 1 else Place(launcher="none")
+    return _srun_task(environment, tasks) if tasks > 1 else LaunchEnv(launcher="none")
 
 
-def _srun_task(environment: Mapping[str, str], tasks: int) -> Place:
+def _srun_task(environment: Mapping[str, str], tasks: int) -> LaunchEnv:
     missing = [name for name in SRUN if name not in environment]
     if missing:
         raise ValueError(f"SLURM_STEP_NUM_TASKS={tasks}, so srun started this, but {', '.join(missing)} is not set; start with srun, or unset it")
     rank = _number(environment, "SLURM_PROCID")
     # Steps of one job and jobs that follow each other get ports of their own.
     offset = 16 * _number(environment, "SLURM_JOB_ID") + _number(environment, "SLURM_STEP_ID")
-    return Place(
+    return LaunchEnv(
         launcher="srun",
         rank=rank,
         world=tasks,

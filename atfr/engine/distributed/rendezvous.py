@@ -18,7 +18,7 @@ from typing import Any, Callable
 import torch
 import torch.distributed as dist
 
-from atfr.engine.distributed.launch_env import Place
+from atfr.engine.distributed.launch_env import LaunchEnv
 
 JOIN_S = 300.0  # seconds for all processes to be there
 ANSWER = timedelta(seconds=20)  # for a store that is there
@@ -30,7 +30,7 @@ class OtherFailed(Exception):
     """Another process of this job ended, so that this one cannot go on. What was wrong is in the other's output."""
 
 
-def meet(place: Place, device: torch.device, number: int) -> dist.Store:
+def meet(place: LaunchEnv, device: torch.device, number: int) -> dist.Store:
     """The store of all processes, once all of them are there and fit together. `number` counts the meetings of one launch.
 
     Raises:
@@ -48,7 +48,7 @@ def meet(place: Place, device: torch.device, number: int) -> dist.Store:
 
 
 @functools.cache
-def _store(place: Place) -> dist.TCPStore:
+def _store(place: LaunchEnv) -> dist.TCPStore:
     who, where = f"process {place.rank} of {place.world}", f"{place.address}:{place.port}"
     make = functools.partial(dist.TCPStore, place.address, place.port, wait_for_workers=False, timeout=ANSWER)
     if place.keeps_store:
@@ -79,7 +79,7 @@ def _connected(make: Callable[..., dist.TCPStore], problem: str) -> dist.TCPStor
     return stores[0]
 
 
-def _answers(place: Place) -> bool:
+def _answers(place: LaunchEnv) -> bool:
     try:
         socket.create_connection((place.address, place.port), timeout=5).close()
     except OSError:

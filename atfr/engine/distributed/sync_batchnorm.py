@@ -24,7 +24,7 @@ def batch_norms(model: nn.Module) -> list[BatchNorm]:
 
 
 @contextmanager
-def over_all_processes(model: nn.Module) -> Iterator[None]:
+def sync_batchnorm(model: nn.Module) -> Iterator[None]:
     """Meanwhile batch norms in training mode normalise with the values of all processes, and their running statistics follow those.
 
     All processes must run the same batch norms equally often. Alone, nothing changes.

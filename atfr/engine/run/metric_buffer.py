@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from atfr.engine.distributed import comm
-from atfr.engine.distributed.comm import Ranks
+from atfr.engine.distributed.comm import DistInfo
 
 REMEDY = "what was saved before is intact; lower optimizer.lr or trainer.clip_norm, with another trainer.output_dir"
 
@@ -19,7 +19,7 @@ def some(paths: Sequence[str]) -> str:
     return ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "")
 
 
-class Pending:
+class MetricBuffer:
     """Measurements of the steps since the last log line, left on the device until they are needed."""
 
     def __init__(self) -> None:
@@ -56,12 +56,12 @@ class Pending:
             if not math.isfinite(norm) and not scaled:
                 raise FloatingPointError(f"the gradient's norm is {norm} at step {number}; {REMEDY} (clips of this process: {some(paths)})")
 
-    def means(self, ranks: Ranks) -> dict[str, float]:
+    def means(self, dist_info: DistInfo) -> dict[str, float]:
         """Means over the steps and all processes; `replaced` is the number of videos replaced in them."""
         losses, norms = self.fetched()
         totals = [math.fsum(losses), math.fsum(norms), *self.sums.values()]
-        if ranks.world > 1:
-            totals = comm.summed(torch.tensor(totals, dtype=torch.float64, device=ranks.device)).tolist()
-        means = dict(zip(("loss", "grad_norm", *self.sums), (total / len(losses) / ranks.world for total in totals)))
-        means["replaced"] *= len(losses) * ranks.world
+        if dist_info.world > 1:
+            totals = comm.summed(torch.tensor(totals, dtype=torch.float64, device=dist_info.device)).tolist()
+        means = dict(zip(("loss", "grad_norm", *self.sums), (total / len(losses) / dist_info.world for total in totals)))
+        means["replaced"] *= len(losses) * dist_info.world
         return means

@@ -153,7 +153,7 @@ class PackedTrunk:
         self.forced = self.graph.placeholder("forced")
         self.done: dict[fx.Node, fx.Node] = {}
         self.times: dict[str, Time] = {}
-        self.needed: list[int | None] = []  # the gaps that the trunk's operations can share, see Form
+        self.needed: list[int | None] = []  # the gaps that the trunk's operations can share, see PackedOp
         self.inputs: dict[str, Time] = {}  # of each layer behind another one
         later = sorted((n for n in traced.nodes if traced.level[n] > 0 or n.op == "get_attr"), key=traced.level.__getitem__)
         levels = {traced.level[cuts[0]]: cuts for cuts in traced.levels}
@@ -218,7 +218,7 @@ class PackedTrunk:
             module = self.traced.network.get_submodule(node.target)
             if hasattr(module, "packed_forward"):
                 return self._write_own(node)
-            return self._write_module(node, registry.module_form(module, node.target), sampled[0])
+            return self._write_module(node, registry.packed_op(module, node.target), sampled[0])
         keepdim = registry.mean_over_clip(node)
         if keepdim is not None:
             (value,) = sampled
@@ -233,7 +233,7 @@ class PackedTrunk:
         }
         return Value(self._copied(node, substitutes), sampled[0].time, sampled[0].segments)
 
-    def _write_module(self, node: fx.Node, form: registry.Form, value: Value) -> Value:
+    def _write_module(self, node: fx.Node, form: registry.PackedOp, value: Value) -> Value:
         self.needed.append(form.gap)
         if form.run is None:
             return Value(self._copied(node), value.time, value.segments)

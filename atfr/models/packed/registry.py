@@ -37,7 +37,7 @@ class NoPackedForm(ValueError):
     """A module or function may mix the features of different clips."""
 
 
-class Form(NamedTuple):
+class PackedOp(NamedTuple):
     """How an operation runs on packed features."""
 
     run: Callable | None = None  # (module, x, segments) -> x; None: as it is
@@ -56,48 +56,48 @@ def is_leaf(module: nn.Module) -> bool:
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in (nn.Conv3d, nn.BatchNorm3d))
 
 
-def module_form(module: nn.Module, path: str) -> Form:
+def packed_op(module: nn.Module, path: str) -> PackedOp:
     """The packed form of a leaf module.
 
     Raises:
         NoPackedForm: it has none; says which module it is and why.
     """
     if isinstance(module, FRAMEWISE_MODULES):
-        return Form()
+        return PackedOp()
     if isinstance(module, SqueezeExcitation):
-        return Form(ops.squeeze_excitation)
+        return PackedOp(ops.squeeze_excitation)
     if isinstance(module, nn.Conv3d) and not isinstance(module.padding, str):
         window = window_of(module)
         if window == Window(1, dilation=window.dilation):
-            return Form()
+            return PackedOp()
         if module._forward_pre_hooks or type(module)._conv_forward not in (nn.Conv3d._conv_forward, SpatialConv3d._conv_forward, TemporalConv3d._conv_forward):
             raise NoPackedForm(f"{path} behind SGS has no packed form: a convolution that makes its weight when it is called")
         if module.padding_mode != "zeros":
             raise NoPackedForm(f"{path} behind SGS has no packed form: it pads in time with {module.padding_mode}")
-        return Form(ops.conv3d, window, gap=ops.gap_for(module))
+        return PackedOp(ops.conv3d, window, gap=ops.gap_for(module))
     if isinstance(module, (nn.MaxPool3d, nn.AvgPool3d)):
         return _pool_form(module, path)
     if isinstance(module, nn.AdaptiveAvgPool3d):
         if module.output_size in (1, (1, 1, 1)):
-            return Form(ops.global_pool, per_clip=True)
+            return PackedOp(ops.global_pool, per_clip=True)
         if isinstance(module.output_size, tuple) and module.output_size[0] is None:
-            return Form()
+            return PackedOp()
     if isinstance(module, NonLocal) and (module.pool is None or window_of(module.pool) == Window(1)):
-        return Form(ops.non_local, gap=None)
+        return PackedOp(ops.non_local, gap=None)
     raise NoPackedForm(f"{path} behind SGS has no packed form: {type(module).__name__} may mix the features of different clips")
 
 
-def _pool_form(module: nn.MaxPool3d | nn.AvgPool3d, path: str) -> Form:
+def _pool_form(module: nn.MaxPool3d | nn.AvgPool3d, path: str) -> PackedOp:
     window = window_of(module)
     if window == Window(1):
-        return Form()
+        return PackedOp()
     if module.ceil_mode or getattr(module, "return_indices", False):
         raise NoPackedForm(f"{path} behind SGS has no packed form: a pool in time with ceil_mode or return_indices")
     if isinstance(module, nn.MaxPool3d):
-        return Form(ops.max_pool, window, gap=None)
+        return PackedOp(ops.max_pool, window, gap=None)
     if window.padding and not module.count_include_pad:
         raise NoPackedForm(f"{path} behind SGS has no packed form: an average in time that leaves its padding out")
-    return Form(ops.avg_pool, window, gap=None)
+    return PackedOp(ops.avg_pool, window, gap=None)
 
 
 def is_framewise(node: fx.Node) -> bool:

@@ -57,7 +57,7 @@ def sampling_weights(
     valid: Tensor | None = None,
     min_bins: int = 1,
     noise_floor: float | Tensor = 0.0,
-    evenness: float = 0.0,
+    cost_exponent: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Weights with which each clip's frames are summed into its kept bins.
 
@@ -78,7 +78,7 @@ def sampling_weights(
         min_bins: a clip that would keep fewer is cut into this many contiguous bins: of equal size, or
             with `partition` those that leave least variance.
         noise_floor: path only, taken off the length of each step (see `median_step`).
-        evenness: partition only, how far a bin's price grows with the clip's own change (0 to 1).
+        cost_exponent: partition only, how far a bin's price grows with the clip's own change (0 to 1).
 
     Returns:
         weights [N, B, T] (`none`: [N, max(B, T), T]) in float32 or float64, a clip's kept bins
@@ -90,7 +90,7 @@ def sampling_weights(
         ValueError: a choice or a value that is not possible or does not fit the others.
     """
     check_choices(similarity, metric, kernel, scale, edges, order)
-    _check_values(z, num_bins, similarity, scale, width, min_bins, noise_floor, evenness)
+    _check_values(z, num_bins, similarity, scale, width, min_bins, noise_floor, cost_exponent)
     z, mask, frames, spoilt = _existing_frames(z, valid, min_bins)
     rows = max(num_bins, z.shape[1]) if similarity == "none" else num_bins
     if similarity in BASELINES:
@@ -99,7 +99,7 @@ def sampling_weights(
         if similarity == "anchor":
             bins = anchor_bins(z, width=width, num_bins=num_bins)
         else:
-            bins = partition_bins(z, frames, width=width, num_bins=num_bins, min_bins=min_bins, evenness=evenness)
+            bins = partition_bins(z, frames, width=width, num_bins=num_bins, min_bins=min_bins, cost_exponent=cost_exponent)
         weights = torch.ones_like(mask)
         spoilt = spoilt | (width != width)  # a width never set, which opens no bin
     else:
@@ -134,7 +134,7 @@ def check_choices(similarity: str, metric: str, kernel: str, scale: str, edges: 
         raise ValueError("sgs similarity=path measures steps, for which metric=mahalanobis is not defined: set metric=l2, l1 or cosine")
 
 
-def _check_values(z, num_bins, similarity, scale, width, min_bins, noise_floor, evenness) -> None:
+def _check_values(z, num_bins, similarity, scale, width, min_bins, noise_floor, cost_exponent) -> None:
     """Refuse impossible values; a width or floor in a tensor is not looked at, which could synchronise."""
     if z.dim() != 3 or not z.is_floating_point():
         raise ValueError(f"z must be a floating point [N, T, D] tensor, not {z.dtype} {tuple(z.shape)}")
@@ -153,8 +153,8 @@ def _check_values(z, num_bins, similarity, scale, width, min_bins, noise_floor, 
         raise ValueError(f"sgs width must be above 0, not {width}")
     if not isinstance(noise_floor, Tensor) and not (noise_floor > 0 and similarity == "path" or noise_floor == 0):
         raise ValueError(f"sgs noise_floor={noise_floor} with similarity={similarity}: it must be at least 0, and 0 unless similarity=path")
-    if not 0 <= evenness <= 1:
-        raise ValueError(f"sgs evenness={evenness} must be from 0 to 1")
+    if not 0 <= cost_exponent <= 1:
+        raise ValueError(f"sgs cost_exponent={cost_exponent} must be from 0 to 1")
 
 
 def _existing_frames(z: Tensor, valid: Tensor | None, least: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -333,7 +333,7 @@ def calibrated_width(
     similarity: str = "anchor",
     metric: str = "l2",
     noise_floor: float = 0.0,
-    evenness: float = 0.0,
+    cost_exponent: float = 0.0,
 ) -> float:
     """The widest width for which the clips z [N, T, D] keep `mean_bins` bins on average.
 
@@ -344,11 +344,11 @@ def calibrated_width(
         ValueError: as `sampling_weights`; or z holds a NaN or an infinity.
     """
     check_choices(similarity, metric, "mean", "absolute", "released", "similarity")
-    _check_values(z, num_bins, similarity, "absolute", 1.0, 1, noise_floor, evenness)
+    _check_values(z, num_bins, similarity, "absolute", 1.0, 1, noise_floor, cost_exponent)
     z, mask, frames, spoilt = _existing_frames(z.detach(), valid)
     if similarity == "partition":
         least, _ = best_cuts(z, frames, num_bins=num_bins)
-        distance = least[:, :1] ** ((1 - evenness) / 2)  # a higher price than E_1 opens no second bin
+        distance = least[:, :1] ** ((1 - cost_exponent) / 2)  # a higher price than E_1 opens no second bin
     elif similarity == "anchor":
         distance = z.square().mean(dim=2).sqrt()  # no two frames are farther apart than twice the largest
     else:
@@ -359,7 +359,7 @@ def calibrated_width(
 
     def mean_at(width: float) -> float:
         if similarity == "partition":
-            return bin_counts(least, width=width, evenness=evenness).double().mean().item()
+            return bin_counts(least, width=width, cost_exponent=cost_exponent).double().mean().item()
         if similarity == "anchor":
             bins = anchor_bins(z, width=width, num_bins=num_bins)
         else:

@@ -20,7 +20,7 @@ from atfr.models.packed.repeatable_pools import needs_deterministic_pool
 from atfr.models.packed.segments import Layout, Segments, shared_gap, unpadded
 
 EMBEDDINGS = ("mlp", "pooled", "frozen")
-LOOKS = ("features", "clip")
+EMBED_SOURCES = ("features", "clip")
 
 
 class NonFiniteFeatures(ValueError):
@@ -46,19 +46,19 @@ class SGSOptions:
     embedding: str = "mlp"  # mlp (learned, as published) | frozen (the same, not learned) | pooled (no parameters)
     embedding_dim: int = 8  # D of the mlp
     grid: int = 4  # cells a side of the pooled embedding
-    look: str = "features"  # what z is taken from: the sampled features | the clip itself (not of a layer behind another one)
+    embed_from: str = "features"  # what z is taken from: the sampled features | the clip itself (not of a layer behind another one)
     width: float | None = None  # absolute scale: a fixed bin width; None: held to `target`
     target: float = 0.5  # mean B' / T that a width is held to, and what a baseline keeps without num_bins
     drawn: Sequence[float] | None = None  # train each batch at a mean B' / T drawn from this range, for all its budgets
     noise_floor: bool = False  # path: take the median step of the training clips off every step
-    evenness: float = 0.0  # partition: 0: one price a bin for all clips .. 1: in proportion to the clip's own change
+    cost_exponent: float = 0.0  # partition: 0: one price a bin for all clips .. 1: in proportion to the clip's own change
     execution: str = "auto"  # of the network behind: auto | packed | bucketed
 
     def __post_init__(self) -> None:
         functional.check_choices(self.similarity, self.metric, self.kernel, self.scale, self.edges, self.order)
         for name, value, possible in (
             ("embedding", self.embedding, EMBEDDINGS),
-            ("look", self.look, LOOKS),
+            ("embed_from", self.embed_from, EMBED_SOURCES),
             ("execution", self.execution, ("auto", "packed", "bucketed")),
         ):
             if value not in possible:
@@ -79,8 +79,8 @@ class SGSOptions:
             raise ValueError(f"sgs width must be above 0, not {self.width}")
         if self.width is not None and self.scale != "absolute":
             raise ValueError("sgs width is one bin width for all clips, which scale=relative has not: set scale=absolute")
-        if not 0 <= self.evenness <= 1:
-            raise ValueError(f"sgs evenness={self.evenness} must be from 0 to 1")
+        if not 0 <= self.cost_exponent <= 1:
+            raise ValueError(f"sgs cost_exponent={self.cost_exponent} must be from 0 to 1")
         if self.drawn is not None:
             if len(self.drawn) != 2 or not 0 < self.drawn[0] <= self.drawn[1] <= 1:
                 raise ValueError(f"sgs drawn={list(self.drawn)} must be the least and the greatest share of the frames, above 0 and at most 1")
@@ -90,9 +90,9 @@ class SGSOptions:
             raise ValueError(f"sgs noise_floor is taken off the steps of similarity=path, not of {self.similarity}")
 
     @property
-    def looks_at_clip(self) -> bool:
+    def embeds_clip(self) -> bool:
         """Whether there is a z at all, and it is taken from the clip itself."""
-        return self.look == "clip" and self.similarity not in functional.BASELINES
+        return self.embed_from == "clip" and self.similarity not in functional.BASELINES
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -217,7 +217,7 @@ class SGS(nn.Module):
     def forward(self, x: Tensor, segments: Segments | None = None, clips: Tensor | None = None) -> Proposal:
         """Sample features [N, C, T, H, W], or packed ones [1, C, M, H, W] with their segments.
 
-        With look=clip by what `clips` [N, 3, T', H', W'] show, where they are given: the z of a feature is that of the
+        With embed_from=clip by what `clips` [N, 3, T', H', W'] show, where they are given: the z of a feature is that of the
         frame at its time, or the mean of several where T < T'. In float32 or float64 even under autocast.
 
         Raises:
@@ -227,7 +227,7 @@ class SGS(nn.Module):
             if tensor.device != x.device:
                 raise ValueError(f"SGS after {self.name!r}: its {name} is on {tensor.device} and the features are on {x.device}: move the network with model.to(device)")
         with torch.autocast(x.device.type, enabled=False):
-            looks = self.options.looks_at_clip and clips is not None and clips is not x  # at the input they are the same
+            looks = self.options.embeds_clip and clips is not None and clips is not x  # at the input they are the same
             return self._propose(_at_least_float32(x), segments, _at_least_float32(clips) if looks else None)
 
     def _most_bins_for(self, lengths: Sequence[int], frames: int) -> int:
@@ -270,7 +270,7 @@ class SGS(nn.Module):
             valid=valid,
             min_bins=self.min_bins,
             noise_floor=self.floor if o.noise_floor else 0.0,
-            evenness=o.evenness,
+            cost_exponent=o.cost_exponent,
         )
         return Proposal(z, lengths.new_full((len(z),), z.shape[1]) if valid is None else valid, weights.to(x.dtype), lengths, finite)
 
@@ -293,7 +293,7 @@ class SGS(nn.Module):
         frames = torch.full((len(z),), z.shape[1], device=z.device) if valid is None else valid.to(z.device, non_blocking=True)
         mean_bins = share * (z.shape[1] if valid is None else valid.double().mean().item())  # lengths are on the host
         z = z.masked_fill((torch.arange(z.shape[1], device=z.device) >= frames[:, None])[:, :, None], 0)
-        return width_keeping(z, frames, num_bins=self.most_bins(z.shape[1]), mean_bins=mean_bins, evenness=self.options.evenness)
+        return width_keeping(z, frames, num_bins=self.most_bins(z.shape[1]), mean_bins=mean_bins, cost_exponent=self.options.cost_exponent)
 
     @torch.no_grad()
     def _width_for(self, z: Tensor, valid: Tensor | None, share: float) -> float:
@@ -307,7 +307,7 @@ class SGS(nn.Module):
             similarity=o.similarity,
             metric=o.metric,
             noise_floor=self.floor.item() if o.noise_floor else 0.0,
-            evenness=o.evenness,
+            cost_exponent=o.cost_exponent,
         )
 
     @torch.no_grad()
@@ -366,7 +366,7 @@ def sample(
         features: for each layer [N, C, T, H, W], or packed [1, C, M, H, W] where it has segments.
         forced: for each layer the B' of each clip, in place of what the layer proposes: bins of
             equal size, at the same cost. One number for all clips is the most that each of them keeps.
-        clips: [N, 3, T', H', W'] for layers of look=clip.
+        clips: [N, 3, T', H', W'] for layers of embed_from=clip.
 
     Raises:
         NonFiniteFeatures: naming layer and clip, if features hold a NaN or an infinity.

@@ -15,19 +15,19 @@ from torch import Tensor
 
 
 def partition_bins(
-    z: Tensor, frames: Tensor, *, width: float | Tensor, num_bins: int, min_bins: int = 1, evenness: float = 0.0
+    z: Tensor, frames: Tensor, *, width: float | Tensor, num_bins: int, min_bins: int = 1, cost_exponent: float = 0.0
 ) -> Tensor:
     """Bin of each frame, [N, T] int64; whatever lies behind a clip's `frames` [N] is in its last bin.
 
     Args:
         z: [N, T, D] float32 or float64, 0 where there is no frame.
-        width, evenness: the price of a bin is width^2 x (E_1)^evenness, with distances as root mean
+        width, cost_exponent: the price of a bin is width^2 x (E_1)^cost_exponent, with distances as root mean
             squares over D. 0: the same price for all clips, so that B' follows how much a clip
             changes; 1: B' follows how its change is spread in time, whatever the amount.
         num_bins, min_bins: bounds of B'; a clip never has more bins than frames.
     """
     least, cuts = best_cuts(z.detach(), frames, num_bins=num_bins)
-    return bins_of_cuts(cuts, bin_counts(least, width=width, min_bins=min_bins, evenness=evenness), frames)
+    return bins_of_cuts(cuts, bin_counts(least, width=width, min_bins=min_bins, cost_exponent=cost_exponent), frames)
 
 
 def best_cuts(z: Tensor, frames: Tensor, *, num_bins: int) -> tuple[Tensor, Tensor]:
@@ -67,14 +67,14 @@ def within_costs(z: Tensor, frames: Tensor) -> Tensor:
     return (costs - rounding[:, None, None]).clamp(min=0).masked_fill(count < 1, torch.inf)
 
 
-def bin_counts(least: Tensor, *, width: float | Tensor, min_bins: int = 1, evenness: float = 0.0) -> Tensor:
+def bin_counts(least: Tensor, *, width: float | Tensor, min_bins: int = 1, cost_exponent: float = 0.0) -> Tensor:
     """[N] int64: the number of bins with the least E_k + price x k, of E_k [N, B]; `min_bins` at least."""
-    price = width**2 * (least[:, :1] if evenness == 1 else least[:, :1] ** evenness if evenness else 1.0)
+    price = width**2 * (least[:, :1] if cost_exponent == 1 else least[:, :1] ** cost_exponent if cost_exponent else 1.0)
     number = torch.arange(1, least.shape[1] + 1, device=least.device, dtype=least.dtype)
     return (least + price * number)[:, min_bins - 1 :].argmin(dim=1) + min_bins
 
 
-def width_keeping(z: Tensor, frames: Tensor, *, num_bins: int, mean_bins: float, evenness: float = 0.0) -> Tensor:
+def width_keeping(z: Tensor, frames: Tensor, *, num_bins: int, mean_bins: float, cost_exponent: float = 0.0) -> Tensor:
     """The least width, but for 1e-4 of it, at which these clips keep at most `mean_bins` bins on average: a scalar, no wait for the device.
 
     A clip keeps more than k bins below the price max over j > k of min over i <= k of (E_i - E_j) / (j - i),
@@ -85,7 +85,7 @@ def width_keeping(z: Tensor, frames: Tensor, *, num_bins: int, mean_bins: float,
     before = number[:, None] < number  # [B, B]: i < j
     slopes = (least[:, :, None] - least[:, None]) / (number - number[:, None]).clamp(min=1)  # [N, i, j]
     saved = slopes.masked_fill(~before, torch.inf).cummin(dim=1).values.masked_fill(~before, -torch.inf)  # [N, k, j]
-    prices = saved.amax(dim=2)[:, :-1] / least[:, :1] ** evenness  # [N, B - 1] in units of width^2
+    prices = saved.amax(dim=2)[:, :-1] / least[:, :1] ** cost_exponent  # [N, B - 1] in units of width^2
     prices = prices.nan_to_num(0, posinf=0, neginf=0).clamp(min=0).flatten().sort(descending=True).values
     further = max(int(len(least) * (mean_bins - 1) + 1e-6), 0)  # bins beyond one a clip
     at = prices[further] if further < len(prices) else prices.new_zeros(())
