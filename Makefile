@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test fast-test
+.PHONY: quickstart test fast-test lint
 
 # Sets up, generates the built-in dataset, trains a tiny X3D with SGS on it, and tests the best checkpoint.
 quickstart: $(INSTALLED)
@@ -14,6 +14,9 @@ test: $(INSTALLED)
 
 fast-test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "not slow"
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
 
 $(INSTALLED): setup.cfg setup.py
 	$(PYTHON) -m venv $(VENV)
