@@ -29,7 +29,8 @@ python tools/train.py -m dataset=ucf101 model=x3d_sgs model.weights=X3D_S.pyth d
 
 Without `experiment=` the recipe NETWORK/DATASET_SIZE or NETWORK/DATASET runs. Where there is none: on another Kinetics set that of
 Kinetics-400, on UCF101 and HMDB51 finetune/DATASET, on Something-Something base/pyslowfast_ssv2. Recipes that start from
-Kinetics weights need `model.weights=FILE`, or `model.weights=null` to train from scratch.
+Kinetics weights run with `model.weights=FILE` or `init_from=RUN`; without these the network's recipe for Kinetics-400 runs, from scratch.
+`optimizer=` or `schedule=` on the command line replaces the recipe's, with all of its options.
 
 Warm-up and milestones are in epochs here, and shares of all steps in the files, so `trainer.epochs=100` stretches all of them. The rate is
 for the global batch beside it. With another batch, scale it alike (Goyal et al., 2017): with `trainer.batch_size=32` where 64 goes with

@@ -244,7 +244,7 @@ def test_ctrl_c_ends_a_test_at_once_and_says_that_the_same_command_goes_on(small
 
 
 @pytest.mark.parametrize(
-    "error,raised", [(OSError("full"), OSError), (FloatingPointError(), FloatingPointError), (ChildProcessError(), Interrupted), (RuntimeError(), Interrupted)]
+    "error,raised", [(OSError("full"), OSError), (FloatingPointError(), FloatingPointError), (KeyError("a bug"), KeyError), (ChildProcessError(), Interrupted), (RuntimeError(), Interrupted)]
 )
 def test_an_error_of_its_own_is_not_hidden_by_a_signal_and_one_that_follows_from_it_is(error, raised):
     flag = StopFlag()

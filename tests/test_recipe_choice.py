@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import pytest
 from miniatures import miniature
 from run_tools import ROOT, run_tool, small_job
 
-from atfr.cli.recipe import find_recipe, recipes
+from atfr.cli.recipe import ADDED, find_recipe, recipes
+
+@pytest.fixture(autouse=True)
+def _no_recipe_of_an_earlier_command():
+    yield
+    os.environ.pop(ADDED, None)
+
 
 SMALL = ["model.size=tiny", "dataset.clip.frames=8", "dataset.clip.crop_size=32", "dataset.clip.train_short_side=[32,40]", "dataset.clip.test_short_side=32"]
 
@@ -25,7 +32,9 @@ SMALL = ["model.size=tiny", "dataset.clip.frames=8", "dataset.clip.crop_size=32"
         ("r2plus1d_sgs", "18", "kinetics400", "r2plus1d/kinetics400_18", True),
         ("slow", "R50", "something_something_v2", "slow/ssv2", True),
         ("slow", "R50", "ucf101", "slow/ucf101", True),
-        ("r2plus1d", "18", "hmdb51", "r2plus1d/hmdb51_18", True),
+        ("r2plus1d", "18", "hmdb51", "r2plus1d/hmdb51_18", False),  # published with 34 layers
+        ("resnet3d", "18", "kinetics400", "resnet3d/kinetics400", False),
+        ("resnet3d_sgs", "18", "mini_kinetics", "resnet3d/mini_kinetics", True),
         # None is published: the network's own on Kinetics-400, or what any network can be fine-tuned with.
         ("s3d", "base", "kinetics600", "s3d/kinetics400", False),
         ("x3d", "XL", "mini_kinetics", "x3d/kinetics400_XL", False),
@@ -89,7 +98,10 @@ def test_options_and_groups_of_the_command_line_win_over_the_recipe(tmp_path, mo
     code, out, err = plan(*data, "model=x3d", *SMALL, "optimizer=adamw", "optimizer.lr=0.003", "trainer.epochs=7", "schedule=multistep")
     assert code == 0, err
     assert option(out, "trainer.epochs") == ("7", "command line") and option(out, "optimizer.lr") == ("0.003", "command line")
-    assert option(out, "optimizer.weight_decay")[0] == "5e-05"  # of the recipe, for whatever optimizer
+    # The recipe's optimizer and schedule are SGD and a cosine, and nothing of them is left.
+    assert option(out, "optimizer.weight_decay") == ("0.05", "configs/optimizer/adamw.yaml")
+    assert "optimizer.momentum" not in out and "schedule.end_factor" not in out
+    assert "without its optimizer and schedule; 7 epochs" in out and "warning" not in out
     assert option(out, "schedule.gamma") == ("0.1", "configs/schedule/multistep.yaml")
     assert "model.sgs.after" not in out and "runs dense" in out
 
@@ -102,15 +114,27 @@ def test_no_experiment_can_be_asked_for(tmp_path, monkeypatch):
     assert "recipe" not in out and option(out, "trainer.epochs") == ("4", "configs/trainer/default.yaml")
 
 
-def test_a_recipe_that_starts_from_weights_asks_for_them_in_one_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize("null", [[], ["model.weights=null"]])
+def test_without_weights_to_fine_tune_the_network_trains_from_scratch_and_a_line_says_so(tmp_path, monkeypatch, null):
     data = miniature("ucf101", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    code, _, err = plan(*data, "model=x3d", *SMALL)
-    assert code == 1
-    assert err.strip() == "error: experiment=finetune/ucf101 starts from pretrained weights: add model.weights=FILE, or model.weights=null to train from scratch"
-    code, out, err = plan(*data, "model=x3d", *SMALL, "model.weights=null")
+    code, out, err = plan(*data, "model=x3d", *SMALL, *null)
     assert code == 0, err
+    assert "recipe: experiment=x3d/kinetics400 (the nearest, since none is published for x3d tiny on ucf101); 300 epochs" in out
+    assert "with model.weights=FILE it runs experiment=finetune/ucf101, which starts from them" in out
+    assert option(out, "trainer.epochs") == ("300", "configs/experiment/x3d/kinetics400.yaml")
+    assert option(out, "model.weights")[0] == "null" and "dataset      ucf101, 2 classes" in out
+
+
+def test_with_weights_the_network_is_fine_tuned(tmp_path, monkeypatch):
+    data = miniature("ucf101", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x3d.pth").touch()
+    code, out, err = plan(*data, "model=x3d", *SMALL, "model.weights=x3d.pth")
+    assert code == 0, err
+    assert "recipe: experiment=finetune/ucf101 (the nearest" in out and "from scratch" not in out
     assert option(out, "trainer.epochs") == ("40", "configs/experiment/base/mmaction2_finetune.yaml")
+    assert option(out, "model.weights") == ("x3d.pth", "command line")
 
 
 def test_a_dry_run_without_the_data_says_all_the_rest_and_ends_with_the_error(tmp_path, monkeypatch):
@@ -124,7 +148,7 @@ def test_videos_of_ones_own_keep_the_defaults_and_a_line_says_so_once(tmp_path, 
     outcome = run_tool("train", *small_job(small_videos, tmp_path / "run", "trainer.test=false", "trainer.max_steps=1", "trainer.accelerator=cpu"))
     assert outcome.code == 0, outcome.err
     assert outcome.out.count("recipe:") == 1
-    assert "recipe: none for x3d_sgs on videolist; experiment=base/pyslowfast is the nearest; 2 epochs, batches of 4, optimizer.lr=0.05" in outcome.out
+    assert "recipe: none for x3d_sgs on videolist; experiment=base/pyslowfast is the nearest; from the defaults of configs/: 2 epochs, batches of 4, optimizer.lr=0.05" in outcome.out
     assert "validation: videolist has no validation list, so the test videos choose the best epoch; set dataset.val=LIST to choose it on others, or " in outcome.out
 
 
@@ -149,12 +173,31 @@ def test_an_option_that_only_the_recipe_has_can_be_set(tmp_path, monkeypatch):
     data = miniature("kinetics400", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     small = [option for option in SMALL if not option.startswith("model.size")]
-    code, out, err = plan(*data, "model=r3d", *small, "schedule.milestones=[0.25,0.5]")
+    code, out, err = plan(*data, "model=r3d", *small, "schedule.milestones=[0.25,0.5]", "trainer.batch_size=2")
     assert code == 0, err
     assert option(out, "schedule.gamma") == ("0.1", "configs/experiment/base/torchvision.yaml")
+    assert "recipe: experiment=r3d/kinetics400 (published" in out and "warning: the recipe's optimizer.lr=0.64 is for batches of 1536" in out
+    assert "experiment-r3d" not in out  # in the name of the run folder
     assert re.search(r"schedule.milestones +\[0.25, 0.5\] +command line", out)
 
 
 def test_only_a_training_can_be_tried_without_running():
     outcome = run_tool("flops", "model=x3d", "dry_run=true")
     assert outcome.code == 1 and outcome.err.strip() == "error: dry_run=true is an option of tools/train.py alone"
+
+
+@pytest.mark.parametrize(
+    "overrides,message",
+    [
+        (["optimizer.lr=-1"], "optimizer.lr"),
+        (["schedule.warmup=2"], "schedule.warmup"),
+        (["trainer.batch_size=null"], "trainer.batch_size=None is not of type int"),
+        (["model.weights=nowhere.pth"], "model.weights=nowhere.pth does not exist"),
+        (["dataset.num_classes=5"], "num_classes"),
+        (["dataset.make=false"], "dataset synthetic is not in"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_training_would_refuse(tmp_path, monkeypatch, overrides, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = plan(*overrides)
+    assert code == 1 and message in err and err.startswith("error: ") and err.count("\n") == 1

@@ -40,14 +40,15 @@ from atfr.engine.settings import TrainerSettings
 from atfr.engine.calibration import calibrate_width, clips_for_statistics, refresh_statistics
 from atfr.cli.launch import on_every_process
 from atfr.models.video_net import VideoNet
-from atfr.cli.recipe import with_recipe
+from atfr.cli.recipe import Announcement, require_weights, say, with_recipe
 from atfr.cli.run_name import run_folder
 
 
 @program("calibrate")
 def main(config: DictConfig) -> None:
-    config, _ = with_recipe(config)
+    config, recipe = with_recipe(config)
     check_root(config)
+    require_weights(config)
     settings: TrainerSettings = build(config.trainer, "trainer")
     budgets = OmegaConf.to_object(config).get("budgets")
     if not isinstance(budgets, list) or not budgets or not all(isinstance(budget, (int, float)) and 0 < budget <= 1 for budget in budgets):
@@ -56,11 +57,13 @@ def main(config: DictConfig) -> None:
     if builders.weights_given(config) is None:
         raise ValueError("model.weights is not set, nor init_from: it names the trained network that SGS is put into")
     folder, stop = run_folder(settings.output_dir, under="calibrated"), listen()
-    work = partial(calibrate, config, settings, budgets=budgets, folder=folder)
+    work = partial(calibrate, config, settings, budgets=budgets, folder=folder, recipe=recipe)
     on_every_process(work, config, settings, program=__file__, folder=folder, alone=True, stop=stop, where="in the calibration")
 
 
-def calibrate(config: DictConfig, settings: TrainerSettings, dist_info: comm.DistInfo, budgets: list[float], folder: Path) -> None:
+def calibrate(config: DictConfig, settings: TrainerSettings, dist_info: comm.DistInfo, budgets: list[float], folder: Path, recipe: Announcement) -> None:
+    if dist_info.is_main:
+        say(recipe.before[:1])  # its clip and views are used here
     clip, source = builders.clip_settings(config), builders.load_source(config, dist_info, make=False)
     builders.require_videos(source, "train", "test")
     model = builders.build_model(config, num_classes=len(source.class_names), dist_info=dist_info, seed=settings.seed, pretrained=True)

@@ -37,7 +37,7 @@ from atfr.engine.run.run_dir import claim_folder
 from atfr.engine.settings import TrainerSettings
 from atfr.engine.trainer import Training
 from atfr.cli.launch import on_every_process
-from atfr.cli.recipe import Announcement, require_weights, with_experiment, with_recipe
+from atfr.cli.recipe import Announcement, require_weights, say, with_experiment, with_recipe
 from atfr.cli.run_name import run_folder
 
 
@@ -51,7 +51,7 @@ def main(config: DictConfig) -> None:
     folder, stop = run_folder(settings.output_dir), listen()
     if dry_run:
         if read_launch_env(os.environ).rank == 0:
-            print(*recipe.lines, sep="\n")
+            say([*recipe.before, *recipe.after])
             print_plan(config, settings, folder=folder)
         return
     work = partial(train_and_test, config, settings, folder=folder, stop=stop, recipe=recipe)
@@ -61,7 +61,7 @@ def main(config: DictConfig) -> None:
 def train_and_test(config: DictConfig, settings: TrainerSettings, dist_info: comm.DistInfo, folder: Path, stop: StopFlag, recipe: Announcement) -> None:
     """Train and test on this process."""
     if dist_info.is_main:
-        recipe.say(has_recipe=True)
+        say(recipe.before)
     clip = builders.clip_settings(config)
     with stop.at_once("before training"):
         source = builders.load_source(config, dist_info)
@@ -81,7 +81,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, dist_info: com
             f" {len(source.class_names)} classes; {millions:.2f} M parameters, {model.execution}, on {dist_info.device}; run folder {folder}",
             flush=True,
         )
-        recipe.say(has_recipe=False)
+        say(recipe.after)
         builders.report_missing(source, folder)
         builders.say_what_chooses_the_epoch(source, config, settings)
     comm.barrier()

@@ -14,6 +14,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from atfr.cli import builders
+from atfr.cli.config import build
+from atfr.data.clips import ClipSettings
+from atfr.data.datasets.synthetic import NotGenerated
 from atfr.data.loader import TrainSampler
 from atfr.data.types import VideoSource
 from atfr.engine import stage_costs
@@ -21,12 +24,14 @@ from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.distributed.launch_env import read_launch_env
 from atfr.engine.run.run_dir import flat
 from atfr.engine.settings import TrainerSettings, precision_dtype
+from atfr.models.video_net import VideoNet
 from atfr.cli.launch import processes_to_start
-from atfr.cli.recipe import CONFIGS
+from atfr.cli.recipe import is_given
+from atfr.cli.suggestions import CONFIGS
 
 COMMAND_LINE = "command line"
 SHOWN = ("model", "dataset", "optimizer", "schedule", "trainer", "init_from")
-HIDDEN = ("_target_", "_partial_", "clips", "prepare_hint")  # nobody chooses these
+HIDDEN = ("_target_", "_partial_", "clips", "prepare_hint")  # internal keys
 
 
 def print_plan(config: DictConfig, settings: TrainerSettings, *, folder: Path) -> None:
@@ -39,13 +44,15 @@ def print_plan(config: DictConfig, settings: TrainerSettings, *, folder: Path) -
     source, problem = None, None
     try:
         source = builders.load_source(config, cpu, make=False)
+    except NotGenerated as error:
+        problem = None if config.dataset.make is not False else error
     except (ValueError, OSError) as error:
         problem = error  # what can be said without the data comes first
     num_classes = len(source.class_names) if source else OmegaConf.select(config, "dataset.num_classes") or 400
     _print_section("options", options_table(config))
     _print_section("launch", _aligned({**launch_facts(settings), "run folder": str(folder)}))
-    _print_section("network", network_table(config, num_classes))
-    if source is None and config.dataset._target_ != builders.SYNTHETIC:
+    _print_section("network", network_table(config, num_classes, settings))
+    if problem is not None:
         print("\ndata", flush=True)
         raise problem
     facts = data_facts(source) if source else {"videos": f"{config.dataset.train} train, {config.dataset.test} test; generated first, under {config.dataset.root}"}
@@ -61,10 +68,11 @@ def _aligned(facts: Mapping[str, str]) -> Iterator[str]:
     return (f"{name:<11}  {value}" for name, value in facts.items())
 
 
-def network_table(config: DictConfig, num_classes: int) -> list[str]:
+def network_table(config: DictConfig, num_classes: int, settings: TrainerSettings) -> list[str]:
     """Lines about the network: how it runs, and each stage's output, parameters and GFLOPs."""
     clip = builders.clip_settings(config)
     model = builders.build_model(config, num_classes=num_classes, dist_info=DistInfo(0, 1, torch.device("cpu")))
+    check_start(config, model, clip, settings)
     table = builders.gflops_table(model, clip)
     bins = stage_costs.expected_bins(model, table)
     first = f"one clip of {clip.frames} frames, {clip.crop_size} x {clip.crop_size}, {num_classes} classes; runs {model.execution}"
@@ -72,6 +80,25 @@ def network_table(config: DictConfig, num_classes: int) -> list[str]:
         first += f"; with SGS: a clip that keeps B' = {'/'.join(map(str, bins))} of {'/'.join(map(str, table.frames))} features"
     shape = (3, clip.frames, clip.crop_size, clip.crop_size)
     return [first, *stage_costs.as_table(stage_costs.stage_costs(model, table, shape, bins)).splitlines()]
+
+
+def check_start(config: DictConfig, model: VideoNet, clip: ClipSettings, settings: TrainerSettings) -> None:
+    """Raise ValueError or OSError for what a training refuses before its first step."""
+    build(config.optimizer, "optimizer", model=model)
+    build(config.schedule, "schedule")
+    processes = world_size(settings)
+    if settings.batch_size < processes:
+        raise ValueError(f"trainer.batch_size={settings.batch_size} is the global batch, too small for {processes} process(es): each of them needs a clip")
+    builders.check_batch_norm(model, clip, settings, DistInfo(0, processes, torch.device("cpu")))
+    start = builders.weights_given(config)
+    if start is not None and not start[1].is_file():
+        raise FileNotFoundError(f"{start[0]}={start[1]} does not exist, or is not a file")
+
+
+def world_size(settings: TrainerSettings) -> int:
+    """How many processes would train, over all machines."""
+    place = read_launch_env(os.environ)
+    return place.world if place.launcher != "none" else processes_to_start(settings.accelerator, settings.devices)
 
 
 def options_table(config: DictConfig) -> Iterator[str]:
@@ -103,6 +130,7 @@ def value_sources() -> dict[str, str]:
     loader = GlobalHydra.instance().config_loader()
     defaults = loader.compute_defaults_list(hydra.job.config_name, [*chosen, *overrides], RunMode.RUN).defaults
     sources: dict[str, str] = {}
+    own = [group for group in ("optimizer", "schedule") if is_given(group, overrides)]  # see `with_recipe`
     for default in defaults:
         path = CONFIGS / f"{default.config_path}.yaml"
         if default.config_path is None or default.config_path.startswith("hydra") or not path.exists():
@@ -111,7 +139,8 @@ def value_sources() -> dict[str, str]:
         assert isinstance(content, dict)
         content.pop("defaults", None)
         prefix = f"{default.package}." if default.package else ""
-        sources.update(dict.fromkeys(flat(content, prefix), f"configs/{default.config_path}.yaml"))
+        keys = [key for key in flat(content, prefix) if not (default.config_path.startswith("experiment") and key.split(".")[0] in own)]
+        sources.update(dict.fromkeys(keys, f"configs/{default.config_path}.yaml"))
     for override in OverridesParser.create().parse_overrides(overrides):
         if override.key_or_group not in choices:
             sources.update(dict.fromkeys([override.key_or_group, *_below(override.key_or_group, sources)], COMMAND_LINE))
@@ -125,7 +154,7 @@ def _below(key: str, sources: Mapping[str, str]) -> list[str]:
 def launch_facts(settings: TrainerSettings) -> dict[str, str]:
     """How many processes would run, where, on what, and what each has of a batch."""
     place = read_launch_env(os.environ)
-    world = place.world if place.launcher != "none" else processes_to_start(settings.accelerator, settings.devices)
+    world = world_size(settings)
     gpus = torch.cuda.device_count() if settings.accelerator != "cpu" else 0
     device = torch.device("cuda" if gpus else "cpu")
     names = torch.cuda.get_device_name(0) if gpus else f"CPU, {torch.get_num_threads()} threads"

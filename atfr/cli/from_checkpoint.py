@@ -48,6 +48,8 @@ def with_overrides(state: dict[str, Any], composed: DictConfig) -> DictConfig:
         if override not in OF_THE_COMMAND and (override not in now or now[override] != state["choices"].get(override)):
             key = override.replace("/", ".")
             OmegaConf.update(config, key, OmegaConf.select(composed, key), merge=False, force_add=True)
+    if "make" in config.dataset and "dataset.make" not in given:
+        config.dataset.make = None  # that the training generated its videos says nothing of this machine
     if composed.model.get("sgs") is None:  # single keys of it may have been given
         config.model.sgs = None
     # The checkpoint knows its classes, so a list of files needs no training videos to be tested.

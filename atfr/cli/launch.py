@@ -26,6 +26,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from atfr.cli.arguments import quoted
 from atfr.cli.command_errors import CLOSED_PIPE, JobFailed, as_text, output_is_closed
 from atfr.engine.distributed import comm
 from atfr.engine.determinism import choose_algorithms, explaining_what_is_not_deterministic
@@ -130,7 +131,7 @@ def start_processes(count: int, program: str, folder: Path) -> None:
     """Run the program in `count` processes of this machine; the first one's error ends all of them, and is printed once."""
     hydra = HydraConfig.get()
     # A job of a sweep is not what the command line says, and the same overrides alone would be another run folder.
-    arguments = [*hydra.overrides.task, f"trainer.output_dir={quoted(folder)}"] if in_sweep() else sys.argv[1:]
+    arguments = [*hydra.overrides.task, f"trainer.output_dir={quoted(str(folder))}"] if in_sweep() else sys.argv[1:]
     before, handlers, disabled = dict(os.environ), {s: signal.getsignal(s) for s in signal.valid_signals()}, logging.root.manager.disable
     with tempfile.TemporaryDirectory(prefix="atfr-") as logs, tempfile.TemporaryDirectory(prefix="atfr-") as errors:
         os.environ.update({PARENT: str(os.getpid()), ERRORS: errors})
@@ -213,11 +214,6 @@ def first_error(folder: Path, error: ChildFailedError) -> str:
 
 def _files(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.name != TOLD]
-
-
-def quoted(folder: Path) -> str:
-    """The folder as the value of an override, whatever its name has in it."""
-    return "'" + str(folder).replace("'", "\\'") + "'"
 
 
 def answer_to_the_parent() -> None:

@@ -1,27 +1,32 @@
 """The training recipe that a command runs when it chooses a dataset and no experiment.
 
-A recipe is a file of `configs/experiment/`, named NETWORK/DATASET or NETWORK/DATASET_SIZE.
+A recipe is a file of `configs/experiment/`, named NETWORK/DATASET or NETWORK/DATASET_SIZE. Its comments say where its values
+come from (`# Source: ...`) and, where not all sizes of the network were published so, for which they hold (`# Sizes: ...`).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from atfr.cli.arguments import is_sweep
+from atfr.cli.arguments import is_sweep, parse, value_text
 from atfr.cli.home import expand_home
 from atfr.cli.suggestions import CONFIGS
 
-SOURCE = "# Source: "
+EXPERIMENTS = CONFIGS / "experiment"
+SOURCE, SIZES = "# Source: ", "# Sizes: "
 UNPUBLISHED = "not published"  # how the source of a recipe of ours begins
 SHORT_NAMES = {"something_something_v2": "ssv2"}
 KINETICS = ("kinetics400", "kinetics600", "mini_kinetics")
+ADDED = "ATFR_RECIPE"  # in the environment: the experiment that `with_experiment` has put into the command line
 
 
 @dataclass(frozen=True)
@@ -29,20 +34,34 @@ class Recipe:
     """A file of `configs/experiment/`, without its suffix, and where its values come from."""
 
     name: str
-    source: str  # "" for a file without a source, such as those of base/
-    published: bool  # for this network on this dataset
+    source: str  # "" for a file without one, such as those of base/
+    published: bool  # for this network, of this size, on this dataset
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """Lines to print before anything else, and lines to print once it is known that the command can run."""
+
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+
+def say(lines: Sequence[str]) -> None:
+    """Print lines, if there are any."""
+    if lines:
+        print(*lines, sep="\n", flush=True)
 
 
 def recipes() -> dict[str, str]:
     """Return the sources of all recipes, by name in alphabetical order."""
-    paths = sorted((CONFIGS / "experiment").rglob("*.yaml"))
-    sources = {path.relative_to(CONFIGS / "experiment").with_suffix("").as_posix(): _source(path) for path in paths}
+    names = sorted(path.relative_to(EXPERIMENTS).with_suffix("").as_posix() for path in EXPERIMENTS.rglob("*.yaml"))
+    sources = {name: _comment(name, SOURCE) for name in names}
     return {name: source for name, source in sources.items() if source}
 
 
-def _source(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return next((line.removeprefix(SOURCE) for line in lines if line.startswith(SOURCE)), "")
+def _comment(name: str, begin: str) -> str:
+    lines = (EXPERIMENTS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    return next((line.removeprefix(begin) for line in lines if line.startswith(begin)), "")
 
 
 def find_recipe(*, model: str, size: str | None, dataset: str) -> Recipe | None:
@@ -54,45 +73,33 @@ def find_recipe(*, model: str, size: str | None, dataset: str) -> Recipe | None:
         dataset: a file of `configs/dataset/`.
 
     Returns:
-        None for the built-in dataset with a network that has no recipe for it, and for `videolist`: how
-        long to train on videos that nobody else has is for their owner to say.
+        None for the built-in dataset with a network that has no recipe for it, and for `videolist`: no recipe can say
+        how long to train on private videos.
     """
     network, short = model.removesuffix("_sgs"), SHORT_NAMES.get(dataset, dataset)
     exact = _first(f"{network}/{short}_{size}", f"{network}/{short}")
     if exact is not None:
-        source = _source(CONFIGS / "experiment" / f"{exact}.yaml")
-        own = source.startswith(UNPUBLISHED) or (size == "tiny" and dataset != "synthetic")
-        return Recipe(exact, source, published=not own)
+        source, sizes = _comment(exact, SOURCE), _comment(exact, SIZES)
+        published = not source.startswith(UNPUBLISHED) and (not sizes or str(size) in sizes.split(", "))
+        return Recipe(exact, source, published)
     if dataset in ("synthetic", "videolist"):
         return None
     if dataset in KINETICS:
         nearest = _first(f"{network}/kinetics400_{size}", f"{network}/kinetics400", "base/pyslowfast")
     else:
         nearest = _first(f"finetune/{short}", f"base/pyslowfast_{short}", "base/pyslowfast")
-    return None if nearest is None else Recipe(nearest, _source(CONFIGS / "experiment" / f"{nearest}.yaml"), published=False)
+    return None if nearest is None else Recipe(nearest, _comment(nearest, SOURCE), published=False)
 
 
 def _first(*names: str) -> str | None:
-    return next((name for name in names if (CONFIGS / "experiment" / f"{name}.yaml").exists()), None)
-
-
-@dataclass(frozen=True)
-class Announcement:
-    """What to print of a command's recipe: with one, before anything else; without, once it is known that the command can run."""
-
-    lines: tuple[str, ...] = ()
-    has_recipe: bool = False
-
-    def say(self, *, has_recipe: bool) -> None:
-        """Print the lines if this is their moment."""
-        if self.lines and has_recipe == self.has_recipe:
-            print(*self.lines, sep="\n", flush=True)
+    return next((name for name in names if (EXPERIMENTS / f"{name}.yaml").exists()), None)
 
 
 def with_recipe(config: DictConfig) -> tuple[DictConfig, Announcement]:
     """Compose the config anew with the recipe of its network and dataset, where the command chooses no experiment.
 
-    What the command line sets wins over the recipe, and `~experiment` there means no recipe.
+    What the command line sets wins over the recipe: a single option, or a whole group such as `optimizer=adamw`.
+    `~experiment` there means no recipe.
 
     Returns:
         The config, and what to say about its recipe.
@@ -101,27 +108,44 @@ def with_recipe(config: DictConfig) -> tuple[DictConfig, Announcement]:
         ValueError: the command line and the recipe do not fit together.
     """
     hydra = HydraConfig.get()
-    given = list(hydra.overrides.task)
+    given = _own_overrides(hydra.overrides.task)
     if is_given("experiment", given):
         return config, Announcement()
     chosen = {group: hydra.runtime.choices[group] for group in ("model", "dataset")}
-    recipe = find_recipe(size=config.model.get("size"), **chosen)
+    recipe, note = _startable(find_recipe(size=config.model.get("size"), **chosen), config, chosen["model"], given)
     if recipe is None:
         nearest = "" if chosen["dataset"] == "synthetic" else "; experiment=base/pyslowfast is the nearest"
-        return config, Announcement((f"recipe: none for {chosen['model']} on {chosen['dataset']}{nearest}; {_summary(config)}",))
+        line = f"recipe: none for {chosen['model']} on {chosen['dataset']}{nearest}; from the defaults of configs/: {_summary(config)}"
+        return config, Announcement(after=(line,))
     # The network and the dataset once more, since the recipe's file names its own.
     overrides = [f"experiment={recipe.name}", *(f"{group}={choice}" for group, choice in chosen.items()), *given]
     try:
         composed = compose(hydra.job.config_name, overrides, return_hydra_config=True)
     except HydraException as error:
         raise ValueError(f"experiment={recipe.name}: {' '.join(str(error).split())}") from error
-    expand_home(composed)
-    _remember(composed.hydra.runtime.choices)
+    _remember(composed.hydra.runtime.choices, given)
     with open_dict(composed):
         del composed["hydra"]
+        for group in ("optimizer", "schedule"):
+            if is_given(group, given) and ADDED not in os.environ:
+                composed[group] = config[group]  # as it is without the recipe, whose values are of another choice
+    expand_home(composed)
     if composed.get("init_from") is not None and not is_given("model.weights", given):
         composed.model.weights = None  # the command says what to start from
-    return composed, Announcement(tuple(_lines(composed, recipe, chosen, given)), has_recipe=True)
+    return composed, Announcement(before=(*_lines(composed, recipe, chosen, given), *note))
+
+
+def _startable(recipe: Recipe | None, config: DictConfig, model: str, given: Sequence[str]) -> tuple[Recipe | None, tuple[str, ...]]:
+    """Replace a recipe that starts from pretrained weights, where there are none, by the network's own from scratch; lines that say so."""
+    if recipe is None:
+        return None, ()
+    weights = _alone(recipe).model.get("weights")
+    named = config.model.get("weights") if is_given("model.weights", given) else config.get("init_from")
+    if weights is None or named is not None or (Path(weights).exists() and not is_given("model.weights", given)):
+        return recipe, ()
+    scratch = find_recipe(model=model, size=config.model.get("size"), dataset="kinetics400")
+    line = f"without pretrained weights this trains from scratch; with model.weights=FILE it runs experiment={recipe.name}, which starts from them"
+    return (None, ()) if scratch is None else (replace(scratch, published=False), (line,))
 
 
 def with_experiment(arguments: list[str]) -> list[str] | None:
@@ -130,12 +154,27 @@ def with_experiment(arguments: list[str]) -> list[str] | None:
     Returns:
         None where the command has a recipe of its own, is a sweep, or there is none.
     """
-    if is_given("experiment", arguments) or is_sweep(arguments):
+    overrides = {override.key_or_group: override for override in map(parse, arguments) if override is not None}
+    if "experiment" in overrides or is_sweep(arguments):
         return None
-    given = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
-    chosen = {group: given.get(group, default) for group, default in (("model", "x3d_sgs"), ("dataset", "synthetic"))}
-    recipe = find_recipe(size=given.get("model.size"), **chosen)
-    return None if recipe is None else [*arguments, f"experiment={recipe.name}", *(f"{group}={choice}" for group, choice in chosen.items() if group not in given)]
+    defaults = {group: name for entry in OmegaConf.load(CONFIGS / "train.yaml").defaults if entry != "_self_" for group, name in entry.items()}
+    chosen = {group: value_text(overrides[group]) if group in overrides else defaults[group] for group in ("model", "dataset")}
+    size = value_text(overrides["model.size"]) if "model.size" in overrides else _default_size(chosen["model"])
+    recipe = find_recipe(size=size, **chosen)
+    if recipe is None:
+        return None
+    os.environ[ADDED] = recipe.name
+    return [*arguments, f"experiment={recipe.name}", *(f"{group}={choice}" for group, choice in chosen.items() if group not in overrides)]
+
+
+def _default_size(model: str) -> str | None:
+    path = CONFIGS / "model" / f"{model.removesuffix('_sgs')}.yaml"
+    return OmegaConf.load(path).get("size") if path.exists() else None
+
+
+def _own_overrides(overrides: Sequence[str]) -> list[str]:
+    """A command's overrides without the experiment that `with_experiment` added."""
+    return [override for override in overrides if override != f"experiment={os.environ.get(ADDED)}"]
 
 
 def is_given(key: str, overrides: Sequence[str]) -> bool:
@@ -146,46 +185,47 @@ def is_given(key: str, overrides: Sequence[str]) -> bool:
 def require_weights(config: DictConfig) -> None:
     """Raise ValueError where a recipe starts from pretrained weights and the command does not say which."""
     weights = config.model.get("weights")
-    if weights is None or is_given("model.weights", HydraConfig.get().overrides.task) or Path(weights).expanduser().exists():
+    if weights is None or is_given("model.weights", HydraConfig.get().overrides.task) or Path(weights).exists():
         return
     experiment = HydraConfig.get().runtime.choices["experiment"]
     raise ValueError(f"experiment={experiment} starts from pretrained weights: add model.weights=FILE, or model.weights=null to train from scratch")
 
 
-def _remember(choices: DictConfig) -> None:
-    """Put the choices of the recipe into HydraConfig: a checkpoint records them."""
-    runtime = HydraConfig.get().runtime
-    OmegaConf.set_readonly(runtime, False)
-    runtime.choices = choices
-    OmegaConf.set_readonly(runtime, True)
+def _remember(choices: DictConfig, overrides: list[str]) -> None:
+    """Put the choices of the recipe, which a checkpoint records, and the command's own overrides into HydraConfig."""
+    hydra = HydraConfig.get()
+    for node, key, value in ((hydra.runtime, "choices", choices), (hydra.overrides, "task", overrides)):
+        OmegaConf.set_readonly(node, False)
+        node[key] = value
+        OmegaConf.set_readonly(node, True)
 
 
-def _lines(config: DictConfig, recipe: Recipe, chosen: dict[str, str], given: Sequence[str]) -> list[str]:
-    model, dataset = chosen["model"], chosen["dataset"]
+def _lines(config: DictConfig, recipe: Recipe, chosen: dict[str, str], given: Sequence[str]) -> tuple[str, ...]:
+    model, dataset, size = chosen["model"], chosen["dataset"], config.model.get("size")
     if dataset == "synthetic":
-        what = f"for the built-in videos, model.size={config.model.size}"
+        what = f"for the built-in videos, model.size={size}"
     elif recipe.published:
         what = f"published: {recipe.source}"
     else:
-        what = f"the nearest, since none is published for {model} {config.model.get('size') or ''} on {dataset}".replace("  ", " ")
-    lines = [f"recipe: experiment={recipe.name} ({what}); {_summary(config)}"]
-    batch = _batch_of(recipe)
-    if batch is not None and config.trainer.batch_size != batch and not is_given("optimizer.lr", given):
-        scaled = config.optimizer.lr * config.trainer.batch_size / batch
-        lines.append(
-            f"warning: the recipe's optimizer.lr={config.optimizer.lr:g} is for batches of {batch}:"
-            f" optimizer.lr={scaled:.3g} goes with trainer.batch_size={config.trainer.batch_size}"
-        )
-    return lines
+        what = f"the nearest, since none is published for {' '.join(filter(None, (model, size)))} on {dataset}"
+    changed = [group for group in ("optimizer", "schedule") if is_given(group, given)]
+    without = f" without its {' and '.join(changed)}" if changed else ""
+    lines = [f"recipe: experiment={recipe.name} ({what}){without}; {_summary(config)}"]
+    batch, own = _alone(recipe).trainer.batch_size, config.trainer.batch_size
+    rate = config.optimizer.lr
+    if batch != own and isinstance(own, int) and isinstance(rate, float) and not (is_given("optimizer.lr", given) or is_given("optimizer", given)):
+        scaled = f"optimizer.lr={rate * own / batch:.3g} goes with trainer.batch_size={own}"
+        lines.append(f"warning: the recipe's optimizer.lr={rate:g} is for batches of {batch}: {scaled}")
+    return tuple(lines)
 
 
 def _summary(config: DictConfig) -> str:
-    trainer = config.trainer
-    return f"{trainer.epochs} epochs, batches of {trainer.batch_size}, optimizer.lr={config.optimizer.lr:g}"
+    def shown(value: Any) -> str:
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    return f"{config.trainer.epochs} epochs, batches of {config.trainer.batch_size}, optimizer.lr={shown(config.optimizer.lr)}"
 
 
-def _batch_of(recipe: Recipe) -> int | None:
-    """The batch size that the recipe alone sets; None if it sets none."""
-    config = compose("train", [f"experiment={recipe.name}"])
-    default = OmegaConf.load(CONFIGS / "trainer" / "default.yaml").batch_size
-    return None if config.trainer.batch_size == default else config.trainer.batch_size
+def _alone(recipe: Recipe) -> DictConfig:
+    """The config of the recipe without anything from the command."""
+    return compose("train", [f"experiment={recipe.name}"])

@@ -376,7 +376,10 @@ class Training:
         comm.barrier()  # every process has read it
         if self.dist_info.is_main:
             checkpoint.go_on_from(found, last=self.last, best=self.best)
-        log.info("resuming %s at step %d of %d", found, self.step, self.end_step)
+        if self.step > self.end_step:
+            log.info("%s is at step %d already, and trainer.max_steps=%d: nothing to train", found, self.step, self.end_step)
+        else:
+            log.info("resuming %s at step %d of %d", found, self.step, self.end_step)
 
     def set_learning_rate(self) -> None:
         """The schedule's rate for the step that comes."""

@@ -57,6 +57,10 @@ class _Spec:
     dwell: str
 
 
+class NotGenerated(ValueError):
+    """The built-in dataset is not there, and must not be generated."""
+
+
 _Job = tuple[Path, _Spec, str, int]  # root, parameters, split, number of the video
 
 
@@ -64,7 +68,7 @@ def synthetic(*, root: str, seed: int, train: int, test: int, dwell: str, num_cl
     """Read the built-in dataset as lists; it is generated into `root` first if it is not there.
 
     Raises:
-        ValueError: it is not there, and `make` is False.
+        NotGenerated: it is not there, and `make` is False.
     """
     if num_classes != len(CLASSES):
         raise ValueError(f"dataset.num_classes is {num_classes}, but dataset synthetic always has {len(CLASSES)} classes")
@@ -73,7 +77,7 @@ def synthetic(*, root: str, seed: int, train: int, test: int, dwell: str, num_cl
         generate(root, seed=seed, train=train, test=test, dwell=dwell)
     elif not _is_complete(Path(root), _checked_spec(seed=seed, train=train, test=test, size=SIZE, frames=FRAMES, dwell=dwell)):
         options = shlex.join([root, "--seed", str(seed), "--train", str(train), "--test", str(test), "--dwell", dwell])
-        raise ValueError(
+        raise NotGenerated(
             f"dataset synthetic is not in {os.path.abspath(root)}: set dataset.root to the folder that has it,"
             f" or make it with python scripts/make_synthetic.py {options}"
         )

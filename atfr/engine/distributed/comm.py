@@ -182,7 +182,8 @@ def _mean_in_rank_order(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]
     own, world = bucket.buffer(), dist.get_world_size()
     everyones = own.new_empty(world * own.numel())
 
-    def mean(_: torch.futures.Future) -> Tensor:
+    def mean(done: torch.futures.Future) -> Tensor:
+        done.value()  # raises where the exchange failed
         first, *others = everyones.view(world, -1)
         for other in others:
             first += other

@@ -69,7 +69,7 @@ class StopFlag:
         except Exception as error:
             if self.signal is None or not _may_follow(error):
                 raise
-            raise Interrupted(self.signal, "and its other processes with it, before it could save") from error
+            raise Interrupted(self.signal, "before it could save, since another of its processes ended") from error
         finally:
             self._where = before
 
@@ -112,12 +112,14 @@ def heeded() -> list[signal.Signals]:
 
 def _may_follow(error: Exception) -> bool:
     """Return whether an error may be due to the end of another process: a loader's, a pool's, another rank."""
-    own = isinstance(error, (ValueError, OSError, FloatingPointError)) and not isinstance(error, (ChildProcessError, ConnectionError))
-    return not own
+    if isinstance(error, (ChildProcessError, ConnectionError, EOFError)):
+        return True
+    # Torch raises plain RuntimeErrors where a loader's worker or another process is gone.
+    return type(error) is RuntimeError or type(error).__name__ in ("BrokenProcessPool", "DistBackendError", "DistNetworkError", "OtherFailed")
 
 
 def _leave_lost_terminal() -> None:
-    """Write to nowhere where stdout or stderr is a terminal that is gone, since that would be an error."""
+    """Redirect stdout and stderr to /dev/null if their terminal is gone, because writing would fail."""
     for descriptor in (1, 2):
         with suppress(OSError):
             if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
