@@ -39,14 +39,15 @@ from atfr.models.backbones.x3d import x3d
 from atfr.models.video_net import VideoNet
 from atfr.models.graph.packed_program import Traced
 from atfr.models.packed.segments import take
-from atfr.models.sgs.layer import SGSOptions, sample
+from atfr.models.sgs.config import SGSConfig
+from atfr.models.sgs.layer import sample
 
-OPTIONS = SGSOptions(similarity="partition", cost_exponent=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=1.0)
+OPTIONS = SGSConfig(similarity="partition", cost_exponent=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=1.0)
 CLIPS_LAST = torch.channels_last_3d
 
 
 class Subject(NamedTuple):
-    build: Callable[[SGSOptions], VideoNet]
+    build: Callable[[SGSConfig], VideoNet]
     clip: tuple[int, int, int, int]  # (3, T, H, W)
 
 

@@ -39,10 +39,10 @@ from atfr.engine.trainer import Training
 from atfr.models.backbones.resnets import slow
 from atfr.models.backbones.x3d import x3d
 from atfr.models.video_net import VideoNet
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 
 BLOCK, WARM_UP = 10, 5  # steps
-ATFR = SGSOptions(after="stem", similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
+ATFR = SGSConfig(after="stem", similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
 SETTINGS = TrainerSettings(
     output_dir=None, batch_size=1, epochs=1, max_steps=None, seed=0, accelerator="cpu", devices=None, precision="fp32", workers=0, timeout_s=0,
     label_smoothing=0.0, clip_norm=5.0, statistics_clips=0, eval_every=1, save_every=0, log_every=BLOCK, resume=False, test=False,

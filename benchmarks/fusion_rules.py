@@ -18,7 +18,7 @@ from backbones import shake
 
 from atfr.engine.calibration import calibrate_width, precise_batch_norm
 from atfr.models.backbones.slowfast import FUSION_RULES, slowfast
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 
 OPTIONS = dict(similarity="partition", cost_exponent=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
 
@@ -29,7 +29,7 @@ def main() -> None:
     for after in ("res2", "fast.res2", "slow.res2"):
         for rule in FUSION_RULES:
             torch.manual_seed(0)
-            model = slowfast(size="8x8-R50", num_classes=50, fusion=rule, sgs=SGSOptions(after=after, **OPTIONS)).eval()
+            model = slowfast(size="8x8-R50", num_classes=50, fusion=rule, sgs=SGSConfig(after=after, **OPTIONS)).eval()
             shake(model)
             precise_batch_norm(model, [clips], forward=model.backbone)
             calibrate_width(model, lambda: [clips])

@@ -21,9 +21,9 @@ from atfr.engine.distributed.sync_batchnorm import sync_batchnorm
 from atfr.engine.trainer import Training
 from atfr.models.backbones.x3d import x3d
 from atfr.models.video_net import VideoNet
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 
-ANCHOR = SGSOptions(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
+ANCHOR = SGSConfig(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
 LEARNED = replace(ANCHOR, similarity="path", embedding="frozen", noise_floor=True)  # whose embedding has a batch norm, too
 SETTINGS = TrainerSettings(
     output_dir=None, batch_size=6, epochs=1, max_steps=None, seed=0, accelerator="cpu", devices=None, precision="fp32", workers=0, timeout_s=0,
@@ -46,12 +46,12 @@ def clips(seed: int) -> Tensor:
     return torch.randn(6, 3, 8, 32, 32, generator=generator).cumsum(dim=2) / 4 * torch.linspace(0.2, 2, 6)[:, None, None, None, None]
 
 
-def network(options: SGSOptions = ANCHOR) -> VideoNet:
+def network(options: SGSConfig = ANCHOR) -> VideoNet:
     torch.manual_seed(0)
     return x3d(size="tiny", num_classes=3, dropout=0.0, sgs=options)
 
 
-def statistics_of(options: SGSOptions, rank: int, world: int, *, untrained: bool) -> dict[str, Tensor]:
+def statistics_of(options: SGSConfig, rank: int, world: int, *, untrained: bool) -> dict[str, Tensor]:
     """Buffers after the statistics of 24 clips in four global batches."""
     model = network(options)
     batches = [clips(seed)[rank::world] for seed in range(4)]

@@ -10,10 +10,10 @@ from fvcore.nn import FlopCountAnalysis
 from torch.utils.flop_counter import FlopCounterMode
 
 from atfr.engine.flops import GflopsTable, _Trunk, gflops
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 from atfr.models.backbones.x3d import x3d
 
-ATFR = SGSOptions(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=0.3)
+ATFR = SGSConfig(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=0.3)
 SHAPE = (3, 16, 48, 48)
 
 
@@ -38,7 +38,7 @@ def test_the_number_of_parameters_is_pytorchvideos():
 
 
 @pytest.mark.filterwarnings("ignore:.*:torch.jit.TracerWarning")
-@pytest.mark.parametrize("options", [SGSOptions(), ATFR, replace(ATFR, embed_from="clip")], ids=["reference", "atfr", "looks at the clip"])
+@pytest.mark.parametrize("options", [SGSConfig(), ATFR, replace(ATFR, embed_from="clip")], ids=["reference", "atfr", "looks at the clip"])
 def test_the_table_equals_a_direct_analysis_of_a_clip(options):
     model = x3d(size="tiny", num_classes=6, sgs=options).eval()
     table = GflopsTable(model, SHAPE)

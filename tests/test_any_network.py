@@ -15,7 +15,7 @@ from torchvision.models import video
 
 from atfr.models.backbones.custom import custom
 from atfr.models.video_net import VideoNet
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 
 CLASSES = 6
 
@@ -31,7 +31,7 @@ LIBRARYS = {"slow": slow_of_small_clips, "x3d": functools.partial(create_x3d, in
 
 
 def ours(build: Callable[..., nn.Module], probe: tuple[int, int, int] = (8, 64, 64), after: str | None = "blocks.1") -> VideoNet:
-    sgs = SGSOptions(**{**ATFR, "after": after}) if after else None
+    sgs = SGSConfig(**{**ATFR, "after": after}) if after else None
     return custom(backbone=build, num_classes=CLASSES, classes_argument="model_num_class", probe=probe, sgs=sgs)
 
 
@@ -98,7 +98,7 @@ def test_a_network_that_runs_on_no_fewer_features_than_all_is_refused_naming_wha
             backbone=functools.partial(small, residual_pool=False, residual_with_cls_embed=False, rel_pos_embed=False, proj_after_attn=False),
             num_classes=CLASSES,
             probe=(8, 64, 64),
-            sgs=SGSOptions(**{**ATFR, "after": "conv_proj"}),
+            sgs=SGSConfig(**{**ATFR, "after": "conv_proj"}),
         )
 
 
@@ -121,7 +121,7 @@ def require(x: Tensor, good: tuple[int, ...]) -> Tensor:
 
 
 def toy(second: nn.Module, **options: object) -> VideoNet:
-    return VideoNet(Toy(second), stages={}, sgs=SGSOptions(**{**ATFR, "after": "first", **options}), probe=(8, 8, 8)).eval()
+    return VideoNet(Toy(second), stages={}, sgs=SGSConfig(**{**ATFR, "after": "first", **options}), probe=(8, 8, 8)).eval()
 
 
 def test_bucketed_clips_keep_as_many_features_as_the_rest_can_run_on():
@@ -159,5 +159,5 @@ class Untraceable(Toy):
 )
 def test_a_network_that_cannot_be_traced_is_refused_with_the_place_in_its_code(looks, reason):
     with pytest.raises(ValueError, match=f"torch.fx cannot trace Untraceable, .*: {reason}.* at .*test_any_network.py:{looks.__code__.co_firstlineno}; .* packed_forward") as error:
-        VideoNet(Untraceable(looks), stages={}, sgs=SGSOptions(**{**ATFR, "after": "first"}))
+        VideoNet(Untraceable(looks), stages={}, sgs=SGSConfig(**{**ATFR, "after": "first"}))
     assert "\n" not in str(error.value)

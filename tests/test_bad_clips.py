@@ -12,11 +12,12 @@ from atfr.models.backbones.resnets import c2d, i3d
 from atfr.models.backbones.torchvision3d import s3d
 from atfr.models.backbones.x3d import x3d
 from atfr.models.video_net import VideoNet
-from atfr.models.sgs.layer import NonFiniteFeatures, SGSOptions
+from atfr.models.sgs.config import SGSConfig
+from atfr.models.sgs.layer import NonFiniteFeatures
 
 
-def sampled(after: str) -> SGSOptions:
-    return SGSOptions(**{**ATFR, "after": after})
+def sampled(after: str) -> SGSConfig:
+    return SGSConfig(**{**ATFR, "after": after})
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_a_place_without_features_in_time_is_refused_with_what_it_gives(after, f
 
 @pytest.mark.parametrize("options", [{}, ATFR], ids=["mlp", "pooled"])
 def test_a_layer_on_another_device_than_its_features_is_refused(options):
-    model = x3d(size="tiny", num_classes=2, sgs=SGSOptions(**{**options, "after": "res2"})).eval()
+    model = x3d(size="tiny", num_classes=2, sgs=SGSConfig(**{**options, "after": "res2"})).eval()
     model.sgs["res2"].to("meta")
     with pytest.raises(ValueError, match="SGS after 'res2': .* is on meta and the features are on cpu"):
         model(torch.zeros(2, 3, 16, 32, 32))
@@ -132,7 +133,7 @@ def test_what_is_no_batch_of_normalised_clips_is_refused(clips, found, sgs):
 @pytest.mark.parametrize("similarity", ["uniform", "stride", "random", "none"])
 @pytest.mark.parametrize("after", ["res2", ["stem", "res3"]])
 def test_a_clip_that_is_not_finite_is_refused_by_the_baselines_too(similarity, after):
-    sgs = SGSOptions(after=after, similarity=similarity, kernel="mean", before_activation=False)
+    sgs = SGSConfig(after=after, similarity=similarity, kernel="mean", before_activation=False)
     model = x3d(size="tiny", num_classes=2, sgs=sgs).eval()
     clips = torch.randn(3, 3, 16, 32, 32)
     model(clips)
@@ -145,7 +146,7 @@ def test_a_clip_that_is_not_finite_is_refused_by_the_baselines_too(similarity, a
 @pytest.mark.parametrize("options", [{}, ATFR], ids=["mlp", "pooled"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_network_in_half_precision_samples_with_a_layer_in_single_precision(dtype, options):
-    model = x3d(size="tiny", num_classes=2, sgs=SGSOptions(**{**options, "after": "stem", "before_activation": False})).eval()
+    model = x3d(size="tiny", num_classes=2, sgs=SGSConfig(**{**options, "after": "stem", "before_activation": False})).eval()
     layer, clips = model.sgs["stem"], torch.randn(2, 3, 16, 32, 32).cumsum(dim=2) / 4
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     model.to(dtype)

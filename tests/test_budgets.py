@@ -16,7 +16,7 @@ from atfr.cli import builders
 from atfr.engine.budgets import set_share, share_for
 from atfr.engine.distributed.preemption import TRY_AGAIN
 from atfr.models.backbones.x3d import x3d
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 
 ATFR = dict(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
 
@@ -54,7 +54,7 @@ def test_a_budget_below_the_cost_of_one_feature_is_refused_with_that_cost():
 
 def test_only_layers_whose_features_follow_a_target_take_a_share():
     def model(**options):
-        return x3d(size="tiny", num_classes=2, sgs=SGSOptions(**{**ATFR, **options}))
+        return x3d(size="tiny", num_classes=2, sgs=SGSConfig(**{**ATFR, **options}))
 
     for options in ({"width": 0.3}, {"similarity": "distance_to_mean", "scale": "relative"}, {"similarity": "none", "scale": "relative"}):
         with pytest.raises(ValueError, match="has no B' to aim at"):

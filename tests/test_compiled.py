@@ -17,7 +17,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from atfr.models.graph.compile import Compiled
 from atfr.models.video_net import VideoNet
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 
 
 class Counting:
@@ -109,7 +109,7 @@ def test_without_a_compiler_the_error_is_one_line(monkeypatch):
         NETWORKS["x3d"]().prepare(compiled=True)
 
 
-def small(sgs: SGSOptions) -> VideoNet:
+def small(sgs: SGSConfig) -> VideoNet:
     """What the compiler is through with in a few seconds, and without dropout, of which it draws its own."""
     layers = (nn.Conv3d(3, 8, 3, padding=1, bias=False), nn.BatchNorm3d(8), nn.ReLU(), nn.Conv3d(8, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU())
     return VideoNet(nn.Sequential(*layers, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8, 3)), stages={}, sgs=sgs)

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from atfr.cli.config import build, check_root
 from atfr.cli.builders import clip_settings
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 from atfr.models.backbones.x3d import SIZES
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -57,13 +57,13 @@ def test_every_model_can_be_built_for_the_built_in_data(model):
 def test_every_preset_of_the_layer_can_be_built(preset):
     config = composed("model=x3d_sgs", f"model/sgs={preset}")
     (layer,) = build(config.model, "model", num_classes=3).sgs.values()
-    assert isinstance(layer.options, SGSOptions)
+    assert isinstance(layer.options, SGSConfig)
 
 
 def test_the_reference_preset_spells_out_the_defaults_of_the_layer():
     config = composed("model=x3d_sgs", "model/sgs=reference")
     (layer,) = build(config.model, "model", num_classes=3).sgs.values()
-    assert layer.options == SGSOptions()
+    assert layer.options == SGSConfig()
 
 
 # Each of these groups' files is composed and trained with in test_one_step.py.

@@ -26,7 +26,7 @@ from atfr.engine.distributed.preemption import StopFlag
 from atfr.models.packed import repeatable_pools
 from atfr.models.sgs import layer
 from atfr.models.packed.repeatable_pools import POOLS, use_repeatable_pools
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 
 # From the documentation of torch.use_deterministic_algorithms (2.11), but for what no network has a use for.
 REFUSED = (
@@ -36,7 +36,7 @@ REFUSED = (
     "reflection_pad2d_backward", "reflection_pad3d_backward", "nll_loss2d_forward", "put_", "histc", "bincount", "median", "nanmedian",
     "grid_sampler_2d_backward", "grid_sampler_3d_backward", "scatter_reduce",
 )  # fmt: skip
-ATFR = SGSOptions(similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", embed_from="clip", before_activation=False)
+ATFR = SGSConfig(similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", embed_from="clip", before_activation=False)
 NETWORKS = ["x3d tiny", "slow R50", "c2d R50", "i3d R50", "r2plus1d 18", "csn R101", "r3d 18", "mc3 18", "s3d base", "resnet3d 18", "slowfast 8x8-R50"]
 
 
@@ -57,7 +57,7 @@ class Refusing(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("sgs", [None, SGSOptions(), ATFR], ids=["dense", "reference", "atfr"])
+@pytest.mark.parametrize("sgs", [None, SGSConfig(), ATFR], ids=["dense", "reference", "atfr"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_training_uses_no_operation_without_a_deterministic_algorithm(name, sgs, deterministic, monkeypatch):
     """On the meta device, which takes the ways of a GPU and computes nothing."""

@@ -17,10 +17,10 @@ from torch import nn
 from atfr.models import export
 from atfr.models.backbones import resnets, slowfast, torchvision3d, x3d
 from atfr.models.video_net import VideoNet
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 
-ATFR = SGSOptions(before_activation=False, similarity="partition", cost_exponent=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", width=0.5)
-REFERENCE = SGSOptions()
+ATFR = SGSConfig(before_activation=False, similarity="partition", cost_exponent=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", width=0.5)
+REFERENCE = SGSConfig()
 WITHOUT_ONNX = [name for name in export.ONNX_PACKAGES if importlib.util.find_spec(name) is None]
 FORMATS = ["torch_export", "onnx"]
 
@@ -29,7 +29,7 @@ def small(**options: object) -> VideoNet:
     """Two convolutions, the second striding along time, and SGS between them."""
     layers = (nn.Conv3d(3, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU(), nn.Conv3d(8, 8, 3, stride=2, padding=1), nn.ReLU())
     network = nn.Sequential(*layers, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8, 5))
-    return VideoNet(network, stages={}, sgs=SGSOptions(after="0", **options))
+    return VideoNet(network, stages={}, sgs=SGSConfig(after="0", **options))
 
 
 def clips(frames: int, side: int) -> dict[str, torch.Tensor]:
@@ -150,7 +150,7 @@ def test_what_cannot_be_exported_is_named(tmp_path, monkeypatch):
         return str(caught.value)
 
     assert "format='jit' does not exist; choose one of onnx, torch_export" in error(None, "jit")
-    following = VideoNet(small().backbone, stages={}, sgs=SGSOptions(after=("0", "3")))
+    following = VideoNet(small().backbone, stages={}, sgs=SGSConfig(after=("0", "3")))
     assert "SGS layers follow each other cannot be exported: 3 samples what was sampled already" in error(following)
     assert "SGS after '0' has no bin width yet" in error(small(similarity="anchor", kernel="mean", scale="absolute", embedding="pooled"))
     assert "similarity=random cannot be exported" in error(small(similarity="random", kernel="mean"))

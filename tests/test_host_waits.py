@@ -22,11 +22,11 @@ from atfr.models.sgs import layer
 from atfr.models.backbones.slowfast import slowfast
 from atfr.models.backbones.x3d import x3d
 from atfr.models.video_net import VideoNet
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 from atfr.utils.progress import StepProgress
 
 GPU = torch.device("cuda:0")
-ATFR = SGSOptions(similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
+ATFR = SGSConfig(similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
 
 
 class Waits(TorchDispatchMode):
@@ -92,7 +92,7 @@ def step_on_gpu(monkeypatch, folder: Path, model: VideoNet, **settings: object) 
     return fetched
 
 
-def network(sgs: SGSOptions | None) -> VideoNet:
+def network(sgs: SGSConfig | None) -> VideoNet:
     return x3d(size="tiny", num_classes=3, sgs=sgs)
 
 
@@ -102,7 +102,7 @@ def test_a_dense_step_never_waits_for_the_device(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [SGSOptions(), ATFR, replace(ATFR, embed_from="clip"), replace(ATFR, drawn=(0.3, 0.7)), SGSOptions(similarity="random", kernel="mean")],
+    [SGSConfig(), ATFR, replace(ATFR, embed_from="clip"), replace(ATFR, drawn=(0.3, 0.7)), SGSConfig(similarity="random", kernel="mean")],
     ids=["reference", "atfr", "looks at the clip", "drawn", "random"],
 )
 def test_a_step_with_sampling_waits_once_for_the_lengths(monkeypatch, tmp_path, options):

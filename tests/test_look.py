@@ -12,9 +12,10 @@ from torch.nn.functional import layer_norm
 from atfr.models.backbones.slowfast import slowfast
 from atfr.models.backbones.torchvision3d import s3d
 from atfr.models.backbones.x3d import x3d
-from atfr.models.sgs.layer import NonFiniteFeatures, SGSOptions
+from atfr.models.sgs.config import SGSConfig
+from atfr.models.sgs.layer import NonFiniteFeatures
 
-FEATURES = SGSOptions(similarity="partition", kernel="mean", scale="absolute", width=0.6, order="time", embedding="pooled", before_activation=False, after="stem")
+FEATURES = SGSConfig(similarity="partition", kernel="mean", scale="absolute", width=0.6, order="time", embedding="pooled", before_activation=False, after="stem")
 CLIP = replace(FEATURES, embed_from="clip")
 
 

@@ -25,16 +25,16 @@ from atfr.models.backbones.slowfast import STAGES, SlowFast
 from atfr.models.backbones.x3d import x3d
 from atfr.models.video_net import VideoNet
 from atfr.models.packed.segments import Segments
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 
 # At this width a layer keeps as few features as it may.
-ATFR = SGSOptions(similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=1e6)
-LEARNED = SGSOptions(similarity="magnitude", scale="absolute", before_activation=False, width=1e6)  # with a batch norm in its embedding
-UNIFORM = SGSOptions(similarity="uniform", kernel="mean", target=0.01, before_activation=False)
+ATFR = SGSConfig(similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=1e6)
+LEARNED = SGSConfig(similarity="magnitude", scale="absolute", before_activation=False, width=1e6)  # with a batch norm in its embedding
+UNIFORM = SGSConfig(similarity="uniform", kernel="mean", target=0.01, before_activation=False)
 REFUSED = ("Expected more than 1 value per channel when training", "cannot be made to keep")  # by torch's batch norm; more features than there are
 
 
-def x3d_tiny(sgs: SGSOptions | None, **more: object) -> VideoNet:
+def x3d_tiny(sgs: SGSConfig | None, **more: object) -> VideoNet:
     return x3d(size="tiny", num_classes=3, sgs=sgs and replace(sgs, **more))
 
 

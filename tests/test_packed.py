@@ -13,7 +13,7 @@ from torch import nn
 from atfr.models.video_net import VideoNet
 from atfr.models.packed.ops import conv3d, segment_mean
 from atfr.models.packed.segments import Segments
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 from atfr.models.backbones.resnets import slow
 from atfr.models.backbones.x3d import SIZES, STAGES, x3d
 
@@ -55,7 +55,7 @@ def uneven_clips(count: int, frames: int = 16, size: int = 32, least: int = 1) -
 @pytest.mark.parametrize("after", STAGES)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_clip_has_the_same_logits_alone_and_in_any_batch(preset, after):
-    model = lively(x3d(size="tiny", num_classes=6, sgs=SGSOptions(after=after, **PRESETS[preset]))).eval()
+    model = lively(x3d(size="tiny", num_classes=6, sgs=SGSConfig(after=after, **PRESETS[preset]))).eval()
     clips = uneven_clips(24)
     with torch.no_grad():
         alone = [model(clip[None]) for clip in clips]
@@ -71,7 +71,7 @@ def test_a_clip_has_the_same_logits_alone_and_in_any_batch(preset, after):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_gradients_of_a_batch_are_the_sum_of_those_of_its_clips(preset):
-    model = lively(x3d(size="tiny", num_classes=6, sgs=SGSOptions(**PRESETS[preset]))).eval().double()
+    model = lively(x3d(size="tiny", num_classes=6, sgs=SGSConfig(**PRESETS[preset]))).eval().double()
     clips = uneven_clips(5).double()
     model(clips).logits.square().sum().backward()
     batched = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -86,7 +86,7 @@ def test_gradients_of_a_batch_are_the_sum_of_those_of_its_clips(preset):
 
 
 def test_training_statistics_of_batch_norm_are_those_of_the_kept_features_alone():
-    model = x3d(size="tiny", num_classes=6, sgs=SGSOptions(**ATFR)).train()
+    model = x3d(size="tiny", num_classes=6, sgs=SGSConfig(**ATFR)).train()
     norm = model.backbone.blocks[2].res_blocks[0].branch2.norm_a
     seen = []
     norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
@@ -124,12 +124,12 @@ def test_without_sgs_the_logits_are_those_of_pytorchvideos_own_network(size):
 
 def test_sgs_leaves_the_names_of_the_backbones_parameters_unchanged():
     dense = x3d(size="tiny", num_classes=6).state_dict()
-    sampled = x3d(size="tiny", num_classes=6, sgs=SGSOptions()).state_dict()
+    sampled = x3d(size="tiny", num_classes=6, sgs=SGSConfig()).state_dict()
     assert [name for name in sampled if not name.startswith("sgs.")] == list(dense)
 
 
 def test_where_every_frame_is_kept_the_network_is_the_dense_one():
-    model = lively(x3d(size="tiny", num_classes=6, sgs=SGSOptions(**{**ATFR, "width": 1e-6}))).eval()
+    model = lively(x3d(size="tiny", num_classes=6, sgs=SGSConfig(**{**ATFR, "width": 1e-6}))).eval()
     clips = torch.randn(2, 3, 16, 32, 32)
     with torch.no_grad():
         prediction = model(clips)
@@ -138,7 +138,7 @@ def test_where_every_frame_is_kept_the_network_is_the_dense_one():
 
 
 def test_a_copy_of_a_network_is_independent_of_it():
-    model = x3d(size="tiny", num_classes=6, sgs=SGSOptions(**ATFR)).eval()
+    model = x3d(size="tiny", num_classes=6, sgs=SGSConfig(**ATFR)).eval()
     clips = uneven_clips(2)
     with torch.no_grad():
         before = model(clips).logits
@@ -150,7 +150,7 @@ def test_a_copy_of_a_network_is_independent_of_it():
 
 
 def test_a_network_can_be_trained_after_it_was_used_in_inference_mode():
-    model = x3d(size="tiny", num_classes=6, sgs=SGSOptions(**ATFR))
+    model = x3d(size="tiny", num_classes=6, sgs=SGSConfig(**ATFR))
     clips = uneven_clips(3)
     with torch.inference_mode():
         model(clips)
@@ -207,7 +207,7 @@ class Flip(nn.Module):
 )
 def test_what_may_mix_clips_is_refused_by_name(second, message):
     with pytest.raises(ValueError, match=message):
-        VideoNet(Toy(second), stages={"first": "first"}, sgs=SGSOptions(after="first", execution="packed"))
+        VideoNet(Toy(second), stages={"first": "first"}, sgs=SGSConfig(after="first", execution="packed"))
 
 
 def test_a_connection_that_by_passes_the_cut_is_refused():
@@ -217,12 +217,12 @@ def test_a_connection_that_by_passes_the_cut_is_refused():
             return self.pool(self.second(early) + early).flatten(1)
 
     with pytest.raises(ValueError, match="'add' also needs 'first' from before it"):
-        VideoNet(Bypass(nn.ReLU()), stages={"s": "second"}, sgs=SGSOptions(after="s", before_activation=False))
+        VideoNet(Bypass(nn.ReLU()), stages={"s": "second"}, sgs=SGSConfig(after="s", before_activation=False))
 
 
 def test_an_unknown_stage_or_size_is_refused_with_what_is_possible():
     with pytest.raises(ValueError, match="after='res9' is not a stage .* stem, res2, res3, res4, res5"):
-        x3d(size="tiny", num_classes=6, sgs=SGSOptions(after="res9"))
+        x3d(size="tiny", num_classes=6, sgs=SGSConfig(after="res9"))
     with pytest.raises(ValueError, match="size='XXL' is not a size of x3d; choose one of tiny, XS"):
         x3d(size="XXL", num_classes=6)
 
@@ -241,7 +241,7 @@ PARTITION = dict(similarity="partition", kernel="mean", scale="absolute", order=
 @pytest.mark.parametrize("build, size, after, reach", [(slow, "R50", "res2", 0), (x3d, "tiny", "stem", 2)], ids=["slow", "x3d"])
 @pytest.mark.parametrize("similarity", ["partition", "anchor"])
 def test_a_static_clip_keeps_one_feature_but_for_frames_near_enough_to_its_ends_to_see_the_padding(build, size, after, reach, similarity):
-    sgs = SGSOptions(**{**PARTITION, "similarity": similarity, "cost_exponent": 0.5 if similarity == "partition" else 0.0, "after": after})
+    sgs = SGSConfig(**{**PARTITION, "similarity": similarity, "cost_exponent": 0.5 if similarity == "partition" else 0.0, "after": after})
     model = build(size=size, num_classes=6, sgs=sgs).eval()
     layer, clips = model.sgs[after], uneven_clips(8)
     static = clips[:, :, :1].expand(-1, -1, 16, -1, -1)

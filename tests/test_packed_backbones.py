@@ -18,7 +18,7 @@ from atfr.models.backbones.slowfast import FUSION_RULES, SIZES, Fusion
 from atfr.models.video_net import Prediction, VideoNet
 from atfr.models.packed.ops import conv3d
 from atfr.models.packed.segments import Segments
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 
 EVERYWHERE = ("stem", "res2", "res3", "res4", ("res2", "res4"))
 SOME = ("res2", "res3", ("stem", "res4"))
@@ -90,7 +90,7 @@ def backbone(name: str) -> nn.Module:
 @functools.lru_cache(maxsize=4)
 def placed(name: str, place: str | tuple[str, ...], preset: str = "atfr") -> VideoNet:
     """The backbone, shared with other placements, with SGS somewhere."""
-    options = SGSOptions(after=place, **(ATFR if preset == "atfr" else {}))
+    options = SGSConfig(after=place, **(ATFR if preset == "atfr" else {}))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = VideoNet(backbone(name), stages=stages_of(CASES[name]), sgs=options, probe=NETS[name].probe).eval()
@@ -351,7 +351,7 @@ def test_sampled_at_the_input_a_network_sees_the_averaged_frames_as_its_clip(nam
 
 @pytest.mark.parametrize("name, stage, activation", [("x3d tiny", "res2", "blocks.1.res_blocks.{}.activation"), ("r3d 18", "res3", "layer2.{}.relu")])
 def test_features_before_an_activation_are_sampled_before_it(name, stage, activation):
-    options = SGSOptions(after=stage, **{**ATFR, "before_activation": True})
+    options = SGSConfig(after=stage, **{**ATFR, "before_activation": True})
     net = VideoNet(backbone(name), stages=stages_of(CASES[name]), sgs=options, probe=NETS[name].probe).eval()
     last = max(int(path.split(".")[-2]) for path, _ in net.backbone.named_modules() if path in {activation.format(i) for i in range(9)})
     clips = clips_for(name, 3)
@@ -440,7 +440,7 @@ def test_sgs_leaves_the_names_of_the_backbones_parameters_unchanged(name):
     case = CASES[name]
     with torch.device("meta"):
         dense = case.build(size=case.size, num_classes=CLASSES).state_dict()
-        sampled = case.build(size=case.size, num_classes=CLASSES, sgs=SGSOptions(after=["res2", "res4"]))
+        sampled = case.build(size=case.size, num_classes=CLASSES, sgs=SGSConfig(after=["res2", "res4"]))
     assert [key for key in sampled.state_dict() if not key.startswith("sgs.")] == list(dense)
     assert sampled.execution == "packed"
 
@@ -476,7 +476,7 @@ def test_a_static_clip_keeps_as_few_features_as_the_rest_can_run_on(name, place)
 
 def test_a_place_inside_a_residual_branch_is_refused():
     with pytest.raises(ValueError, match="SGS cannot be put behind .*conv_a: .* also needs .* from before it, which keeps all frames"):
-        VideoNet(backbone("x3d tiny"), stages={}, sgs=SGSOptions(after="blocks.2.res_blocks.1.branch2.conv_a", before_activation=False))
+        VideoNet(backbone("x3d tiny"), stages={}, sgs=SGSConfig(after="blocks.2.res_blocks.1.branch2.conv_a", before_activation=False))
 
 
 # Networks that packing does not know, or knows wrongly.
@@ -520,7 +520,7 @@ class Overall(Leaky):
 
 def toy(second: nn.Module, norm: bool = False, **options: object) -> VideoNet:
     network = Toy(nn.Sequential(second, nn.Conv3d(8, 8, 3, padding=1), *([nn.BatchNorm3d(8)] if norm else [])))
-    sgs = SGSOptions(**{**ATFR, "after": "first", **options})
+    sgs = SGSConfig(**{**ATFR, "after": "first", **options})
     return VideoNet(network, stages={"first": "first", "second": "second.0"}, sgs=sgs, probe=(8, 8, 8)).eval()
 
 
@@ -588,7 +588,7 @@ def test_bucketed_and_packed_execution_agree(name, place, options):
     nets = []
     for execution in ("packed", "bucketed"):
         torch.manual_seed(1)
-        sgs = SGSOptions(after=place, execution=execution, **options)
+        sgs = SGSConfig(after=place, execution=execution, **options)
         nets.append(VideoNet(backbone(name), stages=stages_of(CASES[name]), sgs=sgs, probe=NETS[name].probe).eval())
     assert [net.execution for net in nets] == ["packed", "bucketed"]
     frames = NETS[name].frames
@@ -640,7 +640,7 @@ def test_a_connection_that_passes_the_sampling_by_is_refused_in_any_execution():
 
     for second in (nn.ReLU(), nn.Conv3d(8, 8, 3, padding=1)):
         with pytest.raises(ValueError, match="'cat.*' also needs 'first' from before it, which keeps all frames"):
-            VideoNet(Bypass(second), stages={"s": "second"}, sgs=SGSOptions(**{**ATFR, "after": "s"}), probe=(8, 8, 8))
+            VideoNet(Bypass(second), stages={"s": "second"}, sgs=SGSConfig(**{**ATFR, "after": "s"}), probe=(8, 8, 8))
 
 
 @pytest.mark.parametrize("leak", [Leaky, Overall])

@@ -19,16 +19,17 @@ from atfr.models.backbones.slowfast import slowfast
 from atfr.models.backbones.x3d import x3d
 from atfr.models.video_net import VideoNet
 from atfr.models.graph.recompute import Recomputed
-from atfr.models.sgs.layer import NonFiniteFeatures, SGSOptions
+from atfr.models.sgs.config import SGSConfig
+from atfr.models.sgs.layer import NonFiniteFeatures
 
-ATFR = SGSOptions(similarity="partition", kernel="mean", scale="absolute", width=0.6, order="time", embedding="pooled", before_activation=False, after="stem")
+ATFR = SGSConfig(similarity="partition", kernel="mean", scale="absolute", width=0.6, order="time", embedding="pooled", before_activation=False, after="stem")
 
 
-def of_x3d(sgs: SGSOptions | None) -> Callable[[], VideoNet]:
+def of_x3d(sgs: SGSConfig | None) -> Callable[[], VideoNet]:
     return lambda: x3d(size="tiny", num_classes=5, sgs=sgs)
 
 
-def of_r3d(sgs: SGSOptions | None) -> Callable[[], VideoNet]:
+def of_r3d(sgs: SGSConfig | None) -> Callable[[], VideoNet]:
     """Torchvision's, which adds in place and has ReLUs in place."""
     return lambda: VideoNet(video.r3d_18(num_classes=5), stages={}, sgs=sgs)
 
@@ -36,11 +37,11 @@ def of_r3d(sgs: SGSOptions | None) -> Callable[[], VideoNet]:
 NETWORKS = {
     "x3d": of_x3d(None),
     "x3d atfr": of_x3d(ATFR),
-    "x3d reference": of_x3d(SGSOptions()),
+    "x3d reference": of_x3d(SGSConfig()),
     "x3d two levels": of_x3d(replace(ATFR, after=("stem", "res3"))),
     "x3d atfr that looks at the clip": of_x3d(replace(ATFR, after=("stem", "res3"), embed_from="clip")),
     "r3d": of_r3d(None),
-    "r3d reference": of_r3d(SGSOptions(after="layer1")),
+    "r3d reference": of_r3d(SGSConfig(after="layer1")),
     "slowfast atfr": lambda: slowfast(size="8x8-R50", num_classes=5, sgs=replace(ATFR, after="res2")),
 }
 

@@ -10,7 +10,7 @@ from atfr.engine.flops import GflopsTable
 from atfr.engine.stage_costs import HEAD, OTHER, as_table, expected_bins, stage_costs
 from atfr.models.backbones.slowfast import slowfast
 from atfr.models.backbones.x3d import x3d
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 
 ATFR = dict(before_activation=False, similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", embed_from="clip", target=0.5)
 CLIP = (3, 8, 32, 32)
@@ -35,7 +35,7 @@ def test_a_stage_of_a_dense_network_costs_what_fvcore_counts_in_its_module():
 def test_the_columns_add_up_and_only_what_follows_the_layer_gets_cheaper(network):
     frames = 8 if network == "x3d" else 16
     make, size = (x3d, "tiny") if network == "x3d" else (slowfast, "8x8-R50")
-    model = make(size=size, num_classes=5, sgs=SGSOptions(**{**ATFR, "after": "res2", "width": 1.0}))
+    model = make(size=size, num_classes=5, sgs=SGSConfig(**{**ATFR, "after": "res2", "width": 1.0}))
     clip = (3, frames, 32, 32)
     table = GflopsTable(model, clip)
     bins = tuple(f // 2 for f in table.frames)
@@ -53,5 +53,5 @@ def test_the_columns_add_up_and_only_what_follows_the_layer_gets_cheaper(network
 
 def test_the_number_of_features_shown_is_the_target_or_the_fixed_number_of_a_baseline():
     for options, expected in (({"target": 0.25}, 2), ({"similarity": "uniform", "scale": "relative", "num_bins": 5}, 5), ({"similarity": "distance_to_mean", "scale": "relative", "embed_from": "features"}, 4)):
-        model = x3d(size="tiny", num_classes=5, sgs=SGSOptions(**{**ATFR, "after": "stem", **options}))
+        model = x3d(size="tiny", num_classes=5, sgs=SGSConfig(**{**ATFR, "after": "stem", **options}))
         assert expected_bins(model, GflopsTable(model, CLIP)) == (expected,)

@@ -10,10 +10,10 @@ from torch import nn
 
 from atfr.engine.optim import cosine, sgd
 from atfr.engine.calibration import calibrate_width, precise_batch_norm, refresh_statistics, steer_width
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 from atfr.models.backbones.x3d import x3d
 
-ATFR = SGSOptions(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
+ATFR = SGSConfig(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
 
 
 def test_precise_batch_norm_is_the_mean_and_variance_over_all_values_of_all_batches():
@@ -27,7 +27,7 @@ def test_precise_batch_norm_is_the_mean_and_variance_over_all_values_of_all_batc
 
 
 def test_precise_batch_norm_sees_the_features_that_sgs_kept():
-    model = x3d(size="tiny", num_classes=3, sgs=SGSOptions(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", width=0.3))
+    model = x3d(size="tiny", num_classes=3, sgs=SGSConfig(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", width=0.3))
     norm = model.backbone.blocks[3].res_blocks[0].branch2.norm_a
     seen = []
     clips = [torch.randn(n, 3, 16, 32, 32) for n in (3, 2)]
@@ -78,8 +78,8 @@ def test_refreshed_statistics_are_those_of_the_features_kept_at_the_refreshed_wi
 
 
 def test_a_fixed_width_and_a_network_without_a_width_are_left_alone():
-    fixed = x3d(size="tiny", num_classes=3, sgs=SGSOptions(similarity="anchor", kernel="mean", scale="absolute", embedding="pooled", width=0.5))
-    for model in (fixed, x3d(size="tiny", num_classes=3, sgs=SGSOptions()), x3d(size="tiny", num_classes=3)):
+    fixed = x3d(size="tiny", num_classes=3, sgs=SGSConfig(similarity="anchor", kernel="mean", scale="absolute", embedding="pooled", width=0.5))
+    for model in (fixed, x3d(size="tiny", num_classes=3, sgs=SGSConfig()), x3d(size="tiny", num_classes=3)):
         calibrate_width(model, lambda: [torch.randn(2, 3, 16, 32, 32)])
         steer_width(model, [model(torch.randn(2, 3, 16, 32, 32)).sampled])
     assert fixed.sgs["res2"].width == 0.5

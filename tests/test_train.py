@@ -16,7 +16,7 @@ from atfr.engine.calibration import draw_shares
 from atfr.engine.trainer import Training
 from atfr.models.backbones.x3d import x3d
 from atfr.models.video_net import VideoNet
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 
 SETTINGS = TrainerSettings(
     output_dir=None, batch_size=8, epochs=1, max_steps=None, seed=0, accelerator="cpu", devices=None, precision="fp32", workers=0,
@@ -91,7 +91,7 @@ def test_the_width_of_a_batch_in_parts_is_steered_by_all_of_its_clips(tmp_path):
 
     def width(parts: int) -> float:
         torch.manual_seed(0)
-        sgs = SGSOptions(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled")
+        sgs = SGSConfig(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled")
         model = x3d(size="tiny", num_classes=3, dropout=0.0, sgs=sgs)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm3d):
@@ -133,7 +133,7 @@ def test_a_step_that_is_not_finite_is_left_out_without_a_trace(tmp_path, caplog)
 
 def test_features_that_are_not_finite_are_left_out_as_well_and_batch_norm_forgets_them(tmp_path):
     torch.manual_seed(0)
-    model = x3d(size="tiny", num_classes=3, sgs=SGSOptions())
+    model = x3d(size="tiny", num_classes=3, sgs=SGSConfig())
     training = train(tmp_path, [batch(0), batch(1, broken=True), batch(2)], replace(SETTINGS, skip_nonfinite=1), model)
     assert training.skipped == 1 and all(value.isfinite().all() for value in model.state_dict().values())
 
@@ -145,7 +145,7 @@ def test_too_many_such_steps_in_a_row_are_an_error_that_names_the_clips(tmp_path
 
 
 def test_drawn_shares_depend_on_the_step_alone_and_not_on_the_process_or_what_came_before():
-    sgs = SGSOptions(similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", drawn=(0.2, 0.9))
+    sgs = SGSConfig(similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", drawn=(0.2, 0.9))
     first, second = (x3d(size="tiny", num_classes=3, sgs=sgs) for _ in range(2))
     drawn = []
     for step in range(40):

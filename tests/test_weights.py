@@ -25,7 +25,7 @@ from atfr.models.backbones.resnets import i3d
 from atfr.models.backbones.torchvision3d import r3d
 from atfr.models.backbones.x3d import x3d
 from atfr.models.video_net import VideoNet
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 from atfr.models.pretrained.names import to_pytorchvideo
 from atfr.models.pretrained.load import load_pretrained
 
@@ -227,7 +227,7 @@ def test_pyslowfasts_x3d_has_a_norm_that_pytorchvideos_has_not_and_gives_the_sam
 def test_a_published_networks_file_fills_ours_with_and_without_sgs(tmp_path, build, source):
     network = source(pretrained=False)
     torch.save({"model_state": network.state_dict()}, tmp_path / "zoo.pyth")
-    for sgs in (None, SGSOptions()):
+    for sgs in (None, SGSConfig()):
         model = build(num_classes=400, sgs=sgs)
         report = load_pretrained(model, tmp_path / "zoo.pyth")
         assert_same_state(model.backbone, network)
@@ -365,7 +365,7 @@ def save_own(model, path):
 
 
 def sampled(**options):
-    return x3d(size="tiny", num_classes=5, sgs=SGSOptions(**options))
+    return x3d(size="tiny", num_classes=5, sgs=SGSConfig(**options))
 
 
 def with_width(**options):

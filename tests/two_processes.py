@@ -21,10 +21,10 @@ from atfr.engine.distributed.preemption import Interrupted, StopFlag
 from atfr.engine.optim import sgd
 from atfr.engine.settings import TrainerSettings
 from atfr.engine.trainer import Training
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 from atfr.models.backbones.x3d import x3d
 
-ATFR = SGSOptions(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
+ATFR = SGSConfig(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
 
 
 @dataclass

@@ -18,7 +18,8 @@ from atfr.models.graph.recompute import recomputing
 from atfr.models.graph.packed_program import INPUT, PackedTrunk, Time, Traced
 from atfr.models.packed.repeatable_pools import use_repeatable_pools
 from atfr.models.packed.segments import take
-from atfr.models.sgs.layer import SGS, Sampled, SGSOptions, sample
+from atfr.models.sgs.config import SGSConfig
+from atfr.models.sgs.layer import SGS, Sampled, sample
 from atfr.models.graph.probing import evaluating
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class VideoNet(nn.Module):
             than all; or packed execution was asked for and is not possible.
     """
 
-    def __init__(self, backbone: nn.Module, *, stages: Stages, sgs: SGSOptions | None, probe: tuple[int, int, int] = (16, 64, 64)) -> None:
+    def __init__(self, backbone: nn.Module, *, stages: Stages, sgs: SGSConfig | None, probe: tuple[int, int, int] = (16, 64, 64)) -> None:
         super().__init__()
         self.backbone = backbone.to(memory_format=torch.channels_last_3d)
         run_as_images(self.backbone)

@@ -25,7 +25,7 @@ from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.trainer import Training
 from atfr.models.backbones.x3d import x3d
 from atfr.models.video_net import VideoNet
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 
 pytestmark = pytest.mark.gpu
 GPU = "cuda:0"
@@ -76,7 +76,7 @@ def check_gradients(name: str) -> None:
     seeded()
     choose_algorithms(deterministic=True, tf32=False)
     case = CASES[name]
-    for sgs in (None, SGSOptions(), replace(ATFR, width=0.3)):
+    for sgs in (None, SGSConfig(), replace(ATFR, width=0.3)):
         model = case.build(size=case.size, num_classes=5, dropout=0.0, sgs=sgs).to(GPU)
         clips = torch.randn(3, 3, max(case.frames, 16), 64, 64, device=GPU)
         for dtype in (torch.float32, torch.bfloat16):

@@ -7,14 +7,14 @@ from torch import nn
 
 from atfr.models.backbones.common import variant, mended
 from atfr.models.video_net import VideoNet
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 
 STAGES = {"stem": "blocks.0", "res2": "blocks.1", "res3": "blocks.2", "res4": "blocks.3", "res5": "blocks.4"}
 
 SIZES = {"R101": 101}  # depth
 
 
-def csn(*, size: str, num_classes: int, dropout: float = 0.5, sgs: SGSOptions | None = None) -> VideoNet:
+def csn(*, size: str, num_classes: int, dropout: float = 0.5, sgs: SGSConfig | None = None) -> VideoNet:
     """A CSN that takes clips [N, 3, T, H, W]; res3, res4 and res5 each halve T, rounding up.
 
     It is pytorchvideo's `csn_r101` with its parameters' names; the head pools over all features

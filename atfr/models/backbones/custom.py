@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from atfr.models.video_net import VideoNet
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 from atfr.models.graph.probing import first_line
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ def custom(
     num_classes: int,
     classes_argument: str = "num_classes",
     probe: Sequence[int] = (16, 64, 64),
-    sgs: SGSOptions | None = None,
+    sgs: SGSConfig | None = None,
 ) -> VideoNet:
     """`backbone(num_classes)` with and without SGS; it maps clips [N, 3, T, H, W] to logits [N, classes].
 

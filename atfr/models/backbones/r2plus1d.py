@@ -9,7 +9,7 @@ from torchvision.models.video import r2plus1d_18
 from atfr.models.backbones import torchvision3d
 from atfr.models.backbones.common import mended, variant
 from atfr.models.video_net import VideoNet
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 
 STAGES = {"stem": "blocks.0", "res2": "blocks.1", "res3": "blocks.2", "res4": "blocks.3", "res5": "blocks.4"}  # of R50
 
@@ -17,7 +17,7 @@ SIZES = {"tiny": STAGES, "R50": STAGES, "18": torchvision3d.STAGES}
 WIDTHS = {"tiny": 16, "R50": 64}  # channels of the stem, to which all others are in proportion
 
 
-def r2plus1d(*, size: str | int, num_classes: int, dropout: float = 0.5, sgs: SGSOptions | None = None) -> VideoNet:
+def r2plus1d(*, size: str | int, num_classes: int, dropout: float = 0.5, sgs: SGSConfig | None = None) -> VideoNet:
     """An R(2+1)D that takes clips [N, 3, T, H, W] of any length and size.
 
     R50 is pytorchvideo's `r2plus1d_r50`, without the softmax at its end and with a head that pools

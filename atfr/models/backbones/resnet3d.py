@@ -17,7 +17,7 @@ from torch import nn
 
 from atfr.models.backbones.common import variant, mended
 from atfr.models.video_net import VideoNet
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 
 STAGES = {"stem": "blocks.0", "res2": "blocks.1", "res3": "blocks.2", "res4": "blocks.3", "res5": "blocks.4"}
 
@@ -31,7 +31,7 @@ TEMPORAL_KERNELS = (3, 1, 1, 3)  # of the first convolution of every block
 SPATIAL_STRIDES = (1, 2, 2, 2)
 
 
-def resnet3d(*, size: str | int, num_classes: int, dropout: float = 0.5, sgs: SGSOptions | None = None) -> VideoNet:
+def resnet3d(*, size: str | int, num_classes: int, dropout: float = 0.5, sgs: SGSConfig | None = None) -> VideoNet:
     """The paper's 3DResNet for clips [N, 3, T, H, W] of any length and size; T stays up to the head.
 
     Raises:

@@ -9,7 +9,7 @@ from torch import nn
 
 from atfr.models.backbones.common import mended, variant
 from atfr.models.video_net import VideoNet
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 
 # Of Slow. C2D and I3D have a temporal max pool behind res2, which moves the later stages by one.
 STAGES = {"stem": "blocks.0", "res2": "blocks.1", "res3": "blocks.2", "res4": "blocks.3", "res5": "blocks.4"}
@@ -18,7 +18,7 @@ POOLED_STAGES = {"stem": "blocks.0", "res2": "blocks.1", "res3": "blocks.3", "re
 SIZES = {"R50": 50}  # depth; other clip lengths (4x16, 8x8, 16x4) are the same network
 
 
-def slow(*, size: str, num_classes: int, dropout: float = 0.5, sgs: SGSOptions | None = None) -> VideoNet:
+def slow(*, size: str, num_classes: int, dropout: float = 0.5, sgs: SGSConfig | None = None) -> VideoNet:
     """The Slow pathway of SlowFast by itself (Feichtenhofer et al., ICCV 2019), for clips [N, 3, T, H, W].
 
     It is pytorchvideo's `slow_r50` with its parameters' names; the head pools over all features
@@ -31,7 +31,7 @@ def slow(*, size: str, num_classes: int, dropout: float = 0.5, sgs: SGSOptions |
     return VideoNet(network, stages=STAGES, sgs=sgs)
 
 
-def c2d(*, size: str, num_classes: int, dropout: float = 0.5, sgs: SGSOptions | None = None) -> VideoNet:
+def c2d(*, size: str, num_classes: int, dropout: float = 0.5, sgs: SGSConfig | None = None) -> VideoNet:
     """A 2D ResNet on each frame, with one temporal max pool of 2 behind res2 (Wang et al., CVPR 2018).
 
     It is pytorchvideo's `c2d_r50`, changed as in `slow`. Clips [N, 3, T, H, W] need T >= 2.
@@ -50,7 +50,7 @@ def c2d(*, size: str, num_classes: int, dropout: float = 0.5, sgs: SGSOptions | 
     return VideoNet(network, stages=POOLED_STAGES, sgs=sgs)
 
 
-def i3d(*, size: str, num_classes: int, dropout: float = 0.5, sgs: SGSOptions | None = None) -> VideoNet:
+def i3d(*, size: str, num_classes: int, dropout: float = 0.5, sgs: SGSConfig | None = None) -> VideoNet:
     """An inflated ResNet (Carreira and Zisserman, CVPR 2017) with a temporal max pool of 2 behind res2.
 
     It is pytorchvideo's `i3d_r50`, changed as in `slow`. Clips [N, 3, T, H, W] need T >= 2.

@@ -13,7 +13,7 @@ from atfr.models.backbones.common import variant, mended
 from atfr.models.packed import ops
 from atfr.models.video_net import VideoNet
 from atfr.models.packed.segments import Segments, centred, take, window_of
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 
 _NAMES = ("stem", "res2", "res3", "res4", "res5")
 # Each stage of each pathway, before the fusion; a bare name stands for that stage of both.
@@ -44,7 +44,7 @@ SIZES = {
 
 
 def slowfast(
-    *, size: str, num_classes: int, dropout: float = 0.5, fusion: str = "aligned", sgs: SGSOptions | None = None
+    *, size: str, num_classes: int, dropout: float = 0.5, fusion: str = "aligned", sgs: SGSConfig | None = None
 ) -> VideoNet:
     """A SlowFast that takes clips [N, 3, T, H, W], T the Fast pathway's frames and a multiple of alpha.
 

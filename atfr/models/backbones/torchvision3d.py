@@ -9,7 +9,7 @@ from torchvision.models import video
 
 from atfr.models.backbones.common import variant
 from atfr.models.video_net import VideoNet
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 
 STAGES = {"stem": "stem", "res2": "layer1", "res3": "layer2", "res4": "layer3", "res5": "layer4"}
 # S3D is one sequence of convolutions, Inception blocks (3b to 5c) and max pools. As with the strides
@@ -27,7 +27,7 @@ MC3_SIZES = {"18": video.mc3_18}
 S3D_SIZES = {"base": video.s3d}  # there is but one
 
 
-def r3d(*, size: str | int, num_classes: int, dropout: float = 0.0, sgs: SGSOptions | None = None) -> VideoNet:
+def r3d(*, size: str | int, num_classes: int, dropout: float = 0.0, sgs: SGSConfig | None = None) -> VideoNet:
     """A ResNet of 3x3x3 convolutions for clips [N, 3, T, H, W]; res3 to res5 halve T, rounding up.
 
     It is torchvision's `r3d_18` with its parameters' names. Dropout, which torchvision does not
@@ -39,7 +39,7 @@ def r3d(*, size: str | int, num_classes: int, dropout: float = 0.0, sgs: SGSOpti
     return VideoNet(video_resnet(variant(R3D_SIZES, size, network="r3d"), num_classes, dropout), stages=STAGES, sgs=sgs)
 
 
-def mc3(*, size: str | int, num_classes: int, dropout: float = 0.0, sgs: SGSOptions | None = None) -> VideoNet:
+def mc3(*, size: str | int, num_classes: int, dropout: float = 0.0, sgs: SGSConfig | None = None) -> VideoNet:
     """R3D up to res2 and a 2D ResNet on each frame from there, for clips [N, 3, T, H, W].
 
     It is torchvision's `mc3_18`, changed as in `r3d`; T stays as it is up to the head.
@@ -50,7 +50,7 @@ def mc3(*, size: str | int, num_classes: int, dropout: float = 0.0, sgs: SGSOpti
     return VideoNet(video_resnet(variant(MC3_SIZES, size, network="mc3"), num_classes, dropout), stages=STAGES, sgs=sgs)
 
 
-def s3d(*, size: str, num_classes: int, dropout: float = 0.2, sgs: SGSOptions | None = None) -> VideoNet:
+def s3d(*, size: str, num_classes: int, dropout: float = 0.2, sgs: SGSConfig | None = None) -> VideoNet:
     """A separable Inception network for clips [N, 3, T, H, W] with T >= 13, which it divides by 8.
 
     It is torchvision's `s3d` with its parameters' names. Torchvision averages windows of 2 x 7 x 7

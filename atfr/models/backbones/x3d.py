@@ -10,7 +10,7 @@ from torch import nn
 
 from atfr.models.backbones.common import variant, mended
 from atfr.models.video_net import VideoNet
-from atfr.models.sgs.layer import SGSOptions
+from atfr.models.sgs.config import SGSConfig
 
 STAGES = {"stem": "blocks.0", "res2": "blocks.1", "res3": "blocks.2", "res4": "blocks.3", "res5": "blocks.4"}
 
@@ -33,7 +33,7 @@ SIZES = {
 }
 
 
-def x3d(*, size: str, num_classes: int, dropout: float = 0.5, sgs: SGSOptions | None = None) -> VideoNet:
+def x3d(*, size: str, num_classes: int, dropout: float = 0.5, sgs: SGSConfig | None = None) -> VideoNet:
     """An X3D that takes clips [N, 3, T, H, W] of any length and size.
 
     It is pytorchvideo's network with three changes that leave the parameters' names and, on the
