@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from video_files import numbers, write_at, write_video
 
+from atfr.data.clips import ClipSettings, TestClips
+from atfr.data.types import Video
 from atfr.data.video import frame_index, readers
 from atfr.data.video.frame_index import FrameIndex, uneven
 from atfr.data.video.readers import AvVideo
@@ -84,6 +86,25 @@ def test_a_table_whose_times_are_not_as_assumed_is_found_out(tmp_path, monkeypat
     video = AvVideo(path)
     found, _ = video.read([26, 29], None)
     assert numbers([found[26], found[29]]) == [26, 29] and video.index.exact
+
+
+def test_a_clip_by_time_is_the_same_whether_or_not_the_file_was_read_before(tmp_path):
+    times = np.array([k + k**2 // 19 for k in range(40)])  # pts in tenths of a second; the dts are 0, 1, 2, ...
+    path = str(tmp_path / "a.mp4")
+    with av.open(write_video(tmp_path / "even.mp4", 40)) as source, av.open(path, "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        tenth = int(1 / (10 * source.streams.video[0].time_base))
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.pts, packet.stream = int(times[packet.pts // tenth]) * tenth, stream
+                container.mux(packet)
+    assert not AvVideo(path).index.exact, "without a table this tests nothing"
+    half = [0.5] * 3
+    settings = ClipSettings(frames=5, stride=1, fps=3, crop_size=24, train_short_side=[24, 24], test_short_side=24, mean=half, std=half)
+    clips = TestClips([Video(path, 0)], settings, views=3, crops=1)
+    seconds = (times[-1] / 10 - 4 / 3) / 2 + np.arange(5) / 3
+    nearest = np.abs(times / 10 - seconds[:, None]).argmin(axis=1).tolist()
+    assert [numbers(clips[1].clip.permute(1, 2, 3, 0)) for _ in range(2)] == [nearest, nearest]
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="counts the bytes that Linux says were read")

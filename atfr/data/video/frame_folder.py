@@ -29,6 +29,7 @@ class FrameFolder:
     """
 
     name = "frames"
+    index = None
     fps: float | None = None
     times: np.ndarray | None = None
 

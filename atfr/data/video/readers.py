@@ -2,6 +2,7 @@
 
 A reader opens a file in its constructor. `num_frames` is the number of frames to expect, `fps` their mean rate (None: not
 known), and `times` the seconds of each from the first on where the rate varies (None: it does not, or is not known).
+All three come from `index`, if the reader has one: a read that finds it wrong replaces it.
 `read(wanted, short_side)` returns the frames at the positions `wanted` (sorted, in display order). A file may stay open in
 between, so no reader may live through a fork.
 """
@@ -294,6 +295,7 @@ class DecordVideo:
     """A file read with decord, strictly frame after frame: its random access is neither exact nor safe."""
 
     name = "decord"
+    index = None
 
     def __init__(self, path: str) -> None:
         try:
