@@ -256,3 +256,10 @@ def test_the_root_stands_for_the_folder_of_whoever_wrote_the_list(tmp_path):
         assert [video.path for video in source.test] == [str(tmp_path / "x/a.mp4")]
     with pytest.raises(ValueError, match=r"list\.txt:1: /home/somebody/videos/x/a\.mp4 does not begin with dataset\.strip_prefix=/home/nobody"):
         videolist(root=str(tmp_path), train=None, test="list.txt", strip_prefix="/home/nobody")
+
+
+def test_every_row_of_a_list_must_begin_with_the_prefix(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "list.txt").write_text("/old/a.mp4 0\n\na.mp4 0\n/other/a.mp4 0\n")
+    with pytest.raises(ValueError, match=r"list\.txt:3: a\.mp4 does not begin with dataset\.strip_prefix=/old"):
+        videolist(root=str(tmp_path), train="list.txt", test=None, strip_prefix="/old")

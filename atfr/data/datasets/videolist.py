@@ -30,9 +30,9 @@ def videolist(
 
     - A list has one video a line: `path,label`, with `;` or a tab instead of the comma, or `path label`, or
       `path frames label`. A header such as `relative_path,label` may name further columns. Fields may be quoted as in
-      csv files. A path is a video file or a folder of jpg files.
+      csv files. A path is a video file or a folder of images.
     - Blank lines are skipped. A line that begins with `#` is a comment, unless it reads as a row and its file exists.
-    - A list is UTF-8, or UTF-16 with a byte order mark.
+    - A list is UTF-8, UTF-16, or UTF-32 with a byte order mark.
     - A list is looked for as given, relative to the working directory, then relative to `root`. Paths in a list are
       absolute (`~` is the home folder) or relative to `root`, which also stands for `strip_prefix`, the folder that
       they begin with on the machine of whoever wrote the list.
@@ -89,9 +89,9 @@ def read_path_lists(
 
     lists = {split: VideoList(file, read_rows(file, there=lambda path: full(path) in existing)) for split, file in files.items()}
     for listed in lists.values():
-        first = listed.rows[0]
-        if not first.path.startswith(prefix):
-            raise ValueError(f"{listed.file}:{first.line}: {first.path} does not begin with dataset.strip_prefix={strip_prefix}")
+        for row in listed.rows:
+            if not row.path.startswith(prefix):
+                raise ValueError(f"{listed.file}:{row.line}: {row.path} does not begin with dataset.strip_prefix={strip_prefix}")
     labels = resolve_labels(lists, num_classes=num_classes, class_names=class_names, name=name)
     videos = {split: tuple(Video(full(row.path), label) for row, label in zip(listed.rows, labels.ids[split])) for split, listed in lists.items()}
     return PathLists(videos, {split: [row.line for row in listed.rows] for split, listed in lists.items()}, labels)
