@@ -120,6 +120,18 @@ def test_repeated_rows_and_training_videos_in_the_test_are_counted(load):
     assert len(source.train) == 5
 
 
+@pytest.mark.parametrize("link", ["copy", "folder"])
+def test_a_training_video_in_the_test_list_under_the_name_of_a_link_is_counted(load, tmp_path, link):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "copy").symlink_to("videos/a")
+    (tmp_path / "folder").symlink_to("videos")
+    (tmp_path / "videos/a").touch()
+    path = {"copy": "copy", "folder": "folder/a"}[link]
+    source = load(train="videos/a x\nb y\n", test=f"{path} x\nc y\n")
+    assert warnings(source) == ["test.txt: 1 of the 2 test videos are training videos, too: videos/a"]
+    assert [video.path for video in source.test] == [str(tmp_path / path), str(tmp_path / "c")]
+
+
 # ---- labels
 
 

@@ -129,5 +129,7 @@ def video_source(
             **(notes or {}),
         },
         missing=missing,
-        warnings=list_warnings(videos, there, files=files, lines=lines or {}, class_names=class_names, numbered=numbered),
+        warnings=list_warnings(
+            videos, there, files=files, lines=lines or {}, class_names=class_names, numbered=numbered, is_link=existing.is_link
+        ),
     )

@@ -15,21 +15,28 @@ Place = Callable[[str, int], str]  # where the n-th video of a split is listed
 
 
 def list_warnings(
-    listed: Lists, there: Lists, *, files: Mapping[str, str], lines: Mapping[str, Sequence[int]], class_names: Sequence[str], numbered: bool
+    listed: Lists,
+    there: Lists,
+    *,
+    files: Mapping[str, str],
+    lines: Mapping[str, Sequence[int]],
+    class_names: Sequence[str],
+    numbered: bool,
+    is_link: Callable[[str], bool],
 ) -> tuple[str, ...]:
     """Check the videos of all splits: those `listed`, and those of them that are `there`.
 
     `lines` has the line numbers of the listed videos, for splits where they are known. `numbered` says that the labels
-    in the lists are ids.
+    in the lists are ids. `is_link` says whether the last part of a path is a symbolic link.
     """
-    paths = {split: [_normal(video.path) for video in videos] for split, videos in listed.items()}
+    paths = _one_path_a_file(listed, is_link)
 
     def place(split: str, index: int) -> str:
         return f"{files[split]}:{lines[split][index]}" if split in lines else files[split]
 
     return (
         *_suspicious_classes(class_names, listed, files=files, numbered=numbered),
-        *_untrained_classes(class_names, there, files=files, numbered=numbered),
+        *untrained_classes(class_names, there, files=files, numbered=numbered),
         *_repeated_videos(paths, place),
         *_two_labels(paths, listed, place, class_names),
         *_training_videos_in_test(paths, files),
@@ -64,7 +71,8 @@ def _counting_from_one(listed: Lists, files: Mapping[str, str]) -> Iterator[str]
             yield f"labels seem to count from 1 in {one}, but from 0 in {zero}"
 
 
-def _untrained_classes(class_names: Sequence[str], there: Lists, *, files: Mapping[str, str], numbered: bool) -> Iterator[str]:
+def untrained_classes(class_names: Sequence[str], there: Lists, *, files: Mapping[str, str], numbered: bool = False) -> Iterator[str]:
+    """Check which classes have no training videos, and how many of the other videos are of these classes."""
     if "train" not in there:
         return
     trained = {video.label for video in there["train"]}
@@ -112,8 +120,20 @@ def _training_videos_in_test(paths: Paths, files: Mapping[str, str]) -> Iterator
             yield f"{files[split]}: {len(both)} of the {len(paths[split])} {split} videos are training videos, too: {_some(both, shown=1)}"
 
 
-def _normal(path: str) -> str:
-    return os.path.normpath(path) if "/." in path or "//" in path else path
+def _one_path_a_file(listed: Lists, is_link: Callable[[str], bool]) -> Paths:
+    """The paths of all splits, with a single path for each file: the one that is listed first."""
+    folders: dict[str, str] = {}
+    first: dict[str, str] = {}
+
+    def unique(path: str) -> str:
+        path = os.path.normpath(path) if "/." in path or "//" in path else path
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        target = os.path.realpath(path) if is_link(path) else f"{folders[folder]}/{name}"
+        return first.setdefault(target, path)
+
+    return {split: [unique(video.path) for video in videos] for split, videos in listed.items()}
 
 
 def _some(names: Sequence[str], shown: int = 3) -> str:
