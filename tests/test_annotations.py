@@ -51,6 +51,8 @@ def test_what_is_wrong_in_something_something_is_refused_by_name(tmp_path):
     assert len(something(tmp_path, allow_missing=True).test) == 1
     with pytest.raises(ValueError, match=r"list\.json: video 1420 has no template: the test list was published without labels"):
         something(tmp_path, entries=[{"id": "1420"}])
+    with pytest.raises(ValueError, match=r"list\.json: the template of video 5 is not text: 17$"):
+        something(tmp_path, entries=[{"id": "5", "template": 17}])
     with pytest.raises(ValueError, match=r"list\.json: the class 'Opening something' of 5\.webm is none of the 2 classes"):
         something(tmp_path, entries=[{"id": "5", "template": "Opening [something]"}])
     with pytest.raises(ValueError, match=r"labels\.json: expected .* ids from \"0\" on"):

@@ -185,7 +185,7 @@ def locate(segments: Sequence[Segment], root: str) -> list[Annotation]:
 
 
 def locate_paths(videos: Sequence[Video], root: str, split: str) -> tuple[Video, ...]:
-    """The same for listed paths `CLASS/ID.mp4`: those that do not exist are looked for by id.
+    """Resolve listed paths `CLASS/ID.mp4`: search for missing files by id.
 
     They are looked for in the folder of class folders that the path names, and those under `root` in the folder of their
     split, too. A path that is not found stays as it is.

@@ -66,7 +66,10 @@ def read_list(file: str, suffix: str = ".webm") -> list[Annotation]:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and "id" in entry for entry in entries):
         raise ValueError(f'{file}: expected [{{"id": ..., "template": ...}}, ...], as in the official lists')
     for entry in entries:
-        if not isinstance(entry.get("template"), str):
+        template = entry.get("template")
+        if template is not None and not isinstance(template, str):
+            raise ValueError(f"{file}: the template of video {entry['id']} is not text: {template!r}")
+        if template is None:
             raise ValueError(f"{file}: video {entry['id']} has no template: the test list was published without labels; test on validation.json or test-answers.csv")
     return [Annotation(f"{entry['id']}{suffix}", entry["template"].replace("[", "").replace("]", "")) for entry in entries]
 

@@ -25,7 +25,7 @@ _LABEL_COLUMNS = ("label", "class", "class_id", "label_id", "class_name", "label
 _ORDER_HINT = "; if the columns are path, label, frames, add the header 'path label frames'"
 _ORDERED = 20  # rows from which the order of columns is checked
 _SAMPLE = 100  # rows that the format is told from
-# A separator stands in the path, not between path and label, where a whole row follows it: "d, e.mp4 1".
+# If a whole row follows the last separator (`d, e.mp4 1`), the separator belongs to the path.
 _FILE_THEN_LABEL = re.compile(r".*\.\w{2,4}[\"']?[\s,;]+\S+")
 _HEADER_WORD = re.compile(r"[A-Za-z][A-Za-z _-]*")
 

@@ -93,7 +93,7 @@ class AvVideo:
     def _open(self, *, keep: bool = False, seeking: bool = False) -> Iterator[tuple[Any, Any]]:
         """The open container and its video stream. Whatever FFmpeg finds wrong becomes a VideoError.
 
-        What was opened with `keep` goes on to the next one with `seeking`, wherever it then stands.
+        `keep` leaves the file open; the next call with `seeking` reuses it without rewinding.
         """
         try:
             with ExitStack() as stack:
