@@ -219,8 +219,8 @@ WRONG = {
         r"list\.csv:2: label 'swim' is none of the 2 classes \(run, walk\)",
     ),
     "too few names": ("run/a.mp4,run\n", {"num_classes": 4}, r"num_classes is 4, but the training list names 1"),
-    "names twice": ("run/a.mp4,run\n", {"class_names": ["run", "run"]}, r"class_names holds 'run' more than once"),
-    "counts differ": ("run/a.mp4,run\n", {"class_names": ["run"], "num_classes": 2}, r"num_classes is 2, but class_n"),
+    "names twice": ("run/a.mp4,run\n", {"class_names": ["run", "run"]}, r"class_names: class 'run' is there more than once"),
+    "counts differ": ("run/a.mp4,run\n", {"class_names": ["run"], "num_classes": 2}, r"class_names: 1 classes, but num_classes is 2"),
 }
 
 

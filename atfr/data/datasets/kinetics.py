@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from atfr.data.lists.annotations import Annotation, check_classes, find_file, labelled, open_root, read_lines, video_source
-from atfr.data.lists.existing import ExistingFiles
+from atfr.data.lists.existing import ExistingFiles, stem
 from atfr.data.types import Video, VideoSource
 from atfr.data.lists.text import read_text
 from atfr.data.lists.video_index import VideoIndex, youtube_id
@@ -195,12 +195,12 @@ def locate_paths(videos: Sequence[Video], root: str, split: str) -> tuple[Video,
     if not gone:
         return tuple(videos)
     indices: dict[str, VideoIndex] = {}
-    once = _once(youtube_id(_stem(path)) for path in {video.path for video in videos})
+    once = _once(youtube_id(stem(path)) for path in {video.path for video in videos})
     own = os.path.normpath(os.path.join(root, _split_folder(root, "train" if split == "train" else "val")))
 
     def found(path: str) -> str:
-        folder, stem = os.path.dirname(path), _stem(path)
-        video_id, class_name = youtube_id(stem), os.path.basename(folder)
+        folder, name = os.path.dirname(path), stem(path)
+        video_id, class_name = youtube_id(name), os.path.basename(folder)
         top = os.path.dirname(folder)
         tops = [top, own]
         if os.path.relpath(path, root).startswith("../"):
@@ -210,9 +210,9 @@ def locate_paths(videos: Sequence[Video], root: str, split: str) -> tuple[Video,
             tops = [own]
         for top in tops:
             index = indices[top] = indices.get(top) or VideoIndex(top)
-            found = index.find(stem, class_name)
+            found = index.find(name, class_name)
             if found is None and video_id in once:
-                found = index.find_part(video_id, class_name) if stem == video_id else index.find(video_id, class_name)
+                found = index.find_part(video_id, class_name) if name == video_id else index.find(video_id, class_name)
             if found is not None:
                 return os.path.join(top, found)
         return path
@@ -222,10 +222,6 @@ def locate_paths(videos: Sequence[Video], root: str, split: str) -> tuple[Video,
 
 def _once(ids: Iterable[str]) -> set[str]:
     return {video_id for video_id, count in Counter(ids).items() if count == 1}
-
-
-def _stem(path: str) -> str:
-    return os.path.splitext(os.path.basename(path))[0]
 
 
 def _split_folder(root: str, split: str) -> str:

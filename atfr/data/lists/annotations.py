@@ -10,7 +10,8 @@ from typing import Any
 from atfr.data.lists.existing import ExistingFiles, instead_of
 from atfr.data.lists.checks import list_warnings
 from atfr.data.types import Video, VideoSource
-from atfr.data.lists.text import read_text
+from atfr.data.lists.text import read_text, some
+from atfr.utils.paths import expanded
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Annotation:
 
 def open_root(root: str, *, name: str, hint: str) -> str:
     """The absolute path of a dataset's folder; FileNotFoundError if there is none."""
-    root = os.path.abspath(os.path.expanduser(root))
+    root = os.path.abspath(expanded(root, "dataset.root"))
     if not os.path.isdir(root):
         raise FileNotFoundError(f"dataset {name}: root {root} is not a folder{after(hint)}")
     return root
@@ -31,7 +32,7 @@ def open_root(root: str, *, name: str, hint: str) -> str:
 
 def under(root: str, folder: str) -> str:
     """The path of a folder that is given from `root`, absolute or with `~`."""
-    return os.path.join(root, os.path.expanduser(folder))
+    return os.path.join(root, expanded(folder))
 
 
 def find_file(file: str, *, root: str, what: str, name: str, hint: str) -> str:
@@ -39,7 +40,7 @@ def find_file(file: str, *, root: str, what: str, name: str, hint: str) -> str:
 
     Raises FileNotFoundError, which calls the file `what`.
     """
-    places = list(dict.fromkeys(os.path.abspath(os.path.join(start, os.path.expanduser(file))) for start in ("", root)))
+    places = list(dict.fromkeys(os.path.abspath(os.path.join(start, expanded(file, what))) for start in ("", root)))
     for place in places:
         if os.path.isfile(place):
             return place
@@ -67,13 +68,17 @@ def check_classes(classes: Sequence[str], num_classes: int | None, *, where: str
         raise ValueError(f"{where}: {len(classes)} classes, but num_classes is {num_classes}; set dataset.num_classes=null if that is meant")
 
 
+def none_of(classes: Sequence[str]) -> str:
+    """The end of a message about a class that does not exist."""
+    return f"none of the {len(classes)} classes ({some(classes, shown=8)})"
+
+
 def labelled(annotations: Sequence[Annotation], *, videos: str, classes: Sequence[str], file: str) -> tuple[Video, ...]:
     """Videos under the folder `videos`; ValueError for a class that is none of `classes`."""
     ids = {class_name: index for index, class_name in enumerate(classes)}
     for item in annotations:
         if item.class_name not in ids:
-            shown = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
-            raise ValueError(f"{file}: the class {item.class_name!r} of {item.path} is none of the {len(classes)} classes ({shown})")
+            raise ValueError(f"{file}: the class {item.class_name!r} of {item.path} is {none_of(classes)}")
     return tuple(Video(os.path.join(videos, item.path), ids[item.class_name]) for item in annotations)
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from atfr.data.types import Video
-from atfr.data.lists.text import without_spelling
+from atfr.data.lists.text import some, without_spelling
 
 Lists = Mapping[str, Sequence[Video]]  # by split
 Paths = Mapping[str, Sequence[str]]
@@ -50,7 +50,7 @@ def _suspicious_classes(class_names: Sequence[str], listed: Lists, *, files: Map
     counts = Counter(map(without_spelling, class_names))
     alike = [name for name in class_names if counts[without_spelling(name)] > 1]
     if alike:
-        yield f"{lists}: classes differ only in case, blanks or underscores: {_some(alike)}"
+        yield f"{lists}: classes differ only in case, blanks or underscores: {some(alike)}"
     if numbered:
         yield from _counting_from_one(listed, files)
 
@@ -81,11 +81,11 @@ def untrained_classes(class_names: Sequence[str], there: Lists, *, files: Mappin
         return
     have = "has" if len(untrained) == 1 else "have"
     numbers = f" (labels 0 to {len(class_names) - 1})" if numbered else ""
-    yield f"{files['train']}: {len(untrained)} of the {len(class_names)} classes{numbers} {have} no training videos: {_some(untrained)}"
+    yield f"{files['train']}: {len(untrained)} of the {len(class_names)} classes{numbers} {have} no training videos: {some(untrained)}"
     for split, videos in there.items():
         labels = [video.label for video in videos if video.label not in trained]
         if labels:
-            names = _some([class_names[label] for label in dict.fromkeys(labels)])
+            names = some([class_names[label] for label in dict.fromkeys(labels)])
             yield f"{files[split]}: {len(labels)} of the {len(videos)} {split} videos are of classes without training videos: {names}"
 
 
@@ -117,7 +117,7 @@ def _training_videos_in_test(paths: Paths, files: Mapping[str, str]) -> Iterator
     for split in (split for split in paths if split != "train"):
         both = [path for path in paths[split] if path in trained]
         if both:
-            yield f"{files[split]}: {len(both)} of the {len(paths[split])} {split} videos are training videos, too: {_some(both, shown=1)}"
+            yield f"{files[split]}: {len(both)} of the {len(paths[split])} {split} videos are training videos, too: {some(both, shown=1)}"
 
 
 def _one_path_a_file(listed: Lists, is_link: Callable[[str], bool]) -> Paths:
@@ -134,7 +134,3 @@ def _one_path_a_file(listed: Lists, is_link: Callable[[str], bool]) -> Paths:
         return first.setdefault(target, path)
 
     return {split: [unique(video.path) for video in videos] for split, videos in listed.items()}
-
-
-def _some(names: Sequence[str], shown: int = 3) -> str:
-    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")

@@ -58,12 +58,13 @@ def instead_of(path: str) -> str:
     part, parent = path, os.path.dirname(path)
     while not os.path.isdir(parent) and parent != os.path.dirname(parent):
         part, parent = parent, os.path.dirname(parent)
-    wanted = {without_spelling(os.path.basename(part)), without_spelling(_stem(part))}
-    similar = next((name for name in sorted(os.listdir(parent)) if wanted & {without_spelling(name), without_spelling(_stem(name))}), None)
+    wanted = {without_spelling(os.path.basename(part)), without_spelling(stem(part))}
+    similar = next((name for name in sorted(os.listdir(parent)) if wanted & {without_spelling(name), without_spelling(stem(name))}), None)
     if similar is not None:
         return f"; there is {os.path.join(parent, similar)}"
     return "" if part == path else f"; there is {parent}, but no {os.path.basename(part)} in it"
 
 
-def _stem(path: str) -> str:
+def stem(path: str) -> str:
+    """Return the name of a file without its suffix."""
     return os.path.splitext(os.path.basename(path))[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import unicodedata
+from collections.abc import Sequence
 
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
 _MARKS = (
@@ -52,6 +53,11 @@ def _unmarked(data: bytes) -> str:
         except UnicodeDecodeError:
             pass
     return data.decode("utf-8", errors="surrogateescape")
+
+
+def some(names: Sequence[str], shown: int = 3) -> str:
+    """Join the first few names, with `...` for the others."""
+    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
 
 
 def without_spelling(name: str) -> str:
