@@ -18,7 +18,7 @@ from atfr.data.video.readers import AvVideo
 
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch):
-    monkeypatch.setattr(readers, "kept", frame_index._Kept())
+    monkeypatch.setattr(readers, "index_cache", frame_index.IndexCache())
 
 
 def remuxed(path: str, target: Path, *, earlier: int = 0, **options: str) -> str:
@@ -63,7 +63,7 @@ def test_a_table_is_used_where_it_tells_all_and_the_frames_are_those_counted_fro
         pts = sorted(packet.pts for packet in container.demux(video=0) if packet.size and not packet.is_discard)
     assert len(expected) == len(pts) == 40
     for first in range(0, 37, 3):
-        monkeypatch.setattr(readers, "kept", frame_index._Kept())
+        monkeypatch.setattr(readers, "index_cache", frame_index.IndexCache())
         video = AvVideo(path)
         assert (video.num_frames, not video.index.exact) == (40, tabled)
         assert video.fps == pytest.approx(39 / ((pts[-1] - pts[0]) * clock), rel=1e-9)
@@ -135,14 +135,14 @@ def test_the_index_of_a_file_is_kept_until_the_file_changes(tmp_path, monkeypatc
 
 
 def test_only_the_files_read_last_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(frame_index, "_KEPT_FRAMES", 50)
+    monkeypatch.setattr(frame_index, "_CACHED_FRAMES", 50)
     paths = [tmp_path / str(number) for number in range(3)]
     for path in paths:
         path.touch()
-    kept, built = frame_index._Kept(), []
+    cache, built = frame_index.IndexCache(), []
 
     def get(number: int) -> None:
-        kept.get(str(paths[number]), lambda: built.append(number) or FrameIndex(20, np.empty(0), np.empty((0, 3)), None, None))
+        cache.get(str(paths[number]), lambda: built.append(number) or FrameIndex(20, np.empty(0), np.empty((0, 3)), None, None))
 
     for number in (0, 1, 0, 2, 0, 1):
         get(number)

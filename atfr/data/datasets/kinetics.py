@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from atfr.data.lists.annotations import Annotation, check_classes, find_file, labelled, open_root, read_lines, video_source
+from atfr.data.lists.annotations import Annotation, check_classes, find_file, find_lists, labelled, open_root, read_lines, video_source
 from atfr.data.lists.existing import ExistingFiles, stem
 from atfr.data.types import Video, VideoSource
 from atfr.data.lists.text import read_text
@@ -66,10 +66,7 @@ def kinetics(
     Raises FileNotFoundError for what is not there and ValueError for a list that cannot be understood.
     """
     root = open_root(root, name=name, hint=prepare_hint)
-    given = {split: file for split, file in (("train", train), ("val", val), ("test", test)) if file is not None}
-    if not given:
-        raise ValueError(f"dataset {name}: neither a train nor a test list is given")
-    files = {split: find_file(file, root=root, what=f"{split} list", name=name, hint=prepare_hint) for split, file in given.items()}
+    files = find_lists({"train": train, "val": val, "test": test}, root=root, name=name, hint=prepare_hint)
     if class_names is None and classes is not None:
         class_names = read_classes(find_file(classes, root=root, what="list of classes", name=name, hint=prepare_hint))
     common = {"root": root, "class_names": class_names, "num_classes": num_classes, "allow_missing": allow_missing, "name": name}
@@ -97,12 +94,13 @@ def _from_paths(
         name=name,
         root=root,
         files=files,
-        videos={split: locate_paths(videos, root, split) for split, videos in lists.videos.items()},
+        videos={split: locate_paths(videos, root, split, existing=lists.existing) for split, videos in lists.videos.items()},
         class_names=lists.labels.class_names,
         allow_missing=allow_missing,
         hint=hint,
         lines=lists.lines,
         numbered=lists.labels.numbered,
+        existing=lists.existing,
     )
 
 
@@ -184,13 +182,12 @@ def locate(segments: Sequence[Segment], root: str) -> list[Annotation]:
     return [Annotation(path(segment), segment.class_name) for segment in segments]
 
 
-def locate_paths(videos: Sequence[Video], root: str, split: str) -> tuple[Video, ...]:
+def locate_paths(videos: Sequence[Video], root: str, split: str, *, existing: ExistingFiles) -> tuple[Video, ...]:
     """Resolve listed paths `CLASS/ID.mp4`: search for missing files by id.
 
     They are looked for in the folder of class folders that the path names, and those under `root` in the folder of their
     split, too. A path that is not found stays as it is.
     """
-    existing = ExistingFiles()
     gone = {video.path for video in videos if video.path not in existing}
     if not gone:
         return tuple(videos)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from atfr.data.lists.annotations import Annotation, check_classes, find_file, labelled, open_root, read_lines, under, video_source
+from atfr.data.lists.annotations import Annotation, check_classes, find_file, find_lists, labelled, open_root, read_lines, under, video_source
 from atfr.data.types import VideoSource
 from atfr.data.lists.text import read_text
 
@@ -31,10 +31,7 @@ def something_something_v2(
     that cannot be understood.
     """
     root = open_root(root, name=name, hint=prepare_hint)
-    given = {split: file for split, file in (("train", train), ("val", val), ("test", test)) if file is not None}
-    if not given:
-        raise ValueError(f"dataset {name}: neither a train nor a test list is given")
-    files = {split: find_file(file, root=root, what=f"{split} list", name=name, hint=prepare_hint) for split, file in given.items()}
+    files = find_lists({"train": train, "val": val, "test": test}, root=root, name=name, hint=prepare_hint)
     labels = find_file(labels, root=root, what="file of labels", name=name, hint=prepare_hint)
     classes = read_classes(labels)
     check_classes(classes, num_classes, where=labels)

@@ -48,6 +48,14 @@ def find_file(file: str, *, root: str, what: str, name: str, hint: str) -> str:
     raise FileNotFoundError(f"dataset {name}: the {what} {file} does not exist (looked for {looked}){after(hint)}")
 
 
+def find_lists(lists: Mapping[str, str | None], *, root: str, name: str, hint: str) -> dict[str, str]:
+    """Find the lists of a dataset, by split; those that are None are left out. Raises ValueError if all are."""
+    files = {split: find_file(file, root=root, what=f"{split} list", name=name, hint=hint) for split, file in lists.items() if file is not None}
+    if not files:
+        raise ValueError(f"dataset {name}: neither a train nor a test list is given")
+    return files
+
+
 def after(hint: str) -> str:
     """A hint as the end of a message."""
     return f"; {hint}" if hint else ""
@@ -94,17 +102,18 @@ def video_source(
     notes: Mapping[str, Any] | None = None,
     lines: Mapping[str, Sequence[int]] | None = None,
     numbered: bool = False,
+    existing: ExistingFiles | None = None,
 ) -> VideoSource:
     """A dataset from the videos that its lists name, by split: train, val, test; each may be lacking.
 
     Without a val list the test list is the validation list, too. Videos that are not there are left out and named in
     `VideoSource.missing`; without `allow_missing`, and where a list has none left, they are a FileNotFoundError. What is
     suspicious becomes `VideoSource.warnings`: `lines` has the line number of each video, for splits where they are
-    known, and `numbered` says that the labels in the lists are ids.
+    known, and `numbered` says that the labels in the lists are ids. `existing` has the folders that were listed before.
     """
     there: dict[str, tuple[Video, ...]] = {}
     missing: dict[str, tuple[str, ...]] = {}
-    existing = ExistingFiles()
+    existing = ExistingFiles() if existing is None else existing
     for split, wanted in videos.items():
         found: list[Video] = []
         gone: list[Video] = []

@@ -5,7 +5,7 @@ a long file is slow. Two mechanisms avoid it:
 
 - An mp4 or mov file has a table of its packets. It holds decoding times (dts), not display times (pts). The pts of nearly
   all files are the dts plus a constant: that is assumed, and `AvVideo.read` checks it for the frames that it returns.
-- `kept` keeps the indices of the files last read, in each process.
+- `index_cache` keeps the indices of the files last read, in each process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PLACEHOLDER_BYTES = 16
 # Frames per second. A rate above it that counts one tick of the clock per frame is the clock's rate, as in a header that
 # gives 90000.
 _FASTEST = 10_000
-_KEPT_FRAMES = 1 << 20  # up to about 40 MB in each process, where every frame is a keyframe
+_CACHED_FRAMES = 1 << 20  # up to about 40 MB in each process, where every frame is a keyframe
 
 
 class Keyframe(NamedTuple):
@@ -135,7 +135,7 @@ def from_container(container: Any, stream: Any, **about: Any) -> FrameIndex | No
     return FrameIndex(len(entries), pts, np.stack([numbers, numbers, pts[numbers]], axis=1), exact=False, **about)
 
 
-class _Kept:
+class IndexCache:
     """The indices of the files read last, up to a total number of frames."""
 
     def __init__(self) -> None:
@@ -144,7 +144,7 @@ class _Kept:
         self._frames = 0
 
     def get(self, path: str, build: Callable[[], FrameIndex]) -> FrameIndex:
-        """Return the index of a file as it is now, from `build` if it is not kept."""
+        """Return the index of a file as it is now, from `build` if it is not cached."""
         key = _state(path)
         with self._lock:
             index = self._indices.get(key)
@@ -159,7 +159,7 @@ class _Kept:
             before = self._indices.pop(key, None)
             self._indices[key] = index
             self._frames += index.num_frames - (before.num_frames if before else 0)
-            while self._frames > _KEPT_FRAMES and len(self._indices) > 1:
+            while self._frames > _CACHED_FRAMES and len(self._indices) > 1:
                 self._frames -= self._indices.pop(next(iter(self._indices))).num_frames
         return index
 
@@ -169,4 +169,4 @@ def _state(path: str) -> tuple:
     return os.path.abspath(path), found.st_size, found.st_mtime_ns, found.st_ino
 
 
-kept = _Kept()
+index_cache = IndexCache()

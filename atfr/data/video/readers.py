@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from atfr.data.video.frame_index import FrameIndex, Keyframe, from_container, from_packets, kept, possible_rate, uneven
+from atfr.data.video.frame_index import FrameIndex, Keyframe, from_container, from_packets, index_cache, possible_rate, uneven
 from atfr.data.types import VideoError
 
 # What a read gives back: the frames found, by position, and the true number of frames if the read met the end. The
@@ -83,9 +83,9 @@ class AvVideo:
         self.av = av
         self.path = path
         av.logging.set_level(av.logging.PANIC)
-        self._kept: tuple[Any, Any] | None = None
+        self._open_file: tuple[Any, Any] | None = None
         try:
-            self._use(kept.get(path, self._quick_index))
+            self._use(index_cache.get(path, self._quick_index))
         except OSError as error:
             raise VideoError(path, one_line(error)) from error
 
@@ -97,15 +97,15 @@ class AvVideo:
         """
         try:
             with ExitStack() as stack:
-                if seeking and self._kept:
-                    (container, stream), self._kept = self._kept, None
+                if seeking and self._open_file:
+                    (container, stream), self._open_file = self._open_file, None
                     stack.enter_context(container)
                 else:
                     container = stack.enter_context(self.av.open(self.path, **_metadata_options(self.av.__version__)))
                     stream = self._video_stream(container)
                 yield container, stream
                 if keep:
-                    self._kept = container, stream
+                    self._open_file = container, stream
                     stack.pop_all()
         except self.av.error.DecoderNotFoundError as error:
             raise Unsupported(self.path, f"PyAV has no decoder for it ({one_line(error)})") from error
@@ -162,7 +162,7 @@ class AvVideo:
         found = self._collect(self._runs(wanted), short_side) if leap else None
         if found is None and leap and not self.index.exact:
             with self._open() as (container, stream):
-                self._use(kept.replace(self.path, self._full_index(container, stream)))
+                self._use(index_cache.replace(self.path, self._full_index(container, stream)))
             found = self._collect(self._runs(wanted), short_side)
         if found is None:
             found = self._collect([(None, wanted)], short_side)
