@@ -19,8 +19,9 @@ _REMEDY = "give the manifest of this dataset, or make it anew with scripts/prepa
 def leave_out_bad(source: VideoSource, manifest: str, *, decoder: str) -> VideoSource:
     """The dataset without the training videos that cannot be read according to `manifest`, a file from its root.
 
-    Nothing else changes, but warnings tell which classes are left without training videos. Validation and test videos all stay: those that cannot be read fail there, and are reported.
-    So do training videos that it does not have. The file and how many it left out or did not have go to the notes.
+    Nothing else changes, but warnings name the classes that lose all of their training videos. Validation and test videos
+    all stay: those that cannot be read fail there, and are reported. Training videos that the manifest does not have stay,
+    too. The file and how many it left out or did not have go to the notes.
 
     Raises FileNotFoundError if there is no such file, and ValueError if it is of another dataset, version or decoder,
     has none of the training videos, or is about other files than those that are there: bad ones that have changed, or
