@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from atfr.data.datasets.kinetics import kinetics, read_segments
 from atfr.data.datasets.mini_kinetics import mini_kinetics
 from atfr.data.datasets.something_something import something_something_v2
 from atfr.data.datasets.ucf101 import read_classes, read_list, ucf101
+from atfr.data.lists.existing import ExistingFiles
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import annotation_counts  # noqa: E402
@@ -49,6 +51,8 @@ def test_what_is_wrong_in_something_something_is_refused_by_name(tmp_path):
     assert len(something(tmp_path, allow_missing=True).test) == 1
     with pytest.raises(ValueError, match=r"list\.json: video 1420 has no template: the test list was published without labels"):
         something(tmp_path, entries=[{"id": "1420"}])
+    with pytest.raises(ValueError, match=r"list\.json: the template of video 5 is not text: 17$"):
+        something(tmp_path, entries=[{"id": "5", "template": 17}])
     with pytest.raises(ValueError, match=r"list\.json: the class 'Opening something' of 5\.webm is none of the 2 classes"):
         something(tmp_path, entries=[{"id": "5", "template": "Opening [something]"}])
     with pytest.raises(ValueError, match=r"labels\.json: expected .* ids from \"0\" on"):
@@ -301,3 +305,17 @@ def test_pyslowfasts_list_of_another_machine_finds_its_videos_under_the_root(ann
     assert listed(source.test, tmp_path) == [("abseiling/0wR5jVB-WPk.mp4", 0)] and len(source.missing["test"]) == 2999
     with pytest.raises(ValueError, match=r"excerpt\.txt:1: /scratch/.* does not begin with dataset\.strip_prefix=/scratch/xiao$"):
         kinetics(**options, strip_prefix="/scratch/xiao")
+
+
+def test_missing_files_are_recognised_from_the_listing_of_their_folder(tmp_path, monkeypatch):
+    touch(tmp_path, "a/x.mp4", "a/É.mp4")
+    (tmp_path / "a/link.mp4").symlink_to("x.mp4")
+    (tmp_path / "a/nowhere.mp4").symlink_to("gone.mp4")
+    asked, exists = [], os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: asked.append(path) or exists(path))
+    existing, folder = ExistingFiles(), str(tmp_path / "a")
+    names = ("x.mp4", "link.mp4", "nowhere.mp4", "gone.mp4", "X.mp4", "", "..")
+    found = [name for name in names if f"{folder}/{name}" in existing]
+    assert found == [name for name in names if exists(f"{folder}/{name}")]
+    assert f"{tmp_path}/none/x.mp4" not in existing and f"{folder}/gone.mp4" not in asked and f"{tmp_path}/none/x.mp4" not in asked
+    assert [existing.is_link(f"{folder}/{name}") for name in names[:4]] == [False, True, True, False]

@@ -182,7 +182,7 @@ def test_a_file_that_is_listed_several_times_counts_as_often_whether_it_can_be_r
     good, bad = write_video(tmp_path / "good.mp4", 20, codec="libx264"), str(tmp_path / "bad.mp4")
     videos = [Video(path, 0) for path in (good, bad, good, bad, bad, good)]
     processes = []
-    monkeypatch.setattr("atfr.engine.evaluator.distributed.gathered", lambda own: processes.extend(own) or processes)
+    monkeypatch.setattr("atfr.engine.evaluator.comm.gathered", lambda own: processes.extend(own) or processes)
     for rank in range(world):
         loader = test_loader(TestClips(videos, CLIP, views=2, crops=1), batch_size=3, rank=rank, world=world)
         found = evaluate(Constant(), loader, normalise=Normalizer(GRAY, GRAY), dist_info=DistInfo(rank, world, torch.device("cpu")))

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import shutil
 from io import BytesIO
 
 import numpy as np
@@ -91,8 +92,28 @@ def test_what_cannot_be_written_is_not_kept_with_one_warning(reads, monkeypatch,
     assert not [path for path in folder.rglob("*") if path.is_file()]
 
 
-def test_a_file_in_the_place_of_the_folder_does_not_end_a_run(reads, caplog):
+@pytest.mark.parametrize("place", ["the folder", "a folder in it"])
+def test_a_file_in_the_place_of_a_folder_does_not_end_a_run_and_is_one_warning(reads, place, caplog):
     read, decoded, folder = reads
-    folder.write_text("not a folder")
-    assert same(read()) and same(read(("test",))) and len(decoded) == 2
-    assert "cannot write to" in caplog.text
+    read()
+    (first,) = folder.rglob("*.npz")
+    blocked = folder if place == "the folder" else first.parent
+    shutil.rmtree(blocked)
+    blocked.write_text("not a folder")
+    decoded.clear()
+    assert all(same(read()) for _ in range(3)) and len(decoded) == 3
+    (record,) = caplog.records
+    assert f"cannot write to {folder}" in record.getMessage()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_folder_that_cannot_be_read_does_not_end_a_run_and_is_one_warning(reads, monkeypatch, number, caplog):
+    read, decoded, folder = reads
+
+    def fail(file):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(np, "load", fail)
+    assert all(same(read((key,))) for key in range(3)) and len(decoded) == 3
+    (record,) = caplog.records
+    assert f"cannot read from {folder} ({os.strerror(number)})" in record.getMessage()

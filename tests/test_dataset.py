@@ -339,4 +339,4 @@ def test_a_wanted_rate_that_cannot_be_had_is_said_once(tmp_path, monkeypatch, ca
         assert data[0].clip is not None and data[1].clip is not None
         assert len(caplog.records) == warnings
     message = caplog.records[0].getMessage()
-    assert f"dataset.clip.fps=30 does not apply to {folders[0].path}" in message and "dataset.clip.fallback_fps" in message
+    assert f"dataset.clip.fps=30 is ignored for {folders[0].path} and other videos of unknown frame rate" in message and "dataset.clip.fallback_fps" in message

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from video_files import numbers, write_at, write_video
 
+from atfr.data.clips import ClipSettings, TestClips
+from atfr.data.types import Video
 from atfr.data.video import frame_index, readers
 from atfr.data.video.frame_index import FrameIndex, uneven
 from atfr.data.video.readers import AvVideo
@@ -16,7 +18,7 @@ from atfr.data.video.readers import AvVideo
 
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch):
-    monkeypatch.setattr(readers, "kept", frame_index._Kept())
+    monkeypatch.setattr(readers, "index_cache", frame_index.IndexCache())
 
 
 def remuxed(path: str, target: Path, *, earlier: int = 0, **options: str) -> str:
@@ -61,7 +63,7 @@ def test_a_table_is_used_where_it_tells_all_and_the_frames_are_those_counted_fro
         pts = sorted(packet.pts for packet in container.demux(video=0) if packet.size and not packet.is_discard)
     assert len(expected) == len(pts) == 40
     for first in range(0, 37, 3):
-        monkeypatch.setattr(readers, "kept", frame_index._Kept())
+        monkeypatch.setattr(readers, "index_cache", frame_index.IndexCache())
         video = AvVideo(path)
         assert (video.num_frames, not video.index.exact) == (40, tabled)
         assert video.fps == pytest.approx(39 / ((pts[-1] - pts[0]) * clock), rel=1e-9)
@@ -84,6 +86,25 @@ def test_a_table_whose_times_are_not_as_assumed_is_found_out(tmp_path, monkeypat
     video = AvVideo(path)
     found, _ = video.read([26, 29], None)
     assert numbers([found[26], found[29]]) == [26, 29] and video.index.exact
+
+
+def test_a_clip_by_time_is_the_same_whether_or_not_the_file_was_read_before(tmp_path):
+    times = np.array([k + k**2 // 19 for k in range(40)])  # pts in tenths of a second; the dts are 0, 1, 2, ...
+    path = str(tmp_path / "a.mp4")
+    with av.open(write_video(tmp_path / "even.mp4", 40)) as source, av.open(path, "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        tenth = int(1 / (10 * source.streams.video[0].time_base))
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.pts, packet.stream = int(times[packet.pts // tenth]) * tenth, stream
+                container.mux(packet)
+    assert not AvVideo(path).index.exact, "without a table this tests nothing"
+    half = [0.5] * 3
+    settings = ClipSettings(frames=5, stride=1, fps=3, crop_size=24, train_short_side=[24, 24], test_short_side=24, mean=half, std=half)
+    clips = TestClips([Video(path, 0)], settings, views=3, crops=1)
+    seconds = (times[-1] / 10 - 4 / 3) / 2 + np.arange(5) / 3
+    nearest = np.abs(times / 10 - seconds[:, None]).argmin(axis=1).tolist()
+    assert [numbers(clips[1].clip.permute(1, 2, 3, 0)) for _ in range(2)] == [nearest, nearest]
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="counts the bytes that Linux says were read")
@@ -114,14 +135,14 @@ def test_the_index_of_a_file_is_kept_until_the_file_changes(tmp_path, monkeypatc
 
 
 def test_only_the_files_read_last_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(frame_index, "_KEPT_FRAMES", 50)
+    monkeypatch.setattr(frame_index, "_CACHED_FRAMES", 50)
     paths = [tmp_path / str(number) for number in range(3)]
     for path in paths:
         path.touch()
-    kept, built = frame_index._Kept(), []
+    cache, built = frame_index.IndexCache(), []
 
     def get(number: int) -> None:
-        kept.get(str(paths[number]), lambda: built.append(number) or FrameIndex(20, np.empty(0), np.empty((0, 3)), None, None))
+        cache.get(str(paths[number]), lambda: built.append(number) or FrameIndex(20, np.empty(0), np.empty((0, 3)), None, None))
 
     for number in (0, 1, 0, 2, 0, 1):
         get(number)

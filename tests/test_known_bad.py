@@ -14,6 +14,8 @@ from run_tools import run_script, run_tool
 from test_official_datasets import SMALL
 
 from atfr.data.known_bad import leave_out_bad
+from atfr.data.manifest import Listed, Manifest
+from atfr.data.video.probe import Probe, file_state, quick_hash
 from atfr.data.datasets.something_something import something_something_v2
 from atfr.data.datasets.ucf101 import ucf101
 from atfr.data.datasets.videolist import videolist
@@ -55,6 +57,28 @@ def test_only_the_bad_training_videos_go(root):
     assert any(video.path.endswith(BAD_TEST) for video in after.test) and after.val is after.test
 
 
+def test_classes_that_lose_all_their_training_videos_are_a_warning(tmp_path):
+    for name in "abcd":
+        (tmp_path / name).write_text(name)
+    (tmp_path / "train.csv").write_text("a,run\nb,run\nc,walk\n")
+    (tmp_path / "test.csv").write_text("d,walk\n")
+    source = videolist(root=str(tmp_path), train="train.csv", test="test.csv")
+    after = {}
+    for bad in ("b", "c"):
+        manifest = Manifest(tmp_path / "without" / bad, {"dataset": "videolist", "decoder": "pyav"})
+        for name in "abc":
+            path = str(tmp_path / name)
+            probe = Probe(file_state(path), reason="bad") if name == bad else Probe(file_state(path), frames=9, quick_hash=quick_hash(path))
+            manifest.add(Listed(name, "", "train", missing=False), probe)
+        manifest.finish([Listed(name, "", "train", missing=False) for name in "abc"])
+        after[bad] = leave_out_bad(source, f"without/{bad}/manifest.csv", decoder="pyav").warnings
+    assert source.warnings == after["b"] == ()
+    assert after["c"] == (
+        f"{tmp_path}/without/c/manifest.csv: 1 of the 2 classes has no training videos: walk",
+        f"{tmp_path}/test.csv: 1 of the 1 test videos are of classes without training videos: walk",
+    )
+
+
 def test_another_split_of_the_same_videos_can_use_it(root):
     after = leave_out_bad(split(root, 2), "prepared/manifest.csv", decoder="pyav")
     assert after.notes["manifest"]["left_out"] == 2 and after.notes["official_split"] == 2  # the bad test video is one for training here
@@ -84,7 +108,7 @@ def test_the_copies_are_the_same_dataset_with_the_same_bad_videos(tmp_path):
 
 
 def test_a_training_with_it_keeps_the_protocol_and_lists_bad_test_videos(root, tmp_path):
-    job = ["dataset=ucf101", f"dataset.root={root}", "dataset.num_classes=2", "dataset.manifest=prepared/manifest.csv", "dataset.clip.views=3"]
+    job = ["dataset=ucf101", f"dataset.root={root}", "dataset.num_classes=2", "dataset.manifest=prepared/manifest.csv", "dataset.clip.views=3", "~experiment"]
     outcome = run_tool("train", *SMALL, *job, f"trainer.output_dir={tmp_path}", "trainer.max_steps=1")
     assert outcome.code == 0, outcome.err
     results = json.loads((tmp_path / "results.json").read_text())

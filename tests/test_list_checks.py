@@ -120,6 +120,18 @@ def test_repeated_rows_and_training_videos_in_the_test_are_counted(load):
     assert len(source.train) == 5
 
 
+@pytest.mark.parametrize("link", ["copy", "folder"])
+def test_a_training_video_in_the_test_list_under_the_name_of_a_link_is_counted(load, tmp_path, link):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "copy").symlink_to("videos/a")
+    (tmp_path / "folder").symlink_to("videos")
+    (tmp_path / "videos/a").touch()
+    path = {"copy": "copy", "folder": "folder/a"}[link]
+    source = load(train="videos/a x\nb y\n", test=f"{path} x\nc y\n")
+    assert warnings(source) == ["test.txt: 1 of the 2 test videos are training videos, too: videos/a"]
+    assert [video.path for video in source.test] == [str(tmp_path / path), str(tmp_path / "c")]
+
+
 # ---- labels
 
 
@@ -165,12 +177,20 @@ def test_numbers_may_be_the_names_of_classes_if_all_are(load):
 # ---- encodings, in every reader
 
 
-MARKS = {"utf-8": b"", "utf-8-sig": b"", "utf-16-le": codecs.BOM_UTF16_LE, "utf-16-be": codecs.BOM_UTF16_BE, "utf-32": b""}
+ENCODINGS = [
+    ("utf-8", b""),
+    ("utf-8-sig", b""),
+    ("utf-16-le", codecs.BOM_UTF16_LE),
+    ("utf-16-be", codecs.BOM_UTF16_BE),
+    ("utf-16-le", b""),
+    ("utf-16-be", b""),
+    ("utf-32", b""),
+]
 
 
-@pytest.mark.parametrize("encoding, mark", MARKS.items(), ids=MARKS)
+@pytest.mark.parametrize("encoding, mark", ENCODINGS)
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_lists_are_read_in_the_encoding_of_their_byte_order_mark(tmp_path, encoding, mark, end):
+def test_lists_are_read_in_their_encoding(tmp_path, encoding, mark, end):
     (tmp_path / "動画 é.mp4").touch()
     (tmp_path / "list.csv").write_bytes(mark + f"path,label{end}動画 é.mp4,Größe{end}".encode(encoding))
     source = videolist(root=str(tmp_path), train="list.csv", test=None)
@@ -180,8 +200,11 @@ def test_lists_are_read_in_the_encoding_of_their_byte_order_mark(tmp_path, encod
 @pytest.mark.parametrize(
     "data, message",
     [
-        ("a,0\nb,1\n".encode("utf-16-le"), r"list\.csv:1: the file has NUL bytes; if it is UTF-16 without a byte order mark, save it as UTF-8"),
-        (b"a,0\nb\0,1\n", r"list\.csv:2: the file has NUL bytes"),
+        (b"a,0\nb\0,1\n", r"list\.csv:2: the file has NUL bytes; save it as UTF-8"),
+        (b"a,0\nb,\0", r"list\.csv:2: the file has NUL bytes"),
+        (b"a,0\n\0\0\0\0", r"list\.csv:2: the file has NUL bytes"),
+        ("a,0\nb,1\n".encode("utf-16-le")[:-1], r"list\.csv:1: the file has NUL bytes"),
+        ("a,0\nb,1\n".encode("utf-32-le"), r"list\.csv:1: the file has NUL bytes"),
         (codecs.BOM_UTF16_LE + b"a", r"list\.csv: begins with the byte order mark of UTF-16, but is not UTF-16"),
     ],
 )

@@ -22,22 +22,22 @@ from atfr.engine.distributed.preemption import StopFlag
 from atfr.engine.run.run_lock import NAME, Holder, RunLock, run_lock
 
 HOLD = """
-import sys, time
+import sys
 from pathlib import Path
-from atfr.engine import run_lock as module
+from atfr.engine.run import run_lock as module
 module.BEAT_S = 0.05
 with module.run_lock(Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(float(sys.argv[2]))
+    sys.stdin.read()
 """
 ELSEWHERE = replace(module._this_process(), host="elsewhere", pid=7, machine="another boot", token="theirs")
 
 
 @contextmanager
-def job(folder: Path, seconds: float = 60) -> Iterator[subprocess.Popen]:
-    """A process that holds the lock of a folder, from when this block begins."""
-    command = [sys.executable, "-c", HOLD, str(folder), str(seconds)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+def job(folder: Path) -> Iterator[subprocess.Popen]:
+    """A process that holds the lock of a folder until its stdin is closed."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], **pipes, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
         assert process.stdout.readline() == "held\n", process.stderr.read()
         yield process
@@ -55,11 +55,12 @@ def write(folder: Path, holder: Holder, *, age: float = 0.0, more: str = "") -> 
 
 
 def test_a_second_job_is_refused_while_the_first_runs_and_not_after_it(tmp_path):
-    with job(tmp_path / "run", 1.0) as first:
+    with job(tmp_path / "run") as first:
         message = rf"another job works in run folder {tmp_path}/run: process {first.pid} on \S+ since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d; "
         with pytest.raises(ValueError, match=message), run_lock(tmp_path / "run"):
             pass
-        assert first.wait(timeout=30) == 0
+        first.communicate(timeout=30)
+        assert first.returncode == 0
     with run_lock(tmp_path / "run"):
         assert [path.name for path in (tmp_path / "run").iterdir()] == [NAME]
     assert not (tmp_path / "run").exists()
@@ -113,7 +114,6 @@ def test_a_job_on_another_machine_is_dead_after_a_while_without_an_update(tmp_pa
 
 @pytest.mark.parametrize("off", [-86400.0, 86400.0])
 def test_clocks_of_machines_that_differ_make_no_living_job_dead(tmp_path, monkeypatch, off):
-    monkeypatch.setattr(module, "DEAD_S", 2.0)
     now = time.time
     with job(tmp_path) as first:
         theirs = json.loads((tmp_path / NAME).read_text())
@@ -124,11 +124,17 @@ def test_clocks_of_machines_that_differ_make_no_living_job_dead(tmp_path, monkey
 
 
 def test_a_job_on_another_machine_that_gives_no_sign_is_watched_until_it_is_dead(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(module, "DEAD_S", 1.0)
     write(tmp_path, ELSEWHERE)
-    began = time.monotonic()
+    looks = []
+
+    def look(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:  # time passes
+            write(tmp_path, ELSEWHERE, age=module.DEAD_S + 10)
+
+    monkeypatch.setattr(time, "sleep", look)
     with run_lock(tmp_path):
-        assert 0.5 < time.monotonic() - began < 20
+        assert len(looks) == 3
     assert ["waiting for its end" in message for message in caplog.messages] == [True, False]
 
 
@@ -234,6 +240,6 @@ def test_a_job_that_was_suspended_until_another_took_over_ends_at_once(tmp_path)
     with job(tmp_path) as first:
         (tmp_path / "theirs").write_text(json.dumps(asdict(ELSEWHERE)))
         os.replace(tmp_path / "theirs", tmp_path / NAME)
-        _, err = first.communicate(timeout=30)
-        assert first.returncode == 1 and err == f"error: another job has taken over run folder {tmp_path}, see {tmp_path}/{NAME}: this one ends\n"
+        first.wait(timeout=30)
+        assert first.returncode == 1 and first.stderr.read() == f"error: another job has taken over run folder {tmp_path}, see {tmp_path}/{NAME}: this one ends\n"
     assert json.loads((tmp_path / NAME).read_text())["token"] == "theirs"

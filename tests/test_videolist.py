@@ -44,6 +44,7 @@ FORMS = {
     "semicolon, names with blanks and commas": "run/a.mp4;Go, and run\nrun/b c.mp4;Go, and run\nwalk/d, e.mp4;Walk slowly\n",
     "space, header": "path label\nrun/a.mp4 0\nrun/b c.mp4 0\nwalk/d, e.mp4 1\n",
     "space, header of three columns": "path frames label\nrun/a.mp4 9 0\nrun/b c.mp4 9 0\nwalk/d, e.mp4 9 1\n",
+    "space, header with frames last": "path label frames\nrun/a.mp4 0 9\nrun/b c.mp4 0 9\nwalk/d, e.mp4 1 9\n",
     "frames": "run/a.mp4 250 0\nrun/b c.mp4 9 0\nwalk/d, e.mp4 100 1\n",
     "index column": ",path,label\n0,run/a.mp4,0\n1,run/b c.mp4,0\n2,\"walk/d, e.mp4\",1\n",
     "names": 'run/a.mp4,run\nrun/b c.mp4,run\n"walk/d, e.mp4",walk\n',
@@ -69,6 +70,27 @@ def test_lists_of_frame_folders_are_told_from_paths_that_end_in_a_number(tmp_pat
     assert listed(load(tmp_path, "take 1 45 0\ntake 2 9 1\n")) == [("take 1", 0), ("take 2", 1)]
     with pytest.raises(FileNotFoundError, match=r"/frames/v3 does not exist \(1 of 1 videos"):
         load(tmp_path, "frames/v3 45 0\n")
+
+
+@pytest.mark.parametrize(
+    "columns, refused",
+    [
+        (lambda k: (1 + k % 5, 40 + 7 * k), True),
+        (lambda k: (1 + k % 5, 40 + 7 * (k % 12)), True),
+        (lambda k: (40 + 7 * k, 1 + k % 5), False),
+        (lambda k: (40 + k % 2, 1 + k), False),  # clips of nearly the same length, many classes
+        (lambda k: (1 + k % 5, k), False),  # a class 0
+    ],
+)
+def test_a_list_of_labels_before_frames_is_refused(tmp_path, columns, refused):
+    (tmp_path / "v").mkdir()
+    text = "".join("v {} {}\n".format(*columns(k)) for k in range(24))
+    if refused:
+        with pytest.raises(ValueError, match=r"list\.csv: the columns seem to be path, label, frames; add the header 'path label frames'$"):
+            load(tmp_path, text)
+        assert [label for _, label in listed(load(tmp_path, "path label frames\n" + text))] == [columns(k)[0] for k in range(24)]
+    else:
+        assert [label for _, label in listed(load(tmp_path, text))] == [columns(k)[1] for k in range(24)]
 
 
 def test_folders_that_are_named_by_an_id_have_names_with_blanks(tmp_path):
@@ -182,7 +204,7 @@ WRONG = {
     "blank label": ("run/a.mp4,0\n\nrun/b.mp4,\n", {}, r"list\.csv:3: the label is missing in 'run/b.mp4,'"),
     "blank path": ("run/a.mp4,0\n,3\n", {}, r"list\.csv:2: the path is missing in ',3'"),
     "three columns": ("run/a.mp4,0,1\n", {}, r"list\.csv:1: expected 'path,label' .*; a header that names the columns"),
-    "no frames": ("run/a.mp4 9 0\nrun/a.mp4 0 1\n", {}, r"list\.csv:2: expected 'path frames label', found 'run/a.mp4 0 1'"),
+    "no frames": ("run/a.mp4 9 0\nrun/a.mp4 0 1\n", {}, r"list\.csv:2: expected 'path frames label', found 'run/a.mp4 0 1'; if .* add the header"),
     "frames in some rows": ("run/a.mp4 9 0\nrun/a.mp4 9 0\nrun/a.mp4 1\n", {}, r"list\.csv:3: expected 'path frames label', found 'run/a.mp4 1'"),
     "part of a video": ("run/a.mp4 1 45 0\n", {}, r"list\.csv:1: 'run/a.mp4 1 45 0' ends in 3 numbers; expected 'path label' or 'path frames label'"),
     "unknown header": ("recording,gesture\nrun/a.mp4,0\n", {}, r"list\.csv:1: 'recording,gesture' seems to be a header: call its columns path and"),
@@ -197,8 +219,8 @@ WRONG = {
         r"list\.csv:2: label 'swim' is none of the 2 classes \(run, walk\)",
     ),
     "too few names": ("run/a.mp4,run\n", {"num_classes": 4}, r"num_classes is 4, but the training list names 1"),
-    "names twice": ("run/a.mp4,run\n", {"class_names": ["run", "run"]}, r"class_names holds 'run' more than once"),
-    "counts differ": ("run/a.mp4,run\n", {"class_names": ["run"], "num_classes": 2}, r"num_classes is 2, but class_n"),
+    "names twice": ("run/a.mp4,run\n", {"class_names": ["run", "run"]}, r"class_names: class 'run' is there more than once"),
+    "counts differ": ("run/a.mp4,run\n", {"class_names": ["run"], "num_classes": 2}, r"class_names: 1 classes, but num_classes is 2"),
 }
 
 
@@ -256,3 +278,10 @@ def test_the_root_stands_for_the_folder_of_whoever_wrote_the_list(tmp_path):
         assert [video.path for video in source.test] == [str(tmp_path / "x/a.mp4")]
     with pytest.raises(ValueError, match=r"list\.txt:1: /home/somebody/videos/x/a\.mp4 does not begin with dataset\.strip_prefix=/home/nobody"):
         videolist(root=str(tmp_path), train=None, test="list.txt", strip_prefix="/home/nobody")
+
+
+def test_every_row_of_a_list_must_begin_with_the_prefix(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "list.txt").write_text("/old/a.mp4 0\n\na.mp4 0\n/other/a.mp4 0\n")
+    with pytest.raises(ValueError, match=r"list\.txt:3: a\.mp4 does not begin with dataset\.strip_prefix=/old"):
+        videolist(root=str(tmp_path), train="list.txt", test=None, strip_prefix="/old")

@@ -101,7 +101,7 @@ class ClipSettings:
         rate = fps or self.fallback_fps
         if self.fps is not None and rate is None:
             remedy = "set dataset.clip.fallback_fps to the rate of such videos"
-            warn_once(log, "rate", f"dataset.clip.fps={self.fps:g} does not apply to {path} and its like, whose own rate is not known; {remedy}")
+            warn_once(log, "rate", f"dataset.clip.fps={self.fps:g} is ignored for {path} and other videos of unknown frame rate; {remedy}")
         return stride_at(self.stride, fps=rate, wanted_fps=self.fps)
 
     def read(self, path: str, pick: Pick, *, pick_by_time: PickByTime | None = None, short_side: int, key: tuple) -> Decoded:

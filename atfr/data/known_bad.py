@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from atfr.data.lists.annotations import find_file
+from atfr.data.lists.checks import untrained_classes
 from atfr.data.manifest import VERSION, read_manifest, shorter
 from atfr.data.video.probe import Probe, file_state, quick_hash
 from atfr.data.types import Video, VideoSource
@@ -18,8 +19,9 @@ _REMEDY = "give the manifest of this dataset, or make it anew with scripts/prepa
 def leave_out_bad(source: VideoSource, manifest: str, *, decoder: str) -> VideoSource:
     """The dataset without the training videos that cannot be read according to `manifest`, a file from its root.
 
-    Nothing else changes. Validation and test videos all stay: those that cannot be read fail there, and are reported.
-    So do training videos that it does not have. The file and how many it left out or did not have go to the notes.
+    Nothing else changes, but warnings name the classes that lose all of their training videos. Validation and test videos
+    all stay: those that cannot be read fail there, and are reported. Training videos that the manifest does not have stay,
+    too. The file and how many it left out or did not have go to the notes.
 
     Raises FileNotFoundError if there is no such file, and ValueError if it is of another dataset, version or decoder,
     has none of the training videos, or is about other files than those that are there: bad ones that have changed, or
@@ -41,8 +43,12 @@ def leave_out_bad(source: VideoSource, manifest: str, *, decoder: str) -> VideoS
     kept = tuple(video for video, probe in found if probe is None or probe.good)
     if not kept:
         raise ValueError(f"dataset {source.name}: not one of its {len(found)} training videos can be read; {path} says why")
+    lost = {video.label for video in source.train} - {video.label for video in kept}
+    files = {**source.notes["lists"], "train": path}
+    there = {"train": kept} | {split: getattr(source, split) for split in ("val", "test") if split in files}
+    warnings = tuple(untrained_classes(source.class_names, there, files=files)) if lost else ()
     notes = {"file": path, "left_out": len(found) - len(kept), "not_in_it": len(found) - len(known)}
-    return replace(source, train=kept, notes={**source.notes, "manifest": notes})
+    return replace(source, train=kept, notes={**source.notes, "manifest": notes}, warnings=(*source.warnings, *warnings))
 
 
 def _other_files(known: Sequence[tuple[Video, Probe]]) -> Iterator[Video]:

@@ -100,7 +100,7 @@ def _repeated(order: np.ndarray, count: int, *, size: int) -> np.ndarray:
 
 
 class ClipLoader(DataLoader):
-    """A DataLoader over clips that names the file when a worker hangs or dies over one, and what is short when that is why.
+    """DataLoader whose errors name the file a worker hung or died on, or the exhausted resource.
 
     Raises, from its iteration, TimeoutError, ChildProcessError or OSError.
     """

@@ -1,10 +1,10 @@
-"""Errors that a DataLoader's workers end in where shared memory or file descriptors are short."""
+"""Explain loader errors caused by too little shared memory or too few file descriptors."""
 
 from __future__ import annotations
 
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 _SHARED = "/dev/shm"
 _OUT_OF_MEMORY = ("shared memory", "Bus error", "No space left on device")
@@ -13,11 +13,11 @@ _MB = 1e6
 
 
 def shortage(error: Exception, *, workers: int, needed: Callable[[], int] | None = None) -> str | None:
-    """Return in one line what is short and the way out, None for an error of another kind.
+    """Return a one-line explanation with the remedy, or None for other errors.
 
     `needed` gives the number of bytes that the batches under way take in shared memory, where that is known.
     """
-    text = (str(error).splitlines() or [""])[-1]  # a worker's error comes as its whole traceback
+    text = "\n".join(_last_lines(error))
     # First, since some messages about files mention shared memory, too.
     if any(sign in text for sign in _OUT_OF_FILES):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -32,6 +32,18 @@ def shortage(error: Exception, *, workers: int, needed: Callable[[], int] | None
             " make it larger (docker run --shm-size=8g), lower trainer.workers, or set trainer.workers=0"
         )
     return None
+
+
+def _last_lines(error: BaseException | None) -> Iterator[str]:
+    """Yield the last line of an error and of those that led to it: the text of a worker's error is its whole traceback.
+
+    A worker that the kernel killed "exited unexpectedly"; only the cause names the signal.
+    """
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield (str(error).splitlines() or [""])[-1]
+        error = error.__cause__ or error.__context__
 
 
 def _size() -> str:

@@ -14,7 +14,7 @@ LEFT_TO_MAIN = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def leave_signals_to_main() -> None:
-    """Ignore them, in a process that serves another one."""
+    """Ignore these signals. Call this in worker processes."""
     for number in LEFT_TO_MAIN:
         signal.signal(number, signal.SIG_IGN)
 

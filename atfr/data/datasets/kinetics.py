@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from atfr.data.lists.annotations import Annotation, check_classes, find_file, labelled, open_root, read_lines, video_source
-from atfr.data.lists.existing import ExistingFiles
+from atfr.data.lists.annotations import Annotation, check_classes, find_file, find_lists, labelled, open_root, read_lines, video_source
+from atfr.data.lists.existing import ExistingFiles, stem
 from atfr.data.types import Video, VideoSource
 from atfr.data.lists.text import read_text
 from atfr.data.lists.video_index import VideoIndex, youtube_id
@@ -66,10 +66,7 @@ def kinetics(
     Raises FileNotFoundError for what is not there and ValueError for a list that cannot be understood.
     """
     root = open_root(root, name=name, hint=prepare_hint)
-    given = {split: file for split, file in (("train", train), ("val", val), ("test", test)) if file is not None}
-    if not given:
-        raise ValueError(f"dataset {name}: neither a train nor a test list is given")
-    files = {split: find_file(file, root=root, what=f"{split} list", name=name, hint=prepare_hint) for split, file in given.items()}
+    files = find_lists({"train": train, "val": val, "test": test}, root=root, name=name, hint=prepare_hint)
     if class_names is None and classes is not None:
         class_names = read_classes(find_file(classes, root=root, what="list of classes", name=name, hint=prepare_hint))
     common = {"root": root, "class_names": class_names, "num_classes": num_classes, "allow_missing": allow_missing, "name": name}
@@ -97,12 +94,13 @@ def _from_paths(
         name=name,
         root=root,
         files=files,
-        videos={split: locate_paths(videos, root, split) for split, videos in lists.videos.items()},
+        videos={split: locate_paths(videos, root, split, existing=lists.existing) for split, videos in lists.videos.items()},
         class_names=lists.labels.class_names,
         allow_missing=allow_missing,
         hint=hint,
         lines=lists.lines,
         numbered=lists.labels.numbered,
+        existing=lists.existing,
     )
 
 
@@ -184,23 +182,22 @@ def locate(segments: Sequence[Segment], root: str) -> list[Annotation]:
     return [Annotation(path(segment), segment.class_name) for segment in segments]
 
 
-def locate_paths(videos: Sequence[Video], root: str, split: str) -> tuple[Video, ...]:
-    """The same for listed paths `CLASS/ID.mp4`: those that do not exist are looked for by id.
+def locate_paths(videos: Sequence[Video], root: str, split: str, *, existing: ExistingFiles) -> tuple[Video, ...]:
+    """Resolve listed paths `CLASS/ID.mp4`: search for missing files by id.
 
     They are looked for in the folder of class folders that the path names, and those under `root` in the folder of their
     split, too. A path that is not found stays as it is.
     """
-    existing = ExistingFiles()
     gone = {video.path for video in videos if video.path not in existing}
     if not gone:
         return tuple(videos)
     indices: dict[str, VideoIndex] = {}
-    once = _once(youtube_id(_stem(path)) for path in {video.path for video in videos})
+    once = _once(youtube_id(stem(path)) for path in {video.path for video in videos})
     own = os.path.normpath(os.path.join(root, _split_folder(root, "train" if split == "train" else "val")))
 
     def found(path: str) -> str:
-        folder, stem = os.path.dirname(path), _stem(path)
-        video_id, class_name = youtube_id(stem), os.path.basename(folder)
+        folder, name = os.path.dirname(path), stem(path)
+        video_id, class_name = youtube_id(name), os.path.basename(folder)
         top = os.path.dirname(folder)
         tops = [top, own]
         if os.path.relpath(path, root).startswith("../"):
@@ -210,9 +207,9 @@ def locate_paths(videos: Sequence[Video], root: str, split: str) -> tuple[Video,
             tops = [own]
         for top in tops:
             index = indices[top] = indices.get(top) or VideoIndex(top)
-            found = index.find(stem, class_name)
+            found = index.find(name, class_name)
             if found is None and video_id in once:
-                found = index.find_part(video_id, class_name) if stem == video_id else index.find(video_id, class_name)
+                found = index.find_part(video_id, class_name) if name == video_id else index.find(video_id, class_name)
             if found is not None:
                 return os.path.join(top, found)
         return path
@@ -222,10 +219,6 @@ def locate_paths(videos: Sequence[Video], root: str, split: str) -> tuple[Video,
 
 def _once(ids: Iterable[str]) -> set[str]:
     return {video_id for video_id, count in Counter(ids).items() if count == 1}
-
-
-def _stem(path: str) -> str:
-    return os.path.splitext(os.path.basename(path))[0]
 
 
 def _split_folder(root: str, split: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from atfr.data.lists.annotations import find_file, open_root, read_lines
+from atfr.data.lists.annotations import find_file, find_lists, open_root, read_lines
 from atfr.data.datasets.kinetics import Segment, from_segments, read_classes, read_segments
 from atfr.data.types import VideoSource
 
@@ -37,9 +37,7 @@ def mini_kinetics(
     def find(file: str, what: str) -> str:
         return find_file(file, root=root, what=what, name=name, hint=prepare_hint)
 
-    files = {split: find(file, f"{split} list") for split, file in (("train", train), ("test", test)) if file is not None}
-    if not files:
-        raise ValueError(f"dataset {name}: neither a train nor a test list is given")
+    files = find_lists({"train": train, "test": test}, root=root, name=name, hint=prepare_hint)
     segments = {split: read_segments(file) for split, file in files.items()}
     if subset is None:
         chosen: dict[str, object] = {"by": "the lists themselves"}

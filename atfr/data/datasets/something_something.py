@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from atfr.data.lists.annotations import Annotation, check_classes, find_file, labelled, open_root, read_lines, under, video_source
+from atfr.data.lists.annotations import Annotation, check_classes, find_file, find_lists, labelled, open_root, read_lines, under, video_source
 from atfr.data.types import VideoSource
 from atfr.data.lists.text import read_text
 
@@ -31,10 +31,7 @@ def something_something_v2(
     that cannot be understood.
     """
     root = open_root(root, name=name, hint=prepare_hint)
-    given = {split: file for split, file in (("train", train), ("val", val), ("test", test)) if file is not None}
-    if not given:
-        raise ValueError(f"dataset {name}: neither a train nor a test list is given")
-    files = {split: find_file(file, root=root, what=f"{split} list", name=name, hint=prepare_hint) for split, file in given.items()}
+    files = find_lists({"train": train, "val": val, "test": test}, root=root, name=name, hint=prepare_hint)
     labels = find_file(labels, root=root, what="file of labels", name=name, hint=prepare_hint)
     classes = read_classes(labels)
     check_classes(classes, num_classes, where=labels)
@@ -66,7 +63,10 @@ def read_list(file: str, suffix: str = ".webm") -> list[Annotation]:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and "id" in entry for entry in entries):
         raise ValueError(f'{file}: expected [{{"id": ..., "template": ...}}, ...], as in the official lists')
     for entry in entries:
-        if not isinstance(entry.get("template"), str):
+        template = entry.get("template")
+        if template is not None and not isinstance(template, str):
+            raise ValueError(f"{file}: the template of video {entry['id']} is not text: {template!r}")
+        if template is None:
             raise ValueError(f"{file}: video {entry['id']} has no template: the test list was published without labels; test on validation.json or test-answers.csv")
     return [Annotation(f"{entry['id']}{suffix}", entry["template"].replace("[", "").replace("]", "")) for entry in entries]
 

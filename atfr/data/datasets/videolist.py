@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from atfr.data.lists.annotations import find_file, open_root, video_source
+from atfr.data.lists.annotations import find_lists, open_root, video_source
 from atfr.data.lists.existing import ExistingFiles
 from atfr.data.lists.format import read_rows
 from atfr.data.lists.labels import Labels, VideoList, resolve_labels
@@ -30,9 +30,9 @@ def videolist(
 
     - A list has one video a line: `path,label`, with `;` or a tab instead of the comma, or `path label`, or
       `path frames label`. A header such as `relative_path,label` may name further columns. Fields may be quoted as in
-      csv files. A path is a video file or a folder of jpg files.
+      csv files. A path is a video file or a folder of images.
     - Blank lines are skipped. A line that begins with `#` is a comment, unless it reads as a row and its file exists.
-    - A list is UTF-8, or UTF-16 with a byte order mark.
+    - A list is UTF-8, UTF-16, or UTF-32 with a byte order mark.
     - A list is looked for as given, relative to the working directory, then relative to `root`. Paths in a list are
       absolute (`~` is the home folder) or relative to `root`, which also stands for `strip_prefix`, the folder that
       they begin with on the machine of whoever wrote the list.
@@ -45,11 +45,8 @@ def videolist(
         FileNotFoundError: a root, list or video is missing; `prepare_hint` ("run ... first") ends the message.
         ValueError: a list cannot be understood.
     """
-    files = {split: file for split, file in (("train", train), ("val", val), ("test", test)) if file is not None}
-    if train is None and test is None:
-        raise ValueError(f"dataset {name}: neither a train nor a test list is given")
     root = open_root(root, name=name, hint=prepare_hint)
-    files = {split: find_file(file, root=root, what=f"{split} list", name=name, hint=prepare_hint) for split, file in files.items()}
+    files = find_lists({"train": train, "val": val, "test": test}, root=root, name=name, hint=prepare_hint)
     lists = read_path_lists(files, root=root, num_classes=num_classes, class_names=class_names, strip_prefix=strip_prefix, name=name)
     source = video_source(
         name=name,
@@ -61,6 +58,7 @@ def videolist(
         hint=prepare_hint,
         lines=lists.lines,
         numbered=lists.labels.numbered,
+        existing=lists.existing,
     )
     if class_names is None or not lists.labels.numbered:
         return source
@@ -70,11 +68,12 @@ def videolist(
 
 @dataclass(frozen=True)
 class PathLists:
-    """The lists of a dataset, by split: their videos and the line of each."""
+    """The lists of a dataset, by split: their videos, the line of each, and the folders that were listed."""
 
     videos: Mapping[str, tuple[Video, ...]]
     lines: Mapping[str, Sequence[int]]
     labels: Labels
+    existing: ExistingFiles
 
 
 def read_path_lists(
@@ -89,9 +88,9 @@ def read_path_lists(
 
     lists = {split: VideoList(file, read_rows(file, there=lambda path: full(path) in existing)) for split, file in files.items()}
     for listed in lists.values():
-        first = listed.rows[0]
-        if not first.path.startswith(prefix):
-            raise ValueError(f"{listed.file}:{first.line}: {first.path} does not begin with dataset.strip_prefix={strip_prefix}")
+        for row in listed.rows:
+            if not row.path.startswith(prefix):
+                raise ValueError(f"{listed.file}:{row.line}: {row.path} does not begin with dataset.strip_prefix={strip_prefix}")
     labels = resolve_labels(lists, num_classes=num_classes, class_names=class_names, name=name)
     videos = {split: tuple(Video(full(row.path), label) for row, label in zip(listed.rows, labels.ids[split])) for split, listed in lists.items()}
-    return PathLists(videos, {split: [row.line for row in listed.rows] for split, listed in lists.items()}, labels)
+    return PathLists(videos, {split: [row.line for row in listed.rows] for split, listed in lists.items()}, labels, existing)

@@ -10,7 +10,8 @@ from typing import Any
 from atfr.data.lists.existing import ExistingFiles, instead_of
 from atfr.data.lists.checks import list_warnings
 from atfr.data.types import Video, VideoSource
-from atfr.data.lists.text import read_text
+from atfr.data.lists.text import read_text, some
+from atfr.utils.paths import expanded
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Annotation:
 
 def open_root(root: str, *, name: str, hint: str) -> str:
     """The absolute path of a dataset's folder; FileNotFoundError if there is none."""
-    root = os.path.abspath(os.path.expanduser(root))
+    root = os.path.abspath(expanded(root, "dataset.root"))
     if not os.path.isdir(root):
         raise FileNotFoundError(f"dataset {name}: root {root} is not a folder{after(hint)}")
     return root
@@ -31,7 +32,7 @@ def open_root(root: str, *, name: str, hint: str) -> str:
 
 def under(root: str, folder: str) -> str:
     """The path of a folder that is given from `root`, absolute or with `~`."""
-    return os.path.join(root, os.path.expanduser(folder))
+    return os.path.join(root, expanded(folder))
 
 
 def find_file(file: str, *, root: str, what: str, name: str, hint: str) -> str:
@@ -39,12 +40,20 @@ def find_file(file: str, *, root: str, what: str, name: str, hint: str) -> str:
 
     Raises FileNotFoundError, which calls the file `what`.
     """
-    places = list(dict.fromkeys(os.path.abspath(os.path.join(start, os.path.expanduser(file))) for start in ("", root)))
+    places = list(dict.fromkeys(os.path.abspath(os.path.join(start, expanded(file, what))) for start in ("", root)))
     for place in places:
         if os.path.isfile(place):
             return place
     looked = " and ".join(places)
     raise FileNotFoundError(f"dataset {name}: the {what} {file} does not exist (looked for {looked}){after(hint)}")
+
+
+def find_lists(lists: Mapping[str, str | None], *, root: str, name: str, hint: str) -> dict[str, str]:
+    """Find the lists of a dataset, by split; those that are None are left out. Raises ValueError if all are."""
+    files = {split: find_file(file, root=root, what=f"{split} list", name=name, hint=hint) for split, file in lists.items() if file is not None}
+    if not files:
+        raise ValueError(f"dataset {name}: neither a train nor a test list is given")
+    return files
 
 
 def after(hint: str) -> str:
@@ -67,13 +76,17 @@ def check_classes(classes: Sequence[str], num_classes: int | None, *, where: str
         raise ValueError(f"{where}: {len(classes)} classes, but num_classes is {num_classes}; set dataset.num_classes=null if that is meant")
 
 
+def none_of(classes: Sequence[str]) -> str:
+    """The end of a message about a class that does not exist."""
+    return f"none of the {len(classes)} classes ({some(classes, shown=8)})"
+
+
 def labelled(annotations: Sequence[Annotation], *, videos: str, classes: Sequence[str], file: str) -> tuple[Video, ...]:
     """Videos under the folder `videos`; ValueError for a class that is none of `classes`."""
     ids = {class_name: index for index, class_name in enumerate(classes)}
     for item in annotations:
         if item.class_name not in ids:
-            shown = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
-            raise ValueError(f"{file}: the class {item.class_name!r} of {item.path} is none of the {len(classes)} classes ({shown})")
+            raise ValueError(f"{file}: the class {item.class_name!r} of {item.path} is {none_of(classes)}")
     return tuple(Video(os.path.join(videos, item.path), ids[item.class_name]) for item in annotations)
 
 
@@ -89,17 +102,18 @@ def video_source(
     notes: Mapping[str, Any] | None = None,
     lines: Mapping[str, Sequence[int]] | None = None,
     numbered: bool = False,
+    existing: ExistingFiles | None = None,
 ) -> VideoSource:
     """A dataset from the videos that its lists name, by split: train, val, test; each may be lacking.
 
     Without a val list the test list is the validation list, too. Videos that are not there are left out and named in
     `VideoSource.missing`; without `allow_missing`, and where a list has none left, they are a FileNotFoundError. What is
     suspicious becomes `VideoSource.warnings`: `lines` has the line number of each video, for splits where they are
-    known, and `numbered` says that the labels in the lists are ids.
+    known, and `numbered` says that the labels in the lists are ids. `existing` has the folders that were listed before.
     """
     there: dict[str, tuple[Video, ...]] = {}
     missing: dict[str, tuple[str, ...]] = {}
-    existing = ExistingFiles()
+    existing = ExistingFiles() if existing is None else existing
     for split, wanted in videos.items():
         found: list[Video] = []
         gone: list[Video] = []
@@ -129,5 +143,7 @@ def video_source(
             **(notes or {}),
         },
         missing=missing,
-        warnings=list_warnings(videos, there, files=files, lines=lines or {}, class_names=class_names, numbered=numbered),
+        warnings=list_warnings(
+            videos, there, files=files, lines=lines or {}, class_names=class_names, numbered=numbered, is_link=existing.is_link
+        ),
     )

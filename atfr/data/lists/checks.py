@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from atfr.data.types import Video
-from atfr.data.lists.text import without_spelling
+from atfr.data.lists.text import some, without_spelling
 
 Lists = Mapping[str, Sequence[Video]]  # by split
 Paths = Mapping[str, Sequence[str]]
@@ -15,21 +15,28 @@ Place = Callable[[str, int], str]  # where the n-th video of a split is listed
 
 
 def list_warnings(
-    listed: Lists, there: Lists, *, files: Mapping[str, str], lines: Mapping[str, Sequence[int]], class_names: Sequence[str], numbered: bool
+    listed: Lists,
+    there: Lists,
+    *,
+    files: Mapping[str, str],
+    lines: Mapping[str, Sequence[int]],
+    class_names: Sequence[str],
+    numbered: bool,
+    is_link: Callable[[str], bool],
 ) -> tuple[str, ...]:
     """Check the videos of all splits: those `listed`, and those of them that are `there`.
 
     `lines` has the line numbers of the listed videos, for splits where they are known. `numbered` says that the labels
-    in the lists are ids.
+    in the lists are ids. `is_link` says whether the last part of a path is a symbolic link.
     """
-    paths = {split: [_normal(video.path) for video in videos] for split, videos in listed.items()}
+    paths = _one_path_a_file(listed, is_link)
 
     def place(split: str, index: int) -> str:
         return f"{files[split]}:{lines[split][index]}" if split in lines else files[split]
 
     return (
         *_suspicious_classes(class_names, listed, files=files, numbered=numbered),
-        *_untrained_classes(class_names, there, files=files, numbered=numbered),
+        *untrained_classes(class_names, there, files=files, numbered=numbered),
         *_repeated_videos(paths, place),
         *_two_labels(paths, listed, place, class_names),
         *_training_videos_in_test(paths, files),
@@ -43,7 +50,7 @@ def _suspicious_classes(class_names: Sequence[str], listed: Lists, *, files: Map
     counts = Counter(map(without_spelling, class_names))
     alike = [name for name in class_names if counts[without_spelling(name)] > 1]
     if alike:
-        yield f"{lists}: classes differ only in case, blanks or underscores: {_some(alike)}"
+        yield f"{lists}: classes differ only in case, blanks or underscores: {some(alike)}"
     if numbered:
         yield from _counting_from_one(listed, files)
 
@@ -64,7 +71,8 @@ def _counting_from_one(listed: Lists, files: Mapping[str, str]) -> Iterator[str]
             yield f"labels seem to count from 1 in {one}, but from 0 in {zero}"
 
 
-def _untrained_classes(class_names: Sequence[str], there: Lists, *, files: Mapping[str, str], numbered: bool) -> Iterator[str]:
+def untrained_classes(class_names: Sequence[str], there: Lists, *, files: Mapping[str, str], numbered: bool = False) -> Iterator[str]:
+    """Check which classes have no training videos, and how many of the other videos are of these classes."""
     if "train" not in there:
         return
     trained = {video.label for video in there["train"]}
@@ -73,11 +81,11 @@ def _untrained_classes(class_names: Sequence[str], there: Lists, *, files: Mappi
         return
     have = "has" if len(untrained) == 1 else "have"
     numbers = f" (labels 0 to {len(class_names) - 1})" if numbered else ""
-    yield f"{files['train']}: {len(untrained)} of the {len(class_names)} classes{numbers} {have} no training videos: {_some(untrained)}"
+    yield f"{files['train']}: {len(untrained)} of the {len(class_names)} classes{numbers} {have} no training videos: {some(untrained)}"
     for split, videos in there.items():
         labels = [video.label for video in videos if video.label not in trained]
         if labels:
-            names = _some([class_names[label] for label in dict.fromkeys(labels)])
+            names = some([class_names[label] for label in dict.fromkeys(labels)])
             yield f"{files[split]}: {len(labels)} of the {len(videos)} {split} videos are of classes without training videos: {names}"
 
 
@@ -109,12 +117,20 @@ def _training_videos_in_test(paths: Paths, files: Mapping[str, str]) -> Iterator
     for split in (split for split in paths if split != "train"):
         both = [path for path in paths[split] if path in trained]
         if both:
-            yield f"{files[split]}: {len(both)} of the {len(paths[split])} {split} videos are training videos, too: {_some(both, shown=1)}"
+            yield f"{files[split]}: {len(both)} of the {len(paths[split])} {split} videos are training videos, too: {some(both, shown=1)}"
 
 
-def _normal(path: str) -> str:
-    return os.path.normpath(path) if "/." in path or "//" in path else path
+def _one_path_a_file(listed: Lists, is_link: Callable[[str], bool]) -> Paths:
+    """The paths of all splits, with a single path for each file: the one that is listed first."""
+    folders: dict[str, str] = {}
+    first: dict[str, str] = {}
 
+    def unique(path: str) -> str:
+        path = os.path.normpath(path) if "/." in path or "//" in path else path
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        target = os.path.realpath(path) if is_link(path) else f"{folders[folder]}/{name}"
+        return first.setdefault(target, path)
 
-def _some(names: Sequence[str], shown: int = 3) -> str:
-    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
+    return {split: [unique(video.path) for video in videos] for split, videos in listed.items()}

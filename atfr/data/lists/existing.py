@@ -3,32 +3,52 @@
 from __future__ import annotations
 
 import os
+from functools import cached_property
 
 from atfr.data.lists.text import without_spelling
 
 
 class ExistingFiles:
-    """The set of paths that exist: `path in ExistingFiles()`. A symbolic link that leads nowhere does not exist.
+    """The set of paths that exist: `path in ExistingFiles()`. A symbolic link whose target is missing does not exist.
 
-    Lists each folder once instead of asking for each file: Kinetics has 240,000, often on a network drive.
+    Lists each folder once instead of checking each file: Kinetics has 240,000, often on a network drive.
     """
 
     def __init__(self) -> None:
-        self._folders: dict[str, frozenset[str]] = {}
+        self._folders: dict[str, _Names] = {}
 
     def __contains__(self, path: str) -> bool:
+        names, name = self._listed(path)
+        return name in names.files or (names.may_have(name) and os.path.exists(path))
+
+    def is_link(self, path: str) -> bool:
+        """Return whether the last part of a path is a symbolic link."""
+        names, name = self._listed(path)
+        return name in names.links
+
+    def _listed(self, path: str) -> tuple[_Names, str]:
         folder, name = os.path.split(path)
         if folder not in self._folders:
-            self._folders[folder] = _files(folder)
-        return name in self._folders[folder] or os.path.exists(path)
+            self._folders[folder] = _Names(folder)
+        return self._folders[folder], name
 
 
-def _files(folder: str) -> frozenset[str]:
-    """The names in a folder, without those of symbolic links."""
-    if not os.path.isdir(folder):
-        return frozenset()
-    with os.scandir(folder) as entries:
-        return frozenset(entry.name for entry in entries if not entry.is_symlink())
+class _Names:
+    """The names in a folder: those of symbolic links, and the others."""
+
+    def __init__(self, folder: str) -> None:
+        entries = list(os.scandir(folder)) if os.path.isdir(folder) else []
+        self.links = frozenset(entry.name for entry in entries if entry.is_symlink())
+        self.files = frozenset(entry.name for entry in entries if not entry.is_symlink())
+
+    def may_have(self, name: str) -> bool:
+        """Return whether the folder may have a file that is not among `files`: a link, itself, or another spelling."""
+        return name in self.links or name in ("", ".", "..") or without_spelling(name) in self._spellings
+
+    @cached_property
+    def _spellings(self) -> frozenset[str]:
+        """The names as file systems compare them that ignore case."""
+        return frozenset(map(without_spelling, self.files | self.links))
 
 
 def instead_of(path: str) -> str:
@@ -38,12 +58,13 @@ def instead_of(path: str) -> str:
     part, parent = path, os.path.dirname(path)
     while not os.path.isdir(parent) and parent != os.path.dirname(parent):
         part, parent = parent, os.path.dirname(parent)
-    wanted = {without_spelling(os.path.basename(part)), without_spelling(_stem(part))}
-    similar = next((name for name in sorted(os.listdir(parent)) if wanted & {without_spelling(name), without_spelling(_stem(name))}), None)
+    wanted = {without_spelling(os.path.basename(part)), without_spelling(stem(part))}
+    similar = next((name for name in sorted(os.listdir(parent)) if wanted & {without_spelling(name), without_spelling(stem(name))}), None)
     if similar is not None:
         return f"; there is {os.path.join(parent, similar)}"
     return "" if part == path else f"; there is {parent}, but no {os.path.basename(part)} in it"
 
 
-def _stem(path: str) -> str:
+def stem(path: str) -> str:
+    """Return the name of a file without its suffix."""
     return os.path.splitext(os.path.basename(path))[0]

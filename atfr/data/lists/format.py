@@ -2,7 +2,7 @@
 
     path,label        or with ; or a tab instead of the comma; csv quoting; an optional header names the columns
     path label        PySlowFast; quotes around a path or label with blanks are optional
-    path frames label TSN and mmaction2, for folders of frames
+    path frames label TSN and mmaction2, for folders of frames; in another order with a header, as path label frames
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ _PATH_COLUMNS = (
     "folder", "frame_dir", "name", "id",
 )  # fmt: skip
 _LABEL_COLUMNS = ("label", "class", "class_id", "label_id", "class_name", "label_name", "classname", "category", "target", "action", "activity")
+_ORDER_HINT = "; if the columns are path, label, frames, add the header 'path label frames'"
+_ORDERED = 20  # rows from which the order of columns is checked
 _SAMPLE = 100  # rows that the format is told from
-# A separator stands in the path, not between path and label, where a whole row follows it: "d, e.mp4 1".
+# If a whole row follows the last separator (`d, e.mp4 1`), the separator belongs to the path.
 _FILE_THEN_LABEL = re.compile(r".*\.\w{2,4}[\"']?[\s,;]+\S+")
 _HEADER_WORD = re.compile(r"[A-Za-z][A-Za-z _-]*")
 
@@ -57,7 +59,7 @@ class _Format:
         enough = len(fields) > max(self.path, self.label) if self.named else len(fields) == self.columns
         if not enough or (self.frames and not (fields[1].isdecimal() and int(fields[1]) > 0)):
             expected = "'path frames label'" if self.frames else "'path,label' or 'path label'"
-            hint = "; a header that names the columns, such as path,label,group, allows more of them" if len(fields) > 2 and not self.frames else ""
+            hint = "" if len(fields) < 3 else _ORDER_HINT if self.frames else "; a header that names the columns, such as path,label,group, allows more of them"
             raise ValueError(f"{file}:{number}: expected {expected}, found {line!r}{hint}")
         path, label = fields[self.path], fields[self.label]
         if not path or not label:
@@ -88,6 +90,8 @@ def read_rows(file: str, there: Callable[[str], bool]) -> list[Row]:
             rows.append(row)
     if not rows:
         raise ValueError(f"{file}: the list is empty{' (it has only a header)' if form.named else ''}")
+    if form.frames and _label_before_frames([fields[1:] for _, line in plain if len(fields := form.fields(line)) == 3]):
+        raise ValueError(f"{file}: the columns seem to be path, label, frames; add the header 'path label frames'")
     if not form.named and _seems_header(rows) and not there(rows[0].path):
         raise ValueError(f"{file}:{rows[0].line}: {plain[0][1]!r} seems to be a header: call its columns path and label, or remove the line")
     return rows
@@ -98,6 +102,14 @@ def _hash_row(form: _Format, number: int, line: str, file: str) -> Row | None:
         return form.row(number, line, file)
     except ValueError:
         return None
+
+
+def _label_before_frames(rows: Sequence[Sequence[str]]) -> bool:
+    """Whether (frames, label) of all rows seem to be labels from 1 and frames: the first are few and without gaps, and the second never 0."""
+    if len(rows) < _ORDERED or not all(label.isdecimal() for _, label in rows):
+        return False
+    first, second = ({int(value) for value in column} for column in zip(*rows))
+    return 0 not in second and 2 * len(first) <= len(second) and max(first) <= 2 * len(first)
 
 
 def _seems_header(rows: Sequence[Row]) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from atfr.data.lists.annotations import check_classes, none_of
 from atfr.data.lists.format import Row
 
 _ID = re.compile(r"([+-]?\d{1,18})(?:\.0*)?")
@@ -39,7 +40,9 @@ def resolve_labels(lists: Mapping[str, VideoList], *, num_classes: int | None, c
     Raises:
         ValueError: some labels are names and others are numbers, or a label is none of the classes.
     """
-    given = None if class_names is None else _checked_names(class_names, num_classes, name)
+    given = None if class_names is None else tuple(map(str, class_names))
+    if given is not None:
+        check_classes(given, num_classes, where=f"dataset {name}: class_names")
     called_by_number = given is not None and any(as_id(item) is not None or _NO_ID.fullmatch(item) for item in given)
     if not called_by_number and _all_numbers(lists):
         classes = given or tuple(map(str, range(_count_ids(lists) if num_classes is None else num_classes)))
@@ -53,16 +56,6 @@ def as_id(label: str) -> int | None:
     """The number that a label is. pandas writes a column of integers with gaps as 2.0, which is 2."""
     match = _ID.fullmatch(label)
     return int(match[1]) if match else None
-
-
-def _checked_names(class_names: Sequence[str], num_classes: int | None, name: str) -> tuple[str, ...]:
-    classes = tuple(str(item) for item in class_names)
-    twice = next((item for item in classes if classes.count(item) > 1), None)
-    if twice is not None:
-        raise ValueError(f"dataset {name}: class_names holds {twice!r} more than once")
-    if num_classes is not None and num_classes != len(classes):
-        raise ValueError(f"dataset {name}: num_classes is {num_classes}, but class_names holds {len(classes)}")
-    return classes
 
 
 def _all_numbers(lists: Mapping[str, VideoList]) -> bool:
@@ -128,6 +121,5 @@ def _named_ids(listed: VideoList, classes: Sequence[str]) -> list[int]:
     found = [ids.get(row.label) for row in listed.rows]
     if None in found:
         row = listed.rows[found.index(None)]
-        shown = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
-        raise ValueError(f"{listed.file}:{row.line}: label {row.label!r} is none of the {len(classes)} classes ({shown})")
+        raise ValueError(f"{listed.file}:{row.line}: label {row.label!r} is {none_of(classes)}")
     return found

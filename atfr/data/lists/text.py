@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import unicodedata
+from collections.abc import Sequence
 
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
 _MARKS = (
@@ -14,28 +15,49 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_SAMPLE = 4096  # bytes that tell UTF-16 without a byte order mark
+_ASCII_SHARE = 0.2  # of the characters of such a file at least: separators, digits, endings of file names
 
 
 def read_text(file: str) -> str:
-    """Decode a file: UTF-8, or what its byte order mark says. Every line end becomes a newline.
+    """Decode a file: UTF-16 or UTF-32 with a byte order mark, UTF-16 without one, otherwise UTF-8. Every line end becomes a newline.
 
     Bytes that are not UTF-8 are kept as surrogate escapes, as `os.listdir` has them in file names.
 
     Raises:
-        ValueError: the file has NUL bytes, as UTF-16 without a byte order mark has, or does not fit its mark.
+        ValueError: the file does not fit its byte order mark, or has NUL bytes and is not UTF-16.
     """
     with open(file, "rb") as stream:
         data = stream.read()
-    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), None)
     try:
-        text = data.decode(encoding, errors="surrogateescape" if encoding.startswith("utf-8") else "strict")
+        text = _unmarked(data) if encoding is None else data.decode(encoding, errors="surrogateescape" if encoding == "utf-8-sig" else "strict")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: begins with the byte order mark of {encoding.upper()}, but is not {encoding.upper()} ({error.reason})") from None
     text = io.IncrementalNewlineDecoder(None, translate=True).decode(text, final=True)
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise ValueError(f"{file}:{line}: the file has NUL bytes; if it is UTF-16 without a byte order mark, save it as UTF-8")
+        raise ValueError(f"{file}:{line}: the file has NUL bytes; save it as UTF-8")
     return text
+
+
+def _unmarked(data: bytes) -> str:
+    """Decode UTF-16 or UTF-8 without a byte order mark.
+
+    In UTF-16 one byte of each ASCII character is NUL: the second one in little-endian order, the first one in big-endian order.
+    """
+    even, odd = (data[first:_SAMPLE:2].count(0) for first in (0, 1))
+    if max(even, odd) >= _ASCII_SHARE * len(data[:_SAMPLE]) / 2 and min(even, odd) == 0 < max(even, odd):
+        try:
+            return data.decode("utf-16-le" if odd else "utf-16-be")
+        except UnicodeDecodeError:
+            pass
+    return data.decode("utf-8", errors="surrogateescape")
+
+
+def some(names: Sequence[str], shown: int = 3) -> str:
+    """Join the first few names, with `...` for the others."""
+    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
 
 
 def without_spelling(name: str) -> str:

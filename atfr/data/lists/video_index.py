@@ -41,6 +41,6 @@ class VideoIndex:
         return next((path for path in paths if without_spelling(path.split("/")[0]) == wanted), paths[0] if paths else None)
 
     def find_part(self, video_id: str, class_name: str) -> str | None:
-        """The same of the only trimmed part of a YouTube video; None if there are several."""
+        """Return the path of a YouTube video's only trimmed part, or None."""
         stems = self._stems.get(video_id, set())
         return self.find(next(iter(stems)), class_name) if len(stems) == 1 else None

@@ -1,12 +1,13 @@
-"""Decoded clips kept on disk, for many runs that read the same clips: all of a seed, or all tests.
+"""Cache decoded clips on disk, for runs that read the same clips: runs with the same seed, or tests.
 
-A run alone gains nothing, since another epoch takes other clips; twenty runs of one seed decode each clip once. What
-is kept is what the decoder gave, so that a run's data are the same with and without. Nothing is ever deleted. A file that
-is damaged is written anew, and a clip that cannot be written is not kept.
+A single run gains nothing, since each epoch reads other clips; twenty runs with one seed decode each clip once. The
+cache stores decoder output, so data are the same with and without it. Nothing is ever deleted. A damaged file is
+replaced. If the folder cannot be used, a run goes on without the cache.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -26,17 +27,21 @@ log = logging.getLogger(__name__)
 
 
 def cached(read: Callable[[], Decoded], folder: Path, path: str, key: tuple) -> Decoded:
-    """Return `read()`, of the video `path`, or what it gave when it was last called with this key and the file was the same.
+    """Return the cached clip of `path`; on a miss, or if the file changed, call `read` and store the result.
 
-    `key` must say everything else that the result depends on. Raises what `read` raises, which is not kept.
+    `key` must contain everything else that the result depends on. Errors of `read` are raised and not stored.
     """
     try:
         state = os.stat(path)
     except OSError:
-        return read()  # which knows how to complain
+        return read()  # it reports the error
     name = hashlib.sha1(repr((VERSION, os.path.abspath(path), state.st_size, state.st_mtime_ns, key)).encode()).hexdigest()
     file = folder / name[:2] / f"{name}.npz"
-    found = _load(file)
+    try:
+        found = _load(file)
+    except OSError as error:
+        _warn_of_folder(f"cannot read from {folder}", error)
+        return read()
     if found is None:
         found = read()
         _save(found, file)
@@ -44,16 +49,18 @@ def cached(read: Callable[[], Decoded], folder: Path, path: str, key: tuple) -> 
 
 
 def _load(file: Path) -> Decoded | None:
-    """Return the clip in a file, None if there is no such file or it is damaged."""
+    """Return the clip in a file, None if there is no such file or it is damaged. Raise OSError if it is not accessible."""
     try:
         with np.load(file) as kept:
             frames, fps = kept["frames"], float(kept["fps"])
             if frames.dtype != np.uint8 or frames.ndim != 4:
                 raise ValueError(f"its frames are {frames.dtype} {list(frames.shape)}")
             return Decoded(frames, str(kept["decoder"]), int(kept["num_frames"]), None if np.isnan(fps) else fps)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except Exception as error:  # zipfile, zlib and NumPy raise a dozen kinds over what a power cut may leave
+    except Exception as error:  # zipfile, zlib and NumPy raise many kinds of errors for damaged files
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a seek to an offset in a damaged file
+            raise
         log.warning("dataset.clip.cache: %s cannot be read (%s); its clip is decoded again", file, one_line(error))
         return None
 
@@ -65,5 +72,8 @@ def _save(clip: Decoded, file: Path) -> None:
         with written_whole(file) as temporary, open(temporary, "wb") as opened:
             np.savez(opened, frames=clip.frames, decoder=clip.decoder, num_frames=clip.num_frames, fps=fps)
     except OSError as error:
-        why = f"cannot write to {file.parent.parent} ({one_line(error)})"
-        warn_once(log, "cache", f"dataset.clip.cache: {why}; clips are decoded and not kept, which is slower in later runs")
+        _warn_of_folder(f"cannot write to {file.parent.parent}", error)
+
+
+def _warn_of_folder(what: str, error: OSError) -> None:
+    warn_once(log, "cache", f"dataset.clip.cache: {what} ({one_line(error)}); clips are decoded and not kept, which is slower in later runs")

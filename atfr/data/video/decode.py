@@ -102,6 +102,16 @@ def _read(
     leap: bool,
 ) -> Decoded:
     video = open_video(path)
+    index = video.index
+    clip = _pick_and_read(video, picks, short_side, leap)
+    if video.index is not index:  # the read found the index wrong that the frames were picked by
+        clip = _pick_and_read(video, picks, short_side, leap)
+    return clip
+
+
+def _pick_and_read(
+    video: AvVideo | DecordVideo | FrameFolder, picks: tuple[Pick, PickByTime | None], short_side: int | None, leap: bool
+) -> Decoded:
     pick, pick_by_time = picks
     times = video.times if pick_by_time else None
     num_frames = video.num_frames
@@ -114,7 +124,7 @@ def _read(
         if end is None:
             return Decoded(np.stack([frames[index] for index in wanted.tolist()]), video.name, num_frames, video.fps)
         if end == 0:
-            raise VideoError(path, f"none of its {video.num_frames} frames can be decoded")
+            raise VideoError(video.path, f"none of its {video.num_frames} frames can be decoded")
         if attempt == 2 or num_frames - end <= max(_SPARE_FRAMES, _SPARE_SHARE * num_frames):
             break
         num_frames = end

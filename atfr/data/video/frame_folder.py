@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
+import string
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +15,9 @@ from atfr.data.types import VideoError
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _DIGITS = str.maketrans("123456789", "000000000")
-_NUMBER = re.compile(r"([0-9]+)")
+_NUMBER = re.compile(r"[0-9]+")
+_NUMBER_OR_DECIMAL = re.compile(r"(?<![A-Za-z0-9.])[0-9]+\.[0-9]+(?![0-9.])|[0-9]+")  # 12.5 is a time, cam1.0001 is not
+_MORE_COMPANIONS = 2  # images of one kind of companion that there may be more than frames
 # Words in the names of images that tools write beside the frames; the axes only where a name has no other word.
 _COMPANIONS = {"flow", "flowx", "flowy", "flows", "mask", "masks", "depth", "seg", "thumb", "thumbs", "thumbnail", "thumbnails", "cover", "poster", "preview"}
 _AXES = {"x", "y", "u", "v"}
@@ -29,6 +32,7 @@ class FrameFolder:
     """
 
     name = "frames"
+    index = None
     fps: float | None = None
     times: np.ndarray | None = None
 
@@ -44,23 +48,37 @@ class FrameFolder:
         # Where digits stand in the same places in all names, as in img_00001.jpg, order by letters is order by number.
         alike = len(set("/".join(files).translate(_DIGITS).split("/"))) == 1
         self.files = sorted(files) if alike else self._sequence(files)
+        self._check_one_number_varies()
         self.num_frames = len(self.files)
 
     def _sequence(self, files: Sequence[str]) -> list[str]:
         """The frames among the files, in order."""
-        sequences: dict[str, list[str]] = defaultdict(list)
-        for file in files:
-            sequences[_pattern(file)].append(file)
+        sequences = Counter(map(_pattern, files))
         frames = [pattern for pattern in sequences if not _is_companion(pattern)] if len(sequences) > 1 else list(sequences)
-        if len(frames) != 1:
-            most = sorted(sequences.items(), key=lambda item: (-len(item[1]), item[0]))
-            shown = ", ".join(f"{pattern} ({len(names)})" for pattern, names in most[:5]) + (", ..." if len(most) > 5 else "")
-            raise VideoError(self.path, f"its images are not one sequence of frames: {shown}; leave only the frames in the folder")
-        found = sorted(sequences[frames[0]], key=_numbers)
+        # Companions are about as many as the frames. If they are many more, they are the frames, beside some other image.
+        if len(frames) != 1 or max(sequences.values()) > sequences[frames[0]] + min(_MORE_COMPANIONS, sequences[frames[0]] - 1):
+            raise self._not_one_sequence(sequences)
+        found = sorted((file for file in files if _pattern(file) == frames[0]), key=_numbers)
         for one, other in zip(found, found[1:]):
             if _numbers(one) == _numbers(other):
                 raise VideoError(self.path, f"{min(one, other)} and {max(one, other)} are the same frame; leave only one of them in the folder")
         return found
+
+    def _check_one_number_varies(self) -> None:
+        """Raise VideoError if no number in the names is different in each, as in cam1_01.jpg, cam1_02.jpg, cam2_01.jpg, cam2_02.jpg."""
+        start = len(os.path.commonprefix([self.files[0], self.files[-1]]).rstrip(string.digits))
+        if len(_NUMBER.findall(os.path.splitext(self.files[0])[0][start:])) < 2:  # the usual case, decided quickly
+            return
+        stems = [os.path.splitext(file)[0] for file in self.files]
+        columns = list(zip(*(_NUMBER_OR_DECIMAL.findall(stem) for stem in stems)))
+        varying = [number for number, column in enumerate(columns) if len(set(column)) > 1]
+        if len(varying) > 1 and all(len(set(columns[number])) < len(stems) for number in varying):
+            raise self._not_one_sequence(Counter(_with_hash(stem, varying[-1]) for stem in stems))
+
+    def _not_one_sequence(self, sequences: Counter[str]) -> VideoError:
+        most = sorted(sequences.items(), key=lambda item: (-item[1], item[0]))
+        shown = ", ".join(f"{pattern} ({count})" for pattern, count in most[:5]) + (", ..." if len(most) > 5 else "")
+        return VideoError(self.path, f"its images are not one sequence of frames: {shown}; leave only the frames in the folder")
 
     def read(self, wanted: list[int], short_side: int | None, *, leap: bool = True) -> Found:
         size: tuple[int, int] | None = None
@@ -79,7 +97,7 @@ class FrameFolder:
         try:
             with Image.open(os.path.join(self.path, file)) as image:
                 if image.mode.startswith(("I", "F")):  # depth maps, which would come out white
-                    raise VideoError(self.path, f"frame {file}: its pixels have more than 8 bits; save the frames with 8")
+                    raise VideoError(self.path, f"frame {file}: it has more than 8 bits per channel; convert the frames to 8-bit images")
                 size = size or scaled_size(*image.size, short_side)
                 image.draft("RGB", size)  # libjpeg decodes at 1/2, 1/4 or 1/8 where that is still large enough
                 # Converting makes a copy even of what is RGB.
@@ -96,6 +114,12 @@ def _pattern(file: str) -> str:
 
 def _numbers(file: str) -> list[int]:
     return [int(number) for number in _NUMBER.findall(os.path.splitext(file)[0])]
+
+
+def _with_hash(stem: str, place: int) -> str:
+    """The name with # for one of its numbers."""
+    number = list(_NUMBER_OR_DECIMAL.finditer(stem))[place]
+    return f"{stem[: number.start()]}#{stem[number.end() :]}"
 
 
 def _is_companion(pattern: str) -> bool:

@@ -1,11 +1,11 @@
 """Where the frames of a video file are: their number, their times, and the keyframes to seek to.
 
-A header's number of frames and duration are often wrong, so an index is built from the packets. Reading all of them takes
-long for a long file, so two things avoid it:
+A header's number of frames and duration are often wrong, so an index is built from the packets. Reading every packet of
+a long file is slow. Two mechanisms avoid it:
 
 - An mp4 or mov file has a table of its packets. It holds decoding times (dts), not display times (pts). The pts of nearly
   all files are the dts plus a constant: that is assumed, and `AvVideo.read` checks it for the frames that it returns.
-- `kept` keeps the indices of the files last read, in each process.
+- `index_cache` keeps the indices of the files last read, in each process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PLACEHOLDER_BYTES = 16
 # Frames per second. A rate above it that counts one tick of the clock per frame is the clock's rate, as in a header that
 # gives 90000.
 _FASTEST = 10_000
-_KEPT_FRAMES = 1 << 20  # 8 MB of timestamps in a process
+_CACHED_FRAMES = 1 << 20  # up to about 40 MB in each process, where every frame is a keyframe
 
 
 class Keyframe(NamedTuple):
@@ -87,9 +87,9 @@ def possible_rate(fps: Any) -> float | None:
 
 
 def uneven(times: np.ndarray) -> np.ndarray | None:
-    """Return the times of frames, float64 [T], if counting frames at the mean rate misses one of them by a frame or more.
+    """Return the times of frames, float64 [T], if a frame is at least one mean interval away from its time at a constant rate.
 
-    None otherwise: timestamps of a constant rate are rounded, those of some cameras jitter, and a frame may be missing.
+    Return None otherwise: timestamps of a constant rate are rounded, those of some cameras jitter, and a frame may be missing.
     """
     if len(times) < 3 or not times[-1] > times[0] or (np.diff(times) < 0).any():
         return None
@@ -112,10 +112,10 @@ def from_packets(packets: Sequence[tuple[int | None, bool, int]], *, codec: str,
 
 
 def from_container(container: Any, stream: Any, **about: Any) -> FrameIndex | None:
-    """Build the index from the table of an mp4 or mov file; None where the table may not tell all.
+    """Build the index from the table of an mp4 or mov file.
 
-    It does not in fragmented files, with an edit list that cuts frames out, in a file that was cut off, and for
-    reordered frames at a variable rate.
+    Return None if the table is not reliable: fragmented or truncated files, edit lists that drop frames, reordered
+    frames at a variable rate.
     """
     table = getattr(stream, "index_entries", ())  # older versions of PyAV have none
     if not container.format.name.startswith("mov") or not 0 < len(table) == stream.frames:
@@ -135,7 +135,7 @@ def from_container(container: Any, stream: Any, **about: Any) -> FrameIndex | No
     return FrameIndex(len(entries), pts, np.stack([numbers, numbers, pts[numbers]], axis=1), exact=False, **about)
 
 
-class _Kept:
+class IndexCache:
     """The indices of the files read last, up to a total number of frames."""
 
     def __init__(self) -> None:
@@ -144,7 +144,7 @@ class _Kept:
         self._frames = 0
 
     def get(self, path: str, build: Callable[[], FrameIndex]) -> FrameIndex:
-        """Return the index of a file as it is now, from `build` if it is not kept."""
+        """Return the index of a file as it is now, from `build` if it is not cached."""
         key = _state(path)
         with self._lock:
             index = self._indices.get(key)
@@ -159,7 +159,7 @@ class _Kept:
             before = self._indices.pop(key, None)
             self._indices[key] = index
             self._frames += index.num_frames - (before.num_frames if before else 0)
-            while self._frames > _KEPT_FRAMES and len(self._indices) > 1:
+            while self._frames > _CACHED_FRAMES and len(self._indices) > 1:
                 self._frames -= self._indices.pop(next(iter(self._indices))).num_frames
         return index
 
@@ -169,4 +169,4 @@ def _state(path: str) -> tuple:
     return os.path.abspath(path), found.st_size, found.st_mtime_ns, found.st_ino
 
 
-kept = _Kept()
+index_cache = IndexCache()

@@ -2,6 +2,7 @@
 
 A reader opens a file in its constructor. `num_frames` is the number of frames to expect, `fps` their mean rate (None: not
 known), and `times` the seconds of each from the first on where the rate varies (None: it does not, or is not known).
+All three come from `index`, if the reader has one: a read that finds it wrong replaces it.
 `read(wanted, short_side)` returns the frames at the positions `wanted` (sorted, in display order). A file may stay open in
 between, so no reader may live through a fork.
 """
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from atfr.data.video.frame_index import FrameIndex, Keyframe, from_container, from_packets, kept, possible_rate, uneven
+from atfr.data.video.frame_index import FrameIndex, Keyframe, from_container, from_packets, index_cache, possible_rate, uneven
 from atfr.data.types import VideoError
 
 # What a read gives back: the frames found, by position, and the true number of frames if the read met the end. The
@@ -82,9 +83,9 @@ class AvVideo:
         self.av = av
         self.path = path
         av.logging.set_level(av.logging.PANIC)
-        self._kept: tuple[Any, Any] | None = None
+        self._open_file: tuple[Any, Any] | None = None
         try:
-            self._use(kept.get(path, self._quick_index))
+            self._use(index_cache.get(path, self._quick_index))
         except OSError as error:
             raise VideoError(path, one_line(error)) from error
 
@@ -92,19 +93,19 @@ class AvVideo:
     def _open(self, *, keep: bool = False, seeking: bool = False) -> Iterator[tuple[Any, Any]]:
         """The open container and its video stream. Whatever FFmpeg finds wrong becomes a VideoError.
 
-        What was opened with `keep` goes on to the next one with `seeking`, wherever it then stands.
+        `keep` leaves the file open; the next call with `seeking` reuses it without rewinding.
         """
         try:
             with ExitStack() as stack:
-                if seeking and self._kept:
-                    (container, stream), self._kept = self._kept, None
+                if seeking and self._open_file:
+                    (container, stream), self._open_file = self._open_file, None
                     stack.enter_context(container)
                 else:
                     container = stack.enter_context(self.av.open(self.path, **_metadata_options(self.av.__version__)))
                     stream = self._video_stream(container)
                 yield container, stream
                 if keep:
-                    self._kept = container, stream
+                    self._open_file = container, stream
                     stack.pop_all()
         except self.av.error.DecoderNotFoundError as error:
             raise Unsupported(self.path, f"PyAV has no decoder for it ({one_line(error)})") from error
@@ -161,7 +162,7 @@ class AvVideo:
         found = self._collect(self._runs(wanted), short_side) if leap else None
         if found is None and leap and not self.index.exact:
             with self._open() as (container, stream):
-                self._use(kept.replace(self.path, self._full_index(container, stream)))
+                self._use(index_cache.replace(self.path, self._full_index(container, stream)))
             found = self._collect(self._runs(wanted), short_side)
         if found is None:
             found = self._collect([(None, wanted)], short_side)
@@ -294,6 +295,7 @@ class DecordVideo:
     """A file read with decord, strictly frame after frame: its random access is neither exact nor safe."""
 
     name = "decord"
+    index = None
 
     def __init__(self, path: str) -> None:
         try:
