@@ -31,16 +31,16 @@ import torch
 from torch import Tensor, nn
 
 from atfr.engine.flops import GflopsTable
-from atfr.utils.malloc import keep_freed_memory
 from atfr.models.backbones.r2plus1d import r2plus1d
 from atfr.models.backbones.resnet3d import resnet3d
 from atfr.models.backbones.resnets import slow
 from atfr.models.backbones.x3d import x3d
-from atfr.models.video_net import VideoNet
 from atfr.models.graph.packed_program import Traced
 from atfr.models.packed.segments import take
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.sgs.layer import sample
+from atfr.models.video_net import VideoNet
+from atfr.utils.malloc import keep_freed_memory
 
 OPTIONS = SGSConfig(similarity="partition", cost_exponent=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=1.0)
 CLIPS_LAST = torch.channels_last_3d

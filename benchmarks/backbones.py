@@ -26,8 +26,8 @@ from torch import nn
 
 from atfr.cli import builders
 from atfr.engine.distributed.comm import DistInfo
-from atfr.utils.malloc import keep_freed_memory
 from atfr.models.video_net import VideoNet
+from atfr.utils.malloc import keep_freed_memory
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("x3d", "slow", "c2d", "i3d", "slowfast", "r2plus1d", "csn", "r3d", "mc3", "s3d", "resnet3d")

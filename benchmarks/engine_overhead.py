@@ -38,8 +38,8 @@ from atfr.engine.settings import TrainerSettings
 from atfr.engine.trainer import Training
 from atfr.models.backbones.resnets import slow
 from atfr.models.backbones.x3d import x3d
-from atfr.models.video_net import VideoNet
 from atfr.models.sgs.config import SGSConfig
+from atfr.models.video_net import VideoNet
 
 BLOCK, WARM_UP = 10, 5  # steps
 ATFR = SGSConfig(after="stem", similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)

@@ -43,11 +43,11 @@ from PIL import Image
 from torch import Tensor
 
 from atfr.data.clips import ClipSettings, TrainClips
+from atfr.data.loader import TrainSampler, train_loader
+from atfr.data.types import Video, VideoError
 from atfr.data.video.decode import Decoded, Pick, PickByTime, read_clip
 from atfr.data.video.encode import h264_file
-from atfr.data.loader import TrainSampler, train_loader
 from atfr.data.video.readers import scaled_size
-from atfr.data.types import Video, VideoError
 
 RATE, SIZE = 30, (256, 340)  # frames a second; height and width in pixels
 BATCH = 8

@@ -24,8 +24,8 @@ import torch
 from adaptive_speed import OPTIONS, SUBJECTS, distributions
 from torch import fx, nn
 
-from atfr.utils.malloc import keep_freed_memory
 from atfr.models.graph.packed_program import Traced
+from atfr.utils.malloc import keep_freed_memory
 
 
 class Timed(fx.Interpreter):

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atfr.data.datasets import hmdb51, something_something, ucf101
-from atfr.data.lists.annotations import read_lines
 from atfr.data.datasets.kinetics import read_segments
+from atfr.data.lists.annotations import read_lines
 
 TESTED = "Something-Something V2, official test"
 START, END = "<!-- table -->", "<!-- end of table -->"

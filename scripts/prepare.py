@@ -34,11 +34,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from atfr.cli.config import build, program
-from atfr.data.workers import cores
 from atfr.data.manifest import MANIFEST, SPLITS, Listed, Manifest, listed_videos
 from atfr.data.prepare import FOLDER, copy_all, probe_all
-from atfr.data.video.probe import Probe
 from atfr.data.types import VideoSource
+from atfr.data.video.probe import Probe
+from atfr.data.workers import cores
 
 SHOWN = 20  # bad videos that are printed; the manifest has all
 LISTS = (".csv", ".txt", ".json")

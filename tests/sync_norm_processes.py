@@ -12,16 +12,16 @@ from typing import Iterable
 import torch
 from torch import Tensor, nn
 
+from atfr.engine.calibration import calibrate_width, refresh_statistics
 from atfr.engine.distributed import comm
 from atfr.engine.distributed.comm import DistInfo
+from atfr.engine.distributed.sync_batchnorm import sync_batchnorm
 from atfr.engine.optim import sgd
 from atfr.engine.settings import TrainerSettings
-from atfr.engine.calibration import calibrate_width, refresh_statistics
-from atfr.engine.distributed.sync_batchnorm import sync_batchnorm
 from atfr.engine.trainer import Training
 from atfr.models.backbones.x3d import x3d
-from atfr.models.video_net import VideoNet
 from atfr.models.sgs.config import SGSConfig
+from atfr.models.video_net import VideoNet
 
 ANCHOR = SGSConfig(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
 LEARNED = replace(ANCHOR, similarity="path", embedding="frozen", noise_floor=True)  # whose embedding has a batch norm, too

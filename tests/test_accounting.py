@@ -10,8 +10,8 @@ from fvcore.nn import FlopCountAnalysis
 from torch.utils.flop_counter import FlopCounterMode
 
 from atfr.engine.flops import GflopsTable, _Trunk, gflops
-from atfr.models.sgs.config import SGSConfig
 from atfr.models.backbones.x3d import x3d
+from atfr.models.sgs.config import SGSConfig
 
 ATFR = SGSConfig(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=0.3)
 SHAPE = (3, 16, 48, 48)

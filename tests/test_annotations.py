@@ -21,7 +21,6 @@ from atfr.data.lists.existing import ExistingFiles
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import annotation_counts  # noqa: E402
 
-
 # ---- Something-Something V2
 
 LABELS = {"Closing something": "1", "Putting something into something": "0"}

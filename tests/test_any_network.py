@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from torchvision.models import video
 
 from atfr.models.backbones.custom import custom
-from atfr.models.video_net import VideoNet
 from atfr.models.sgs.config import SGSConfig
+from atfr.models.video_net import VideoNet
 
 CLASSES = 6
 

@@ -7,16 +7,16 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 from PIL import Image, ImageEnhance, ImageOps
+from torch.nn import functional as F
 from torchvision.transforms import v2
 from video_files import write_video
 
 from atfr.data.clips import ClipSettings, TrainClips
 from atfr.data.loader import TrainSampler, train_loader
-from atfr.data.types import Video
-from atfr.data.transforms import TrainTransform
 from atfr.data.mixup import mixing
+from atfr.data.transforms import TrainTransform
+from atfr.data.types import Video
 
 OPTIONS = {
     "randaugment": {"randaugment": (2, 15)},

@@ -17,12 +17,12 @@ import torch
 from run_tools import run_tool, small_job
 from video_files import lay_down, lie_about_duration, write_jpgs, write_sound, write_video
 
-from atfr.data.video import decode
 from atfr.data.clips import ClipSettings, TestClips, TrainClips
-from atfr.data.video.decode import read_clip
 from atfr.data.loader import TrainSampler, test_loader, train_loader
-from atfr.data.types import Unreadable, Video, VideoError
 from atfr.data.transforms import Normalizer
+from atfr.data.types import Unreadable, Video, VideoError
+from atfr.data.video import decode
+from atfr.data.video.decode import read_clip
 from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.evaluator import evaluate
 from atfr.engine.metrics import summarise

@@ -16,9 +16,9 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from atfr.engine.run import checkpoint
-from atfr.utils.atomic_io import write_text
-from atfr.engine.run.run_dir import claim_folder
 from atfr.engine.run.metric_logger import RunLog
+from atfr.engine.run.run_dir import claim_folder
+from atfr.utils.atomic_io import write_text
 
 STATE = {"model": {"weight": torch.arange(3.0)}, "config": {"model": {"size": "S"}}, "choices": {}, "class_names": ["a", "b"]}
 

@@ -16,8 +16,8 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from atfr.cli.config import build
-from atfr.data.video.decode import read_clip
 from atfr.data.datasets.synthetic import render, write_video
+from atfr.data.video.decode import read_clip
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "studies" / "claim"))
 import claim  # noqa: E402

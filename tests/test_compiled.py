@@ -16,8 +16,8 @@ from torch import fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 
 from atfr.models.graph.compile import Compiled
-from atfr.models.video_net import VideoNet
 from atfr.models.sgs.config import SGSConfig
+from atfr.models.video_net import VideoNet
 
 
 class Counting:

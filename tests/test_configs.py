@@ -10,10 +10,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from atfr.cli.config import build, check_root
 from atfr.cli.builders import clip_settings
-from atfr.models.sgs.config import SGSConfig
+from atfr.cli.config import build, check_root
 from atfr.models.backbones.x3d import SIZES
+from atfr.models.sgs.config import SGSConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 README = (CONFIGS.parent / "README.md").read_text()

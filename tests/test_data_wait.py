@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from run_tools import run_script
 
 from atfr.engine import data_wait

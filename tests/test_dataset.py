@@ -11,8 +11,8 @@ from video_files import numbers, write_at, write_jpgs, write_video
 from atfr.data import warn_once
 from atfr.data.clips import ClipSettings, TestClips, TrainClips, collate
 from atfr.data.loader import TrainSampler, test_loader, train_loader
-from atfr.data.types import Video, VideoError
 from atfr.data.transforms import Normalizer, TrainTransform, test_crops
+from atfr.data.types import Video, VideoError
 
 SETTINGS = {
     "frames": 4,

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from video_files import damage, numbers, write_at, write_sound, write_video
 
+from atfr.data.types import VideoError
 from atfr.data.video import decode, frame_index, readers
 from atfr.data.video.readers import AvVideo, Unsupported, scaled_size
-from atfr.data.types import VideoError
 
 FORMATS = {
     "h264_mp4": ("libx264", "mp4"),

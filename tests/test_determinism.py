@@ -20,12 +20,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atfr.cli import launch
-from atfr.engine.run import checkpoint
 from atfr.engine.determinism import choose_algorithms, explaining_what_is_not_deterministic
 from atfr.engine.distributed.preemption import StopFlag
+from atfr.engine.run import checkpoint
 from atfr.models.packed import repeatable_pools
-from atfr.models.sgs import layer
 from atfr.models.packed.repeatable_pools import POOLS, use_repeatable_pools
+from atfr.models.sgs import layer
 from atfr.models.sgs.config import SGSConfig
 
 # From the documentation of torch.use_deterministic_algorithms (2.11), but for what no network has a use for.

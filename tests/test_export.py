@@ -16,8 +16,8 @@ from torch import nn
 
 from atfr.models import export
 from atfr.models.backbones import resnets, slowfast, torchvision3d, x3d
-from atfr.models.video_net import VideoNet
 from atfr.models.sgs.config import SGSConfig
+from atfr.models.video_net import VideoNet
 
 ATFR = SGSConfig(before_activation=False, similarity="partition", cost_exponent=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", width=0.5)
 REFERENCE = SGSConfig()

@@ -8,9 +8,9 @@ from PIL import Image
 from torchvision.io import decode_image
 from video_files import write_jpgs
 
+from atfr.data.types import VideoError
 from atfr.data.video import decode
 from atfr.data.video.frame_folder import FrameFolder
-from atfr.data.types import VideoError
 
 
 def read_clip(*arguments, **options):

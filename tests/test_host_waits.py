@@ -17,12 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from atfr.data.transforms import Normalizer
 from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.trainer import Training
-from atfr.models.packed import segments
-from atfr.models.sgs import layer
 from atfr.models.backbones.slowfast import slowfast
 from atfr.models.backbones.x3d import x3d
-from atfr.models.video_net import VideoNet
+from atfr.models.packed import segments
+from atfr.models.sgs import layer
 from atfr.models.sgs.config import SGSConfig
+from atfr.models.video_net import VideoNet
 from atfr.utils.progress import StepProgress
 
 GPU = torch.device("cuda:0")

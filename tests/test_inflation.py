@@ -14,8 +14,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from atfr.models.backbones.r2plus1d import r2plus1d
 from atfr.models.backbones.resnets import POOLED_STAGES, STAGES, c2d, i3d, slow
 from atfr.models.backbones.x3d import x3d
-from atfr.models.video_net import VideoNet
 from atfr.models.pretrained.load import load_pretrained
+from atfr.models.video_net import VideoNet
 
 IMAGE_STAGES = {"stem": "maxpool", "res2": "layer1", "res3": "layer2", "res4": "layer3", "res5": "layer4"}
 

@@ -24,10 +24,10 @@ from atfr.cli import builders
 from atfr.data.types import Unreadable
 from atfr.engine import trainer
 from atfr.engine.distributed import preemption
-from atfr.engine.run import checkpoint
 from atfr.engine.distributed.comm import DistInfo
-from atfr.engine.evaluator import LOOK_EVERY, evaluate
 from atfr.engine.distributed.preemption import SIGNALS, TRY_AGAIN, Interrupted, StopFlag, end, listen
+from atfr.engine.evaluator import LOOK_EVERY, evaluate
+from atfr.engine.run import checkpoint
 
 MORE = ("trainer.batch_size=2", "trainer.epochs=6", "trainer.eval_every=6", "trainer.test=false", "trainer.workers=1", "trainer.accelerator=cpu")
 

@@ -13,12 +13,12 @@ from miniatures import miniature
 from run_tools import run_script, run_tool
 from test_official_datasets import SMALL
 
-from atfr.data.known_bad import leave_out_bad
-from atfr.data.manifest import Listed, Manifest
-from atfr.data.video.probe import Probe, file_state, quick_hash
 from atfr.data.datasets.something_something import something_something_v2
 from atfr.data.datasets.ucf101 import ucf101
 from atfr.data.datasets.videolist import videolist
+from atfr.data.known_bad import leave_out_bad
+from atfr.data.manifest import Listed, Manifest
+from atfr.data.video.probe import Probe, file_state, quick_hash
 
 BAD_TRAIN, BAD_TEST = "UCF-101/Archery/v_Archery_g05_c01.avi", "UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi"
 

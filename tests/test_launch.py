@@ -19,9 +19,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from run_tools import ROOT, run_tool, small_job
 
-from atfr.cli import config as configuration, launch
+from atfr.cli import config as configuration
+from atfr.cli import launch
 from atfr.engine.distributed import comm, rendezvous
-from atfr.engine.distributed.launch_env import LaunchEnv, read_launch_env, hosts
+from atfr.engine.distributed.launch_env import LaunchEnv, hosts, read_launch_env
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400"}
 # The sixth of eight tasks, the second one of the third of three machines; a batch script's own variables are there too.

@@ -12,9 +12,9 @@ import torch
 from test_train import SETTINGS, batch
 from torch import nn
 
-from atfr.engine.run import checkpoint
 from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.optim import cosine
+from atfr.engine.run import checkpoint
 from atfr.engine.trainer import Training
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig

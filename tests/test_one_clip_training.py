@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from atfr.cli import builders
 from atfr.data.clips import ClipSettings
+from atfr.engine.calibration import calibrate_width, refresh_statistics
 from atfr.engine.distributed import comm
 from atfr.engine.distributed.comm import DistInfo
-from atfr.engine.calibration import calibrate_width, refresh_statistics
 from atfr.engine.distributed.sync_batchnorm import sync_batchnorm
 from atfr.models.backbones.common import mended
 from atfr.models.backbones.r2plus1d import r2plus1d
 from atfr.models.backbones.slowfast import STAGES, SlowFast
 from atfr.models.backbones.x3d import x3d
-from atfr.models.video_net import VideoNet
 from atfr.models.packed.segments import Segments
 from atfr.models.sgs.config import SGSConfig
+from atfr.models.video_net import VideoNet
 
 # At this width a layer keeps as few features as it may.
 ATFR = SGSConfig(similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=1e6)

@@ -11,9 +11,9 @@ from run_tools import run_tool, small_job
 from test_configs import composed
 from torch import nn
 
+from atfr.cli.builders import clip_settings
 from atfr.cli.config import build
 from atfr.engine.optim import adamw, cosine, multistep, sgd, step
-from atfr.cli.builders import clip_settings
 
 BETAS = (0.9, 0.99)
 NAN, INF = math.nan, math.inf

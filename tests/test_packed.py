@@ -10,12 +10,12 @@ import torch
 from pytorchvideo.models.x3d import create_x3d
 from torch import nn
 
-from atfr.models.video_net import VideoNet
+from atfr.models.backbones.resnets import slow
+from atfr.models.backbones.x3d import SIZES, STAGES, x3d
 from atfr.models.packed.ops import conv3d, segment_mean
 from atfr.models.packed.segments import Segments
 from atfr.models.sgs.config import SGSConfig
-from atfr.models.backbones.resnets import slow
-from atfr.models.backbones.x3d import SIZES, STAGES, x3d
+from atfr.models.video_net import VideoNet
 
 ATFR = dict(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=0.3)
 PRESETS = {"reference": {}, "cosine": {"metric": "cosine"}, "atfr": ATFR, "looks at the clip": {**ATFR, "embed_from": "clip"}}

@@ -15,10 +15,10 @@ from test_packed import ATFR, TOLERANCE, Toy, uneven_clips
 from torch import Tensor, nn
 
 from atfr.models.backbones.slowfast import FUSION_RULES, SIZES, Fusion
-from atfr.models.video_net import Prediction, VideoNet
 from atfr.models.packed.ops import conv3d
 from atfr.models.packed.segments import Segments
 from atfr.models.sgs.config import SGSConfig
+from atfr.models.video_net import Prediction, VideoNet
 
 EVERYWHERE = ("stem", "res2", "res3", "res4", ("res2", "res4"))
 SOME = ("res2", "res3", ("stem", "res4"))

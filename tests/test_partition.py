@@ -7,8 +7,8 @@ from itertools import combinations
 import pytest
 import torch
 
-from atfr.models.sgs.partition import best_cuts, partition_bins, width_keeping
 from atfr.models.sgs.functional import calibrated_width, check_choices, sampling_weights
+from atfr.models.sgs.partition import best_cuts, partition_bins, width_keeping
 
 CHOICE = dict(similarity="partition", kernel="mean", scale="absolute", order="time")
 

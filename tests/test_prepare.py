@@ -25,13 +25,13 @@ from test_bad_files import odd, unreadable
 from torchvision.transforms.v2.functional import resize
 from video_files import damage, lay_down, numbers, write_jpgs, write_video
 
-from atfr.data.video.decode import read_clip
-from atfr.data.video.encode import encode
-from atfr.data.workers import run_each
+from atfr.data.datasets.videolist import videolist
 from atfr.data.manifest import Listed, Manifest, listed_videos
 from atfr.data.prepare import copy_all
+from atfr.data.video.decode import read_clip
+from atfr.data.video.encode import encode
 from atfr.data.video.probe import FileState, Probe, probe
-from atfr.data.datasets.videolist import videolist
+from atfr.data.workers import run_each
 
 
 def prepare(*arguments: str):

@@ -12,6 +12,7 @@ from run_tools import ROOT, run_tool, small_job
 
 from atfr.cli.recipe import ADDED, find_recipe, recipes
 
+
 @pytest.fixture(autouse=True)
 def _no_recipe_of_an_earlier_command():
     yield

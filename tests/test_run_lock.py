@@ -17,8 +17,8 @@ from typing import Iterator
 import pytest
 from run_tools import ROOT
 
-from atfr.engine.run import run_lock as module
 from atfr.engine.distributed.preemption import StopFlag
+from atfr.engine.run import run_lock as module
 from atfr.engine.run.run_lock import NAME, Holder, RunLock, run_lock
 
 HOLD = """

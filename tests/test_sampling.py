@@ -8,7 +8,6 @@ import pytest
 from video_files import numbers, write_video
 
 from atfr.data.clips import ClipSettings, TestClips, TrainClips
-from atfr.data.types import Video
 from atfr.data.temporal_sampling import (
     random_clip,
     random_clip_by_time,
@@ -18,6 +17,7 @@ from atfr.data.temporal_sampling import (
     uniform_views,
     uniform_views_by_time,
 )
+from atfr.data.types import Video
 
 
 @pytest.mark.parametrize("num_frames, frames, stride", [(100, 16, 4), (61, 16, 4), (62, 16, 4), (8, 8, 1), (300, 1, 7)])

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from atfr.models.packed.segments import Segments
-from atfr.models.sgs.functional import sampling_weights
 from atfr.models.sgs.config import SGSConfig
+from atfr.models.sgs.functional import sampling_weights
 from atfr.models.sgs.layer import SGS, NonFiniteFeatures, aggregate, sample
 
 ATFR = SGSConfig(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)

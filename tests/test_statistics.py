@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from atfr.engine.optim import cosine, sgd
 from atfr.engine.calibration import calibrate_width, precise_batch_norm, refresh_statistics, steer_width
-from atfr.models.sgs.config import SGSConfig
+from atfr.engine.optim import cosine, sgd
 from atfr.models.backbones.x3d import x3d
+from atfr.models.sgs.config import SGSConfig
 
 ATFR = SGSConfig(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
 

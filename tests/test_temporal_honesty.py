@@ -9,11 +9,11 @@ import torch
 from omegaconf import OmegaConf
 from run_tools import run_tool
 
+from atfr.cli.builders import clip_settings
 from atfr.cli.config import build
 from atfr.data.clips import TestClips, collate
 from atfr.data.transforms import Normalizer
 from atfr.engine.run import checkpoint
-from atfr.cli.builders import clip_settings
 
 
 @pytest.mark.slow

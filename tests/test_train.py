@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from atfr.engine.run import checkpoint
-from atfr.engine.distributed.comm import DistInfo
-from atfr.engine.settings import TrainerSettings
 from atfr.engine.calibration import draw_shares
+from atfr.engine.distributed.comm import DistInfo
+from atfr.engine.run import checkpoint
+from atfr.engine.settings import TrainerSettings
 from atfr.engine.trainer import Training
 from atfr.models.backbones.x3d import x3d
-from atfr.models.video_net import VideoNet
 from atfr.models.sgs.config import SGSConfig
+from atfr.models.video_net import VideoNet
 
 SETTINGS = TrainerSettings(
     output_dir=None, batch_size=8, epochs=1, max_steps=None, seed=0, accelerator="cpu", devices=None, precision="fp32", workers=0,

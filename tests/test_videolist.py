@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from atfr.data.types import Video
 from atfr.data.datasets.videolist import videolist
+from atfr.data.types import Video
 
 PATHS = ("run/a.mp4", "run/b c.mp4", "walk/d, e.mp4")
 

@@ -18,16 +18,16 @@ from run_tools import run_tool, small_job
 from torch import nn
 from torchvision.models import video
 
-from atfr.engine.run import checkpoint
 from atfr.cli.builders import weights_given
+from atfr.engine.run import checkpoint
 from atfr.models.backbones.r2plus1d import r2plus1d
 from atfr.models.backbones.resnets import i3d
 from atfr.models.backbones.torchvision3d import r3d
 from atfr.models.backbones.x3d import x3d
-from atfr.models.video_net import VideoNet
-from atfr.models.sgs.config import SGSConfig
-from atfr.models.pretrained.names import to_pytorchvideo
 from atfr.models.pretrained.load import load_pretrained
+from atfr.models.pretrained.names import to_pytorchvideo
+from atfr.models.sgs.config import SGSConfig
+from atfr.models.video_net import VideoNet
 
 CLIP = (2, 3, 4, 32, 32)
 

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from atfr.cli import builders
 from atfr.data.types import Unreadable, Video, VideoSource
 from atfr.engine.distributed import comm
-from atfr.engine.run import checkpoint
-from atfr.engine.evaluator import evaluate
 from atfr.engine.distributed.preemption import Interrupted, StopFlag
+from atfr.engine.evaluator import evaluate
 from atfr.engine.optim import sgd
+from atfr.engine.run import checkpoint
 from atfr.engine.settings import TrainerSettings
 from atfr.engine.trainer import Training
-from atfr.models.sgs.config import SGSConfig
 from atfr.models.backbones.x3d import x3d
+from atfr.models.sgs.config import SGSConfig
 
 ATFR = SGSConfig(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
 

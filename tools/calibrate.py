@@ -27,21 +27,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from atfr.cli import builders
 from atfr.cli.config import build, check_root, choices, program
-from atfr.data.types import VideoSource
-from atfr.data.transforms import Normalizer
-from atfr.engine import metrics
-from atfr.engine.distributed import comm
-from atfr.engine.run import checkpoint
-from atfr.engine.budgets import set_share, share_for
-from atfr.engine.run.contents import contents, require_same_contents
-from atfr.utils.atomic_io import write_text
-from atfr.engine.run.run_dir import claim_folder
-from atfr.engine.settings import TrainerSettings
-from atfr.engine.calibration import calibrate_width, clips_for_statistics, refresh_statistics
 from atfr.cli.launch import on_every_process
-from atfr.models.video_net import VideoNet
 from atfr.cli.recipe import Announcement, require_weights, say, with_recipe
 from atfr.cli.run_name import run_folder
+from atfr.data.transforms import Normalizer
+from atfr.data.types import VideoSource
+from atfr.engine import metrics
+from atfr.engine.budgets import set_share, share_for
+from atfr.engine.calibration import calibrate_width, clips_for_statistics, refresh_statistics
+from atfr.engine.distributed import comm
+from atfr.engine.run import checkpoint
+from atfr.engine.run.contents import contents, require_same_contents
+from atfr.engine.run.run_dir import claim_folder
+from atfr.engine.settings import TrainerSettings
+from atfr.models.video_net import VideoNet
+from atfr.utils.atomic_io import write_text
 
 
 @program("calibrate")

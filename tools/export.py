@@ -23,8 +23,8 @@ from torch import Tensor
 from atfr.cli import builders, from_checkpoint
 from atfr.cli.config import check_root, program
 from atfr.data.clips import ClipSettings, TestClips
-from atfr.data.types import Video
 from atfr.data.transforms import Normalizer
+from atfr.data.types import Video
 from atfr.engine.distributed.comm import DistInfo
 from atfr.models import export
 from atfr.models.video_net import VideoNet

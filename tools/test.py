@@ -23,9 +23,9 @@ from omegaconf import DictConfig
 
 from atfr.cli import builders, from_checkpoint
 from atfr.cli.config import build, check_root, program
+from atfr.cli.launch import on_every_process
 from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.settings import TrainerSettings
-from atfr.cli.launch import on_every_process
 
 
 @program("test", arguments=from_checkpoint.like_the_checkpoint)

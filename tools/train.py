@@ -25,20 +25,20 @@ from omegaconf import DictConfig, OmegaConf
 
 from atfr.cli import builders
 from atfr.cli.config import build, check_root, choices, program, take_dry_run
-from atfr.data.transforms import Normalizer
 from atfr.cli.dry_run import print_plan
-from atfr.engine.distributed import comm
-from atfr.engine.run import checkpoint
-from atfr.engine.run.contents import contents
-from atfr.data.mixup import mixing
-from atfr.engine.distributed.launch_env import read_launch_env
-from atfr.engine.metrics import accuracy
-from atfr.engine.run.run_dir import claim_folder
-from atfr.engine.settings import TrainerSettings
-from atfr.engine.trainer import Training
 from atfr.cli.launch import on_every_process
 from atfr.cli.recipe import Announcement, require_weights, say, with_experiment, with_recipe
 from atfr.cli.run_name import run_folder
+from atfr.data.mixup import mixing
+from atfr.data.transforms import Normalizer
+from atfr.engine.distributed import comm
+from atfr.engine.distributed.launch_env import read_launch_env
+from atfr.engine.metrics import accuracy
+from atfr.engine.run import checkpoint
+from atfr.engine.run.contents import contents
+from atfr.engine.run.run_dir import claim_folder
+from atfr.engine.settings import TrainerSettings
+from atfr.engine.trainer import Training
 
 
 @program("train", otherwise=with_experiment)

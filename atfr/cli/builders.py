@@ -16,18 +16,18 @@ from atfr.cli.config import build, warn_of_ignored
 from atfr.data.clips import ClipSettings, TestClips, TrainClips
 from atfr.data.known_bad import leave_out_bad
 from atfr.data.loader import TrainSampler, test_loader, train_loader
-from atfr.data.types import Video, VideoSource
 from atfr.data.transforms import Normalizer
+from atfr.data.types import Video, VideoSource
 from atfr.engine import metrics
 from atfr.engine.distributed import comm
-from atfr.engine.flops import GflopsTable
 from atfr.engine.distributed.comm import DistInfo
-from atfr.engine.evaluator import Evaluation, evaluate
-from atfr.utils.atomic_io import write_text
 from atfr.engine.distributed.preemption import StopFlag
+from atfr.engine.evaluator import Evaluation, evaluate
+from atfr.engine.flops import GflopsTable
 from atfr.engine.settings import TrainerSettings, precision_dtype
-from atfr.models.video_net import VideoNet
 from atfr.models.pretrained.load import load_pretrained
+from atfr.models.video_net import VideoNet
+from atfr.utils.atomic_io import write_text
 
 # Options of `dataset.clip` that concern training only, or speed only. All others are part of a test's protocol.
 NOT_OF_A_TEST = ("train_short_side", "train_scale", "flip", "randaugment", "color_jitter", "erasing", "cache")

@@ -20,9 +20,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from atfr.cli import suggestions
-from atfr.data.types import VideoError
 from atfr.cli.run_name import in_sweep, swept_part
 from atfr.cli.suggestions import did_you_mean, similar, similar_options
+from atfr.data.types import VideoError
 
 CLOSED_PIPE = 128 + 13  # exit code of a program that SIGPIPE ended
 NULL_CHOICE = "Config group override must be a string"  # hydra's, of GROUP=null

@@ -15,6 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from atfr.cli import builders
 from atfr.cli.config import build
+from atfr.cli.launch import processes_to_start
+from atfr.cli.recipe import is_given
+from atfr.cli.suggestions import CONFIGS
 from atfr.data.clips import ClipSettings
 from atfr.data.datasets.synthetic import NotGenerated
 from atfr.data.loader import TrainSampler
@@ -25,9 +28,6 @@ from atfr.engine.distributed.launch_env import read_launch_env
 from atfr.engine.run.run_dir import flat
 from atfr.engine.settings import TrainerSettings, precision_dtype
 from atfr.models.video_net import VideoNet
-from atfr.cli.launch import processes_to_start
-from atfr.cli.recipe import is_given
-from atfr.cli.suggestions import CONFIGS
 
 COMMAND_LINE = "command line"
 SHOWN = ("model", "dataset", "optimizer", "schedule", "trainer", "init_from")

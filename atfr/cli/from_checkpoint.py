@@ -18,12 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from atfr.cli import builders
 from atfr.cli.arguments import is_override, parse, value_text
+from atfr.cli.run_name import run_folder
 from atfr.data.types import VideoSource
-from atfr.engine.run import checkpoint
 from atfr.engine.distributed.comm import DistInfo
+from atfr.engine.run import checkpoint
 from atfr.models.video_net import VideoNet
 from atfr.utils.paths import expanded
-from atfr.cli.run_name import run_folder
 
 OF_THE_COMMAND = ("checkpoint", "format")  # keys that say what to do with the network, and are not its config's
 

@@ -28,14 +28,14 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from atfr.cli.arguments import quoted
 from atfr.cli.command_errors import CLOSED_PIPE, JobFailed, as_text, output_is_closed
-from atfr.engine.distributed import comm
+from atfr.cli.run_name import in_sweep
 from atfr.engine.determinism import choose_algorithms, explaining_what_is_not_deterministic
+from atfr.engine.distributed import comm
 from atfr.engine.distributed.comm import DistInfo
-from atfr.engine.distributed.preemption import FROM_BATCH_SYSTEM, ONE_TOLD, TRY_AGAIN, Interrupted, StopFlag, end, heeded
 from atfr.engine.distributed.launch_env import read_launch_env
+from atfr.engine.distributed.preemption import FROM_BATCH_SYSTEM, ONE_TOLD, TRY_AGAIN, Interrupted, StopFlag, end, heeded
 from atfr.engine.run.run_lock import run_lock
 from atfr.engine.settings import TrainerSettings
-from atfr.cli.run_name import in_sweep
 
 PARENT, ERRORS = "ATFR_PARENT", "ATFR_ERRORS"  # a started process's parent, and the folder of its file: empty, or why it failed
 TOLD = "told"  # the file there with the signal that came

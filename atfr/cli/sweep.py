@@ -11,8 +11,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, read_write
 
 from atfr.cli.arguments import parse, quoted
-from atfr.engine.distributed.preemption import heeded
 from atfr.cli.run_name import SWEPT
+from atfr.engine.distributed.preemption import heeded
 
 
 class NeedsSlurm(Callback):

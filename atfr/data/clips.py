@@ -15,9 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from atfr.data.video.cache import cached
-from atfr.data.video.decode import DECODERS, Decoded, Pick, PickByTime, read_clip
-from atfr.data.types import Unreadable, Video, VideoError
 from atfr.data.temporal_sampling import (
     random_clip,
     random_clip_by_time,
@@ -27,8 +24,11 @@ from atfr.data.temporal_sampling import (
     uniform_views,
     uniform_views_by_time,
 )
-from atfr.data.video.timeout import TimeLimit
 from atfr.data.transforms import TrainTransform, test_crops
+from atfr.data.types import Unreadable, Video, VideoError
+from atfr.data.video.cache import cached
+from atfr.data.video.decode import DECODERS, Decoded, Pick, PickByTime, read_clip
+from atfr.data.video.timeout import TimeLimit
 from atfr.data.warn_once import warn_once
 from atfr.utils.paths import expanded
 

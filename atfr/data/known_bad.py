@@ -9,8 +9,8 @@ from pathlib import Path
 from atfr.data.lists.annotations import find_file
 from atfr.data.lists.checks import untrained_classes
 from atfr.data.manifest import VERSION, read_manifest, shorter
-from atfr.data.video.probe import Probe, file_state, quick_hash
 from atfr.data.types import Video, VideoSource
+from atfr.data.video.probe import Probe, file_state, quick_hash
 
 _HASHED = 8  # good videos whose hashes are compared, to tell copies of a dataset from the originals
 _REMEDY = "give the manifest of this dataset, or make it anew with scripts/prepare.py"

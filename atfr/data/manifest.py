@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from atfr.utils.atomic_io import written_whole
-from atfr.data.video.probe import FileState, Probe
 from atfr.data.types import VideoSource
+from atfr.data.video.probe import FileState, Probe
+from atfr.utils.atomic_io import written_whole
 
 VERSION = 1  # raise it when rows come to mean something else: old ones are then made anew
 MANIFEST, UNFINISHED = "manifest.csv", "unfinished.csv"

@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from atfr.data.manifest import Listed, Manifest
 from atfr.data.video.encode import encode, is_copied
+from atfr.data.video.probe import Probe, file_state, probe
 from atfr.data.workers import Alive, Outcome, run_each
 from atfr.utils.atomic_io import written_whole
-from atfr.data.manifest import Listed, Manifest
-from atfr.data.video.probe import Probe, file_state, probe
 from atfr.utils.progress import watched
 
 FOLDER = "prepared"  # of what is written here, in the folder that it is about

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from atfr.engine.distributed import comm
-from atfr.engine.settings import TrainerSettings
 from atfr.engine.distributed.sync_batchnorm import batch_norms, sync_batchnorm
-from atfr.models.video_net import VideoNet
-from atfr.models.sgs.layer import SGS, Proposal, Sampled
+from atfr.engine.settings import TrainerSettings
 from atfr.models.graph.probing import evaluating
+from atfr.models.sgs.layer import SGS, Proposal, Sampled
+from atfr.models.video_net import VideoNet
 
 
 def clips_for_statistics(batches: Iterable[Any], settings: TrainerSettings) -> list[Tensor]:

@@ -17,11 +17,11 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, fx, nn
 
-from atfr.models.packed import ops
-from atfr.models.video_net import VideoNet
 from atfr.models.graph.packed_program import Time
+from atfr.models.packed import ops
 from atfr.models.packed.segments import Segments, shared_gap
 from atfr.models.sgs.layer import sample
+from atfr.models.video_net import VideoNet
 
 CONVENTION = "fvcore: one multiply-add = one FLOP, batch norm excluded, sampling layer included, one clip (view)"
 

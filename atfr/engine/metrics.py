@@ -13,8 +13,8 @@ from typing import Any, Sequence
 import numpy as np
 import torch
 
-from atfr.engine.flops import CONVENTION, GflopsTable
 from atfr.engine.evaluator import Evaluation, View
+from atfr.engine.flops import CONVENTION, GflopsTable
 from atfr.utils.atomic_io import write_text
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from atfr.engine.flops import GflopsTable
+from atfr.models.graph.probing import evaluating
 from atfr.models.packed import ops
 from atfr.models.video_net import PREFIX, VideoNet
-from atfr.models.graph.probing import evaluating
 
 HEAD = "head"  # the convolutions and linear layers behind the last stage
 OTHER = "other"  # everything that is no convolution or linear layer: pools, squeeze-excitation, sampling

@@ -12,25 +12,25 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, TypeVar
 import torch
 from torch import Tensor, nn
 
+from atfr.data.mixup import Mix
+from atfr.engine.calibration import calibrate_width, clips_for_statistics, draw_shares, refresh_statistics, statistics_batches, steer_width
+from atfr.engine.data_wait import DataWait
 from atfr.engine.distributed import comm
+from atfr.engine.distributed.comm import DistInfo
+from atfr.engine.distributed.preemption import Interrupted, StopFlag
+from atfr.engine.distributed.sync_batchnorm import sync_batchnorm
+from atfr.engine.ema import Ema
+from atfr.engine.optim import clip_gradients
 from atfr.engine.run import checkpoint
 from atfr.engine.run.contents import same_contents
-from atfr.engine.data_wait import DataWait
-from atfr.engine.distributed.comm import DistInfo
-from atfr.engine.ema import Ema
-from atfr.engine.distributed.preemption import Interrupted, StopFlag
-from atfr.data.mixup import Mix
-from atfr.engine.optim import clip_gradients
 from atfr.engine.run.metric_buffer import REMEDY, MetricBuffer, some
+from atfr.engine.run.metric_logger import RunLog
 from atfr.engine.run.profiler import profiler
 from atfr.engine.run.run_dir import way_out
-from atfr.engine.run.metric_logger import RunLog
 from atfr.engine.run.saving import Saver
 from atfr.engine.settings import TrainerSettings, precision_dtype
-from atfr.engine.calibration import calibrate_width, clips_for_statistics, draw_shares, refresh_statistics, statistics_batches, steer_width
-from atfr.engine.distributed.sync_batchnorm import sync_batchnorm
-from atfr.models.video_net import Prediction, VideoNet
 from atfr.models.sgs.layer import NonFiniteFeatures
+from atfr.models.video_net import Prediction, VideoNet
 from atfr.utils.progress import StepProgress, watched
 
 log = logging.getLogger(__name__)

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from atfr.models.backbones.slowfast import Fusion
-from atfr.models.video_net import PREFIX, VideoNet
 from atfr.models.graph.packed_program import Traced
 from atfr.models.sgs.layer import SGS
+from atfr.models.video_net import PREFIX, VideoNet
 
 FILES = {"onnx": "model.onnx", "torch_export": "model.pt2"}  # what each format is written to
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from atfr.models.graph import probing
 from atfr.models.graph.compile import compiling, require_compiler
+from atfr.models.graph.packed_program import INPUT, PackedTrunk, Time, Traced
+from atfr.models.graph.probing import evaluating
+from atfr.models.graph.recompute import recomputing
 from atfr.models.packed.cpu import run_as_images
 from atfr.models.packed.registry import NoPackedForm
-from atfr.models.graph.recompute import recomputing
-from atfr.models.graph.packed_program import INPUT, PackedTrunk, Time, Traced
 from atfr.models.packed.repeatable_pools import use_repeatable_pools
 from atfr.models.packed.segments import take
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.sgs.layer import SGS, Sampled, sample
-from atfr.models.graph.probing import evaluating
 
 log = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+
 def expanded(path: str, option: str = "path") -> str:
     """Replace a leading `~` or `~user` by that home directory.
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from atfr.cli.config import build
-from atfr.data.temporal_sampling import uniform_views
 from atfr.data.datasets.synthetic_scene import PHASES, render
+from atfr.data.temporal_sampling import uniform_views
 from atfr.data.transforms import Normalizer, test_crops
 from atfr.models.sgs.layer import SGS, sample
 

@@ -8,8 +8,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from atfr.cli.from_checkpoint import trained_model
-from atfr.engine.run import checkpoint
 from atfr.engine.distributed.comm import DistInfo
+from atfr.engine.run import checkpoint
 from atfr.models.video_net import VideoNet
 
 CPU = DistInfo(0, 1, torch.device("cpu"))

@@ -24,8 +24,8 @@ from atfr.engine.determinism import choose_algorithms
 from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.trainer import Training
 from atfr.models.backbones.x3d import x3d
-from atfr.models.video_net import VideoNet
 from atfr.models.sgs.config import SGSConfig
+from atfr.models.video_net import VideoNet
 
 pytestmark = pytest.mark.gpu
 GPU = "cuda:0"

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from atfr.data.datasets.videolist import read_path_lists
 from atfr.data.lists.annotations import Annotation, check_classes, find_file, find_lists, labelled, open_root, read_lines, video_source
 from atfr.data.lists.existing import ExistingFiles, stem
-from atfr.data.types import Video, VideoSource
 from atfr.data.lists.text import read_text
 from atfr.data.lists.video_index import VideoIndex, youtube_id
-from atfr.data.datasets.videolist import read_path_lists
+from atfr.data.types import Video, VideoSource
 
 _COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")
 # What the folder of a split may be called, by the split's name in the lists.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from atfr.data.lists.annotations import find_file, find_lists, open_root, read_lines
 from atfr.data.datasets.kinetics import Segment, from_segments, read_classes, read_segments
+from atfr.data.lists.annotations import find_file, find_lists, open_root, read_lines
 from atfr.data.types import VideoSource
 
 

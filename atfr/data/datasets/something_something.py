@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from atfr.data.lists.annotations import Annotation, check_classes, find_file, find_lists, labelled, open_root, read_lines, under, video_source
-from atfr.data.types import VideoSource
 from atfr.data.lists.text import read_text
+from atfr.data.types import VideoSource
 
 
 def something_something_v2(

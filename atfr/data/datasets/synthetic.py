@@ -23,12 +23,12 @@ from pathlib import Path
 
 import numpy as np
 
+from atfr.data.datasets.synthetic_scene import CLASSES, DWELLS, PHASES, SPLITS, Timeline, Truth, check_scene, render
+from atfr.data.datasets.videolist import videolist
+from atfr.data.types import VideoSource
 from atfr.data.video.encode import h264_file
 from atfr.data.workers import Alive, cores, run_each
 from atfr.utils.atomic_io import written_whole
-from atfr.data.types import VideoSource
-from atfr.data.datasets.synthetic_scene import CLASSES, DWELLS, PHASES, SPLITS, Timeline, Truth, check_scene, render
-from atfr.data.datasets.videolist import videolist
 from atfr.utils.paths import expanded
 from atfr.utils.progress import watched
 

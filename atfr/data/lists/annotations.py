@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from atfr.data.lists.existing import ExistingFiles, instead_of
 from atfr.data.lists.checks import list_warnings
-from atfr.data.types import Video, VideoSource
+from atfr.data.lists.existing import ExistingFiles, instead_of
 from atfr.data.lists.text import read_text, some
+from atfr.data.types import Video, VideoSource
 from atfr.utils.paths import expanded
 
 

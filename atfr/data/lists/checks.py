@@ -6,8 +6,8 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from atfr.data.types import Video
 from atfr.data.lists.text import some, without_spelling
+from atfr.data.types import Video
 
 Lists = Mapping[str, Sequence[Video]]  # by split
 Paths = Mapping[str, Sequence[str]]

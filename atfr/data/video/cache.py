@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from atfr.data.video.decode import Decoded
-from atfr.utils.atomic_io import written_whole
 from atfr.data.video.readers import one_line
 from atfr.data.warn_once import warn_once
+from atfr.utils.atomic_io import written_whole
 
 VERSION = 2  # raise it when the same key comes to mean other frames, or files another format
 

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from atfr.data.types import VideoError
 from atfr.data.video.frame_folder import FrameFolder
 from atfr.data.video.readers import AvVideo, DecordVideo, Unsupported
-from atfr.data.types import VideoError
 
 Pick = Callable[[int, "float | None"], np.ndarray]
 PickByTime = Callable[[np.ndarray], np.ndarray]

@@ -11,9 +11,9 @@ from pathlib import Path
 import av
 import numpy as np
 
-from atfr.utils.atomic_io import written_whole
-from atfr.data.video.readers import AvVideo
 from atfr.data.types import VideoError
+from atfr.data.video.readers import AvVideo
+from atfr.utils.atomic_io import written_whole
 
 Add = Callable[..., None]
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from atfr.data.video.readers import Found, one_line, resized, scaled_size
 from atfr.data.types import VideoError
+from atfr.data.video.readers import Found, one_line, resized, scaled_size
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _DIGITS = str.maketrans("123456789", "000000000")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from atfr.data.video.decode import read_clip
 from atfr.data.types import VideoError
+from atfr.data.video.decode import read_clip
 
 _MIB = 1 << 20
 

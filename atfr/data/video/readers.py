@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from atfr.data.video.frame_index import FrameIndex, Keyframe, from_container, from_packets, index_cache, possible_rate, uneven
 from atfr.data.types import VideoError
+from atfr.data.video.frame_index import FrameIndex, Keyframe, from_container, from_packets, index_cache, possible_rate, uneven
 
 # What a read gives back: the frames found, by position, and the true number of frames if the read met the end. The
 # last frame that decodes is then among the frames, wanted or not.

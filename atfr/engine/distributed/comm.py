@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from atfr.engine.distributed.launch_env import LaunchEnv, read_launch_env
 from atfr.engine.distributed.preemption import Interrupted, StopFlag
 from atfr.engine.distributed.rendezvous import FAILED, OtherFailed, meet, wait_until
-from atfr.engine.distributed.launch_env import LaunchEnv, read_launch_env
 from atfr.engine.run.run_dir import flat
 from atfr.utils.malloc import keep_freed_memory
 

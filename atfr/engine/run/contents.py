@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from atfr.data.video.probe import quick_hash
 from atfr.data.types import Video, VideoSource
+from atfr.data.video.probe import quick_hash
 from atfr.engine.run import run_dir
 
 log = logging.getLogger(__name__)

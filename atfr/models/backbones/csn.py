@@ -5,9 +5,9 @@ from __future__ import annotations
 from pytorchvideo.models.csn import create_csn
 from torch import nn
 
-from atfr.models.backbones.common import variant, mended
-from atfr.models.video_net import VideoNet
+from atfr.models.backbones.common import mended, variant
 from atfr.models.sgs.config import SGSConfig
+from atfr.models.video_net import VideoNet
 
 STAGES = {"stem": "blocks.0", "res2": "blocks.1", "res3": "blocks.2", "res4": "blocks.3", "res5": "blocks.4"}
 

@@ -8,9 +8,9 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from atfr.models.video_net import VideoNet
-from atfr.models.sgs.config import SGSConfig
 from atfr.models.graph.probing import first_line
+from atfr.models.sgs.config import SGSConfig
+from atfr.models.video_net import VideoNet
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from torchvision.models.video import r2plus1d_18
 
 from atfr.models.backbones import torchvision3d
 from atfr.models.backbones.common import mended, variant
-from atfr.models.video_net import VideoNet
 from atfr.models.sgs.config import SGSConfig
+from atfr.models.video_net import VideoNet
 
 STAGES = {"stem": "blocks.0", "res2": "blocks.1", "res3": "blocks.2", "res4": "blocks.3", "res5": "blocks.4"}  # of R50
 

@@ -8,8 +8,8 @@ from pytorchvideo.models.resnet import create_resnet
 from torch import nn
 
 from atfr.models.backbones.common import mended, variant
-from atfr.models.video_net import VideoNet
 from atfr.models.sgs.config import SGSConfig
+from atfr.models.video_net import VideoNet
 
 # Of Slow. C2D and I3D have a temporal max pool behind res2, which moves the later stages by one.
 STAGES = {"stem": "blocks.0", "res2": "blocks.1", "res3": "blocks.2", "res4": "blocks.3", "res5": "blocks.4"}

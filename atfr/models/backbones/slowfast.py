@@ -9,11 +9,11 @@ import torch
 from pytorchvideo.models.slowfast import FuseFastToSlow, create_slowfast
 from torch import Tensor, fx, nn
 
-from atfr.models.backbones.common import variant, mended
+from atfr.models.backbones.common import mended, variant
 from atfr.models.packed import ops
-from atfr.models.video_net import VideoNet
 from atfr.models.packed.segments import Segments, centred, take, window_of
 from atfr.models.sgs.config import SGSConfig
+from atfr.models.video_net import VideoNet
 
 _NAMES = ("stem", "res2", "res3", "res4", "res5")
 # Each stage of each pathway, before the fusion; a bare name stands for that stage of both.

@@ -8,8 +8,8 @@ from torch import nn
 from torchvision.models import video
 
 from atfr.models.backbones.common import variant
-from atfr.models.video_net import VideoNet
 from atfr.models.sgs.config import SGSConfig
+from atfr.models.video_net import VideoNet
 
 STAGES = {"stem": "stem", "res2": "layer1", "res3": "layer2", "res4": "layer3", "res5": "layer4"}
 # S3D is one sequence of convolutions, Inception blocks (3b to 5c) and max pools. As with the strides

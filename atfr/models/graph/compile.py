@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx, nn
 
-from atfr.models.graph.recompute import changed_in_place, fetched, in_pieces
 from atfr.models.graph.packed_program import holds_no_tensor, is_sampling
+from atfr.models.graph.recompute import changed_in_place, fetched, in_pieces
 
 COMPILERS = ("g++", "clang++")
 WORTH_IT = 2  # operations in a piece, at least: one alone gains nothing

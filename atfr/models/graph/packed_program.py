@@ -23,8 +23,8 @@ from torch import Tensor, fx, nn
 
 from atfr.models.graph import probing
 from atfr.models.packed import ops, registry
-from atfr.models.packed.segments import Segments, Window
 from atfr.models.packed.registry import NoPackedForm
+from atfr.models.packed.segments import Segments, Window
 from atfr.models.sgs.layer import sample
 
 TORCH = str(Path(torch.__file__).parent)

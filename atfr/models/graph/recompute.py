@@ -15,8 +15,8 @@ from typing import Any, Callable, Iterator, Sequence
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from atfr.models.packed import ops
 from atfr.models.graph.packed_program import holds_no_tensor, is_sampling
+from atfr.models.packed import ops
 
 LONGEST = 12  # operations in a piece of a network that has no blocks to cut it at
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
