@@ -75,7 +75,7 @@ def _mended(value: str, parses: Callable[[str], bool], *, split: bool) -> str:
 
 
 def _split(text: str) -> list[str]:
-    """Split at the commas that are in no brackets or quotes; where these are not balanced, they are letters of a path."""
+    """Split at the commas outside of brackets and quotes. Unbalanced brackets or quotes are treated as part of a path."""
     parts, depth, quote = [""], 0, ""
     for letter in text:
         if quote:

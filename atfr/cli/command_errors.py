@@ -1,4 +1,4 @@
-"""Say in one line what is wrong with a command, and end the program: with exit code 1, or without a word where nobody reads its output."""
+"""Print one line on what is wrong with a command and exit with code 1. Exit silently if the output pipe is closed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class JobFailed(RuntimeError):
 def as_text(error: Exception) -> str:
     """What to print of an error: one line if it is something that the user can mend, otherwise the traceback.
 
-    ATFR_TRACEBACK=1 in the environment makes it the traceback of any.
+    With ATFR_TRACEBACK=1 in the environment it is always the traceback.
     """
     mendable = isinstance(error, (ValueError, OSError, FloatingPointError, VideoError, OmegaConfBaseException))
     hint = ""
@@ -109,7 +109,7 @@ def quiet_at_closed_pipe() -> Iterator[None]:
 
 
 def output_is_closed() -> bool:
-    """Whether stdout or stderr is a pipe that nobody reads any more; such a one is led to nowhere from now on."""
+    """Return whether stdout or stderr is a pipe that nobody reads any more, and redirect it to /dev/null."""
     closed = [stream.fileno() for stream in (sys.stdout, sys.stderr) if _has_no_reader(stream)]
     for descriptor in closed:
         null = os.open(os.devnull, os.O_WRONLY)
@@ -128,7 +128,7 @@ def _has_no_reader(stream: TextIO) -> bool:
 
 
 def is_of_the_command(error: Exception) -> bool:
-    """Whether it is about the command line, or a job that submitit ran elsewhere, and not main's."""
+    """Return whether an error comes from the command line or from a submitit job, not from `main`."""
     return isinstance(error, (HydraException, OmegaConfBaseException)) or NULL_CHOICE in str(error) or _is_of_submitit(error)
 
 

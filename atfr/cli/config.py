@@ -30,6 +30,8 @@ from atfr.cli.suggestions import GROUPS, did_you_mean, similar
 
 log = logging.getLogger(__name__)
 
+FULL_ERROR = "HYDRA_FULL_ERROR"  # at 1 hydra raises an error instead of printing what it makes of it
+
 # Keys of a group that others read, and that its own target does not take.
 SHARED_KEYS = {"model": ("clip", "clips", "weights"), "dataset": ("clip", "manifest")}
 # What a config has at its top.
@@ -63,7 +65,7 @@ def _unset(values: dict[str, Any]) -> list[str]:
 
 
 def take_dry_run(config: DictConfig) -> bool:
-    """Remove `dry_run` from a config, of whose experiment it is no option, and return its value."""
+    """Remove `dry_run`, which is not part of the experiment, from a config and return its value."""
     with open_dict(config):
         value = config.pop("dry_run", False)
     if not isinstance(value, bool):
@@ -157,16 +159,10 @@ def choices() -> dict[str, str]:
     return {group: choice for group, choice in HydraConfig.get().runtime.choices.items() if not group.startswith("hydra") and choice}
 
 
-FULL_ERROR = "HYDRA_FULL_ERROR"  # at 1 hydra raises an error instead of printing what it makes of it
-
-
-Arguments = list[str]
-
-
 def program(
     config_name: str,
-    arguments: Callable[[Arguments], Arguments] = list,
-    otherwise: Callable[[Arguments], Arguments | None] = lambda given: None,
+    arguments: Callable[[list[str]], list[str]] = list,
+    otherwise: Callable[[list[str]], list[str] | None] = lambda given: None,
 ) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Make `main(config)` of a file beside configs/ a program of this config; what its user can mend is said in one line.
 

@@ -155,7 +155,7 @@ class RunLock:
         return seen
 
     def _after(self, holder: Holder) -> Path:
-        """Return the file that the one job creates which takes over from `holder`."""
+        """Return the claim file of the job that takes over from `holder`."""
         return self.folder / f"{NAME}.after-{holder.token}"
 
     def _take_over(self, dead: _Seen) -> bool:

@@ -289,7 +289,7 @@ def sample(
     Args:
         features: for each layer [N, C, T, H, W], or packed [1, C, M, H, W] where it has segments.
         forced: for each layer the B' of each clip, in place of what the layer proposes: bins of
-            equal size, at the same cost. One number for all clips is the most that each of them keeps.
+            equal size, at the same cost. An integer is an upper limit for every clip.
         clips: [N, 3, T', H', W'] for layers of embed_from=clip.
 
     Raises:
