@@ -215,7 +215,7 @@ def test_a_run_folder_stands_for_its_best_checkpoint_and_one_without_lists_what_
     (tmp_path / "run/checkpoints/best.pt").unlink()
     for tool, option in (("test", "checkpoint"), ("export", "checkpoint"), ("train", "init_from"), ("calibrate", "init_from"), ("train", "model.weights")):
         outcome = run_tool(tool, *(small_job(small_videos, tmp_path / "other") if option != "checkpoint" else []), f"{option}={tmp_path}/run")
-        message = f"error: {option}={tmp_path}/run is a folder without checkpoints/best.pt; it holds checkpoints/last-1.pt, checkpoints/last.pt"
+        message = f"error: {option}={tmp_path}/run is a folder without checkpoints/best.pt; it holds checkpoints/last.pt"
         assert outcome.code == 1 and outcome.err.splitlines()[-1] == message, outcome.err
 
 

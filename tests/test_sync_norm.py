@@ -41,7 +41,7 @@ class AsOnCuda(TorchDispatchMode):
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm3d(5), nn.BatchNorm3d(5, affine=False)], ids=["affine", "plain"])
 def test_one_process_under_a_launcher_trains_as_without_also_by_the_rules_of_cuda(monkeypatch, norm):
-    monkeypatch.setattr(sync_batchnorm.distributed, "is_joined", lambda: True)
+    monkeypatch.setattr(sync_batchnorm.comm, "is_joined", lambda: True)
     x = torch.randn(4, 5, 3, 2, 2).contiguous(memory_format=torch.channels_last_3d)
     factor, gradients = torch.randn(x.shape), []
     for together in (False, True):

@@ -27,7 +27,7 @@ def list_warnings(
     """Check the videos of all splits: those `listed`, and those of them that are `there`.
 
     `lines` has the line numbers of the listed videos, for splits where they are known. `numbered` says that the labels
-    in the lists are ids. `is_link` says whether the last part of a path is a symbolic link.
+    in the lists are ids. `is_link` says whether the last part of a path is a symbolic link that leads somewhere.
     """
     paths = _one_path_a_file(listed, is_link)
 

@@ -22,9 +22,9 @@ class ExistingFiles:
         return name in names.files or (names.may_have(name) and os.path.exists(path))
 
     def is_link(self, path: str) -> bool:
-        """Return whether the last part of a path is a symbolic link."""
+        """Return whether the last part of a path is a symbolic link to something that exists."""
         names, name = self._listed(path)
-        return name in names.links
+        return name in names.links and os.path.exists(path)
 
     def _listed(self, path: str) -> tuple[_Names, str]:
         folder, name = os.path.split(path)
