@@ -317,4 +317,4 @@ def test_missing_files_are_recognised_from_the_listing_of_their_folder(tmp_path,
     found = [name for name in names if f"{folder}/{name}" in existing]
     assert found == [name for name in names if exists(f"{folder}/{name}")]
     assert f"{tmp_path}/none/x.mp4" not in existing and f"{folder}/gone.mp4" not in asked and f"{tmp_path}/none/x.mp4" not in asked
-    assert [existing.is_link(f"{folder}/{name}") for name in names[:4]] == [False, True, True, False]
+    assert [existing.is_link(f"{folder}/{name}") for name in names[:4]] == [False, True, False, False]
