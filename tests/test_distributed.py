@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.testing._internal.distributed.fake_pg  # noqa: F401: registers the backend "fake"
+import torch.testing._internal.distributed.fake_pg  # registers the backend "fake"
 from forked import torchrun_places
 from run_tools import torchrun_script
 
