@@ -82,7 +82,7 @@ def _on_every_process(work: Callable[[DistInfo], None], config: DictConfig, sett
     choose_algorithms(deterministic=settings.deterministic, tf32=settings.tf32)
     count = processes_to_start(settings.accelerator, settings.devices)
     if count > 1:
-        start_processes(count, program, folder)
+        start_processes(count, program, folder, on_gpus=comm.uses_gpu(settings.accelerator))
         return
     answer_to_the_parent()
     try:
@@ -127,7 +127,7 @@ def processes_to_start(accelerator: str, devices: int | None) -> int:
     return devices or gpus
 
 
-def start_processes(count: int, program: str, folder: Path) -> None:
+def start_processes(count: int, program: str, folder: Path, *, on_gpus: bool) -> None:
     """Run the program in `count` processes of this machine; the first one's error ends all of them, and is printed once."""
     hydra = HydraConfig.get()
     # A job of a sweep is not what the command line says, and the same overrides alone would be another run folder.
@@ -135,6 +135,8 @@ def start_processes(count: int, program: str, folder: Path) -> None:
     before, handlers, disabled = dict(os.environ), {s: signal.getsignal(s) for s in signal.valid_signals()}, logging.root.manager.disable
     with tempfile.TemporaryDirectory(prefix="atfr-") as logs, tempfile.TemporaryDirectory(prefix="atfr-") as errors:
         os.environ.update({PARENT: str(os.getpid()), ERRORS: errors})
+        if not on_gpus:  # where one ends, torch logs a stack of frames for each that was talking to it; NCCL's log says what is nowhere else
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
         logging.disable(logging.CRITICAL)  # torch's own account of a failure, which is longer than ours
         passed_on = pass_on_signals(Path(errors))
