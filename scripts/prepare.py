@@ -39,6 +39,7 @@ from atfr.data.prepare import FOLDER, copy_all, probe_all
 from atfr.data.types import VideoSource
 from atfr.data.video.probe import Probe
 from atfr.data.workers import cores
+from atfr.utils.printable import printable
 
 SHOWN = 20  # bad videos that are printed; the manifest has all
 LISTS = (".csv", ".txt", ".json")
@@ -139,7 +140,7 @@ def report(videos: list[Listed], manifest: Manifest, name: str) -> None:
 
 
 def say(line: str) -> None:
-    print(line.encode(errors="backslashreplace").decode(), flush=True)
+    print(printable(line), flush=True)
 
 
 if __name__ == "__main__":

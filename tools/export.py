@@ -28,6 +28,7 @@ from atfr.data.types import Video
 from atfr.engine.distributed.comm import DistInfo
 from atfr.models import export
 from atfr.models.video_net import VideoNet
+from atfr.utils.printable import printable
 
 LOOKED_AT = 24  # clips of the test split among which those with different B' are looked for
 CHECKED = 4  # of these, besides those with frames held
@@ -70,7 +71,7 @@ def different_clips(model: VideoNet, videos: Sequence[Video], settings: ClipSett
         if read.clip is None:
             error = f" ({read.path}: {read.error})"
             continue
-        name = f"{Path(read.path).name} view {read.view} (item {item})".encode(errors="backslashreplace").decode()
+        name = printable(f"{Path(read.path).name} view {read.view} (item {item})")
         named = name, normalise(read.clip[None])
         first = by_bins.setdefault(model(named[1]).bins[0], named)
         if first is not named and len(others) < CHECKED:

@@ -28,6 +28,7 @@ from atfr.engine.settings import TrainerSettings, precision_dtype
 from atfr.models.pretrained.load import load_pretrained
 from atfr.models.video_net import VideoNet
 from atfr.utils.atomic_io import write_text
+from atfr.utils.printable import printable
 
 # Options of `dataset.clip` that concern training only, or speed only. All others are part of a test's protocol.
 NOT_OF_A_TEST = ("train_short_side", "train_scale", "flip", "randaugment", "color_jitter", "erasing", "cache")
@@ -53,7 +54,7 @@ def load_source(config: DictConfig, dist_info: DistInfo, *, make: bool = True) -
             print(f"{source.name}: {noted['left_out']} of the {listed} training videos are left out, bad by {noted['file']}{others}", flush=True)
     if dist_info.is_main:
         for warning in source.warnings:
-            print(_printable(f"warning: {warning}"), flush=True)
+            print(printable(f"warning: {warning}"), flush=True)
     lists = {f"{split} videos": _fingerprint(getattr(source, split)) for split in ("train", "val", "test")}
     classes = {f"class {number}": name for number, name in enumerate(source.class_names)}
     comm.require_same({**lists, **classes}, of="videos or classes", remedy=f"{source.name} must be the same on all machines")
@@ -83,7 +84,7 @@ def report_missing(source: VideoSource, folder: Path) -> None:
         listed = len(videos) + source.notes["videos"][split]
         shown = ", ".join(videos[:3]) + (", ..." if len(videos) > 3 else "")
         line = f"{source.name}: {len(videos)} of the {listed} {split} videos are not there and left out ({shown}); {path} names them all"
-        print(_printable(line), flush=True)
+        print(printable(line), flush=True)
 
 
 def say_what_chooses_the_epoch(source: VideoSource, config: DictConfig, settings: TrainerSettings) -> None:
@@ -93,11 +94,6 @@ def say_what_chooses_the_epoch(source: VideoSource, config: DictConfig, settings
     others = "set dataset.val=LIST to choose it on others, or " if "val" in config.dataset else ""
     last = f"trainer.eval_every={settings.epochs} to test the last epoch"
     print(f"validation: {source.name} has no validation list, so the test videos choose the best epoch; {others}{last}", flush=True)
-
-
-def _printable(line: str) -> str:
-    """A line that may name files whose names are not UTF-8."""
-    return line.encode(errors="backslashreplace").decode()
 
 
 def clip_settings(config: DictConfig) -> ClipSettings:
@@ -245,7 +241,7 @@ def test_and_report(
         metrics.write_predictions(evaluation, table, folder, class_names=source.class_names)
         write_text(folder / "test_config.yaml", OmegaConf.to_yaml(config, resolve=True))
     for video in evaluation.failed.values():
-        print(_printable(f"failed: {video.path}: {video.reason}"))
+        print(printable(f"failed: {video.path}: {video.reason}"))
     print(metrics.as_table(summary, folder=folder))
 
 

@@ -87,8 +87,7 @@ def check_start(config: DictConfig, model: VideoNet, clip: ClipSettings, setting
     build(config.optimizer, "optimizer", model=model)
     build(config.schedule, "schedule")
     processes = world_size(settings)
-    if settings.batch_size < processes:
-        raise ValueError(f"trainer.batch_size={settings.batch_size} is the global batch, too small for {processes} process(es): each of them needs a clip")
+    TrainSampler(1, seed=0, global_batch=settings.batch_size, world=processes)  # refuses a batch of fewer clips than processes
     builders.check_batch_norm(model, clip, settings, DistInfo(0, processes, torch.device("cpu")))
     start = builders.weights_given(config)
     if start is not None and not start[1].is_file():

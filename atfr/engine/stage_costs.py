@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ def _run_dense(network: nn.Module, clip: Tensor) -> tuple[dict[str, int], dict[s
     def note(path: str, module: nn.Module, output: Any) -> None:
         ended[path] = len(ended)
         shapes[path] = tuple(output.shape) if isinstance(output, Tensor) else ()
-        costs[path] = costs.get(path, 0.0) + _gflops(module, output)
+        _count(costs, path, module, output)
 
     with _noting(network, note):
         network(clip)
@@ -106,11 +107,7 @@ def _noting(network: nn.Module, note: Any) -> Iterator[None]:
 def _run_sampled(model: VideoNet, clip: Tensor, bins: tuple[int, ...]) -> dict[str, float]:
     """The GFLOPs of each convolution and linear layer for a clip that keeps `bins` features."""
     costs: dict[str, float] = {}
-
-    def note(path: str, module: nn.Module, output: Any) -> None:
-        costs[path] = costs.get(path, 0.0) + _gflops(module, output)
-
-    with _noting(model.backbone, note):
+    with _noting(model.backbone, partial(_count, costs)):
         features = model.stem(clip)
         forced = [(b,) for b in bins]
         if model.execution == "packed":
@@ -136,6 +133,10 @@ class _PackedCosts(fx.Interpreter):
         # Not what a hook counted: with the frames that pad the clip.
         self.costs[path] = before + _gflops(self.fetch_attr(node.args[0].target), result)
         return result
+
+
+def _count(costs: dict[str, float], path: str, module: nn.Module, output: Any) -> None:
+    costs[path] = costs.get(path, 0.0) + _gflops(module, output)
 
 
 def _gflops(module: nn.Module, output: Any) -> float:
