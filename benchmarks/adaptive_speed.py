@@ -30,7 +30,7 @@ from typing import Callable, Iterator, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from atfr.engine.flops import GflopsTable
+from atfr.models.flops import GflopsTable
 from atfr.models.backbones.r2plus1d import r2plus1d
 from atfr.models.backbones.resnet3d import resnet3d
 from atfr.models.backbones.resnets import slow

@@ -24,7 +24,7 @@ from adaptive_speed import OPTIONS, SUBJECTS, distributions
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from atfr.engine.flops import GflopsTable
+from atfr.models.flops import GflopsTable
 from atfr.models.video_net import VideoNet
 
 

@@ -9,7 +9,7 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from torch.utils.flop_counter import FlopCounterMode
 
-from atfr.engine.flops import GflopsTable, _Trunk, gflops
+from atfr.models.flops import GflopsTable, _Trunk, gflops
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
 

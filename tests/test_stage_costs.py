@@ -6,7 +6,7 @@ import pytest
 import torch
 from fvcore.nn import FlopCountAnalysis
 
-from atfr.engine.flops import GflopsTable
+from atfr.models.flops import GflopsTable
 from atfr.engine.stage_costs import HEAD, OTHER, as_table, expected_bins, stage_costs
 from atfr.models.backbones.slowfast import slowfast
 from atfr.models.backbones.x3d import x3d

@@ -17,7 +17,7 @@ from atfr.cli import builders
 from atfr.cli.config import check_root, program
 from atfr.cli.recipe import is_given, with_recipe
 from atfr.engine.distributed.comm import DistInfo
-from atfr.engine.flops import CONVENTION, GflopsTable
+from atfr.models.flops import CONVENTION, GflopsTable
 
 
 @program("flops")

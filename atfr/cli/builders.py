@@ -23,7 +23,7 @@ from atfr.engine.distributed import comm
 from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.distributed.preemption import StopFlag
 from atfr.engine.evaluator import Evaluation, evaluate
-from atfr.engine.flops import GflopsTable
+from atfr.models.flops import GflopsTable
 from atfr.engine.settings import TrainerSettings, precision_dtype
 from atfr.models.pretrained.load import load_pretrained
 from atfr.models.video_net import VideoNet
@@ -171,7 +171,7 @@ def weights_file(value: str, option: str) -> Path:
 
 
 def gflops_table(model: VideoNet, clip: ClipSettings) -> GflopsTable:
-    return GflopsTable(model, (3, clip.frames, clip.crop_size, clip.crop_size))
+    return model.gflops_table((3, clip.frames, clip.crop_size, clip.crop_size))
 
 
 def train_batches(source: VideoSource, clip: ClipSettings, settings: TrainerSettings, dist_info: DistInfo) -> tuple[int, Callable[[int, int], Iterable[Any]]]:

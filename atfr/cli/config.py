@@ -27,6 +27,7 @@ from atfr.cli.arguments import quote_where_needed
 from atfr.cli.command_errors import JobLog, explain, is_of_the_command, one_line_errors, quiet_at_closed_pipe, unknown_option
 from atfr.cli.home import expand_home
 from atfr.cli.suggestions import GROUPS, did_you_mean, similar
+from atfr.models.sgs.config import SGSConfig
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ FULL_ERROR = "HYDRA_FULL_ERROR"  # at 1 hydra raises an error instead of printin
 
 # Keys of a group that others read, and that its own target does not take.
 SHARED_KEYS = {"model": ("clip", "clips", "weights"), "dataset": ("clip", "manifest")}
+SGS_CONFIG = f"{SGSConfig.__module__}.{SGSConfig.__qualname__}"
 # What a config has at its top.
 ROOT_KEYS = ("dataset", "model", "optimizer", "schedule", "trainer", "experiment", "init_from", "checkpoint", "format", "json", "num_classes", "budgets", "refresh_batch_norm")
 
@@ -74,18 +76,33 @@ def take_dry_run(config: DictConfig) -> bool:
 
 
 def check_root(config: DictConfig) -> None:
-    """Raise ValueError for a key at the top of the config that nothing reads. A dense network's `model.sgs` becomes null."""
+    """Raise ValueError for a key at the top of the config that nothing reads, and resolve `model.sgs`."""
     if take_dry_run(config):
         raise ValueError("dry_run=true is an option of tools/train.py alone")
     unknown = [str(key) for key in config if key not in ROOT_KEYS]
     if unknown:
         raise ValueError(unknown_option(unknown[0], OmegaConf.masked_copy(config, [key for key in config if key in ROOT_KEYS])))
-    if OmegaConf.select(config, "model.sgs._target_") == f"{__name__}.{nothing.__name__}":
-        config.model.sgs = None  # so that a run folder has no options that mean nothing
+    resolve_sgs(config)
 
 
-def nothing(**options: Any) -> None:
-    """What `model.sgs` makes for a dense network, whatever it says there."""
+def resolve_sgs(config: DictConfig) -> None:
+    """Replace `model.sgs` by the options of its preset with its changes, those without effect left out; null for the preset `off`.
+
+    Raises:
+        ValueError: an option has a wrong type or value, or has no effect next to the others.
+    """
+    node = OmegaConf.select(config, "model.sgs")
+    if node is None or "preset" not in node:
+        return
+    given = OmegaConf.to_container(node, resolve=True)
+    preset = given.pop("preset")
+    if preset == "off":
+        config.model.sgs = None
+        return
+    given = {name: value for name, value in given.items() if value is not None}
+    _check({"_target_": SGS_CONFIG, **given}, "model.sgs")
+    options = {"_target_": SGS_CONFIG, **SGSConfig.from_preset(preset, **given).used_options()}
+    OmegaConf.update(config, "model.sgs", OmegaConf.create(options), merge=False)
 
 
 def warn_of_ignored(config: DictConfig) -> None:

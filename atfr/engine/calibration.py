@@ -9,19 +9,23 @@ values, and they do not depend on how many processes the clips are cut among.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
-from typing import Any, Callable, ContextManager, Iterable, Iterator, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from atfr.engine.budgets import keep_ratio_for, refined
 from atfr.engine.distributed import comm
 from atfr.engine.distributed.sync_batchnorm import batch_norms, sync_batchnorm
 from atfr.engine.settings import TrainerSettings
 from atfr.models.graph.probing import evaluating
 from atfr.models.sgs.layer import SGS, Proposal, Sampled
 from atfr.models.video_net import VideoNet
+
+KEEP_ALL = 2**31 - 1  # an upper limit that no clip reaches
 
 
 def clips_for_statistics(batches: Iterable[Any], settings: TrainerSettings) -> list[Tensor]:
@@ -38,16 +42,16 @@ def statistics_batches(settings: TrainerSettings) -> int:
     return max(1, -(-settings.statistics_clips // settings.batch_size))
 
 
-def refresh_statistics(model: VideoNet, clips: Callable[[], Iterable[Tensor]]) -> None:
-    """Precise batch norm and calibrated widths, in the order in which one depends on the other.
+def refresh_statistics(model: VideoNet, clips: Callable[[], Iterable[Tensor]], *, gflops: float | None = None) -> None:
+    """Recompute batch norm's statistics and calibrate the SGS layers, each before what depends on it.
 
-    A width is measured on features in evaluation, so the statistics of what comes before it are
-    refreshed first; those of the trunk come last, since they depend on what is kept. `clips` gives
-    the same batches at every call.
+    A width is measured on features in evaluation, so the statistics of the layers in front are refreshed first; those of
+    the layers behind come last, since they depend on what is kept. `clips` gives the same batches at every call.
     """
-    for layers in _levels(model):
-        precise_batch_norm(model, clips(), forward=lambda batch: _proposals(model, layers, batch))
-        _calibrate(model, layers, clips(), evaluating(model))
+    for level, layers in enumerate(model.levels):
+        if any(layer.tracks_width for layer in layers):
+            precise_batch_norm(model, clips(), forward=partial(_proposals, model, level))
+        _calibrate_level(model, level, clips(), gflops=gflops)
     precise_batch_norm(model, clips(), forward=model)
 
 
@@ -84,39 +88,131 @@ def precise_batch_norm(model: nn.Module, batches: Iterable[Tensor], *, forward: 
             norm.running_var.copy_((squares / count - mean.square()).clamp(min=0))
 
 
-def calibrate_width(model: VideoNet, batches: Callable[[], Iterable[Tensor]], *, untrained: bool = False) -> None:
-    """Choose the SGS widths at which the clips of `batches` keep the target share of their features.
+def calibrate(
+    model: VideoNet, clips: Tensor | Iterable[Any], *, gflops: float | None = None, num_clips: int = 256
+) -> float:
+    """Set how much each SGS layer keeps so that clips cost a share of the dense GFLOPs on average. Nothing is trained.
 
-    An `untrained` network has no running statistics yet, so its features are normalised with those
-    of the batch, as in training. Does nothing for a network whose sampling has no width to choose.
+    Args:
+        model: in any mode, which it keeps; it is run in evaluation mode.
+        clips: normalised as for the model: a tensor [N, 3, T, H, W], or batches of them, such as a list or a DataLoader.
+            A batch may be a tuple or list whose first item, or a dict whose item "video" or "clips", is the tensor.
+            Clips that represent what the model will see, a few hundred of them.
+        gflops: mean GFLOPs of a clip as a share of the dense network's; None: the budget in the SGSConfig.
+        num_clips: how many clips are used at most.
+
+    Returns:
+        The mean share of the dense GFLOPs that these clips cost after the calibration.
+
+    Raises:
+        ValueError: there are no clips; the budget is below the cost of one feature a clip; or a layer follows no budget.
     """
-    for layers in _levels(model):
-        _calibrate(model, layers, batches(), _batch_statistics(model) if untrained else evaluating(model))
+    if not model.sgs:
+        raise ValueError("the model has no SGS layer to calibrate: build it with sgs=..., or use add_sgs")
+    if gflops is not None and not 0 < gflops <= 1:
+        raise ValueError(f"gflops is a share of the dense network's GFLOPs, above 0 and at most 1, not {gflops}")
+    batches = _first_clips(model, clips, num_clips)
+    calibrate_layers(model, lambda: batches, gflops=gflops)
+    with evaluating(model):
+        done = [model(batch.to(_device(model)), return_sampling=True)[1] for batch in batches]
+    table = model.gflops_table(tuple(batches[0].shape[1:]))
+    costs = [table.at(bins) for sampling in done for bins in sampling.bins]
+    return sum(costs) / len(costs) / table.dense
+
+
+def _first_clips(model: VideoNet, clips: Tensor | Iterable[Any], most: int) -> list[Tensor]:
+    batches: list[Tensor] = []
+    for batch in clips.split(8) if isinstance(clips, Tensor) else clips:
+        if isinstance(batch, Mapping):
+            batch = batch["video"] if "video" in batch else batch.get("clips")
+        elif isinstance(batch, (tuple, list)):
+            batch = batch[0] if batch else None
+        if not isinstance(batch, Tensor) or batch.dim() != 5:
+            what = list(batch.shape) if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
+            raise ValueError(f"clips to calibrate on must come as tensors [N, 3, T, H, W], not {what}")
+        batches.append(batch[: most - sum(map(len, batches))])
+        if sum(map(len, batches)) >= most:
+            break
+    if not batches:
+        raise ValueError("there are no clips to calibrate on")
+    return batches
+
+
+def calibrate_layers(model: VideoNet, batches: Callable[[], Iterable[Tensor]], *, gflops: float | None = None, untrained: bool = False) -> None:
+    """Calibrate the SGS layers on the clips of `batches`; nothing where no layer follows a budget.
+
+    Args:
+        batches: gives the same normalised clips at every call, once for each level of layers behind others.
+        gflops: the budget; None: that of the layers' options.
+        untrained: the network has no running statistics yet, so its features are normalised with those of the batch.
+    """
+    for level in range(len(model.levels)):
+        _calibrate_level(model, level, batches(), gflops=gflops, untrained=untrained)
 
 
 @torch.no_grad()
-def _calibrate(model: VideoNet, layers: list[SGS], batches: Iterable[Tensor], mode: ContextManager) -> None:
-    """Width, and noise floor where there is one, of layers that do not depend on each other."""
-    with mode:
-        seen = [_proposals(model, layers, clips) for clips in batches]
+def _calibrate_level(model: VideoNet, level: int, batches: Iterable[Tensor], *, gflops: float | None, untrained: bool = False) -> None:
+    """Set the budget of layers that do not depend on each other, and the width and noise floor of those that have them."""
+    layers = model.levels[level]
+    if gflops is None and not any(layer.options.follows_budget for layer in layers):
+        return
+    seen: list[list[Proposal]] = []
+    shape: tuple[int, ...] = ()
+    with _batch_statistics(model) if untrained else evaluating(model):
+        for clips in batches:
+            shape = tuple(clips.shape[1:])
+            if not any(layer.tracks_width for layer in layers):
+                break  # baselines depend on the shape alone
+            seen.append(_proposals(model, level, clips.to(_device(model))))
     for i, layer in enumerate(layers):
-        parts = comm.gathered([(proposals[i].z.cpu(), proposals[i].valid.cpu()) for proposals in seen])
-        longest = max(z.shape[1] for z, _ in parts)
-        z = torch.cat([nn.functional.pad(z, (0, 0, 0, longest - z.shape[1])) for z, _ in parts])  # [clips, T, D]
-        layer.calibrate(z, torch.cat([valid for _, valid in parts]))
+        measured = _gathered([proposals[i] for proposals in seen]) if layer.tracks_width else None
+        _set_budget(model, layer, shape, gflops, measured)
+        if measured is not None:
+            layer.calibrate(*measured)
 
 
-def draw_shares(model: VideoNet, *, seed: int, step: int) -> None:
-    """Before a training step: choose the share to keep of each layer whose shares are drawn, the same one on all processes."""
-    drawn = [layer for layer in model.sgs.values() if layer.options.drawn is not None]
-    random = np.random.default_rng((seed, step, 1)) if drawn else None  # not what mixup draws from
-    for layer in drawn:
-        layer.share = random.uniform(*layer.options.drawn)
+def _set_budget(model: VideoNet, layer: SGS, shape: tuple[int, ...], gflops: float | None, measured: tuple[Tensor, Tensor] | None) -> None:
+    """Set the layer's keep ratio from the budget: `gflops`, or that of its options."""
+    options = layer.options
+    if gflops is None and options.keep_ratio is not None and options.gflops_range is None:
+        layer.set_budget(options.keep_ratio)
+        return
+    table = model.gflops_table(shape)
+    budget = options.gflops if gflops is None else gflops
+    ratio = options.keep_ratio if budget is None else keep_ratio_for(table, budget, whole=layer.is_baseline)
+    if measured is not None and budget is not None and len(model.sgs) == 1:  # several layers have too many pairs of B' to count
+        z, valid = measured
+
+        def cost(keep_ratio: float) -> float:
+            counts = layer.bins_for(z, valid, keep_ratio).bincount().tolist()
+            return sum(number * table.at((bins,)) for bins, number in enumerate(counts) if number) / len(z) / table.dense
+
+        if options.noise_floor:
+            layer.calibrate(z, valid)  # of which `cost` takes the floor
+        ratio = refined(ratio, budget, cost)
+    keep_range = None if options.gflops_range is None else tuple(keep_ratio_for(table, share) for share in options.gflops_range)
+    layer.set_budget(ratio, keep_range)
+
+
+def _gathered(proposals: Sequence[Proposal]) -> tuple[Tensor, Tensor]:
+    """z [clips, T, D] and the number of frames [clips] of the clips of all ranks, on the CPU."""
+    parts = comm.gathered([(proposal.z.cpu(), proposal.valid.cpu()) for proposal in proposals])
+    longest = max(z.shape[1] for z, _ in parts)
+    z = torch.cat([nn.functional.pad(z, (0, 0, 0, longest - z.shape[1])) for z, _ in parts])
+    return z, torch.cat([valid for _, valid in parts])
+
+
+def draw_keep_ratios(model: VideoNet, *, seed: int, step: int) -> None:
+    """Before a training step: draw the keep ratio of each layer with a `gflops_range`, the same one on all ranks."""
+    ranged = [layer for layer in model.sgs.values() if layer.keep_range is not None]
+    random = np.random.default_rng((seed, step, 1)) if ranged else None  # another stream than mixup's
+    for layer in ranged:
+        layer.draw(random)
 
 
 @torch.no_grad()
-def steer_width(model: VideoNet, parts: Sequence[Sequence[Sampled]]) -> None:
-    """After a training step: move the tracked widths towards their target mean B' / T, over all parts of the batch."""
+def steer_widths(model: VideoNet, parts: Sequence[Sequence[Sampled]]) -> None:
+    """After a training step: move the tracked widths towards their keep ratio, over all parts of the batch and all ranks."""
     tracked = [(layer, done) for layer, *done in zip(model.sgs.values(), *parts) if layer.tracks_width]
     if not tracked:
         return
@@ -128,34 +224,20 @@ def steer_width(model: VideoNet, parts: Sequence[Sequence[Sampled]]) -> None:
         layer.steer(kept / given)
 
 
-class _Reached(Exception):
-    """Every layer that was waited for has made its proposal."""
+def _proposals(model: VideoNet, level: int, clips: Tensor) -> list[Proposal]:
+    """What the layers of a level propose for a batch."""
+    layers = model.levels[level]
+    if level == 0:
+        return model.propose(clips)
+    # Layers further on may not be calibrated yet: those of this level and behind keep what they are given.
+    undecided = {layer for layers in model.levels[level:] for layer in layers}
+    forced = [KEEP_ALL if layer in undecided else None for layer in model.sgs.values()]
+    _, sampling = model(clips, forced, return_sampling=True)
+    return [done.proposal for layer, done in zip(model.sgs.values(), sampling.layers) if layer in layers]
 
 
-def _proposals(model: VideoNet, layers: list[SGS], clips: Tensor) -> list[Proposal]:
-    """What these layers propose for a batch; the network behind them is not run."""
-    found: dict[SGS, Proposal] = {}
-
-    def note(layer: SGS, inputs: tuple, proposal: Proposal) -> None:
-        found[layer] = proposal
-        if len(found) == len(layers):
-            raise _Reached
-
-    hooks = [layer.register_forward_hook(note) for layer in layers]
-    try:
-        model(clips)
-    except _Reached:
-        return [found[layer] for layer in layers]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    raise AssertionError("the network ended before its SGS layers were reached")
-
-
-def _levels(model: VideoNet) -> list[list[SGS]]:
-    """The layers with a width to choose, those that do not depend on each other in one list."""
-    levels = [[layer for layer in level if layer.tracks_width] for level in model.levels]
-    return [level for level in levels if level]
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 @contextmanager

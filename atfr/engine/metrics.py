@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from atfr.engine.evaluator import Evaluation, View
-from atfr.engine.flops import CONVENTION, GflopsTable
+from atfr.models.flops import CONVENTION, GflopsTable
 from atfr.utils.atomic_io import write_text
 
 

@@ -45,7 +45,7 @@ def groups(model: nn.Module, *, lr: float, weight_decay: float, head_lr: float |
     head: set[nn.Parameter] = set()
     if head_lr is not None:
         _require("optimizer.head_lr", head_lr, head_lr >= 0, "at least 0, or null")
-        layers = [m for m in getattr(model, "backbone", model).modules() if getattr(m, "weight", None) is not None and m.weight.dim() > 1]
+        layers = [m for m in getattr(model, "dense_network", model).modules() if getattr(m, "weight", None) is not None and m.weight.dim() > 1]
         if not layers:
             raise ValueError("optimizer.head_lr is set, but the network has no classification layer; set it to null")
         head = set(layers[-1].parameters())

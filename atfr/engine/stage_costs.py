@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from atfr.engine.flops import GflopsTable
+from atfr.engine.budgets import bins_at, keep_ratio_for
+from atfr.models.flops import GflopsTable
 from atfr.models.graph.probing import evaluating
 from atfr.models.packed import ops
-from atfr.models.video_net import PREFIX, VideoNet
+from atfr.models.video_net import VideoNet
 
 HEAD = "head"  # the convolutions and linear layers behind the last stage
 OTHER = "other"  # everything that is no convolution or linear layer: pools, squeeze-excitation, sampling
@@ -33,13 +34,16 @@ class StageCost:
 
 
 def expected_bins(model: VideoNet, table: GflopsTable) -> tuple[int, ...]:
-    """Return the B' to show for each SGS layer: its target or fixed number, or T / 2 where it has neither."""
-    bins = []
-    for layer, frames, least, most in zip(model.sgs.values(), table.frames, table.least, table.most):
-        share = layer.options.target if layer.tracks_width else 0.5
-        wanted = most if layer.is_baseline else round(share * frames)
-        bins.append(max(least, min(most, wanted)))
-    return tuple(bins)
+    """Return the B' of a clip at the budget of the SGS layers; T / 2 where B' follows no budget."""
+    if not model.sgs:
+        return ()
+    options = next(iter(model.sgs.values())).options  # the same for all layers
+    ratio = options.keep_ratio or 0.5
+    if options.gflops is not None:
+        ratio = keep_ratio_for(table, options.gflops, whole=options.is_baseline)
+    if options.is_baseline and not options.follows_budget:
+        return table.most
+    return bins_at(table, ratio)
 
 
 def stage_costs(model: VideoNet, table: GflopsTable, clip_shape: tuple[int, int, int, int], bins: tuple[int, ...]) -> list[StageCost]:
@@ -55,10 +59,10 @@ def stage_costs(model: VideoNet, table: GflopsTable, clip_shape: tuple[int, int,
         network's parameters, `table.dense` and `table.at(bins)`.
     """
     model = copy.deepcopy(model).cpu()
-    stages = model.stages or {name: name for name, _ in model.backbone.named_children()}
+    stages = model.stage_paths or {name: name for name, _ in model.dense_network.named_children()}
     clip = torch.zeros(1, *clip_shape)
     with evaluating(model):
-        ended, shapes, dense = _run_dense(model.backbone, clip)
+        ended, shapes, dense = _run_dense(model.dense_network, clip)
         sampled = _run_sampled(model, clip, bins) if model.sgs else None
     order = sorted((path for path in stages.values() if path in ended), key=ended.__getitem__)
     names = {path: name for name, path in stages.items()}
@@ -66,7 +70,7 @@ def stage_costs(model: VideoNet, table: GflopsTable, clip_shape: tuple[int, int,
     def stage_of(path: str) -> str:
         return next((names[stage] for stage in order if ended.get(path, 0) <= ended[stage]), HEAD)
 
-    params = {path: sum(p.numel() for p in module.parameters(recurse=False)) for path, module in model.backbone.named_modules()}
+    params = {path: sum(p.numel() for p in module.parameters(recurse=False)) for path, module in model.dense_network.named_modules()}
     rows = []
     for name, path in [*((names[path], path) for path in order), (HEAD, "")]:
         own = [member for member in params if stage_of(member) == name]
@@ -107,13 +111,13 @@ def _noting(network: nn.Module, note: Any) -> Iterator[None]:
 def _run_sampled(model: VideoNet, clip: Tensor, bins: tuple[int, ...]) -> dict[str, float]:
     """The GFLOPs of each convolution and linear layer for a clip that keeps `bins` features."""
     costs: dict[str, float] = {}
-    with _noting(model.backbone, partial(_count, costs)):
-        features = model.stem(clip)
+    with _noting(model.dense_network, partial(_count, costs)):
+        features = model.run_stem(clip)
         forced = [(b,) for b in bins]
         if model.execution == "packed":
             _PackedCosts(model.packed_trunk, costs).run(*features, forced)
         else:
-            model.trunk(*features, forced=forced)
+            model.run_trunk(*features, forced=forced)
     return costs
 
 
@@ -127,7 +131,7 @@ class _PackedCosts(fx.Interpreter):
     def run_node(self, node: fx.Node) -> Any:
         if node.target is not ops.conv3d:
             return super().run_node(node)
-        path = node.args[0].target.removeprefix(PREFIX)
+        path = node.args[0].target
         before = self.costs.get(path, 0.0)
         result = super().run_node(node)
         # Not what a hook counted: with the frames that pad the clip.

@@ -47,7 +47,7 @@ class ExportableNet(nn.Module):
 
     def __init__(self, model: VideoNet) -> None:
         super().__init__()
-        self.program = _one_clip(model.eval()) if model.sgs else model.backbone.eval()
+        self.program = _one_clip(model.eval()) if model.sgs else model.dense_network.eval()
         self.sampled = bool(model.sgs)
 
     def forward(self, clip: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +63,7 @@ def _one_clip(model: VideoNet) -> fx.GraphModule:
             raise ValueError(f"SGS after {layer.name!r} has no bin width yet: train the network, or set model.sgs.width")
         if layer.options.similarity == "random":
             raise ValueError("model.sgs.similarity=random cannot be exported: torch would export the drawing, not what was drawn")
-    traced = Traced(model.backbone, model.places, before_activation=next(iter(model.sgs.values())).options.before_activation)
+    traced = Traced(model.dense_network, model.locations, before_activation=next(iter(model.sgs.values())).options.before_activation)
     if len(traced.levels) > 1:
         behind = ", ".join(traced.cuts[cut] for cuts in traced.levels[1:] for cut in cuts)
         raise ValueError(f"a network whose SGS layers follow each other cannot be exported: {behind} samples what was sampled already")
@@ -73,7 +73,7 @@ def _one_clip(model: VideoNet) -> fx.GraphModule:
             bins = graph.call_function(torch.cat, ([kept[cut] for cut in traced.cuts],))
             graph.output((copies[node.args[0]], bins))
             break
-        module = model.backbone.get_submodule(node.target) if node.op == "call_module" else None
+        module = model.dense_network.get_submodule(node.target) if node.op == "call_module" else None
         # The times of kept features stay as they are behind everything that does not stride along time.
         times[node] = next((times[i] for i in node.all_input_nodes if times[i] is not None), None)
         if hasattr(module, "packed_forward"):

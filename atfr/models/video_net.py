@@ -1,11 +1,12 @@
-"""A video network with or without SGS, behind one interface."""
+"""A video network with or without SGS."""
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
-from contextlib import contextmanager
-from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,142 +21,206 @@ from atfr.models.packed.registry import NoPackedForm
 from atfr.models.packed.repeatable_pools import use_repeatable_pools
 from atfr.models.packed.segments import take
 from atfr.models.sgs.config import SGSConfig
-from atfr.models.sgs.layer import SGS, Sampled, sample
+from atfr.models.sgs.layer import SGS, AtLeast, Forced, Proposal, Sampled, sample
+
+if TYPE_CHECKING:
+    from atfr.models.flops import GflopsTable
 
 log = logging.getLogger(__name__)
 
 Stages = Mapping[str, "str | tuple[str, ...]"]
 BatchNorm = nn.modules.batchnorm._BatchNorm
-PREFIX = "backbone."
+PREFIX = ""
 TOLERANCE = 1e-3  # of the self-check, in standard deviations of the logits; a leak between clips is 0.05 and more
 
 
-class Prediction(NamedTuple):
-    """logits [N, classes], and what each SGS layer did, in the order of `model.sgs.after`."""
+@dataclass(frozen=True)
+class Sampling:
+    """What the SGS layers did with a batch."""
 
-    logits: Tensor
-    sampled: tuple[Sampled, ...]  # empty for a dense network
-    clip_frames: int  # T of the clips
+    layers: tuple[Sampled, ...]  # one a layer, in the order of `sgs.after`; empty for a dense network
+    num_clips: int
+    clip_shape: tuple[int, int, int, int]  # (3, T, H, W)
+    _costs: Callable[[tuple[int, int, int, int]], GflopsTable]
 
     @property
     def bins(self) -> list[tuple[int, ...]]:
-        """B' of each clip, one number a layer; T where nothing is sampled."""
-        if not self.sampled:
-            return [(self.clip_frames,)] * len(self.logits)
-        return list(zip(*(s.segments.lengths for s in self.sampled)))
+        """B' of each clip, one number a layer; T for a dense network."""
+        if not self.layers:
+            return [self.frames] * self.num_clips
+        return list(zip(*(done.segments.lengths for done in self.layers)))
 
     @property
     def frames(self) -> tuple[int, ...]:
-        """For each layer, how many features a clip has there where none is dropped."""
-        return tuple(s.segments.frames for s in self.sampled) or (self.clip_frames,)
+        """For each layer, how many features a clip has there where nothing is dropped."""
+        return tuple(done.segments.frames for done in self.layers) or (self.clip_shape[1],)
+
+    @property
+    def assignment(self) -> tuple[Tensor, ...]:
+        """For each layer [N, T] int64: the kept feature that each frame went into; -1 where into none."""
+        return tuple(done.assignment for done in self.layers)
+
+    @property
+    def times(self) -> tuple[tuple[Tensor, ...], ...]:
+        """For each layer and clip [B']: the mean time of the frames in each kept feature."""
+        return tuple(done.segments.times.split(done.segments.lengths) for done in self.layers)
+
+    @property
+    def gflops(self) -> Tensor:
+        """[N] GFLOPs of each clip, from a table of the network that is made at the first use (see `GflopsTable`)."""
+        table = self._costs(self.clip_shape)
+        return torch.tensor([table.at(bins) for bins in self.bins])
 
 
 class VideoNet(nn.Module):
-    """`backbone` on clips [N, 3, T, H, W], sampled by SGS after one or several of its stages.
+    """A network for clips [N, 3, T, H, W], sampled by SGS after one or several of its stages.
 
-    Everything runs in channels-last memory, in which a frame is one block. Clips of different B'
-    run together packed; a network that cannot be packed runs bucketed, one batch for each B'.
+    It has the modules, parameters and buffers of `network` under their own names, and the SGS layers under `sgs`.
+    Everything runs in channels-last memory, in which a frame is one block. Clips of different B' run together packed; a
+    network that cannot be packed runs bucketed, one batch for each B'.
 
     Args:
-        backbone: maps clips to logits [N, classes]; its head must pool over whatever it is given.
-        stages: names for `sgs.after`: the path of a module in the backbone, or a tuple of other
-            names that are meant together. Any other module's path may be given, too, and `input`,
-            for the clips themselves.
-        sgs: None for the dense network, which then is the backbone and nothing else.
-        probe: (frames, height, width) of a small clip that the backbone can run on, for a look at
-            its shapes and for the self-check.
+        network: maps clips to logits [N, classes]; its head must pool over whatever it is given.
+        stages: names for `sgs.after`: the path of a module in the network, or a tuple of other names that are meant
+            together. Any other module's path may be given, too, and `input`, for the clips themselves.
+        sgs: None for the dense network.
+        probe: (frames, height, width) of a small clip that the network can run on, to find its shapes and for the
+            self-check.
 
     Attributes:
+        sgs: the SGS layers by name, with _ for each dot.
         execution: "dense", "packed" or "bucketed".
+        locations: {name of a layer: path of the module whose output it samples}.
+        stage_paths: {name of a stage: path of the module that ends it}; empty if `stages` names none.
         times: what the lengths at each node of the packed trunk depend on.
-        layer_inputs: the same for what is given to each layer that lies behind another one.
-        places: {name of a layer: path of the backbone's module whose output it samples}.
-        stages: {name of a stage: path of the backbone's module that ends it}; empty for a custom network.
+        layer_inputs: the same for the input of each layer that lies behind another one.
 
     Raises:
-        ValueError: `sgs.after` is not a place of this network, or has no features in time; what is
-            sampled meets what is not; torch.fx cannot trace the backbone; it runs on no fewer features
-            than all; or packed execution was asked for and is not possible.
+        ValueError: `sgs.after` is not a location of this network, or has no features in time; sampled features meet
+            features that are not; torch.fx cannot trace the network; it runs on no fewer features than all; packed
+            execution is asked for and not possible; or a module of the network has a name that this class uses.
     """
 
-    def __init__(self, backbone: nn.Module, *, stages: Stages, sgs: SGSConfig | None, probe: tuple[int, int, int] = (16, 64, 64)) -> None:
+    def __init__(self, network: nn.Module, *, stages: Stages = {}, sgs: SGSConfig | None = None, probe: tuple[int, int, int] = (16, 64, 64)) -> None:
         super().__init__()
-        self.backbone = backbone.to(memory_format=torch.channels_last_3d)
-        run_as_images(self.backbone)
-        use_repeatable_pools(self.backbone)
-        self.sgs = nn.ModuleDict()  # a layer each place, under its name with _ for .
+        network.to(memory_format=torch.channels_last_3d)
+        run_as_images(network)
+        use_repeatable_pools(network)
+        # Its modules are registered here under their own names. The network itself is kept out of the module tree, in which
+        # every parameter would have a second name, and so are the programs, which call its modules.
+        self._network = (network,)
+        self._parameters, self._buffers = network._parameters, network._buffers
+        self._non_persistent_buffers_set = network._non_persistent_buffers_set
+        for name, module in network._modules.items():
+            if hasattr(self, name):
+                raise ValueError(f"the network has a module {name!r}, a name that VideoNet uses itself: rename that module")
+            self.add_module(name, module)
+        self._recipe = (stages, sgs, probe)
+        self.sgs = nn.ModuleDict()
         self.execution = "dense"
         self.times: dict[str, Time] = {}
         self.layer_inputs: dict[str, Time] = {}
-        self.places: dict[str, str] = {}
-        self.stages = {name: path for name, path in stages.items() if isinstance(path, str)}
-        # Kept out of the module tree: the programs call the backbone's own modules, and registering
-        # them would list every parameter a second time.
-        self._programs: tuple[nn.Module, ...] = (self.backbone,)
+        self.locations: dict[str, str] = {}
+        self.stage_paths = {name: path for name, path in stages.items() if isinstance(path, str)}
+        self._levels: list[list[str]] = []  # keys of `sgs`
+        self._programs: tuple[nn.Module, ...] = self._network
         self._training_programs: tuple[nn.Module, ...] | None = None  # see `prepare`
         self._evaluation_programs: tuple[nn.Module, ...] | None = None
         self._least: dict[tuple, tuple[int, ...]] = {}  # see `_least_alone`
-        if sgs is None:
-            return
-        self.places = places = _resolve(sgs.places, stages, backbone)
-        traced = Traced(backbone, places, before_activation=sgs.before_activation, looks=sgs.embeds_clip)
-        looking = {traced.cuts[cut] for cut in traced.levels[0]} if sgs.embeds_clip else set()
-        clip = torch.zeros(1, 3, *probe, device=next(backbone.parameters()).device)
-        with evaluating(self):  # so that the probe leaves the running statistics alone
+        self._tables: dict[tuple[int, ...], GflopsTable] = {}  # by clip shape
+        if sgs is not None:
+            self._add_sgs(sgs, stages, probe)
+
+    def _add_sgs(self, sgs: SGSConfig, stages: Stages, probe: tuple[int, int, int]) -> None:
+        self.locations = locations = _resolve(sgs.locations, stages, self.dense_network)
+        traced = Traced(self.dense_network, locations, before_activation=sgs.before_activation, looks=sgs.embeds_clip)
+        of_clip = {traced.cuts[cut] for cut in traced.levels[0]} if sgs.embeds_clip else set()
+        clip = torch.zeros(1, 3, *probe, device=self._like.device)
+        with evaluating(self):  # so that the probe does not update the running statistics
             features = traced.stem(self, PREFIX, list(traced.cuts))(clip)
-        for name, x in zip(places, features):
+        channels: dict[str, int] = {}
+        for name, x in zip(locations, features):
             if not isinstance(x, Tensor) or x.dim() != 5 or x.shape[2] < 2:
                 shape = list(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
                 raise ValueError(f"model.sgs.after={name!r} gives {shape} for a clip of {probe}: SGS needs [N, C, T, H, W] with more than one feature in time")
-            self.sgs[_key(name)] = SGS(clip.shape[1] if name in looking else x.shape[1], sgs, name=name)
+            channels[name] = clip.shape[1] if name in of_clip else x.shape[1]
         self._levels = [[_key(traced.cuts[cut]) for cut in cuts] for cuts in traced.levels]
         stem = traced.stem(self, PREFIX)
-        self._programs = (stem, self._trunk(traced, stem, sgs.execution, probe))
+        if sgs.execution != "bucketed":
+            try:
+                self._run_packed(traced, stem, sgs, channels, probe)
+                return
+            except NoPackedForm as error:
+                if sgs.execution == "packed":
+                    raise
+                log.warning("%s; this network runs bucketed: exact, slower, and not to be trained with batch norm that is not frozen", error)
+        self._run_bucketed(traced, stem, sgs, channels, probe)
 
-    def forward(self, clips: Tensor, forced: Sequence[tuple[int, ...]] | None = None) -> Prediction:
-        """Logits of clips [N, 3, T, H, W]; for `forced` see `sgs_layer.sample`.
+    def forward(
+        self, clips: Tensor, forced: Forced | None = None, *, return_sampling: bool = False
+    ) -> Tensor | tuple[Tensor, Sampling]:
+        """Return the logits [N, classes] of clips [N, 3, T, H, W]; with `return_sampling`, also what the SGS layers did.
+
+        Args:
+            forced: replaces the layers' decisions, see `sgs.layer.sample`.
 
         Raises:
-            ValueError: clips of another shape or on another device than the network, or too short
-                for what follows a layer.
+            ValueError: clips of another shape or on another device than the network, or too short for the layers behind
+                SGS; or an SGS layer is not calibrated.
+            NonFiniteFeatures: the features that a layer samples hold a NaN or an infinity.
         """
-        device = next(self.parameters()).device
+        device = self._like.device
         if clips.dim() != 5 or clips.device != device:
             raise ValueError(f"clips must be [N, 3, T, H, W] on {device}, like the network, not {list(clips.shape)} on {clips.device}")
         if clips.shape[0] < 1 or clips.shape[1] != 3 or not clips.is_floating_point():
             raise ValueError(f"clips must be floating point [N, 3, T, H, W] with at least one clip, not {clips.dtype} {list(clips.shape)}")
         clips = clips.contiguous(memory_format=torch.channels_last_3d)
+        sampled: tuple[Sampled, ...] = ()
         try:
-            with self._enough_for_batch_norm(clips):
-                if not self.sgs:
-                    return Prediction(self._running[0](clips), (), clips.shape[2])
-                logits, sampled = self.trunk(*self.stem(clips), forced=forced)
+            if self.sgs:
+                if forced is None and self.training and len(clips) == 1:  # two clips always have enough for batch norm
+                    forced = [AtLeast(bins) for bins in self._least_alone(clips)] or None
+                logits, sampled = self.run_trunk(*self.run_stem(clips), forced=forced)
+            else:
+                if self.training and len(clips) == 1:
+                    self._least_alone(clips)
+                logits = self._running[0](clips)
         except (RuntimeError, IndexError) as error:
             self._explain(error, clips)
             raise
-        return Prediction(logits, sampled, clips.shape[2])
+        return (logits, Sampling(sampled, len(clips), tuple(clips.shape[1:]), self.gflops_table)) if return_sampling else logits
+
+    @property
+    def dense_network(self) -> nn.Module:
+        """The network without SGS, which shares all modules with this one."""
+        return self._network[0]
+
+    @property
+    def _like(self) -> Tensor:
+        """A parameter, for its device and type."""
+        return next(self.parameters())
+
+    def train(self, mode: bool = True) -> VideoNet:
+        """Set the training mode of all modules, and of the network that they come from."""
+        super().train(mode)
+        self.dense_network.train(mode)
+        return self
+
+    def gflops_table(self, clip_shape: tuple[int, int, int, int]) -> GflopsTable:
+        """Return the table of GFLOPs by B' of clips (3, T, H, W), made at the first call."""
+        from atfr.models.flops import GflopsTable  # which needs a finished VideoNet
+
+        if clip_shape not in self._tables:
+            self._tables[clip_shape] = GflopsTable(self, clip_shape)
+        return self._tables[clip_shape]
 
     def check_clip(self, frames: int, height: int, width: int) -> None:
         """Raise ValueError, with the least number of frames, unless the network can run on such clips."""
-        probing.check_clip(self.backbone, frames, height, width)
+        probing.check_clip(self.dense_network, frames, height, width)
 
     def check_training(self, frames: int, height: int, width: int) -> None:
         """Raise ValueError unless a batch of one such clip has more than one value a channel for each batch norm in training mode."""
-        like = next(self.parameters())
-        self._least_alone(torch.zeros(1, 3, frames, height, width, device=like.device, dtype=like.dtype))
-
-    @contextmanager
-    def _enough_for_batch_norm(self, clips: Tensor) -> Iterator[None]:
-        """Make the layers keep at least as many features as batch norm needs in training. Two clips always have enough."""
-        before = {layer: layer.min_bins for layer in self.sgs.values()}
-        if self.training and len(clips) == 1:
-            for layer, least in zip(before, self._least_alone(clips)):
-                layer.min_bins = least
-        try:
-            yield
-        finally:
-            for layer, least in before.items():
-                layer.min_bins = least
+        self._least_alone(torch.zeros(1, 3, frames, height, width, device=self._like.device, dtype=self._like.dtype))
 
     def _least_alone(self, clip: Tensor) -> tuple[int, ...]:
         """Return `trials.least_for_batch_norm` of this clip's shape; () if no batch norm takes its statistics from this batch alone."""
@@ -176,14 +241,21 @@ class VideoNet(nn.Module):
         if not isinstance(error, torch.OutOfMemoryError):
             self.check_clip(*clips.shape[2:])
 
-    def stem(self, clips: Tensor) -> tuple[Tensor, ...]:
-        """What runs before any sampling: the features to sample, then whatever passes them by."""
+    def run_stem(self, clips: Tensor) -> tuple[Tensor, ...]:
+        """Run the layers in front of SGS: return the features to sample, then tensors that bypass sampling."""
         return self._running[0](clips)
 
-    def trunk(self, *features: Tensor, forced: Sequence[tuple[int, ...]] | None = None) -> tuple[Tensor, tuple[Sampled, ...]]:
-        """Sampling and what follows it, on what the stem gave: (logits [N, classes], what was done)."""
+    def run_trunk(self, *features: Tensor, forced: Forced | None = None) -> tuple[Tensor, tuple[Sampled, ...]]:
+        """Sample what `run_stem` returned and run the layers behind: logits [N, classes], and what was done."""
         trunk = self._running[1]
         return trunk(*features, forced) if self.execution == "packed" else self._bucketed(trunk, *features, forced=forced)
+
+    def propose(self, clips: Tensor) -> list[Proposal]:
+        """Return what each layer of the first level proposes for clips [N, 3, T, H, W]; the layers behind are not run."""
+        layers = self.levels[0]
+        features = self.run_stem(clips.contiguous(memory_format=torch.channels_last_3d))
+        clip = features[len(layers)] if len(features) > len(layers) else None  # the stem returns it where it is embedded
+        return [layer(x, None, clip) for layer, x in zip(layers, features)]
 
     def prepare(self, *, compute_again: bool = False, compiled: bool = False, backend: str | Callable = "inductor") -> None:
         """How the network runs from now on; copies of it run as they did at first.
@@ -200,15 +272,22 @@ class VideoNet(nn.Module):
             raise ValueError("compute_again and compiled do not go together: the compiler chooses itself what is computed again")
         if not (compute_again or compiled):
             return
-        programs = self._programs if self.sgs else (Traced(self.backbone, {}, before_activation=False).whole(self, PREFIX),)
+        programs = self._programs if self.sgs else (Traced(self.dense_network, {}, before_activation=False).whole(self, PREFIX),)
         if compute_again:
             self._training_programs = tuple(recomputing(program, ends=program is programs[-1]) for program in programs)
             return
         require_compiler()
         self._training_programs = self._evaluation_programs = tuple(compiling(program, backend=backend) for program in programs)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_training_programs": None, "_evaluation_programs": None}
+    def __deepcopy__(self, memo: dict[int, Any]) -> VideoNet:
+        copied = memo[id(self)] = self.__class__.__new__(self.__class__)
+        fresh = {"_training_programs": None, "_evaluation_programs": None, "_tables": {}}
+        copied.__dict__.update(copy.deepcopy({**self.__dict__, **fresh}, memo))
+        return copied
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        """Pickle the network and the SGS layers; the programs, which torch.fx cannot pickle, are traced anew."""
+        return _rebuilt, (type(self), self.dense_network, self._recipe, self.sgs, self.training)
 
     @property
     def _running(self) -> tuple[nn.Module, ...]:
@@ -220,42 +299,41 @@ class VideoNet(nn.Module):
     @property
     def levels(self) -> list[list[SGS]]:
         """The SGS layers in the order in which they run, those that run together in one list."""
-        return [[self.sgs[key] for key in keys] for keys in self._levels] if self.sgs else []
+        return [[self.sgs[key] for key in keys] for keys in self._levels]
 
     @property
     def packed_trunk(self) -> nn.Module:
         """The program of packed execution: (the stem's outputs, forced) -> (logits, what was done)."""
         return self._programs[1]
 
-    def _trunk(self, traced: Traced, stem: nn.Module, execution: str, probe: tuple[int, int, int]) -> nn.Module:
-        """The packed trunk, or the plain one where it cannot be packed; sets `execution`."""
-        if execution != "bucketed":
-            try:
-                packed = PackedTrunk(traced, self, PREFIX, lambda name: f"sgs.{_key(name)}")
-                for name, least in packed.least_bins().items():
-                    self.sgs[_key(name)].min_bins = least
-                    self.sgs[_key(name)].gap = packed.gap
-                    self.sgs[_key(name)].norms = tuple(m for m in self.backbone.modules() if isinstance(m, BatchNorm))
-                self._self_check(traced, stem, packed, probe)
-                self.execution = "packed"
-                self.times, self.layer_inputs = packed.times, packed.inputs
-                return packed.module
-            except NoPackedForm as error:
-                if execution == "packed":
-                    raise
-                log.warning("%s; this network runs bucketed: exact, slower, and not to be trained with batch norm that is not frozen", error)
-        if len(self.sgs) > 1:
-            raise ValueError(f"a network that cannot run packed takes one SGS layer, not {len(self.sgs)}")
-        self.execution, trunk = "bucketed", traced.plain_trunk(self, PREFIX)
-        (layer,) = self.sgs.values()
-        with evaluating(self):
-            x, *passing = stem(torch.zeros(2, 3, *probe, device=next(self.backbone.parameters()).device))
-            layer.min_bins = probing.least_features(trunk, x, passing, name=layer.name)
-        return trunk
+    def _run_packed(self, traced: Traced, stem: nn.Module, sgs: SGSConfig, channels: Mapping[str, int], probe: tuple[int, int, int]) -> None:
+        """Add the layers and run packed; NoPackedForm if that is not possible or fails the self-check."""
+        packed = PackedTrunk(traced, PREFIX, lambda name: f"sgs.{_key(name)}")
+        norms = [m for m in self.modules() if isinstance(m, BatchNorm)]
+        self._add_layers(sgs, channels, packed.least_bins(), gap=packed.gap, norms=norms)
+        trunk = packed.module(self)
+        self._self_check(traced, stem, packed, trunk, probe)
+        self.execution, self._programs = "packed", (stem, trunk)
+        self.times, self.layer_inputs = packed.times, packed.inputs
 
-    def _bucketed(self, trunk: nn.Module, x: Tensor, *passing: Tensor, forced: Sequence[tuple[int, ...]] | None) -> tuple[Tensor, tuple[Sampled, ...]]:
+    def _run_bucketed(self, traced: Traced, stem: nn.Module, sgs: SGSConfig, channels: Mapping[str, int], probe: tuple[int, int, int]) -> None:
+        """Add the layer and run the rest of the network once for each B'."""
+        if len(channels) > 1:
+            raise ValueError(f"a network that cannot run packed takes one SGS layer, not {len(channels)}")
+        (name,), trunk = channels, traced.plain_trunk(self, PREFIX)
+        with evaluating(self):
+            x, *bypassing = stem(torch.zeros(2, 3, *probe, device=self._like.device))
+            least = probing.least_features(trunk, x, bypassing, name=name)
+        self._add_layers(sgs, channels, {name: least})
+        self.execution, self._programs = "bucketed", (stem, trunk)
+
+    def _add_layers(self, sgs: SGSConfig, channels: Mapping[str, int], least: Mapping[str, int], **options: Any) -> None:
+        layers = {_key(name): SGS(count, sgs, name=name, min_bins=least[name], **options) for name, count in channels.items()}
+        self.sgs = nn.ModuleDict(layers).to(self._like.device)
+
+    def _bucketed(self, trunk: nn.Module, x: Tensor, *passing: Tensor, forced: Forced | None) -> tuple[Tensor, tuple[Sampled, ...]]:
         """Clips that keep equally many features run together."""
-        if any(m.training for m in self.backbone.modules() if isinstance(m, BatchNorm)):
+        if any(m.training for m in self.dense_network.modules() if isinstance(m, BatchNorm)):
             raise ValueError("bucketed execution would give batch norm the statistics of one bucket after the other: freeze it, or make the network packable")
         packed, sampled = sample(list(self.sgs.values()), [x], [None], forced, (*passing, x)[0])  # the clip is the first to pass
         lengths = torch.tensor(sampled[0].segments.lengths)
@@ -268,22 +346,22 @@ class VideoNet(nn.Module):
             logits.update(zip(clips.tolist(), out))
         return torch.stack([logits[clip] for clip in range(len(lengths))]), sampled
 
-    def _self_check(self, traced: Traced, stem: nn.Module, packed: PackedTrunk, probe: tuple[int, int, int]) -> None:
+    def _self_check(self, traced: Traced, stem: nn.Module, packed: PackedTrunk, trunk: nn.Module, probe: tuple[int, int, int]) -> None:
         """Raise NoPackedForm unless clips of different length give together what they give alone."""
-        device = next(self.backbone.parameters()).device
+        device = self._like.device
         if device.type == "meta":
             return
         random = torch.Generator().manual_seed(0)
         clips = torch.randn(3, 3, *probe, generator=random).to(device)
         # A norm at its start may multiply a branch by zero, and nothing of it would be seen.
-        norms = {name: torch.rand(p.shape, generator=random).to(p) + 0.5 for name, p in packed.module.named_parameters() if p.dim() == 1}
+        norms = {name: torch.rand(p.shape, generator=random).to(p) + 0.5 for name, p in trunk.named_parameters() if p.dim() == 1}
         with evaluating(self):
             features = stem(clips.contiguous(memory_format=torch.channels_last_3d))
             forced = self._uneven(traced, packed, features)
-            together = torch.func.functional_call(packed.module, norms, (*features, forced))[0]
+            together = torch.func.functional_call(trunk, norms, (*features, forced))[0]
             for i, row in enumerate(together):
                 one = [[lengths[i : i + 1] for lengths in forced]]
-                alone = torch.func.functional_call(packed.module, norms, (*(f[i : i + 1] for f in features), *one))[0][0]
+                alone = torch.func.functional_call(trunk, norms, (*(f[i : i + 1] for f in features), *one))[0][0]
                 error = ((row - alone).abs().max() / together.std().clamp(min=1e-6)).item()
                 if not error < TOLERANCE:
                     raise NoPackedForm(f"the network's logits change by {error:.2g} standard deviations when clips run packed")
@@ -302,33 +380,44 @@ class VideoNet(nn.Module):
         return [forced[name] for name in traced.cuts.values()]
 
 
-def _resolve(names: Sequence[str], stages: Stages, backbone: nn.Module) -> dict[str, str]:
-    """{layer name: module path} of the places that `sgs.after` names."""
-    places: dict[str, str] = {}
+def _rebuilt(kind: type[VideoNet], network: nn.Module, recipe: tuple, layers: nn.ModuleDict, training: bool) -> VideoNet:
+    """A pickled VideoNet."""
+    stages, sgs, probe = recipe
+    with torch.random.fork_rng(devices=[]):
+        model = kind(network, stages=stages, sgs=sgs, probe=probe)
+    model.sgs.load_state_dict(layers.state_dict())
+    model.sgs.train(training)
+    model.training = training
+    return model
+
+
+def _resolve(names: Sequence[str], stages: Stages, network: nn.Module) -> dict[str, str]:
+    """{layer name: module path} of the locations that `sgs.after` names."""
+    locations: dict[str, str] = {}
     for name in names:
         target = stages.get(name, name)
         if isinstance(target, tuple):
-            found = _resolve(target, stages, backbone)
+            found = _resolve(target, stages, network)
         else:
             try:
-                backbone.get_submodule(target)
+                network.get_submodule(target)
             except AttributeError:
                 if target != INPUT:
-                    raise ValueError(f"model.sgs.after={name!r} is not a stage of this network; {_possible(target, stages, backbone)}") from None
+                    raise ValueError(f"model.sgs.after={name!r} is not a stage of this network; {_possible(target, stages, network)}") from None
             found = {name: target}
-        for twice in found.keys() & places.keys():
-            raise ValueError(f"model.sgs.after names the same place twice: {twice}")
-        places.update(found)
-    return places
+        for twice in found.keys() & locations.keys():
+            raise ValueError(f"model.sgs.after names the same location twice: {twice}")
+        locations.update(found)
+    return locations
 
 
-def _possible(path: str, stages: Stages, backbone: nn.Module) -> str:
+def _possible(path: str, stages: Stages, network: nn.Module) -> str:
     """What there is in place of a path that does not exist: stages or top modules, and the paths most like it."""
-    near = difflib.get_close_matches(path, [name for name, _ in backbone.named_modules() if name], n=5)
+    near = difflib.get_close_matches(path, [name for name, _ in network.named_modules() if name], n=5)
     like = f", such as {', '.join(near)}" if near else ""
     if stages:
         return f"choose one or a list of {', '.join((INPUT, *stages))}, or the path of a module{like}"
-    return f"choose {INPUT}, the path of a module or a list of them; there are {', '.join(dict(backbone.named_children()))} and what is in them{like}"
+    return f"choose {INPUT}, the path of a module or a list of them; there are {', '.join(dict(network.named_children()))} and what is in them{like}"
 
 
 def _key(name: str) -> str:

@@ -25,7 +25,7 @@ from atfr.models.graph import probing
 from atfr.models.packed import ops, registry
 from atfr.models.packed.registry import NoPackedForm
 from atfr.models.packed.segments import Segments, Window
-from atfr.models.sgs.layer import sample
+from atfr.models.sgs.layer import Forced, sample
 
 TORCH = str(Path(torch.__file__).parent)
 INPUT = "input"  # a place before all modules: the clips themselves are sampled
@@ -136,9 +136,8 @@ class PackedTrunk:
     """Writes the trunk of a traced network for packed features.
 
     Attributes:
-        module: (the frontier, forced) -> (the network's output, one row a clip; a tuple of Sampled,
-            one a layer in the order of the cuts). For `forced` see `sgs_layer.sample`.
-        times: of each packed value, by the name of its node in `module.graph`.
+        graph: of the trunk's program, see `module`.
+        times: of each packed value, by the name of its node in `graph`.
 
     Raises:
         NoPackedForm: for a module or function that is not known to be framewise and has no packed
@@ -146,7 +145,7 @@ class PackedTrunk:
         ValueError: for a value that passes the sampling by and meets what was sampled.
     """
 
-    def __init__(self, traced: Traced, root: nn.Module, prefix: str, layer_path: Callable[[str], str]) -> None:
+    def __init__(self, traced: Traced, prefix: str, layer_path: Callable[[str], str]) -> None:
         self.traced, self.prefix, self.layer_path = traced, prefix, layer_path
         self.graph = fx.Graph()
         self.values = {node: Value(self.graph.placeholder(node.name)) for node in traced.frontier}
@@ -170,7 +169,10 @@ class PackedTrunk:
                 self.values[node] = self._write(node)
                 if self.values[node].time is not None:
                     self.times[self.values[node].node.name] = self.values[node].time
-        self.module = fx.GraphModule(root, self.graph, "PackedTrunk")
+
+    def module(self, root: nn.Module) -> fx.GraphModule:
+        """Return the trunk: (the stem's outputs, forced) -> (the network's output, one row a clip; a tuple of Sampled, one a layer)."""
+        return fx.GraphModule(root, self.graph, "PackedTrunk")
 
     def least_bins(self) -> dict[str, int]:
         """For each layer, the fewest features that everything behind it can run on."""
@@ -330,7 +332,7 @@ def holds_no_tensor(node: fx.Node) -> bool:
     return (is_sampling(node) and not features) or node.target in (Segments.through, _whole) or node.name == "forced"
 
 
-def _forced(forced: Sequence[tuple[int, ...]] | None, layers: tuple[int, ...]) -> list[tuple[int, ...]] | None:
+def _forced(forced: Forced | None, layers: tuple[int, ...]) -> list | None:
     return None if forced is None else [forced[i] for i in layers]
 
 

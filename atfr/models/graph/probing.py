@@ -16,7 +16,9 @@ LOOKED_AT = 64  # how many more frames than a clip has are tried, to say how man
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """In evaluation mode and without gradients; each module's own mode comes back afterwards."""
-    modes = {module: module.training for module in model.modules()}
+    # A VideoNet shares its modules with a network that is not among them.
+    roots = (model, getattr(model, "dense_network", model))
+    modes = {module: module.training for root in roots for module in root.modules()}
     model.eval()
     try:
         with torch.no_grad():

@@ -26,6 +26,7 @@ from atfr.models.video_net import VideoNet
 CONTAINERS = ("model_state", "state_dict", "model")  # where a file may keep the state dict
 WRAPPERS = ("module.", "_orig_mod.", "model.")  # what DistributedDataParallel, torch.compile and others put before names
 COUNTER = "num_batches_tracked"  # of batch norms with a fixed momentum: not used, and not in every file
+OURS = {"config", "choices", "class_names"}  # keys that no other library's file has
 MISSING = "no such tensor in this network"
 ZIP, LEGACY = b"PK\x03\x04", b"l\xfc\x9cF\xf9 j\xa8P\x19"  # how files of torch.save begin, since 1.6 and before
 
@@ -72,6 +73,14 @@ def _row(what: str, entries: Any, *, most: int, why: str = "") -> str:
     return f"  {what:<8} {len(entries):>4} tensors {millions:>8.3f} M  {why}{names}".rstrip()
 
 
+class File(NamedTuple):
+    """What a file holds."""
+
+    tensors: dict[str, Tensor]
+    averaged: bool  # whether the averages of `trainer.ema` are in the place of the weights
+    ours: bool  # whether it is a checkpoint of this project
+
+
 class _Given(NamedTuple):
     name: str  # in the file
     value: Tensor
@@ -86,33 +95,33 @@ def load_pretrained(model: VideoNet, path: Path, *, key: str = "model.weights") 
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, or fits less than half of the backbone; one line.
+        ValueError: it cannot be read, or fits less than half of the network; one line.
     """
-    tensors, averaged = read_tensors(path, key=key)
+    tensors, averaged, ours = read_tensors(path, key=key)
     given = _unwrapped({name: _Given(name, value) for name, value in tensors.items()})
     for_sgs = {name.removeprefix("sgs."): g for name, g in given.items() if name.startswith("sgs.")}
-    for_backbone = {name.removeprefix("backbone."): g for name, g in given.items() if not name.startswith("sgs.")}
-    kind = "a checkpoint of this project" if any(name.startswith("backbone.") for name in given) else "names of pytorchvideo or torchvision"
-    own = model.backbone.state_dict()
+    for_network = {name: g for name, g in given.items() if not name.startswith("sgs.")}
+    kind = "a checkpoint of this project" if ours else "names of pytorchvideo or torchvision"
+    own = model.dense_network.state_dict()
     notes = ["these are the averaged weights (trainer.ema)"] if averaged else []
-    if weight_names.is_pyslowfast(for_backbone):
+    if weight_names.is_pyslowfast(for_network):
         kind = "names of PySlowFast"
-        for_backbone, notes = _from_pyslowfast(for_backbone, own)
-    images = _is_2d(for_backbone) and any(value.dim() == 5 for value in own.values())
-    if images and weight_names.is_image_resnet(for_backbone):
+        for_network, notes = _from_pyslowfast(for_network, own)
+    images = _is_2d(for_network) and any(value.dim() == 5 for value in own.values())
+    if images and weight_names.is_image_resnet(for_network):
         kind = "names of torchvision's 2D ResNet"
-        names = weight_names.image_resnet_to_pytorchvideo(for_backbone, own)
-        for_backbone = {names[name]: g for name, g in for_backbone.items()}
+        names = weight_names.image_resnet_to_pytorchvideo(for_network, own)
+        for_network = {names[name]: g for name, g in for_network.items()}
 
-    classifier = _classifier(model.backbone)
-    fitting, skipped = _match(own, for_backbone, classifier=classifier)
-    inflated = {f"backbone.{name}" for name in fitting if _inflates(for_backbone[name].value, own[name])}
-    surplus = [name for name in for_backbone if name not in fitting and not _in(name, classifier) and not name.endswith(COUNTER)]
-    _require_fit(own, for_backbone, fitting, surplus if inflated else [], classifier=classifier, images=images, file=f"{key}={path}")
+    classifier = _classifier(model.dense_network)
+    fitting, skipped = _match(own, for_network, classifier=classifier)
+    inflated = {name for name in fitting if _inflates(for_network[name].value, own[name])}
+    surplus = [name for name in for_network if name not in fitting and not _in(name, classifier) and not name.endswith(COUNTER)]
+    _require_fit(own, for_network, fitting, surplus if inflated else [], classifier=classifier, images=images, file=f"{key}={path}")
     if inflated:
         for name in [name for name in fitting if _in(name, classifier)]:
-            skipped.append(Entry(for_backbone[name].name, fitting.pop(name).numel(), "head of a 2D network replaced"))
-    _all_or_none([name for name in own if _in(name, classifier)], fitting, for_backbone, skipped)
+            skipped.append(Entry(for_network[name].name, fitting.pop(name).numel(), "head of a 2D network replaced"))
+    _all_or_none([name for name in own if _in(name, classifier)], fitting, for_network, skipped)
     unknown = sum(entry.reason == MISSING for entry in skipped)
     if 4 * unknown > len(fitting):
         notes.append(f"the file has {unknown} tensors that this network has no place for: is it of another model.size?")
@@ -122,10 +131,10 @@ def load_pretrained(model: VideoNet, path: Path, *, key: str = "model.weights") 
     for place in model.sgs:  # a single number, such as a width, is something without the rest of its layer
         _all_or_none([name for name, value in own_sgs.items() if _in(name, place) and value.dim()], fitting_sgs, for_sgs, unfit)
 
-    model.backbone.load_state_dict(fitting, strict=False)
+    model.dense_network.load_state_dict(fitting, strict=False)
     model.sgs.load_state_dict(fitting_sgs, strict=False)
-    found = {f"backbone.{name}" for name in fitting} | {f"sgs.{name}" for name in fitting_sgs}
-    sizes = {f"backbone.{name}": value.numel() for name, value in own.items()} | {f"sgs.{name}": value.numel() for name, value in own_sgs.items()}
+    found = set(fitting) | {f"sgs.{name}" for name in fitting_sgs}
+    sizes = {name: value.numel() for name, value in own.items()} | {f"sgs.{name}": value.numel() for name, value in own_sgs.items()}
     entries = [Entry(name, size, inflated=name in inflated) for name, size in sizes.items() if not name.endswith(COUNTER)]
     return LoadReport(
         path,
@@ -137,8 +146,8 @@ def load_pretrained(model: VideoNet, path: Path, *, key: str = "model.weights") 
     )
 
 
-def read_tensors(path: Path, *, key: str = "model.weights") -> tuple[dict[str, Tensor], bool]:
-    """The state dict that a file holds, on the CPU, without running code from it, and whether averaged weights are in it.
+def read_tensors(path: Path, *, key: str = "model.weights") -> File:
+    """Read the state dict that a file holds, on the CPU, without running code from it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -159,7 +168,7 @@ def read_tensors(path: Path, *, key: str = "model.weights") -> tuple[dict[str, T
             tensors = {name: value for name, value in candidate.items() if isinstance(name, str) and isinstance(value, Tensor)}
             if tensors:
                 averages = _averages(contents)
-                return {**tensors, **averages}, bool(averages)
+                return File({**tensors, **averages}, bool(averages), OURS <= contents.keys())
     holds = f"it has the keys {_some(map(str, contents))}" if isinstance(contents, Mapping) else f"it is a {type(contents).__name__}"
     raise ValueError(f"{key}={path} holds no weights: {holds}; names and tensors may be all of it, or under {', '.join(CONTAINERS)}")
 
@@ -208,9 +217,9 @@ def _from_pyslowfast(given: dict[str, _Given], own: Mapping[str, Tensor]) -> tup
     return given, notes
 
 
-def _classifier(backbone: nn.Module) -> str:
+def _classifier(network: nn.Module) -> str:
     """The name of the last layer that has weights: in all of these networks the classifier."""
-    return [name for name, module in backbone.named_modules() if isinstance(module, (nn.Linear, nn.Conv3d))][-1]
+    return [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv3d))][-1]
 
 
 def _in(name: str, module: str | None) -> bool:
@@ -274,6 +283,8 @@ def _open_to_files(sgs: nn.ModuleDict, given: dict[str, _Given]) -> tuple[dict[s
     own, skipped = sgs.state_dict(), []
     for place, layer in sgs.items():
         name = f"{place}.width"
+        for values in (own, given):
+            values.pop(f"{place}._extra_state", None)  # the budget is an option of this network
         if name in own and not layer.tracks_width:
             own.pop(name)
             if name in given:

@@ -1,0 +1,96 @@
+"""Build a network with SGS: by name, or around a network of the user's own."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Callable, Mapping
+
+from torch import nn
+
+from atfr.models.backbones import csn, r2plus1d, resnet3d, resnets, slowfast, torchvision3d, x3d
+from atfr.models.sgs.config import SGSConfig
+from atfr.models.video_net import VideoNet
+
+# The function of each file of configs/model, and its sizes; the first size is that of the bare name.
+BACKBONES: dict[str, tuple[Callable[..., VideoNet], tuple[str, ...]]] = {
+    "x3d": (x3d.x3d, ("S", "tiny", "XS", "M", "L", "XL")),
+    "resnet3d": (resnet3d.resnet3d, ("50", "18", "tiny")),
+    "r2plus1d": (r2plus1d.r2plus1d, ("R50", "18", "tiny")),
+    "slow": (resnets.slow, tuple(resnets.SIZES)),
+    "c2d": (resnets.c2d, tuple(resnets.SIZES)),
+    "i3d": (resnets.i3d, tuple(resnets.SIZES)),
+    "slowfast": (slowfast.slowfast, ("8x8-R50", "4x16-R50", "8x8-R101")),
+    "csn": (csn.csn, tuple(csn.SIZES)),
+    "r3d": (torchvision3d.r3d, tuple(torchvision3d.R3D_SIZES)),
+    "mc3": (torchvision3d.mc3, tuple(torchvision3d.MC3_SIZES)),
+    "s3d": (torchvision3d.s3d, tuple(torchvision3d.S3D_SIZES)),
+}
+
+
+def create_model(name: str, num_classes: int, *, sgs: str | SGSConfig | None = None, **options: Any) -> VideoNet:
+    """Build the network `name`, with random weights, for clips [N, 3, T, H, W].
+
+    Args:
+        name: a backbone or a backbone and its size, such as "x3d", "x3d_s" or "slowfast_4x16_r50" (see `model_names`).
+        sgs: where and how features are sampled: a preset's name or an SGSConfig; None for the dense network.
+        options: further arguments of the backbone, such as `dropout`.
+
+    Raises:
+        ValueError: there is no such network, or options of `sgs` do not fit it (see `VideoNet`).
+    """
+    found = model_names().get(name.lower().replace("-", "_"))
+    if found is None:
+        near = difflib.get_close_matches(name.lower(), model_names(), n=5) or list(BACKBONES)
+        raise ValueError(f"there is no model {name!r}; did you mean {', '.join(near)}?")
+    backbone, size = found
+    build, _ = BACKBONES[backbone]
+    return build(size=size, num_classes=num_classes, sgs=sgs_config(sgs), **options)
+
+
+def model_names() -> dict[str, tuple[str, str]]:
+    """Return {name that `create_model` takes: (backbone, size)}."""
+    names = {}
+    for backbone, (_, sizes) in BACKBONES.items():
+        names[backbone] = backbone, sizes[0]
+        names.update({f"{backbone}_{size.lower().replace('-', '_')}": (backbone, size) for size in sizes})
+    return names
+
+
+def add_sgs(
+    network: nn.Module,
+    *,
+    after: str | list[str] | None = None,
+    sgs: str | SGSConfig = "atfr",
+    stages: Mapping[str, str] | None = None,
+    probe: tuple[int, int, int] = (16, 64, 64),
+) -> VideoNet:
+    """Put SGS into a 3D CNN of yours. Its modules stay as they are, and so do its parameters and their names.
+
+    Args:
+        network: maps clips [N, 3, T, H, W] to logits [N, classes]. torch.fx must be able to trace it, and its head must
+            pool over any number of features in time.
+        after: the path of the module whose output is sampled (`network.named_modules()` lists them), several, or "input"
+            for the clips themselves; None: as `sgs` has it.
+        sgs: a preset's name or an SGSConfig.
+        stages: {short name: path of a module}, for names of your own in `after`.
+        probe: frames, height and width of a small clip that the network can run on.
+
+    Returns:
+        The network with SGS. Call `atfr.calibrate` before its first use, unless the SGSConfig sets `width` or `num_bins`.
+
+    Raises:
+        ValueError: see `VideoNet`.
+    """
+    config = sgs_config(sgs)
+    if config is None:
+        raise ValueError("add_sgs needs a preset or an SGSConfig, not None or 'off': use the network as it is")
+    if after is not None:
+        config = SGSConfig(**{**config.used_options(), "after": after})
+    return VideoNet(network, stages=stages or {}, sgs=config, probe=probe)
+
+
+def sgs_config(sgs: str | SGSConfig | None) -> SGSConfig | None:
+    """Return the SGSConfig of a preset's name; None for "off"."""
+    if isinstance(sgs, str):
+        return None if sgs == "off" else SGSConfig.from_preset(sgs)
+    return sgs

@@ -1,0 +1,94 @@
+"""GFLOPs of each clip, by how many temporal features it kept.
+
+Convention: fvcore's, one multiply-add is one FLOP; batch norm is not counted; the sampling layer
+itself is. Costs are looked up in a table with one fvcore analysis per distinct B', since the cost
+of a trunk with temporal strides is a staircase in B' that no formula gives. Of the sampling layer the
+embedding and the aggregation are counted; the elementwise work of comparing frames is not, which fvcore leaves out.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from fvcore.nn import FlopCountAnalysis
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from atfr.models.video_net import VideoNet
+
+CONVENTION = "fvcore: one multiply-add = one FLOP, batch norm excluded, sampling layer included, one clip (view)"
+
+
+class GflopsTable:
+    """What a clip of `clip_shape` (3, T, H, W) costs `model`, dense and for each B' it may keep.
+
+    Attributes:
+        dense: GFLOPs of the network without sampling.
+        frames: T at each layer; empty for a dense network.
+        most, least: the most and the fewest features that a clip may keep at each layer.
+        depths: how many layers lie in front of each layer.
+    """
+
+    def __init__(self, model: VideoNet, clip_shape: tuple[int, int, int, int]) -> None:
+        # fvcore traces in Python; a copy on the CPU leaves the model, its device and its mode alone.
+        self._model = copy.deepcopy(model).cpu().eval()
+        clip = torch.zeros(1, *clip_shape)
+        self.dense = gflops(self._model.dense_network, clip)
+        self.frames = self.most = self.least = self.depths = ()
+        self._by_bins: dict[tuple[int, ...], float] = {}
+        if not model.sgs:
+            return
+        layers = list(self._model.sgs.values())
+        self.least = tuple(layer.min_bins for layer in layers)
+        self.depths = tuple(next(depth for depth, level in enumerate(self._model.levels) if layer in level) for layer in layers)
+        with torch.no_grad():
+            self._features = self._model.run_stem(clip)
+            _, done = self._model.run_trunk(*self._features, forced=list(self.least))
+        self.frames = tuple(sampled.segments.frames for sampled in done)
+        self.most = tuple(min(layer.options.num_bins or frames, frames) for layer, frames in zip(layers, self.frames))
+        self._stem = gflops(_Stem(self._model), clip)
+
+    def at(self, bins: tuple[int, ...]) -> float:
+        """Return the GFLOPs of a clip that keeps `bins` features, one number a layer: stem, sampling and trunk."""
+        if not self.frames:
+            return self.dense
+        if bins not in self._by_bins:
+            self._by_bins[bins] = gflops(_Trunk(self._model, bins), self._features)
+        return self._stem + self._by_bins[bins]
+
+
+def gflops(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> float:
+    """GFLOPs of one forward of `module`, in the convention above."""
+    logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
+    analysis = FlopCountAnalysis(module, example)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    # Not None, which fvcore documents but which leaves its own batch norm handle in place.
+    analysis.set_op_handle("aten::batch_norm", lambda inputs, outputs: 0)
+    return analysis.total() / 1e9
+
+
+class _Stem(nn.Module):
+    """Everything whose cost does not depend on B'."""
+
+    def __init__(self, model: VideoNet) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, clips: Tensor) -> tuple[Tensor, ...]:
+        return self.model.run_stem(clips)
+
+
+class _Trunk(nn.Module):
+    """Sampling and trunk of a clip that is made to keep the given numbers of features."""
+
+    def __init__(self, model: VideoNet, bins: tuple[int, ...]) -> None:
+        super().__init__()
+        self.model, self.forced = model, [(b,) for b in bins]
+
+    def forward(self, *features: Tensor) -> tuple[Tensor, ...]:
+        logits, sampled = self.model.run_trunk(*features, forced=self.forced)
+        # What a layer would have done is returned, too: tracing drops what leads to nothing.
+        return logits, *(done.proposal.weights for done in sampled)
