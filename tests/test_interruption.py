@@ -120,7 +120,7 @@ def test_a_signal_while_programs_are_still_importing_ends_them_as_one_while_trai
         time.sleep(0.005)
     job.send_signal(signal.SIGUSR1)
     _, err = job.communicate(timeout=60)
-    assert job.returncode == TRY_AGAIN and "stopped by SIGUSR1 before training; the same command goes on" in err and "Traceback" not in err, err
+    assert job.returncode == TRY_AGAIN and "stopped by SIGUSR1 before training; run the same command again to continue" in err and "Traceback" not in err, err
     assert not (tmp_path / "run/checkpoints").exists()
 
 
@@ -142,7 +142,7 @@ def test_a_signal_while_data_are_generated_is_not_waited_with(small_videos, tmp_
     if how == "broken":  # noticed before the signal is
         monkeypatch.setattr(os, "kill", lambda pid, number: setattr(listen(), "signal", signal.Signals(number)))
     outcome = run_tool("train", *small_job(small_videos, tmp_path))
-    assert outcome.code == TRY_AGAIN and outcome.err.splitlines()[-1] == "stopped by SIGTERM before training; the same command goes on", outcome.err
+    assert outcome.code == TRY_AGAIN and outcome.err.splitlines()[-1] == "stopped by SIGTERM before training; run the same command again to continue", outcome.err
 
 
 def test_a_signal_ends_a_test_within_a_few_batches_and_the_statistics_before_the_next_one(small_videos, tmp_path, monkeypatch):
@@ -250,7 +250,7 @@ def trained(small_videos, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("place", ["load_source", "gflops_table"])
-def test_ctrl_c_ends_a_test_at_once_and_says_that_the_same_command_goes_on(trained, monkeypatch, place):
+def test_ctrl_c_ends_a_test_at_once_and_says_how_to_continue(trained, monkeypatch, place):
 
     def told(*_: object, **__: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -259,7 +259,7 @@ def test_ctrl_c_ends_a_test_at_once_and_says_that_the_same_command_goes_on(train
     monkeypatch.setattr(builders, place, told)
     outcome = run_tool("test", f"checkpoint={trained}/checkpoints/best.pt")
     where = {"load_source": "before the test", "gflops_table": "during the test"}[place]
-    assert outcome.code == TRY_AGAIN and outcome.err == f"stopped by SIGINT {where}; the same command goes on\n"
+    assert outcome.code == TRY_AGAIN and outcome.err == f"stopped by SIGINT {where}; run the same command again to continue\n"
     assert not (trained / "results.json").exists()
 
 

@@ -91,7 +91,7 @@ def check_states_and_lists_that_differ_stop_both(folder: Path, dist_info: comm.D
     if dist_info.rank == 0:
         checkpoint.save(state, folder / "checkpoints/last.pt")
     training = training_of(folder, dist_info)
-    refused(f"different states to go on from: evaluated is 0 on rank 0, not there on rank 1; {folder} must be on a disk", training.resume)
+    refused(f"different states to go on from: evaluated is 0 on rank 0, missing on rank 1; {folder} must be on a disk", training.resume)
     refused(f"rank 1 does not see the run folder {folder}", lambda: comm.require_shared(folder, dist_info))
     videos = [Video(f"{number}.mp4", 0) for number in range(3)]
     source = VideoSource(name="lists", class_names=("a", "b" if dist_info.rank else "c"), train=videos[dist_info.rank :], val=videos, test=videos, notes={})
