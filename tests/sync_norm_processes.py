@@ -18,7 +18,7 @@ from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.distributed.sync_batchnorm import sync_batchnorm
 from atfr.engine.optim import sgd
 from atfr.engine.settings import TrainerSettings
-from atfr.engine.trainer import Training
+from atfr.engine.trainer import Trainer
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
@@ -69,7 +69,7 @@ def losses_of(folder: Path, dist_info: DistInfo) -> list[dict[str, float]]:
             x, labels = clips(step)[dist_info.rank :: dist_info.world], torch.arange(6)[dist_info.rank :: dist_info.world] % 3
             yield Batch(x, labels, ("a",) * len(x))
 
-    training = Training(
+    trainer = Trainer(
         model=model,
         optimizer=sgd(model, lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=True),
         learning_rate_factor=lambda step, total: 1.0,
@@ -82,7 +82,7 @@ def losses_of(folder: Path, dist_info: DistInfo) -> list[dict[str, float]]:
         folder=folder,
         identity={"config": {}, "choices": {}, "class_names": []},
     )
-    training.run()
+    trainer.run()
     assert "forward" not in model.backbone.blocks[0].norm.__dict__, "the batch norms were not given back"
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"train"' in line] if dist_info.is_main else []
 

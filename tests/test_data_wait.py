@@ -15,7 +15,7 @@ from atfr.engine.data_wait import DataWait
 from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.optim import sgd
 from atfr.engine.settings import TrainerSettings
-from atfr.engine.trainer import Training
+from atfr.engine.trainer import Trainer
 from atfr.models.backbones.x3d import x3d
 
 SETTINGS = TrainerSettings(
@@ -32,7 +32,7 @@ def test_it_speaks_once_when_more_than_a_fifth_of_at_least_twenty_steps_was_wait
         warning = wait.warning(SETTINGS)
         assert (warning is not None) == (step == 20) and quick.warning(SETTINGS) is None
         if warning:
-            assert warning.startswith("25% of the training time goes to waiting for data: set trainer.workers higher (3 for each process now")
+            assert warning.startswith("25% of the training time is spent waiting for data: set trainer.workers higher (3 per rank now")
 
 
 def test_the_share_is_that_of_the_run_so_far():
@@ -57,7 +57,7 @@ def test_a_training_with_a_slow_loader_warns_of_it_and_one_with_a_quick_loader_d
             yield SimpleNamespace(clips=torch.randn(2, 3, 4, 32, 32), labels=torch.tensor([0, 1]), paths=("a", "b"), bad=())
 
     model = x3d(size="tiny", num_classes=2, dropout=0.0, sgs=None)
-    Training(
+    Trainer(
         model=model,
         optimizer=sgd(model, lr=0.01, momentum=0.9, weight_decay=0.0, nesterov=True),
         learning_rate_factor=lambda step, total: 1.0,

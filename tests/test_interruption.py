@@ -26,7 +26,7 @@ from atfr.engine import trainer
 from atfr.engine.distributed import preemption
 from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.distributed.preemption import SIGNALS, TRY_AGAIN, Interrupted, StopFlag, end, listen
-from atfr.engine.evaluator import LOOK_EVERY, evaluate
+from atfr.engine.evaluator import STOP_EVERY, evaluate
 from atfr.engine.run import checkpoint
 
 MORE = ("trainer.batch_size=2", "trainer.epochs=6", "trainer.eval_every=6", "trainer.test=false", "trainer.workers=1", "trainer.accelerator=cpu")
@@ -161,7 +161,7 @@ def test_a_signal_ends_a_test_within_a_few_batches_and_the_statistics_before_the
 
     with pytest.raises(Interrupted, match="stopped by SIGUSR2 during the test"):
         evaluate(torch.nn.Identity(), Loader([None] * 100), normalise=torch.nn.Identity(), dist_info=DistInfo(0, 1, torch.device("cpu")), stop=flag)
-    assert len(seen) <= 5 + LOOK_EVERY + 1
+    assert len(seen) <= 5 + STOP_EVERY + 1
 
     original = trainer.clips_for_statistics
 

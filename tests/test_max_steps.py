@@ -15,7 +15,7 @@ from torch import nn
 from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.optim import cosine
 from atfr.engine.run import checkpoint
-from atfr.engine.trainer import Training
+from atfr.engine.trainer import Trainer
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
 
@@ -25,25 +25,25 @@ TOP1 = {6: 30.0, 12: 20.0}  # where a validation is due; at any other step it wo
 SGS = SGSConfig(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled")
 
 
-def run(folder: Path, **settings: Any) -> Training:
+def run(folder: Path, **settings: Any) -> Trainer:
     """Train to the end, or to `max_steps`; 12 steps in all. The validation sees what statistics it finds."""
     torch.manual_seed(0)
     model = x3d(size="tiny", num_classes=3, sgs=SGS)
-    training = Training(
+    trainer = Trainer(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
         learning_rate_factor=lambda step, total: cosine(warmup=0.2, start_factor=0.1, end_factor=0.0)(step, total),
         batches=lambda epoch, start: BATCHES[start:],
         steps_per_epoch=3,
-        validate=lambda: {"top1": TOP1.get(training.step, 90.0)},
+        validate=lambda: {"top1": TOP1.get(trainer.state.step, 90.0)},
         normalise=nn.Identity(),
         settings=replace(WHOLE, **settings),
         dist_info=DistInfo(0, 1, torch.device("cpu")),
         folder=folder,
         identity={"config": {}, "choices": {}, "class_names": []},
     )
-    training.run()
-    return training
+    trainer.run()
+    return trainer
 
 
 def logged(folder: Path, *keys: str) -> list[tuple]:

@@ -40,7 +40,7 @@ def test_lists_are_the_same_wherever_their_videos_lie(path):
 )  # fmt: skip
 def test_other_rows_are_refused_naming_the_split(rows, tmp_path):
     first, second = contents(source(*ROWS), None), contents(source(*rows), None)
-    message = f"the training videos, their labels or their order are not those with which {tmp_path} was written: see dataset.root and dataset.train; do this"
+    message = f"the training videos, their labels or their order changed since {tmp_path} was written: see dataset.root and dataset.train; do this"
     with pytest.raises(ValueError, match=message):
         require_same_contents(first, second, of=tmp_path, way_out="do this")
     for split, name in (("val", "validation"), ("test", "test")):
@@ -91,7 +91,7 @@ def test_a_run_goes_on_where_its_data_have_moved_and_refuses_other_data(small_vi
     lines = (second / "train.csv").read_text().splitlines(keepends=True)
     (second / "train.csv").write_text("".join([lines[0], *lines[2:], lines[1]]))  # the same rows in another order, which training depends on
     outcome = train(second)
-    assert outcome.code == 1 and "the training videos, their labels or their order are not those" in outcome.err, outcome.err
+    assert outcome.code == 1 and "the training videos, their labels or their order changed since" in outcome.err, outcome.err
     assert "choose another trainer.output_dir" in outcome.err
     (second / "train.csv").write_text("".join(lines))
     (second / "test.csv").write_text("".join((second / "test.csv").read_text().splitlines(keepends=True)[:-1]))
@@ -110,9 +110,9 @@ def test_other_files_under_the_same_names_are_refused_and_one_of_them_is_told_of
         Path(name).write_bytes(Path(name).read_bytes() + b"\0")
     outcome = train(second, "trainer.max_steps=2", run)
     if replaced == "all":
-        assert outcome.code == 1 and "the training videos have the names of those" in outcome.err and "but are other files: see dataset.root" in outcome.err
+        assert outcome.code == 1 and "the training videos have the same names as when" in outcome.err and "but other contents: see dataset.root" in outcome.err
     else:
-        assert outcome.code == 0 and outcome.out.count("some training videos are other files than when") == 1, outcome.err
+        assert outcome.code == 0 and outcome.out.count("some training videos changed since") == 1, outcome.err
 
 
 def test_jobs_of_a_sweep_over_places_have_run_folders_of_their_own(small_videos, tmp_path, monkeypatch):
@@ -140,7 +140,7 @@ def test_another_schedule_is_refused_naming_the_command_that_starts_from_the_run
     # The weights that it started from may move, but not change into others; if they stay where they are, they are not looked at again.
     run.rename(tmp_path / "moved")
     outcome = run_tool("train", *start[:-2], f"init_from={tmp_path / 'moved'}", start[-1])
-    assert outcome.code == 0 and "is left alone: this run goes on from its own" in outcome.out, outcome.err
+    assert outcome.code == 0 and "is ignored: this run resumes from" in outcome.out, outcome.err
     shutil.copytree(new, tmp_path / "other")
     outcome = run_tool("train", *start[:-2], f"init_from={tmp_path / 'other'}", start[-1])
     assert outcome.code == 1 and "model.weights or init_from names other weights than those that" in outcome.err, outcome.err

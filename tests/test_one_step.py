@@ -14,7 +14,7 @@ from omegaconf import open_dict
 from run_tools import ROOT
 
 from atfr.data.datasets.synthetic import generate
-from atfr.engine.trainer import Training
+from atfr.engine.trainer import Trainer
 
 CONFIGS = ROOT / "configs"
 SMALLEST = {"x3d": "tiny", "r2plus1d": "tiny", "resnet3d": "18", "slowfast": "4x16-R50"}
@@ -95,7 +95,7 @@ def test_every_choice_takes_a_training_step(tmp_path, data, train, monkeypatch, 
     config.merge_with_dotlist([*size, *OWN.get(model, []), *data(dataset, config.dataset.get("dwell")), *SMALL])
     config.merge_with_dotlist([f"dataset.clip.frames={frames}", f"trainer.output_dir={tmp_path}"])
 
-    monkeypatch.setattr(Training, "save", lambda self, path, **options: None)  # hundreds of megabytes each time
+    monkeypatch.setattr(Trainer, "save", lambda self, path, **options: None)  # hundreds of megabytes each time
     train(config)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["split"], line["step"]) for line in lines] == [("train", 1), ("val", 1)]

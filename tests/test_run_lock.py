@@ -241,5 +241,5 @@ def test_a_job_that_was_suspended_until_another_took_over_ends_at_once(tmp_path)
         (tmp_path / "theirs").write_text(json.dumps(asdict(ELSEWHERE)))
         os.replace(tmp_path / "theirs", tmp_path / NAME)
         first.wait(timeout=30)
-        assert first.returncode == 1 and first.stderr.read() == f"error: another job has taken over run folder {tmp_path}, see {tmp_path}/{NAME}: this one ends\n"
+        assert first.returncode == 1 and first.stderr.read() == f"error: another job has taken over run folder {tmp_path}, see {tmp_path}/{NAME}; this job ends\n"
     assert json.loads((tmp_path / NAME).read_text())["token"] == "theirs"
