@@ -1,4 +1,4 @@
-"""Checkpoints and run folders: nothing already saved is lost, and a wrong file is named."""
+"""Checkpoints and run folders: what was saved is not lost, and errors name the file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from atfr.utils.atomic_io import write_text
 STATE = {"model": {"weight": torch.arange(3.0)}, "config": {"model": {"size": "S"}}, "choices": {}, "class_names": ["a", "b"]}
 
 
-def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
+def test_a_loaded_checkpoint_equals_the_saved_one(tmp_path):
     path = tmp_path / "checkpoints" / "last.pt"
     checkpoint.save(STATE, path)
     loaded = checkpoint.load(path)
@@ -33,7 +33,7 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
 
 
-def test_as_many_states_as_asked_for_stay_the_newest_first(tmp_path):
+def test_keep_is_the_number_of_newest_checkpoints_that_stay(tmp_path):
     path = tmp_path / "last.pt"
     for step in range(5):
         checkpoint.save({**STATE, "step": step}, path, keep=3)
@@ -42,7 +42,7 @@ def test_as_many_states_as_asked_for_stay_the_newest_first(tmp_path):
     assert {p.name: checkpoint.load(p)["step"] for p in tmp_path.iterdir()} == {"last.pt": 5}
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_it_and_says_so(tmp_path):
+def test_a_full_disk_leaves_the_previous_checkpoint_intact_and_says_so(tmp_path):
     path = tmp_path / "last.pt"
     checkpoint.save(STATE, path)
     before = path.read_bytes()
@@ -64,13 +64,13 @@ def test_numpy_numbers_and_subclasses_are_saved_as_plain_types(tmp_path):
     assert {type(value) for value in config.values()} == {float, int, bool, str, list}
 
 
-def test_what_could_not_be_read_back_is_refused_when_it_is_saved_naming_its_place(tmp_path):
+def test_saving_refuses_what_could_not_be_read_back_and_names_the_key(tmp_path):
     with pytest.raises(TypeError, match=r"state.optimizer.groups\[1\] in a checkpoint is of type set"):
         checkpoint.save({**STATE, "optimizer": {"groups": [1, {2}]}}, tmp_path / "last.pt")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_or_foreign_file_is_refused_in_one_line(tmp_path):
+def test_a_damaged_or_foreign_file_is_refused(tmp_path):
     path = tmp_path / "x.pt"
     with pytest.raises(FileNotFoundError, match="does not exist"):
         checkpoint.load(path)
@@ -92,7 +92,7 @@ def test_weights_of_another_model_are_refused_naming_what_does_not_fit(tmp_path)
         checkpoint.load_weights(model, {"weight": torch.zeros(2, 4), "gamma": torch.zeros(1)}, tmp_path)
 
 
-def test_a_text_file_is_on_the_disk_before_it_takes_its_name_and_a_full_disk_names_it(tmp_path, monkeypatch):
+def test_a_text_file_is_flushed_before_it_is_renamed_and_a_full_disk_names_it(tmp_path, monkeypatch):
     calls = []
     for name in ("fsync", "replace"):
         original = getattr(os, name)

@@ -1,4 +1,4 @@
-"""Where files lie may change within a run folder; what they hold may not."""
+"""The data files of a run may move, but their contents may not change."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def moved(path: str) -> tuple[tuple[str, int], ...]:
 
 
 @pytest.mark.parametrize("path", ["/elsewhere", "/data/x/deeper", "/scratch/job.102/d\udcff ata"])
-def test_lists_are_the_same_wherever_their_videos_lie(path):
+def test_the_hash_of_a_list_does_not_depend_on_the_folder_of_its_videos(path):
     assert contents(source(*ROWS), None) == contents(source(*moved(path)), None)
 
 
@@ -38,7 +38,7 @@ def test_lists_are_the_same_wherever_their_videos_lie(path):
     "rows", [ROWS[:2], ROWS[::-1], (*ROWS[:2], ("/data/x/b/3.mp4", 0)), (*ROWS[:2], ("/data/x/c/3.mp4", 1)), (*ROWS[:2], ("/data/x/b/4.mp4", 1))],
     ids=["fewer", "order", "label", "folder", "name"],
 )  # fmt: skip
-def test_other_rows_are_refused_naming_the_split(rows, tmp_path):
+def test_changed_rows_are_refused_naming_the_split(rows, tmp_path):
     first, second = contents(source(*ROWS), None), contents(source(*rows), None)
     message = f"the training videos, their labels or their order changed since {tmp_path} was written: see dataset.root and dataset.train; do this"
     with pytest.raises(ValueError, match=message):
@@ -48,7 +48,7 @@ def test_other_rows_are_refused_naming_the_split(rows, tmp_path):
             require_same_contents(first, {**first, split: "other"}, of=tmp_path, way_out="do this")
 
 
-def test_places_are_free_to_change_in_a_run_folder_and_numbers_of_videos_are_not(tmp_path):
+def test_paths_may_change_in_a_run_folder_but_numbers_of_videos_may_not(tmp_path):
     def config(**dataset: object) -> dict:
         return {"dataset": dataset, "model": {"weights": "/a/x.pyth"}, "init_from": None}
 
@@ -63,7 +63,7 @@ def test_places_are_free_to_change_in_a_run_folder_and_numbers_of_videos_are_not
 
 
 def copy_of(videos: Path, target: Path) -> Path:
-    """The videos of both lists, the lists with absolute paths."""
+    """Copy the videos, and write the lists with absolute paths."""
     shutil.copytree(videos, target)
     for name in ("train.csv", "test.csv"):
         header, *rows = (target / name).read_text().splitlines()
@@ -72,12 +72,12 @@ def copy_of(videos: Path, target: Path) -> Path:
 
 
 def train(root: Path, *more: str) -> Outcome:
-    """Train on the lists in a folder that may change from call to call, without `trainer.output_dir` unless it is given."""
+    """Train on the lists in `root`, without `trainer.output_dir` unless it is given."""
     job = [one for one in small_job(root, root) if not one.startswith(("dataset.train", "dataset.test", "trainer.output_dir"))]
     return run_tool("train", *job, f"dataset.train={root}/train.csv", f"dataset.test={root}/test.csv", f"dataset.clip.cache={root}/cache", *SHORT, *more)
 
 
-def test_a_run_goes_on_where_its_data_have_moved_and_refuses_other_data(small_videos, tmp_path, monkeypatch):
+def test_a_run_resumes_after_its_data_moved_and_refuses_other_data(small_videos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = copy_of(small_videos, tmp_path / "job.101")
     assert train(first, "trainer.max_steps=2").code == 0
@@ -100,7 +100,7 @@ def test_a_run_goes_on_where_its_data_have_moved_and_refuses_other_data(small_vi
 
 
 @pytest.mark.parametrize("replaced", ["one", "all"])
-def test_other_files_under_the_same_names_are_refused_and_one_of_them_is_told_of(small_videos, tmp_path, replaced):
+def test_other_files_with_the_same_names_are_refused_and_a_single_one_is_a_warning(small_videos, tmp_path, replaced):
     run = f"trainer.output_dir={tmp_path / 'run'}"
     first = copy_of(small_videos, tmp_path / "first")
     assert train(first, "trainer.max_steps=1", run).code == 0
@@ -115,7 +115,7 @@ def test_other_files_under_the_same_names_are_refused_and_one_of_them_is_told_of
         assert outcome.code == 0 and outcome.out.count("some training videos changed since") == 1, outcome.err
 
 
-def test_jobs_of_a_sweep_over_places_have_run_folders_of_their_own(small_videos, tmp_path, monkeypatch):
+def test_jobs_of_a_sweep_over_paths_have_different_run_folders(small_videos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     copies = [copy_of(small_videos, tmp_path / name) for name in ("a", "b")]
     job = [one for one in small_job(tmp_path, tmp_path) if not one.startswith(("dataset.root", "trainer.output_dir"))]

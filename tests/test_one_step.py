@@ -1,4 +1,4 @@
-"""Whatever can be chosen in configs/ trains: each choice a step of tools/train.py, made small, on a miniature of its dataset."""
+"""Every choice in configs/ trains: one step of tools/train.py, made small, on a miniature of its dataset."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SMALL = [
 
 
 def choices(group: str) -> list[str]:
-    """All of a group, with those of the groups in it."""
+    """List the choices of a group and of the groups in it."""
     return sorted(f"{group}={path.relative_to(CONFIGS / group).with_suffix('')}" for path in (CONFIGS / group).rglob("*.yaml"))
 
 
@@ -51,13 +51,13 @@ OTHERS = [*choices("model/sgs"), *choices("optimizer"), *choices("schedule"), *c
 
 @pytest.fixture(scope="module")
 def train():
-    """`main` of tools/train.py, which takes a config in place of a command line."""
+    """`main` of tools/train.py, which takes a config instead of a command line."""
     return runpy.run_path(str(ROOT / "tools/train.py"))["main"].__wrapped__
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, small_videos):
-    """From a dataset's config to the overrides that it needs; each dataset is written once."""
+    """Map a dataset's config to the overrides that it needs; each dataset is written once."""
     root, found = tmp_path_factory.mktemp("miniatures"), {}
 
     def overrides(name: str, dwell: str | None) -> list[str]:

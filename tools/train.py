@@ -64,7 +64,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, dist_info: com
     if dist_info.is_main:
         say(recipe.before)
     clip = builders.clip_settings(config)
-    with stop.at_once("before training"):
+    with stop.raises_immediately("before training"):
         source = builders.load_source(config, dist_info)
     builders.require_videos(source, "train", "val", *(["test"] if settings.test else []))
     # A run that resumes has its own weights.
@@ -112,7 +112,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, dist_info: com
         mix=mix,
         stop=stop,
     )
-    with stop.only_noted():
+    with stop.only_sets_flag():
         trainer.run()
         if settings.test:
             best = trainer.checkpointer.best

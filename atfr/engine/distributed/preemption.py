@@ -22,7 +22,7 @@ from typing import Iterator
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 FROM_BATCH_SYSTEM = (signal.SIGUSR1, signal.SIGUSR2)  # a second one of these does not end the process
 TRY_AGAIN = 75  # exit code, EX_TEMPFAIL of sysexits.h: run the same command again
-ONE_TOLD = 1.0  # seconds within which signals count as one: batch system, terminal and parent process may all send it
+SAME_SIGNAL_S = 1.0  # seconds within which signals count as one: batch system, terminal and parent process may all send it
 
 
 class Interrupted(BaseException):
@@ -39,10 +39,10 @@ class StopFlag:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._first: float | None = None  # time of the first TERM, INT or HUP
-        self._where: str | None = None  # inside `at_once`: where the program is, for the message
+        self._where: str | None = None  # inside `raises_immediately`: where the program is, for the message
 
     @contextmanager
-    def at_once(self, where: str) -> Iterator[None]:
+    def raises_immediately(self, where: str) -> Iterator[None]:
         """In this block, which does nothing that must be saved, a signal raises Interrupted immediately.
 
         The signal may have ended other processes too. An error that follows from this also becomes Interrupted.
@@ -60,8 +60,8 @@ class StopFlag:
             self._where = before
 
     @contextmanager
-    def only_noted(self) -> Iterator[None]:
-        """In this block inside `at_once`, a signal only sets the flag. The block checks it."""
+    def only_sets_flag(self) -> Iterator[None]:
+        """In this block inside `raises_immediately`, a signal only sets the flag. The block checks it."""
         before, self._where = self._where, None
         try:
             yield
@@ -88,7 +88,7 @@ class StopFlag:
             self._first = time.monotonic()
             if number == signal.SIGINT and os.isatty(2) and os.environ.get("RANK", "0") == "0":
                 os.write(2, b"\nstopping; press Ctrl-C again to end immediately\n")
-        elif time.monotonic() - self._first > ONE_TOLD:
+        elif time.monotonic() - self._first > SAME_SIGNAL_S:
             os._exit(128 + number)
 
 
@@ -98,13 +98,13 @@ def listen() -> StopFlag:
     A second TERM, INT or HUP ends the process, even if its main thread waits for other ranks and never checks the flag.
     """
     flag = _listener() or StopFlag()
-    for number in heeded():
+    for number in handled_signals():
         signal.signal(number, flag._note)
     _watch()
     return flag
 
 
-def heeded() -> list[signal.Signals]:
+def handled_signals() -> list[signal.Signals]:
     """Return the signals to handle: without INT and HUP if this process was started to ignore them (`nohup`, `&`)."""
     return [number for number in SIGNALS if number not in (signal.SIGINT, signal.SIGHUP) or signal.getsignal(number) != signal.SIG_IGN]
 

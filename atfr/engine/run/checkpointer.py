@@ -37,7 +37,8 @@ class Checkpointer:
         self.check()
         while len(self._pending) >= MOST_PENDING:
             self._pending.popleft().result()
-        self._pending.append(self._thread.submit(checkpoint.save, copied(state), path, keep=keep))
+        copy = checkpoint.plain(state, tensor=lambda tensor: tensor.detach().to("cpu", copy=True))
+        self._pending.append(self._thread.submit(checkpoint.save, copy, path, keep=keep))
 
     def check(self) -> None:
         """Raise the error of a state that could not be written, without waiting for the others."""
@@ -84,8 +85,3 @@ class Checkpointer:
             os.replace(path, self.last)
         if (regular := checkpoint.earlier(self.best, 1)).exists():
             os.replace(regular, self.best)  # the validation at the end of a shorter run does not count in this one
-
-
-def copied(value: Any) -> Any:
-    """Copy a state; its tensors go to the host's memory."""
-    return checkpoint.plain(value, tensor=lambda tensor: tensor.detach().to("cpu", copy=True))
