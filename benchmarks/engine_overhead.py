@@ -35,7 +35,7 @@ from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.distributed.preemption import StopFlag
 from atfr.engine.optim import sgd
 from atfr.engine.settings import TrainerSettings
-from atfr.engine.trainer import Training
+from atfr.engine.trainer import Trainer
 from atfr.models.backbones.resnets import slow
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
@@ -98,7 +98,7 @@ def in_process(steps: int) -> None:
 
 def overhead(model: VideoNet, steps: int, dist_info: DistInfo) -> tuple[float, float]:
     """How many seconds more a step of the trainer takes than a bare one, and the seconds of that."""
-    batch, training = batch_of(4, frames=8, size=80), None
+    batch, trainer = batch_of(4, frames=8, size=80), None
     times: dict[str, list[float]] = {"trainer": [], "bare": []}
 
     def batches(epoch: int, start: int) -> Iterator[Batch]:
@@ -106,33 +106,36 @@ def overhead(model: VideoNet, steps: int, dist_info: DistInfo) -> tuple[float, f
             yield batch  # to choose the width by
         for _ in range(steps + 1):  # the end of the last one is not seen from here
             began = time.perf_counter()
-            bare_step(training, batch)
+            bare_step(trainer, batch)
             times["bare"].append(time.perf_counter() - began)
             began = time.perf_counter()
             yield batch
             times["trainer"].append(time.perf_counter() - began)
 
-    training = trainer_of(model, batches, steps + 1, dist_info)
-    run_in(training, saves=False)
+    with tempfile.TemporaryDirectory(prefix="engine_overhead") as folder:
+        trainer = trainer_of(model, batches, steps + 1, dist_info, Path(folder))
+        trainer.run()
     pairs = list(zip(times["trainer"], times["bare"]))[WARM_UP:]
     return median(trainer - bare for trainer, bare in pairs), median(bare for _, bare in pairs)
 
 
 def saving(model: VideoNet, steps: int, dist_info: DistInfo) -> str:
     """What a save costs."""
-    batch, times, training = batch_of(4, frames=4, size=64), [], None
+    batch, times, trainer = batch_of(4, frames=4, size=64), [], None
 
     def batches(epoch: int, start: int) -> Iterator[Batch]:
         for step in range(2 * steps):
             number, place = divmod(step, BLOCK)
             # At the first step of every other block, so that the writing in the background falls into that block.
-            training.settings = replace(training.settings, save_every=step + 1 if number % 2 and place == 0 else 0)
+            trainer.settings = replace(trainer.settings, save_every=step + 1 if number % 2 and place == 0 else 0)
             began = time.perf_counter()
             yield batch
             times.append(time.perf_counter() - began)
 
-    training = trainer_of(model, batches, 2 * steps, dist_info)
-    size = run_in(training, saves=True)
+    with tempfile.TemporaryDirectory(prefix="engine_overhead") as folder:
+        trainer = trainer_of(model, batches, 2 * steps, dist_info, Path(folder))
+        trainer.run()
+        size = trainer.checkpointer.last.stat().st_size
     blocks = [times[i : i + BLOCK] for i in range(BLOCK, len(times) - BLOCK, BLOCK)]  # the first one warms up
     saved, without = blocks[0::2], blocks[1::2]
     step = median(sum(without, []))
@@ -144,14 +147,14 @@ def saving(model: VideoNet, steps: int, dist_info: DistInfo) -> str:
     )
 
 
-def bare_step(training: Training, batch: Batch) -> None:
-    training.optimizer.zero_grad(set_to_none=True)
-    nn.functional.cross_entropy(training.network(training.normalise(batch.clips)).logits, batch.labels).backward()
-    training.optimizer.step()
+def bare_step(trainer: Trainer, batch: Batch) -> None:
+    trainer.optimizer.zero_grad(set_to_none=True)
+    nn.functional.cross_entropy(trainer.forward_backward.network(trainer.normalise(batch.clips)).logits, batch.labels).backward()
+    trainer.optimizer.step()
 
 
-def trainer_of(model: VideoNet, batches: Callable[[int, int], Iterator[Batch]], steps: int, dist_info: DistInfo) -> Training:
-    return Training(
+def trainer_of(model: VideoNet, batches: Callable[[int, int], Iterator[Batch]], steps: int, dist_info: DistInfo, folder: Path) -> Trainer:
+    return Trainer(
         model=model,
         optimizer=sgd(model, lr=1e-4, momentum=0.9, weight_decay=1e-5, nesterov=True),
         learning_rate_factor=lambda step, total: 1.0,
@@ -161,20 +164,10 @@ def trainer_of(model: VideoNet, batches: Callable[[int, int], Iterator[Batch]], 
         normalise=Normalizer([0.45] * 3, [0.225] * 3),
         settings=replace(SETTINGS, batch_size=4 * dist_info.world),
         dist_info=dist_info,
-        folder=Path(),
+        folder=folder,
         identity={"config": {}, "choices": {}, "class_names": []},
         stop=StopFlag(),
     )
-
-
-def run_in(training: Training, *, saves: bool) -> int:
-    """Train in a folder that is deleted afterwards; bytes of a checkpoint."""
-    with tempfile.TemporaryDirectory(prefix="engine_overhead") as folder:
-        training.folder, training.last, training.best = Path(folder), Path(folder, "last.pt"), Path(folder, "best.pt")
-        if not saves:
-            training.save = lambda path: None
-        training.run()
-        return training.last.stat().st_size if saves else 0
 
 
 def batch_of(clips: int, *, frames: int, size: int) -> Batch:

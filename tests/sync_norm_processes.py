@@ -1,4 +1,4 @@
-"""Run by test_sync_norm.py under torchrun: batch norm over several processes against one that has all clips. Exits non-zero if they differ."""
+"""Run by test_sync_norm.py under torchrun: batch norm over several ranks compared with one that has all clips. Exits non-zero if they differ."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.distributed.sync_batchnorm import sync_batchnorm
 from atfr.engine.optim import sgd
 from atfr.engine.settings import TrainerSettings
-from atfr.engine.trainer import Training
+from atfr.engine.trainer import Trainer
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
@@ -41,7 +41,7 @@ class Batch:
 
 
 def clips(seed: int) -> Tensor:
-    """Six clips, the later ones with more change, so that a process's share of them keeps more features than another's."""
+    """Six clips, the later ones with more change, so that one rank keeps more features than another."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(6, 3, 8, 32, 32, generator=generator).cumsum(dim=2) / 4 * torch.linspace(0.2, 2, 6)[:, None, None, None, None]
 
@@ -52,7 +52,7 @@ def network(options: SGSConfig = ANCHOR) -> VideoNet:
 
 
 def statistics_of(options: SGSConfig, rank: int, world: int, *, untrained: bool) -> dict[str, Tensor]:
-    """Buffers after the statistics of 24 clips in four global batches."""
+    """Return the buffers after the statistics of 24 clips in four global batches."""
     model = network(options)
     batches = [clips(seed)[rank::world] for seed in range(4)]
     calibrate_width(model, lambda: batches, untrained=untrained)
@@ -61,7 +61,7 @@ def statistics_of(options: SGSConfig, rank: int, world: int, *, untrained: bool)
 
 
 def losses_of(folder: Path, dist_info: DistInfo) -> list[dict[str, float]]:
-    """What 20 steps log."""
+    """Return what 20 steps log."""
     model = network()
 
     def batches(epoch: int, start: int) -> Iterable[Batch]:
@@ -69,7 +69,7 @@ def losses_of(folder: Path, dist_info: DistInfo) -> list[dict[str, float]]:
             x, labels = clips(step)[dist_info.rank :: dist_info.world], torch.arange(6)[dist_info.rank :: dist_info.world] % 3
             yield Batch(x, labels, ("a",) * len(x))
 
-    training = Training(
+    trainer = Trainer(
         model=model,
         optimizer=sgd(model, lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=True),
         learning_rate_factor=lambda step, total: 1.0,
@@ -82,13 +82,13 @@ def losses_of(folder: Path, dist_info: DistInfo) -> list[dict[str, float]]:
         folder=folder,
         identity={"config": {}, "choices": {}, "class_names": []},
     )
-    training.run()
-    assert "forward" not in model.backbone.blocks[0].norm.__dict__, "the batch norms were not given back"
+    trainer.run()
+    assert "forward" not in model.backbone.blocks[0].norm.__dict__, "the forward methods were not restored"
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"train"' in line] if dist_info.is_main else []
 
 
 def check_layer(rank: int) -> None:
-    """Outputs, gradients and running statistics of one batch norm, the processes having unequal numbers of clips."""
+    """Outputs, gradients and running statistics of one batch norm, with unequal numbers of clips on the ranks."""
     for norm, shape in ((nn.BatchNorm3d(5), (9, 5, 4, 3, 3)), (nn.BatchNorm1d(5, momentum=None), (9, 5, 7)), (nn.BatchNorm3d(5, affine=False), (9, 5, 2, 2, 2))):
         for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 5e-2)):
             torch.manual_seed(0)

@@ -124,7 +124,7 @@ def test_ctrl_c_in_a_calibration_keeps_the_budgets_that_are_done_and_other_weigh
     job = small_job(small_videos, tmp_path / "run", "model=x3d_sgs", "model.sgs.after=stem", "budgets=[0.8,0.6]")
     weights = tmp_path / "moved.pt"
     outcome = run_tool("calibrate", *job, f"model.weights={dense}")
-    assert outcome.code == TRY_AGAIN and outcome.err == "stopped by SIGINT in the calibration; the same command goes on\n"
+    assert outcome.code == TRY_AGAIN and outcome.err == "stopped by SIGINT in the calibration; run the same command again to continue\n"
     shutil.copy(dense, weights)
     assert run_tool("calibrate", *job, f"model.weights={weights}").code == 0
     assert measured == ["budget 0.8", "budget 0.6", "budget 0.6"]

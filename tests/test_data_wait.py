@@ -1,4 +1,4 @@
-"""The trainer says once when too much of its time goes to waiting for data."""
+"""The trainer warns once if too much time is spent waiting for data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from atfr.engine.data_wait import DataWait
 from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.optim import sgd
 from atfr.engine.settings import TrainerSettings
-from atfr.engine.trainer import Training
+from atfr.engine.trainer import Trainer
 from atfr.models.backbones.x3d import x3d
 
 SETTINGS = TrainerSettings(
@@ -24,7 +24,7 @@ SETTINGS = TrainerSettings(
 )  # fmt: skip
 
 
-def test_it_speaks_once_when_more_than_a_fifth_of_at_least_twenty_steps_was_waiting():
+def test_it_warns_once_if_more_than_a_fifth_of_at_least_twenty_steps_was_waiting():
     wait, quick = DataWait(), DataWait()
     for step in range(1, 40):
         wait.add(waited=0.25, total=1.0)
@@ -32,22 +32,22 @@ def test_it_speaks_once_when_more_than_a_fifth_of_at_least_twenty_steps_was_wait
         warning = wait.warning(SETTINGS)
         assert (warning is not None) == (step == 20) and quick.warning(SETTINGS) is None
         if warning:
-            assert warning.startswith("25% of the training time goes to waiting for data: set trainer.workers higher (3 for each process now")
+            assert warning.startswith("25% of the training time is spent waiting for data: set trainer.workers higher (3 per rank now")
 
 
-def test_the_share_is_that_of_the_run_so_far():
+def test_the_fraction_is_that_of_the_whole_run():
     wait = DataWait()
     for _ in range(30):
         wait.add(waited=0.0, total=1.0)
-    spoken = []
+    warned = []
     for step in range(20):  # 30 quick seconds: (step + 1) / (31 + step) passes a fifth with the eighth
         wait.add(waited=1.0, total=1.0)
-        spoken.append(wait.warning(SETTINGS) is not None)
-    assert spoken.index(True) == 7 and sum(spoken) == 1
+        warned.append(wait.warning(SETTINGS) is not None)
+    assert warned.index(True) == 7 and sum(warned) == 1
 
 
 @pytest.mark.parametrize("slow", [True, False])
-def test_a_training_with_a_slow_loader_warns_of_it_and_one_with_a_quick_loader_does_not(tmp_path, monkeypatch, caplog, slow):
+def test_a_training_warns_of_a_slow_loader_and_not_of_a_fast_one(tmp_path, monkeypatch, caplog, slow):
     monkeypatch.setattr(data_wait, "LEAST_STEPS", 2)
 
     def batches(epoch, start):
@@ -57,7 +57,7 @@ def test_a_training_with_a_slow_loader_warns_of_it_and_one_with_a_quick_loader_d
             yield SimpleNamespace(clips=torch.randn(2, 3, 4, 32, 32), labels=torch.tensor([0, 1]), paths=("a", "b"), bad=())
 
     model = x3d(size="tiny", num_classes=2, dropout=0.0, sgs=None)
-    Training(
+    Trainer(
         model=model,
         optimizer=sgd(model, lr=0.01, momentum=0.9, weight_decay=0.0, nesterov=True),
         learning_rate_factor=lambda step, total: 1.0,
@@ -73,7 +73,7 @@ def test_a_training_with_a_slow_loader_warns_of_it_and_one_with_a_quick_loader_d
     assert sum("waiting for data" in message for message in caplog.messages) == int(slow)
 
 
-def test_the_share_of_a_run_is_told_from_its_log(tmp_path):
+def test_the_benchmark_computes_the_waiting_time_from_a_log(tmp_path):
     """By hand: 4 steps at 1 s and 3 s, 2 at 0.5 s and 1 s; the first line, with the start of the workers, does not count."""
     values = [(1, 50.0, 1.0), (5, 1.0, 3.0), (7, 0.5, 1.0)]
     lines = [{"step": step, "split": "train", "data_s": data, "step_s": rest} for step, data, rest in values]

@@ -1,4 +1,4 @@
-"""Several processes: launcher variables, shares of a batch, and agreement between ranks."""
+"""Several ranks: launcher variables, shares of a batch, and agreement between ranks."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from atfr.engine.distributed import comm
 from atfr.engine.distributed.comm import DistInfo
 
 
-def test_a_nan_of_one_process_stops_both_or_is_left_out_by_both_and_both_hear_of_what_differs(tmp_path):
+def test_two_ranks_agree_on_nans_signals_and_inputs(tmp_path):
     outcome = torchrun_script(2, "tests/two_processes.py", str(tmp_path))
     assert outcome.code == 0, outcome.err
 
 
-def test_a_part_of_the_launchers_variables_is_refused_naming_the_others(monkeypatch):
+def test_incomplete_launcher_variables_are_refused_naming_the_missing_ones(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="sets RANK, WORLD_SIZE but not MASTER_ADDR, MASTER_PORT"):
@@ -29,7 +29,7 @@ def test_a_part_of_the_launchers_variables_is_refused_naming_the_others(monkeypa
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_the_shares_of_a_global_batch_that_does_not_divide_are_the_batch_and_differ_by_one_clip(world):
+def test_the_shares_of_a_global_batch_add_up_to_it_and_differ_by_at_most_one_clip(world):
     samplers = [TrainSampler(20, seed=0, global_batch=8, rank=rank, world=world) for rank in range(world)]
     (alone,) = [list(TrainSampler(20, seed=0, global_batch=8))]
     for batch, shares in zip(alone, zip(*samplers), strict=True):
@@ -47,8 +47,8 @@ def test_one_process_needs_no_launcher(monkeypatch):
     comm.barrier()
 
 
-def test_processes_on_gpus_exchange_numbers_and_objects_on_their_hosts(monkeypatch):
-    """The GPU's collectives are replaced by a backend that does nothing; those of the hosts are real."""
+def test_ranks_on_gpus_exchange_numbers_and_objects_through_their_hosts(monkeypatch):
+    """The collectives of the GPU are replaced by a backend that does nothing; those of the hosts are real."""
     for name, value in torchrun_places(1)[0].items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -16,14 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from atfr.data.transforms import Normalizer
 from atfr.engine.distributed.comm import DistInfo
-from atfr.engine.trainer import Training
+from atfr.engine.trainer import Trainer
 from atfr.models.backbones.slowfast import slowfast
 from atfr.models.backbones.x3d import x3d
 from atfr.models.packed import segments
 from atfr.models.sgs import layer
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
-from atfr.utils.progress import StepProgress
 
 GPU = torch.device("cuda:0")
 ATFR = SGSConfig(similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
@@ -70,7 +69,7 @@ def step_on_gpu(monkeypatch, folder: Path, model: VideoNet, **settings: object) 
         normalise = Normalizer([0.4] * 3, [0.2] * 3)
         on_gpu(model)
         on_gpu(normalise)
-        training = Training(
+        trainer = Trainer(
             model=model,
             optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
             learning_rate_factor=lambda step, total: 1.0,
@@ -83,12 +82,11 @@ def step_on_gpu(monkeypatch, folder: Path, model: VideoNet, **settings: object) 
             folder=folder,
             identity={},
         )
-        training.network = model.train()
-        training.progress = StepProgress(first=0, total=1, shown=False)
+        model.train()
         batch = Batch(torch.zeros(4, 3, 32, 64, 64, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), ("a",) * 4)
         assert isinstance(batch.clips, FakeTensor)
         with Waits():
-            training.train_step(batch, epoch=0, data_s=0.0)
+            trainer.train_step(batch, epoch=0, data_s=0.0)
     return fetched
 
 

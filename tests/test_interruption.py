@@ -1,4 +1,4 @@
-"""A training that is told to stop saves at the next step, and the same command ends as if nothing had been."""
+"""A signal makes a training save after the current step. The same command then ends with the same weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from atfr.engine import trainer
 from atfr.engine.distributed import preemption
 from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.distributed.preemption import SIGNALS, TRY_AGAIN, Interrupted, StopFlag, end, listen
-from atfr.engine.evaluator import LOOK_EVERY, evaluate
+from atfr.engine.evaluator import STOP_EVERY, evaluate
 from atfr.engine.run import checkpoint
 
 MORE = ("trainer.batch_size=2", "trainer.epochs=6", "trainer.eval_every=6", "trainer.test=false", "trainer.workers=1", "trainer.accelerator=cpu")
@@ -42,7 +42,7 @@ def _own_handlers():
 
 @pytest.fixture(scope="module")
 def whole(small_videos, tmp_path_factory):
-    """The weights of a training that nothing stopped, by its number of processes."""
+    """The weights of a training without a signal, by its number of ranks."""
     folders = {processes: tmp_path_factory.mktemp("whole") for processes in (1, 2)}
     builders = {processes: Job("train", *small_job(small_videos, folder, *MORE), processes=processes) for processes, folder in folders.items()}
     assert {code for job in builders.values() for code in job.wait()} == {0}
@@ -51,12 +51,12 @@ def whole(small_videos, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes,number", [(1, signal.SIGUSR1), (1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGUSR2)])
-def test_a_signal_saves_at_the_next_step_and_the_same_command_goes_on_from_there(small_videos, tmp_path, whole, processes, number):
+def test_a_signal_saves_after_the_step_and_the_same_command_resumes_there(small_videos, tmp_path, whole, processes, number):
     training = small_job(small_videos, tmp_path, *MORE)
     job = Job("train", *training, processes=processes, output=tmp_path / "said")
     wait_for_steps(tmp_path, 2, job)
-    told = job.processes[-1].pid  # one of two is told
-    for pid in family(told) if number == signal.SIGINT else [told]:  # a terminal tells a loader's workers, too
+    told = job.processes[-1].pid  # a signal to one of two is enough
+    for pid in family(told) if number == signal.SIGINT else [told]:  # a terminal sends it to the loader workers too
         os.kill(pid, number)
     assert set(job.wait()) == {TRY_AGAIN}
     said = (tmp_path / "said").read_text()
@@ -66,11 +66,11 @@ def test_a_signal_saves_at_the_next_step_and_the_same_command_goes_on_from_there
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_processes_that_we_started_are_told_by_the_one_that_started_them(small_videos, tmp_path, whole, number):
+def test_the_parent_passes_a_signal_on_to_the_ranks_that_it_started(small_videos, tmp_path, whole, number):
     training = small_job(small_videos, tmp_path, *MORE)
     job = Job("train", *training, "trainer.devices=2", output=tmp_path / "said")
     wait_for_steps(tmp_path, 2, job)
-    for pid in [job.processes[0].pid] if number == signal.SIGTERM else family(job.processes[0].pid):  # once, though each is told twice
+    for pid in [job.processes[0].pid] if number == signal.SIGTERM else family(job.processes[0].pid):  # said once, though each rank receives it twice
         os.kill(pid, number)
     assert job.wait() == [TRY_AGAIN]
     said = (tmp_path / "said").read_text()
@@ -86,13 +86,16 @@ def check_stopped_and_finish(training: list[str], folder: Path, whole: dict[str,
 
 
 def family(pid: int) -> list[int]:
-    """A process and its descendants, wherever their sessions are: torchrun gives each worker one of its own."""
-    children = (Path(f"/proc/{pid}/task/{task}/children").read_text().split() for task in os.listdir(f"/proc/{pid}/task"))
-    return [pid, *(member for child in children for number in child for member in family(int(number)))]
+    """List a process and its descendants, also those in other sessions, which torchrun starts."""
+    try:
+        children = [number for task in os.listdir(f"/proc/{pid}/task") for number in Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
+        children = []
+    return [pid, *(member for number in children for member in family(int(number)))]
 
 
 @pytest.mark.parametrize("number,answer,code", [("SIGUSR1", 0, 0), ("SIGUSR1", 1, TRY_AGAIN), ("SIGTERM", 0, TRY_AGAIN)])
-def test_a_slurm_job_is_put_back_into_the_queue_unless_it_was_cancelled(tmp_path, monkeypatch, capsys, number, answer, code):
+def test_a_slurm_job_is_requeued_unless_it_was_cancelled(tmp_path, monkeypatch, capsys, number, answer, code):
     (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\necho "no such job" >&2\nexit {answer}\n')
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -110,7 +113,7 @@ def test_a_slurm_job_is_put_back_into_the_queue_unless_it_was_cancelled(tmp_path
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_signal_while_programs_are_still_importing_ends_them_as_one_while_training_does(small_videos, tmp_path, processes):
+def test_a_signal_during_the_imports_ends_the_program_like_one_during_training(small_videos, tmp_path, processes):
     command = [sys.executable, str(ROOT / "tools/train.py"), *small_job(small_videos, tmp_path / "run", "trainer.accelerator=cpu", f"trainer.devices={processes}")]
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 60
@@ -120,7 +123,7 @@ def test_a_signal_while_programs_are_still_importing_ends_them_as_one_while_trai
         time.sleep(0.005)
     job.send_signal(signal.SIGUSR1)
     _, err = job.communicate(timeout=60)
-    assert job.returncode == TRY_AGAIN and "stopped by SIGUSR1 before training; the same command goes on" in err and "Traceback" not in err, err
+    assert job.returncode == TRY_AGAIN and "stopped by SIGUSR1 before training; run the same command again to continue" in err and "Traceback" not in err, err
     assert not (tmp_path / "run/checkpoints").exists()
 
 
@@ -131,7 +134,7 @@ def listens(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("how", ["waiting", "broken"])
-def test_a_signal_while_data_are_generated_is_not_waited_with(small_videos, tmp_path, monkeypatch, how):
+def test_a_signal_ends_the_generation_of_data_immediately(small_videos, tmp_path, monkeypatch, how):
     def generate(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         if how == "waiting":
@@ -142,7 +145,7 @@ def test_a_signal_while_data_are_generated_is_not_waited_with(small_videos, tmp_
     if how == "broken":  # noticed before the signal is
         monkeypatch.setattr(os, "kill", lambda pid, number: setattr(listen(), "signal", signal.Signals(number)))
     outcome = run_tool("train", *small_job(small_videos, tmp_path))
-    assert outcome.code == TRY_AGAIN and outcome.err.splitlines()[-1] == "stopped by SIGTERM before training; the same command goes on", outcome.err
+    assert outcome.code == TRY_AGAIN and outcome.err.splitlines()[-1] == "stopped by SIGTERM before training; run the same command again to continue", outcome.err
 
 
 def test_a_signal_ends_a_test_within_a_few_batches_and_the_statistics_before_the_next_one(small_videos, tmp_path, monkeypatch):
@@ -161,7 +164,7 @@ def test_a_signal_ends_a_test_within_a_few_batches_and_the_statistics_before_the
 
     with pytest.raises(Interrupted, match="stopped by SIGUSR2 during the test"):
         evaluate(torch.nn.Identity(), Loader([None] * 100), normalise=torch.nn.Identity(), dist_info=DistInfo(0, 1, torch.device("cpu")), stop=flag)
-    assert len(seen) <= 5 + LOOK_EVERY + 1
+    assert len(seen) <= 5 + STOP_EVERY + 1
 
     original = trainer.clips_for_statistics
 
@@ -176,8 +179,8 @@ def test_a_signal_ends_a_test_within_a_few_batches_and_the_statistics_before_the
     assert outcome.code == TRY_AGAIN and "stopped by SIGUSR1 in the statistics after step 0" in outcome.err, outcome.err
 
 
-def test_a_second_signal_ends_a_process_whose_main_thread_waits_for_ever():
-    """A mutex locked twice stands for a collective whose other side is gone: no signal gets through to Python there."""
+def test_a_second_signal_ends_a_process_whose_main_thread_is_blocked():
+    """A mutex locked twice blocks Python's signal handlers, like a collective whose other ranks are gone."""
     process = script(
         "import ctypes; from atfr.engine.distributed.preemption import listen; flag = listen(); lock = ctypes.create_string_buffer(64); libc = ctypes.CDLL(None);"
         "print('ready', flush=True); libc.pthread_mutex_lock(lock); libc.pthread_mutex_lock(lock)"
@@ -205,7 +208,7 @@ def test_a_signal_is_a_second_one_if_it_comes_more_than_a_second_after_the_first
 
 
 def script(text: str, *, before: Callable[[], None] | None = None, **options: Any) -> subprocess.Popen:
-    """A program that has printed one line."""
+    """Start a program and wait until it has printed a line."""
     process = subprocess.Popen(
         [sys.executable, "-c", text], stdout=subprocess.PIPE, text=True, preexec_fn=before, env={**os.environ, "PYTHONPATH": str(ROOT)}, **options
     )
@@ -214,7 +217,7 @@ def script(text: str, *, before: Callable[[], None] | None = None, **options: An
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
-def test_what_a_program_was_started_to_ignore_it_ignores(number):
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored(number):
     """As under `nohup`, or in the background of a script."""
     process = script(
         "from atfr.engine.distributed.preemption import listen; flag = listen(); print('ready', flush=True); input(); print(flag.signal)",
@@ -226,7 +229,7 @@ def test_what_a_program_was_started_to_ignore_it_ignores(number):
     assert out == "None\n" and process.returncode == 0
 
 
-def test_a_program_whose_terminal_is_closed_saves_though_it_can_print_no_more(tmp_path):
+def test_a_program_still_saves_after_its_terminal_was_closed(tmp_path):
     ours, theirs = pty.openpty()
     process = script(
         "import os, sys, time; from atfr.engine.distributed.preemption import Interrupted, end, listen; flag = listen(); print('ready', flush=True); os.dup2(2, 1)\n"
@@ -250,7 +253,7 @@ def trained(small_videos, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("place", ["load_source", "gflops_table"])
-def test_ctrl_c_ends_a_test_at_once_and_says_that_the_same_command_goes_on(trained, monkeypatch, place):
+def test_ctrl_c_ends_a_test_immediately_and_says_how_to_continue(trained, monkeypatch, place):
 
     def told(*_: object, **__: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -259,15 +262,15 @@ def test_ctrl_c_ends_a_test_at_once_and_says_that_the_same_command_goes_on(train
     monkeypatch.setattr(builders, place, told)
     outcome = run_tool("test", f"checkpoint={trained}/checkpoints/best.pt")
     where = {"load_source": "before the test", "gflops_table": "during the test"}[place]
-    assert outcome.code == TRY_AGAIN and outcome.err == f"stopped by SIGINT {where}; the same command goes on\n"
+    assert outcome.code == TRY_AGAIN and outcome.err == f"stopped by SIGINT {where}; run the same command again to continue\n"
     assert not (trained / "results.json").exists()
 
 
 @pytest.mark.parametrize(
     "error,raised", [(OSError("full"), OSError), (FloatingPointError(), FloatingPointError), (KeyError("a bug"), KeyError), (ChildProcessError(), Interrupted), (RuntimeError(), Interrupted)]
 )
-def test_an_error_of_its_own_is_not_hidden_by_a_signal_and_one_that_follows_from_it_is(error, raised):
+def test_a_signal_hides_only_errors_that_the_end_of_another_process_causes(error, raised):
     flag = StopFlag()
-    with pytest.raises(raised), flag.at_once("before training"), flag.only_noted():
+    with pytest.raises(raised), flag.raises_immediately("before training"), flag.only_sets_flag():
         flag._note(signal.SIGTERM, None)
         raise error

@@ -1,4 +1,4 @@
-"""A training that is killed at any moment, also while it saves, ends with the very weights of one that was not."""
+"""A training that is killed at any moment, also while it saves, ends with the same weights as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ MORE = ("trainer.epochs=12", "trainer.save_every=1", "trainer.eval_every=6", "tr
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes, kills", [(1, 12), (2, 8)])
-def test_a_training_killed_again_and_again_ends_with_the_very_weights_of_one_that_was_not(small_videos, tmp_path, processes, kills):
+def test_a_training_that_is_killed_repeatedly_ends_with_exactly_the_same_weights(small_videos, tmp_path, processes, kills):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert set(Job("train", *small_job(small_videos, whole, *MORE), processes=processes).wait()) == {0}
     draw, killed = random.Random(processes), 0
     while killed < kills:
         job = Job("train", *small_job(small_videos, broken, *MORE), processes=processes)
-        # Spread over the run: so many steps further on, and then any moment of a step, its saving, a validation.
+        # Kills are spread over the run, and hit any moment of a step, a save or a validation.
         wait_for_steps(broken, 1 + STEPS * killed // kills, job)
         time.sleep(draw.uniform(0, 0.15))
         job.kill()
@@ -47,15 +47,15 @@ def test_a_training_killed_again_and_again_ends_with_the_very_weights_of_one_tha
 
 
 def wait_for_steps(folder: Path, steps: int, job: Job) -> None:
-    """Until so many steps were logged, or the job is over."""
+    """Wait until a number of steps is logged, or the job is over."""
     deadline = time.monotonic() + 200
     while not job.over() and len(logged(folder)["train"]) < steps:
-        assert time.monotonic() < deadline, "the training does not get on"
+        assert time.monotonic() < deadline, "the training makes no progress"
         time.sleep(0.01)
 
 
 def logged(folder: Path) -> dict[str, list[dict]]:
-    """The whole lines of metrics.jsonl, by split."""
+    """Read the complete lines of metrics.jsonl, by split."""
     found: dict[str, list[dict]] = {"train": [], "val": []}
     if (folder / "metrics.jsonl").exists():
         for line in (folder / "metrics.jsonl").read_text().splitlines(keepends=True):

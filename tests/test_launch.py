@@ -106,11 +106,11 @@ def test_a_process_computes_on_its_own_gpu_and_on_the_only_one_that_srun_shows_i
     assert read_launch_env(TORCHRUN).device_index(gpus=2) == 1
     assert read_launch_env(SRUN).device_index(gpus=4) == 1
     assert read_launch_env(SRUN).device_index(gpus=1) == 0
-    with pytest.raises(ValueError, match="process 1 of this machine has no GPU, torch sees 1"):
+    with pytest.raises(ValueError, match="local rank 1 has no GPU, torch sees 1"):
         read_launch_env(TORCHRUN).device_index(gpus=1)
     # Torchrun's four variables set by hand: whose GPU it is must be said as well, unless there is one process.
     by_hand = {name: value for name, value in TORCHRUN.items() if name != "LOCAL_RANK"}
-    with pytest.raises(ValueError, match="does not set LOCAL_RANK"):
+    with pytest.raises(ValueError, match="LOCAL_RANK, which chooses the GPU of a rank, is not set"):
         read_launch_env(by_hand).device_index(gpus=2)
     assert read_launch_env({**by_hand, "RANK": "0", "WORLD_SIZE": "1"}).device_index(gpus=2) == 0
 
@@ -118,7 +118,7 @@ def test_a_process_computes_on_its_own_gpu_and_on_the_only_one_that_srun_shows_i
 def test_what_torchrun_started_must_be_as_many_as_asked_for(monkeypatch):
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=r"trainer.devices=3, but 4 process\(es\) run"):
+    with pytest.raises(ValueError, match=r"trainer.devices=3, but there are 4 ranks"):
         comm.start(accelerator="cpu", devices=3)
 
 
@@ -129,19 +129,19 @@ def test_a_port_in_use_is_named(monkeypatch):
         port = taken.getsockname()[1]
         for name, value in {**TORCHRUN, "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(ValueError, match=f"process 0 of 4 cannot wait for the others at 127.0.0.1:{port}: .*; another program may use that port"):
+        with pytest.raises(ValueError, match=f"rank 0 of 4 cannot open 127.0.0.1:{port} for the others: .*; another program may use that port"):
             comm.start(accelerator="cpu", devices=None)
         # It listens, but never answers.
-        monkeypatch.setattr(rendezvous, "ANSWER", timedelta(seconds=1))
+        monkeypatch.setattr(rendezvous, "STORE_TIMEOUT", timedelta(seconds=1))
         monkeypatch.setenv("RANK", "1")
-        with pytest.raises(ValueError, match=f"process 1 of 4 met something else than its job at 127.0.0.1:{port}: another program uses that port"):
+        with pytest.raises(ValueError, match=f"rank 1 of 4 did not find its job at 127.0.0.1:{port}: another program uses that port"):
             comm.start(accelerator="cpu", devices=None)
 
 
 def test_a_task_whose_sibling_never_comes_gives_up_in_time(monkeypatch):
     monkeypatch.setattr(rendezvous, "JOIN_S", 1.0)
     began = time.monotonic()
-    for rank, message in enumerate(("process 0 of 3 waited 1 s for process 1, 2, which did not start", "process 1 of 3 found nobody at 127.0.0.1:.* within 1 s")):
+    for rank, message in enumerate(("rank 0 of 3 waited 1 s for rank 1, 2, which did not start", "rank 1 of 3 could not connect to 127.0.0.1:.* within 1 s")):
         for name, value in srun_places(3)[rank].items():
             monkeypatch.setenv(name, value)
         with pytest.raises(ValueError, match=message):
@@ -153,12 +153,12 @@ def test_processes_on_different_devices_or_on_one_gpu_do_not_begin():
     def account(device: str, host: str, gpu: str | None = None) -> dict:
         return {"device": device, "host": host, "gpu": gpu}
 
-    rendezvous._require_devices([account("cuda", "a", "1"), account("cuda", "a", "2"), account("cuda", "b", "1")])
-    rendezvous._require_devices([account("cpu", "a"), account("cpu", "a")])
+    rendezvous._check_devices([account("cuda", "a", "1"), account("cuda", "a", "2"), account("cuda", "b", "1")])
+    rendezvous._check_devices([account("cpu", "a"), account("cpu", "a")])
     with pytest.raises(ValueError, match=r"different devices: cpu on rank 1 \(b\); cuda on rank 0 \(a\), 2 \(a\)"):
-        rendezvous._require_devices([account("cuda", "a", "1"), account("cpu", "b"), account("cuda", "a", "2")])
-    with pytest.raises(ValueError, match="ranks 0, 2 have one GPU of a together"):
-        rendezvous._require_devices([account("cuda", "a", "1"), account("cuda", "a", "2"), account("cuda", "a", "1")])
+        rendezvous._check_devices([account("cuda", "a", "1"), account("cpu", "b"), account("cuda", "a", "2")])
+    with pytest.raises(ValueError, match="ranks 0, 2 share one GPU of a"):
+        rendezvous._check_devices([account("cuda", "a", "1"), account("cuda", "a", "2"), account("cuda", "a", "1")])
 
 
 
@@ -205,7 +205,7 @@ def test_tasks_of_srun_that_were_told_different_things_all_end_with_one_line_tha
     for rank, task in enumerate(tasks):
         assert ended(task) == 1
         assert last_line(tmp_path / str(rank)) == (
-            "error: the processes have different configs: optimizer.lr is 0.1 on rank 0, 0.2 on rank 1; start all of them with the same command"
+            "error: the ranks have different configs: optimizer.lr is 0.1 on rank 0, 0.2 on rank 1; start all of them with the same command"
         )
 
 

@@ -1,4 +1,4 @@
-"""A training that `max_steps` stops goes on as if it had never stopped: rates, weights, validations, the best checkpoint."""
+"""A run that `max_steps` ended continues as if it had not ended: rates, weights, validations, the best checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.optim import cosine
 from atfr.engine.run import checkpoint
-from atfr.engine.trainer import Training
+from atfr.engine.trainer import Trainer
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
 
@@ -25,25 +25,25 @@ TOP1 = {6: 30.0, 12: 20.0}  # where a validation is due; at any other step it wo
 SGS = SGSConfig(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled")
 
 
-def run(folder: Path, **settings: Any) -> Training:
-    """Train to the end, or to `max_steps`; 12 steps in all. The validation sees what statistics it finds."""
+def run(folder: Path, **settings: Any) -> Trainer:
+    """Train for 12 steps, or to `max_steps`."""
     torch.manual_seed(0)
     model = x3d(size="tiny", num_classes=3, sgs=SGS)
-    training = Training(
+    trainer = Trainer(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
         learning_rate_factor=lambda step, total: cosine(warmup=0.2, start_factor=0.1, end_factor=0.0)(step, total),
         batches=lambda epoch, start: BATCHES[start:],
         steps_per_epoch=3,
-        validate=lambda: {"top1": TOP1.get(training.step, 90.0)},
+        validate=lambda: {"top1": TOP1.get(trainer.state.step, 90.0)},
         normalise=nn.Identity(),
         settings=replace(WHOLE, **settings),
         dist_info=DistInfo(0, 1, torch.device("cpu")),
         folder=folder,
         identity={"config": {}, "choices": {}, "class_names": []},
     )
-    training.run()
-    return training
+    trainer.run()
+    return trainer
 
 
 def logged(folder: Path, *keys: str) -> list[tuple]:
@@ -59,7 +59,7 @@ def whole(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("ends", [(2, 4), (3,), (6,), (7, 7), (20,)], ids=str)
-def test_the_rest_of_the_steps_completes_the_training_that_was_never_stopped(tmp_path, whole, ends, capsys):
+def test_a_run_in_several_pieces_gives_the_same_results_as_one_without_a_stop(tmp_path, whole, ends, capsys):
     for end in ends:
         run(tmp_path, max_steps=end)
         step = min(end, 12)
@@ -76,8 +76,8 @@ def test_the_rest_of_the_steps_completes_the_training_that_was_never_stopped(tmp
     assert not list((tmp_path / "checkpoints").glob("best-*"))
 
 
-def test_a_kill_at_any_write_after_a_try_costs_nothing(tmp_path, whole, monkeypatch):
-    """Each write of a checkpoint after the try is the last one of a run; the next one goes on."""
+def test_a_kill_at_any_write_after_max_steps_changes_no_result(tmp_path, whole, monkeypatch):
+    """Each write of a checkpoint is once the last one before a kill."""
     run(tmp_path, max_steps=7)
     write, left = checkpoint.save, 0
 

@@ -1,4 +1,4 @@
-"""Where files lie may change within a run folder; what they hold may not."""
+"""The data files of a run may move, but their contents may not change."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def moved(path: str) -> tuple[tuple[str, int], ...]:
 
 
 @pytest.mark.parametrize("path", ["/elsewhere", "/data/x/deeper", "/scratch/job.102/d\udcff ata"])
-def test_lists_are_the_same_wherever_their_videos_lie(path):
+def test_the_hash_of_a_list_does_not_depend_on_the_folder_of_its_videos(path):
     assert contents(source(*ROWS), None) == contents(source(*moved(path)), None)
 
 
@@ -38,9 +38,9 @@ def test_lists_are_the_same_wherever_their_videos_lie(path):
     "rows", [ROWS[:2], ROWS[::-1], (*ROWS[:2], ("/data/x/b/3.mp4", 0)), (*ROWS[:2], ("/data/x/c/3.mp4", 1)), (*ROWS[:2], ("/data/x/b/4.mp4", 1))],
     ids=["fewer", "order", "label", "folder", "name"],
 )  # fmt: skip
-def test_other_rows_are_refused_naming_the_split(rows, tmp_path):
+def test_changed_rows_are_refused_naming_the_split(rows, tmp_path):
     first, second = contents(source(*ROWS), None), contents(source(*rows), None)
-    message = f"the training videos, their labels or their order are not those with which {tmp_path} was written: see dataset.root and dataset.train; do this"
+    message = f"the training videos, their labels or their order changed since {tmp_path} was written: see dataset.root and dataset.train; do this"
     with pytest.raises(ValueError, match=message):
         require_same_contents(first, second, of=tmp_path, way_out="do this")
     for split, name in (("val", "validation"), ("test", "test")):
@@ -48,7 +48,7 @@ def test_other_rows_are_refused_naming_the_split(rows, tmp_path):
             require_same_contents(first, {**first, split: "other"}, of=tmp_path, way_out="do this")
 
 
-def test_places_are_free_to_change_in_a_run_folder_and_numbers_of_videos_are_not(tmp_path):
+def test_paths_may_change_in_a_run_folder_but_numbers_of_videos_may_not(tmp_path):
     def config(**dataset: object) -> dict:
         return {"dataset": dataset, "model": {"weights": "/a/x.pyth"}, "init_from": None}
 
@@ -63,7 +63,7 @@ def test_places_are_free_to_change_in_a_run_folder_and_numbers_of_videos_are_not
 
 
 def copy_of(videos: Path, target: Path) -> Path:
-    """The videos of both lists, the lists with absolute paths."""
+    """Copy the videos, and write the lists with absolute paths."""
     shutil.copytree(videos, target)
     for name in ("train.csv", "test.csv"):
         header, *rows = (target / name).read_text().splitlines()
@@ -72,12 +72,12 @@ def copy_of(videos: Path, target: Path) -> Path:
 
 
 def train(root: Path, *more: str) -> Outcome:
-    """Train on the lists in a folder that may change from call to call, without `trainer.output_dir` unless it is given."""
+    """Train on the lists in `root`, without `trainer.output_dir` unless it is given."""
     job = [one for one in small_job(root, root) if not one.startswith(("dataset.train", "dataset.test", "trainer.output_dir"))]
     return run_tool("train", *job, f"dataset.train={root}/train.csv", f"dataset.test={root}/test.csv", f"dataset.clip.cache={root}/cache", *SHORT, *more)
 
 
-def test_a_run_goes_on_where_its_data_have_moved_and_refuses_other_data(small_videos, tmp_path, monkeypatch):
+def test_a_run_resumes_after_its_data_moved_and_refuses_other_data(small_videos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = copy_of(small_videos, tmp_path / "job.101")
     assert train(first, "trainer.max_steps=2").code == 0
@@ -91,7 +91,7 @@ def test_a_run_goes_on_where_its_data_have_moved_and_refuses_other_data(small_vi
     lines = (second / "train.csv").read_text().splitlines(keepends=True)
     (second / "train.csv").write_text("".join([lines[0], *lines[2:], lines[1]]))  # the same rows in another order, which training depends on
     outcome = train(second)
-    assert outcome.code == 1 and "the training videos, their labels or their order are not those" in outcome.err, outcome.err
+    assert outcome.code == 1 and "the training videos, their labels or their order changed since" in outcome.err, outcome.err
     assert "choose another trainer.output_dir" in outcome.err
     (second / "train.csv").write_text("".join(lines))
     (second / "test.csv").write_text("".join((second / "test.csv").read_text().splitlines(keepends=True)[:-1]))
@@ -100,7 +100,7 @@ def test_a_run_goes_on_where_its_data_have_moved_and_refuses_other_data(small_vi
 
 
 @pytest.mark.parametrize("replaced", ["one", "all"])
-def test_other_files_under_the_same_names_are_refused_and_one_of_them_is_told_of(small_videos, tmp_path, replaced):
+def test_other_files_with_the_same_names_are_refused_and_a_single_one_is_a_warning(small_videos, tmp_path, replaced):
     run = f"trainer.output_dir={tmp_path / 'run'}"
     first = copy_of(small_videos, tmp_path / "first")
     assert train(first, "trainer.max_steps=1", run).code == 0
@@ -110,12 +110,12 @@ def test_other_files_under_the_same_names_are_refused_and_one_of_them_is_told_of
         Path(name).write_bytes(Path(name).read_bytes() + b"\0")
     outcome = train(second, "trainer.max_steps=2", run)
     if replaced == "all":
-        assert outcome.code == 1 and "the training videos have the names of those" in outcome.err and "but are other files: see dataset.root" in outcome.err
+        assert outcome.code == 1 and "the training videos have the same names as when" in outcome.err and "but other contents: see dataset.root" in outcome.err
     else:
-        assert outcome.code == 0 and outcome.out.count("some training videos are other files than when") == 1, outcome.err
+        assert outcome.code == 0 and outcome.out.count("some training videos changed since") == 1, outcome.err
 
 
-def test_jobs_of_a_sweep_over_places_have_run_folders_of_their_own(small_videos, tmp_path, monkeypatch):
+def test_jobs_of_a_sweep_over_paths_have_different_run_folders(small_videos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     copies = [copy_of(small_videos, tmp_path / name) for name in ("a", "b")]
     job = [one for one in small_job(tmp_path, tmp_path) if not one.startswith(("dataset.root", "trainer.output_dir"))]
@@ -140,7 +140,7 @@ def test_another_schedule_is_refused_naming_the_command_that_starts_from_the_run
     # The weights that it started from may move, but not change into others; if they stay where they are, they are not looked at again.
     run.rename(tmp_path / "moved")
     outcome = run_tool("train", *start[:-2], f"init_from={tmp_path / 'moved'}", start[-1])
-    assert outcome.code == 0 and "is left alone: this run goes on from its own" in outcome.out, outcome.err
+    assert outcome.code == 0 and "is ignored: this run resumes from" in outcome.out, outcome.err
     shutil.copytree(new, tmp_path / "other")
     outcome = run_tool("train", *start[:-2], f"init_from={tmp_path / 'other'}", start[-1])
     assert outcome.code == 1 and "model.weights or init_from names other weights than those that" in outcome.err, outcome.err

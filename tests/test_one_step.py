@@ -1,4 +1,4 @@
-"""Whatever can be chosen in configs/ trains: each choice a step of tools/train.py, made small, on a miniature of its dataset."""
+"""Every choice in configs/ trains: one step of tools/train.py, made small, on a miniature of its dataset."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from omegaconf import open_dict
 from run_tools import ROOT
 
 from atfr.data.datasets.synthetic import generate
-from atfr.engine.trainer import Training
+from atfr.engine.trainer import Trainer
 
 CONFIGS = ROOT / "configs"
 SMALLEST = {"x3d": "tiny", "r2plus1d": "tiny", "resnet3d": "18", "slowfast": "4x16-R50"}
@@ -38,7 +38,7 @@ SMALL = [
 
 
 def choices(group: str) -> list[str]:
-    """All of a group, with those of the groups in it."""
+    """List the choices of a group and of the groups in it."""
     return sorted(f"{group}={path.relative_to(CONFIGS / group).with_suffix('')}" for path in (CONFIGS / group).rglob("*.yaml"))
 
 
@@ -51,13 +51,13 @@ OTHERS = [*choices("model/sgs"), *choices("optimizer"), *choices("schedule"), *c
 
 @pytest.fixture(scope="module")
 def train():
-    """`main` of tools/train.py, which takes a config in place of a command line."""
+    """`main` of tools/train.py, which takes a config instead of a command line."""
     return runpy.run_path(str(ROOT / "tools/train.py"))["main"].__wrapped__
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, small_videos):
-    """From a dataset's config to the overrides that it needs; each dataset is written once."""
+    """Map a dataset's config to the overrides that it needs; each dataset is written once."""
     root, found = tmp_path_factory.mktemp("miniatures"), {}
 
     def overrides(name: str, dwell: str | None) -> list[str]:
@@ -95,7 +95,7 @@ def test_every_choice_takes_a_training_step(tmp_path, data, train, monkeypatch, 
     config.merge_with_dotlist([*size, *OWN.get(model, []), *data(dataset, config.dataset.get("dwell")), *SMALL])
     config.merge_with_dotlist([f"dataset.clip.frames={frames}", f"trainer.output_dir={tmp_path}"])
 
-    monkeypatch.setattr(Training, "save", lambda self, path, **options: None)  # hundreds of megabytes each time
+    monkeypatch.setattr(Trainer, "save", lambda self, path, **options: None)  # hundreds of megabytes each time
     train(config)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["split"], line["step"]) for line in lines] == [("train", 1), ("val", 1)]

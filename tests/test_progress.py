@@ -67,7 +67,8 @@ def test_long_work_in_a_log_file_gives_a_plain_line_every_half_a_minute_and_shor
 
 
 def test_a_training_in_a_log_file_gives_a_line_at_each_report_with_the_time_left(capsys, clock):
-    steps = StepProgress(first=4, total=10, shown=True)
+    steps = StepProgress(total=10, shown=True)
+    steps.start(4)
     for _ in range(2):
         steps.step()
     steps.report("loss 1.5")
@@ -75,7 +76,8 @@ def test_a_training_in_a_log_file_gives_a_line_at_each_report_with_the_time_left
     steps.close()
     captured = capsys.readouterr()
     assert captured.err == "" and captured.out.splitlines() == ["train: step 6 of 10: loss 1.5, about 00:20 left", "epoch 1/2 step 6: top1 50"]
-    other = StepProgress(first=4, total=10, shown=False)
+    other = StepProgress(total=10, shown=False)
+    other.start(4)
     other.step()
     other.report("loss 1.5")
     other.line("epoch 1/2 step 6: top1 50")
@@ -85,7 +87,8 @@ def test_a_training_in_a_log_file_gives_a_line_at_each_report_with_the_time_left
 
 def test_on_a_terminal_there_are_bars_and_a_line_stands_alone():
     with terminal() as written:
-        steps = StepProgress(first=0, total=10, shown=True)
+        steps = StepProgress(total=10, shown=True)
+        steps.start(0)
         steps.step()
         steps.report("loss 1.5")
         assert list(watched(range(3), "validation", unit="batch")) == [0, 1, 2]
@@ -99,7 +102,8 @@ def test_on_a_terminal_there_are_bars_and_a_line_stands_alone():
 
 def test_on_a_terminal_other_ranks_write_nothing():
     with terminal() as written:
-        other = StepProgress(first=0, total=10, shown=False)
+        other = StepProgress(total=10, shown=False)
+        other.start(0)
         other.step()
         other.report("loss 1.5")
         other.line("epoch 1/2 step 1: top1 50")

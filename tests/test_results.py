@@ -1,4 +1,4 @@
-"""Accuracies, tables and files from hand-made views."""
+"""Accuracies, tables and files from views made by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from atfr.engine.metrics import accuracy, as_table, summarise, write_predictions
 
 
 class Table:
-    """Ten GFLOPs a bin, and one for each gap."""
+    """Ten GFLOPs per bin, and one per gap between clips."""
 
     dense = 160.0
 
@@ -58,7 +58,7 @@ def evaluation():
     return Evaluation(views=views, failed=BAD, decoders=decoders, frames=(16,), batches=[[(4,), (16,)], [(1,)]], network_seconds=1.5)
 
 
-def test_the_results_hold_every_key_of_the_contract(tmp_path):
+def test_the_results_have_the_documented_keys(tmp_path):
     results = summarise(evaluation(), Table(), protocol={"dataset": "toy"})
     assert results["num_videos"] == 2 and results["num_views"] == 3 and results["failed"] == ["bad.mp4"]
     gflops = results["gflops"]

@@ -54,7 +54,7 @@ def write(folder: Path, holder: Holder, *, age: float = 0.0, more: str = "") -> 
     os.utime(path, (now - age, now - age))
 
 
-def test_a_second_job_is_refused_while_the_first_runs_and_not_after_it(tmp_path):
+def test_a_second_job_is_refused_only_while_the_first_one_runs(tmp_path):
     with job(tmp_path / "run") as first:
         message = rf"another job works in run folder {tmp_path}/run: process {first.pid} on \S+ since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d; "
         with pytest.raises(ValueError, match=message), run_lock(tmp_path / "run"):
@@ -66,7 +66,7 @@ def test_a_second_job_is_refused_while_the_first_runs_and_not_after_it(tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-def test_the_folder_stays_if_it_was_there_or_if_something_was_written_and_errors_release_the_lock(tmp_path):
+def test_an_empty_new_folder_is_removed_and_errors_release_the_lock(tmp_path):
     with run_lock(tmp_path):
         pass
     assert tmp_path.exists()
@@ -77,7 +77,7 @@ def test_the_folder_stays_if_it_was_there_or_if_something_was_written_and_errors
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
-def test_the_lock_of_a_killed_job_is_taken_over_with_one_line(tmp_path, caplog, monkeypatch, links):
+def test_the_lock_of_a_killed_job_is_taken_over_with_one_warning(tmp_path, caplog, monkeypatch, links):
     if not links:
         monkeypatch.setattr(os, "link", refuse_links)
     with job(tmp_path) as first:
@@ -100,7 +100,7 @@ def test_a_file_system_without_hard_links_refuses_a_second_job_too(tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_process_that_has_the_number_of_the_dead_one_is_not_taken_for_it(tmp_path):
+def test_another_process_with_the_pid_of_the_dead_holder_is_not_mistaken_for_it(tmp_path):
     write(tmp_path, replace(module._this_process(), started="1", token="theirs"))  # this very process, which started later
     with run_lock(tmp_path):
         pass
@@ -113,7 +113,7 @@ def test_a_job_on_another_machine_is_dead_after_a_while_without_an_update(tmp_pa
 
 
 @pytest.mark.parametrize("off", [-86400.0, 86400.0])
-def test_clocks_of_machines_that_differ_make_no_living_job_dead(tmp_path, monkeypatch, off):
+def test_a_running_job_is_not_counted_as_dead_if_the_clocks_of_the_machines_differ(tmp_path, monkeypatch, off):
     now = time.time
     with job(tmp_path) as first:
         theirs = json.loads((tmp_path / NAME).read_text())
@@ -123,7 +123,7 @@ def test_clocks_of_machines_that_differ_make_no_living_job_dead(tmp_path, monkey
             pass
 
 
-def test_a_job_on_another_machine_that_gives_no_sign_is_watched_until_it_is_dead(tmp_path, monkeypatch, caplog):
+def test_a_silent_job_on_another_machine_is_watched_until_it_counts_as_dead(tmp_path, monkeypatch, caplog):
     write(tmp_path, ELSEWHERE)
     looks = []
 
@@ -138,7 +138,7 @@ def test_a_job_on_another_machine_that_gives_no_sign_is_watched_until_it_is_dead
     assert ["waiting for its end" in message for message in caplog.messages] == [True, False]
 
 
-def test_a_job_that_has_been_told_to_stop_is_waited_for(tmp_path, monkeypatch):
+def test_a_job_waits_for_a_holder_that_is_stopping(tmp_path, monkeypatch):
     stop = StopFlag()
     first = RunLock(tmp_path, stop)
     first.acquire()
@@ -161,7 +161,7 @@ def test_a_job_that_has_been_told_to_stop_is_waited_for(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("job_id,restart,waits", [("17", "1", True), ("17", "0", False), ("18", "1", False)])
-def test_a_slurm_job_that_was_put_back_waits_for_its_own_predecessor_only(tmp_path, monkeypatch, job_id, restart, waits):
+def test_a_requeued_slurm_job_waits_for_its_own_predecessor_only(tmp_path, monkeypatch, job_id, restart, waits):
     monkeypatch.setenv("SLURM_JOB_ID", job_id)
     monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
     monkeypatch.setattr(time, "sleep", lambda seconds: (tmp_path / NAME).unlink())  # it ends meanwhile
@@ -174,14 +174,14 @@ def test_a_slurm_job_that_was_put_back_waits_for_its_own_predecessor_only(tmp_pa
             pass
 
 
-def test_a_job_that_does_not_end_is_not_waited_for_for_ever(tmp_path, monkeypatch):
+def test_waiting_for_a_holder_that_is_stopping_has_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "ENDING_S", 0.5)
     write(tmp_path, replace(module._this_process(), token="theirs"), more=module.ENDING)
     with pytest.raises(ValueError, match="another job works"), run_lock(tmp_path):
         pass
 
 
-def test_a_job_that_died_while_it_took_over_is_taken_over_as_well(tmp_path):
+def test_the_lock_of_a_job_that_died_while_taking_over_is_taken_over(tmp_path):
     dead = replace(module._this_process(), started="1")
     write(tmp_path, replace(dead, token="first"))
     (tmp_path / f"{NAME}.after-first").write_text(json.dumps(asdict(replace(dead, token="second"))) + "\n")
@@ -189,7 +189,7 @@ def test_a_job_that_died_while_it_took_over_is_taken_over_as_well(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
-def test_a_lock_file_that_cannot_be_read_belongs_to_somebody_until_it_is_old(tmp_path, monkeypatch):
+def test_a_damaged_lock_file_counts_as_held_until_it_is_old(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "DEAD_S", 0.5)
     (tmp_path / NAME).write_text("")
     with run_lock(tmp_path):
@@ -197,7 +197,7 @@ def test_a_lock_file_that_cannot_be_read_belongs_to_somebody_until_it_is_old(tmp
 
 
 @pytest.mark.parametrize("dead", [False, True], ids=["no lock", "a dead job's lock"])
-def test_of_many_jobs_that_start_at_once_exactly_one_works(tmp_path, dead):
+def test_exactly_one_of_many_simultaneous_jobs_gets_the_lock(tmp_path, dead):
     for number in range(3):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -236,10 +236,10 @@ def fork_racer(folder: Path, start: int, end: int, others: tuple[int, int]) -> i
         os._exit(code)
 
 
-def test_a_job_that_was_suspended_until_another_took_over_ends_at_once(tmp_path):
+def test_a_suspended_job_ends_when_another_one_has_taken_over(tmp_path):
     with job(tmp_path) as first:
         (tmp_path / "theirs").write_text(json.dumps(asdict(ELSEWHERE)))
         os.replace(tmp_path / "theirs", tmp_path / NAME)
         first.wait(timeout=30)
-        assert first.returncode == 1 and first.stderr.read() == f"error: another job has taken over run folder {tmp_path}, see {tmp_path}/{NAME}: this one ends\n"
+        assert first.returncode == 1 and first.stderr.read() == f"error: another job has taken over run folder {tmp_path}, see {tmp_path}/{NAME}; this job ends\n"
     assert json.loads((tmp_path / NAME).read_text())["token"] == "theirs"

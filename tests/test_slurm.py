@@ -96,7 +96,7 @@ def test_jobs_on_two_nodes_that_have_to_stop_are_queued_again_and_end_with_the_s
     for one, folder, text in zip(jobs, (batch, swept), texts, strict=True):
         restarts = int(cluster.facts(one)["Restarts"])
         assert restarts == stops or (how == "time limit" and restarts > stops)  # on a busy machine that look may have come first
-        assert text.count("put back into the queue") == restarts and "Traceback" not in text, text
+        assert text.count("the job is requeued") == restarts and "Traceback" not in text, text
         # Wherever it stopped, no step was lost or done twice.
         assert [line["step"] for line in logged(folder)["train"]] == list(range(1, 161))
         torch.testing.assert_close(checkpoint.load(folder / "checkpoints/last.pt")["model"], undisturbed, rtol=0, atol=0)

@@ -15,7 +15,7 @@ from run_tools import run_script, run_tool, small_job, torchrun
 
 from atfr.engine.run import checkpoint
 from atfr.engine.run.run_lock import run_lock
-from atfr.engine.trainer import Training
+from atfr.engine.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_it(small_video
     outcome = run_tool("train", *small_job(small_videos, broken, *more))
     assert outcome.code == 0, outcome.err
     said = outcome.out + outcome.err
-    assert f"checkpoint {last} cannot be read" in said and f"going on from {last.parent}/last-2.pt" in said and "resuming" in said
+    assert f"checkpoint {last} cannot be read" in said and f"resuming from {last.parent}/last-2.pt" in said and "resuming" in said
     first, second = (checkpoint.load(folder / "checkpoints/last.pt")["model"] for folder in (whole, broken))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
@@ -164,7 +164,7 @@ def test_a_kill_while_the_state_before_a_damaged_one_takes_its_place_does_not_be
         patch.setattr(module, killed_in, kill)
         run_tool("train", *job)
     outcome = run_tool("train", *job)
-    assert outcome.code == 0 and f"going on from {last.parent}/last-1.pt" in outcome.out + outcome.err, outcome.err
+    assert outcome.code == 0 and f"resuming from {last.parent}/last-1.pt" in outcome.out + outcome.err, outcome.err
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if line["split"] == "train"] == [1, 2, 3, 4]
 
@@ -359,13 +359,13 @@ def test_a_sweep_of_slurm_jobs_without_slurm_is_refused_in_one_line(monkeypatch)
 
 def test_overfitting_sees_the_same_clips_every_epoch_and_a_trace_is_left(small_videos, tmp_path, monkeypatch):
     seen = []
-    original = Training.train_step
+    original = Trainer.train_step
 
     def noting(self, batch, **more):
         seen.append((batch.paths, batch.clips.float().mean().item()))
         return original(self, batch, **more)
 
-    monkeypatch.setattr(Training, "train_step", noting)
+    monkeypatch.setattr(Trainer, "train_step", noting)
     more = ("trainer.batch_size=2", "trainer.epochs=3", "trainer.overfit_batches=2", "trainer.profile=2", "trainer.test=false", "trainer.deterministic=true")
     outcome = run_tool("train", *small_job(small_videos, tmp_path, *more))
     assert outcome.code == 0, outcome.err

@@ -1,4 +1,4 @@
-"""The training step: parts of a batch, averaged weights, and steps that are left out, against plain loops."""
+"""The training step: accumulation, averaged weights, and skipped steps, compared with plain loops."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from atfr.engine.calibration import draw_shares
 from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.run import checkpoint
 from atfr.engine.settings import TrainerSettings
-from atfr.engine.trainer import Training
+from atfr.engine.trainer import Trainer
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
@@ -41,15 +41,15 @@ def batch(seed: int, *, broken: bool = False) -> Batch:
 
 
 def network() -> VideoNet:
-    """Without batch norm, so that a batch is the sum of its parts."""
+    """A network without batch norm, so that the parts of a batch do not depend on each other."""
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 3))
     return VideoNet(backbone, stages={}, sgs=None)
 
 
-def train(folder: Path, batches: list[Batch], settings: TrainerSettings = SETTINGS, model: VideoNet | None = None, validate=lambda: {"top1": 0.0}) -> Training:
+def train(folder: Path, batches: list[Batch], settings: TrainerSettings = SETTINGS, model: VideoNet | None = None, validate=lambda: {"top1": 0.0}) -> Trainer:
     model = model or network()
-    training = Training(
+    trainer = Trainer(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
         learning_rate_factor=lambda step, total: 1.0,
@@ -62,12 +62,12 @@ def train(folder: Path, batches: list[Batch], settings: TrainerSettings = SETTIN
         folder=folder,
         identity={"config": {}, "choices": {}, "class_names": []},
     )
-    training.run()
-    return training
+    trainer.run()
+    return trainer
 
 
 def plain_loop(batches: list[Batch]) -> list[dict[str, Tensor]]:
-    """The weights after each step."""
+    """Train without the trainer; return the weights after each step."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     seen = []
@@ -80,14 +80,14 @@ def plain_loop(batches: list[Batch]) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 8])
-def test_a_batch_in_parts_trains_as_the_whole_also_where_the_last_part_is_smaller(tmp_path, parts):
+def test_accumulated_parts_train_like_the_whole_batch_even_if_the_last_is_smaller(tmp_path, parts):
     batches = [batch(seed) for seed in range(4)]
-    training = train(tmp_path, batches, replace(SETTINGS, accumulate=parts))
-    torch.testing.assert_close(dict(training.model.state_dict()), plain_loop(batches)[-1], rtol=1e-3, atol=2e-5)  # of float32 sums in another order
+    trainer = train(tmp_path, batches, replace(SETTINGS, accumulate=parts))
+    torch.testing.assert_close(dict(trainer.model.state_dict()), plain_loop(batches)[-1], rtol=1e-3, atol=2e-5)  # of float32 sums in another order
 
 
 def test_the_width_of_a_batch_in_parts_is_steered_by_all_of_its_clips(tmp_path):
-    """Batch norm frozen, so that only the counting could differ."""
+    """Batch norm is frozen, so only the counts could differ."""
 
     def width(parts: int) -> float:
         torch.manual_seed(0)
@@ -98,13 +98,13 @@ def test_the_width_of_a_batch_in_parts_is_steered_by_all_of_its_clips(tmp_path):
                 module.momentum = 0.0
                 module.train = lambda mode=True, module=module: nn.Module.train(module, False)
         wide = Batch(torch.randn(8, 3, 8, 32, 32, generator=torch.Generator().manual_seed(1)).cumsum(dim=2) / 4, torch.zeros(8, dtype=torch.int64), ("a",) * 8)
-        training = train(tmp_path / str(parts), [wide], replace(SETTINGS, accumulate=parts), model)
-        return next(iter(training.model.sgs.values())).width.item()
+        trainer = train(tmp_path / str(parts), [wide], replace(SETTINGS, accumulate=parts), model)
+        return next(iter(trainer.model.sgs.values())).width.item()
 
     assert width(3) == pytest.approx(width(1), rel=1e-5)
 
 
-def test_the_averaged_weights_are_validated_and_kept_and_training_goes_on_with_its_own(tmp_path):
+def test_averaged_weights_are_validated_and_saved_and_training_continues_with_its_own(tmp_path):
     batches, validated = [batch(seed) for seed in range(4)], []
     model = network()
 
@@ -112,35 +112,35 @@ def test_the_averaged_weights_are_validated_and_kept_and_training_goes_on_with_i
         validated.append({name: value.detach().clone() for name, value in model.state_dict().items()})
         return {"top1": 1.0}
 
-    training = train(tmp_path, batches, replace(SETTINGS, ema=0.15), model, validate)
+    trainer = train(tmp_path, batches, replace(SETTINGS, ema=0.15), model, validate)
     average = dict(network().state_dict())
     weights = plain_loop(batches)
     for n, after in enumerate(weights):
         decay = min(0.15, (1 + n) / (10 + n))
         average = {name: decay * average[name] + (1 - decay) * after[name] for name in after}
     torch.testing.assert_close(validated, [average])
-    torch.testing.assert_close(checkpoint.load(training.best)["model"], average, check_dtype=False)
+    torch.testing.assert_close(checkpoint.load(trainer.checkpointer.best)["model"], average, check_dtype=False)
     torch.testing.assert_close(dict(model.state_dict()), weights[-1])
-    torch.testing.assert_close(dict(checkpoint.load(training.last)["model"]), weights[-1])
+    torch.testing.assert_close(dict(checkpoint.load(trainer.checkpointer.last)["model"]), weights[-1])
 
 
-def test_a_step_that_is_not_finite_is_left_out_without_a_trace(tmp_path, caplog):
+def test_a_step_that_is_not_finite_is_skipped_and_changes_nothing(tmp_path, caplog):
     batches = [batch(0), batch(1, broken=True), batch(2)]
-    training = train(tmp_path, batches, replace(SETTINGS, skip_nonfinite=1))
-    torch.testing.assert_close(dict(training.model.state_dict()), plain_loop([batch(0), batch(2)])[-1])
-    assert training.step == 3 and training.skipped == 1 and "step 2 left out: the loss is nan" in caplog.text and "clip 1.0" in caplog.text
+    trainer = train(tmp_path, batches, replace(SETTINGS, skip_nonfinite=1))
+    torch.testing.assert_close(dict(trainer.model.state_dict()), plain_loop([batch(0), batch(2)])[-1])
+    assert trainer.state.step == 3 and trainer.state.skipped == 1 and "step 2 skipped: the loss is nan" in caplog.text and "clip 1.0" in caplog.text
 
 
-def test_features_that_are_not_finite_are_left_out_as_well_and_batch_norm_forgets_them(tmp_path):
+def test_a_step_with_features_that_are_not_finite_is_skipped_and_leaves_batch_norm_finite(tmp_path):
     torch.manual_seed(0)
     model = x3d(size="tiny", num_classes=3, sgs=SGSConfig())
-    training = train(tmp_path, [batch(0), batch(1, broken=True), batch(2)], replace(SETTINGS, skip_nonfinite=1), model)
-    assert training.skipped == 1 and all(value.isfinite().all() for value in model.state_dict().values())
+    trainer = train(tmp_path, [batch(0), batch(1, broken=True), batch(2)], replace(SETTINGS, skip_nonfinite=1), model)
+    assert trainer.state.skipped == 1 and all(value.isfinite().all() for value in model.state_dict().values())
 
 
-def test_too_many_such_steps_in_a_row_are_an_error_that_names_the_clips(tmp_path):
+def test_too_many_skipped_steps_in_a_row_are_an_error_that_names_the_clips(tmp_path):
     batches = [batch(0, broken=True), batch(1), batch(2, broken=True), batch(3, broken=True)]
-    with pytest.raises(FloatingPointError, match=r"step 4: the 2th step in a row .*clip 3.0"):
+    with pytest.raises(FloatingPointError, match=r"step 4 is number 2 in a row .*clip 3.0"):
         train(tmp_path, batches, replace(SETTINGS, skip_nonfinite=1))
 
 

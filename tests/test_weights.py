@@ -456,7 +456,7 @@ def test_a_training_starts_from_the_averaged_weights_of_another_run_with_its_own
 
     outcome = run_tool("train", *small_job(small_videos, second, *start))
     assert outcome.code == 0 and "weights from " not in outcome.out, outcome.err
-    assert f"init_from is left alone: this run goes on from its own {second}/checkpoints/last.pt" in outcome.out and "resuming" in outcome.out
+    assert f"init_from is ignored: this run resumes from {second}/checkpoints/last.pt" in outcome.out and "resuming" in outcome.out
 
     refused = small_job(small_videos, tmp_path / "third", *start[:-1], f"init_from={first}", "++model.weights=other.pth")
     outcome = run_tool("train", *refused)

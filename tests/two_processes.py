@@ -1,4 +1,4 @@
-"""Run by test_distributed.py under torchrun: what two processes must agree on. Exits non-zero if they do not."""
+"""Run by test_distributed.py under torchrun: checks on which two ranks must agree. Exits non-zero if they do not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from atfr.engine.evaluator import evaluate
 from atfr.engine.optim import sgd
 from atfr.engine.run import checkpoint
 from atfr.engine.settings import TrainerSettings
-from atfr.engine.trainer import Training
+from atfr.engine.trainer import Trainer
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
 
@@ -45,8 +45,8 @@ def clips(seed: int) -> Tensor:
     return torch.randn(4, 3, 8, 32, 32, generator=generator).cumsum(dim=2) / 4
 
 
-def training_of(folder: Path, dist_info: comm.DistInfo, *, broken: tuple[int, ...] = (), **changes: object) -> Training:
-    """Four steps; at the `broken` ones a clip of process 1 holds a NaN."""
+def trainer_of(folder: Path, dist_info: comm.DistInfo, *, broken: tuple[int, ...] = (), **changes: object) -> Trainer:
+    """Build a trainer for four steps. At the `broken` ones a clip of rank 1 has a NaN."""
 
     def batches(epoch: int, start: int) -> Iterable[Batch]:
         for step in range(start, 4):
@@ -60,7 +60,7 @@ def training_of(folder: Path, dist_info: comm.DistInfo, *, broken: tuple[int, ..
         output_dir=str(folder), batch_size=8, epochs=1, max_steps=None, seed=0, accelerator="cpu", devices=None, precision="fp32", workers=0,
         timeout_s=0, label_smoothing=0.0, clip_norm=None, statistics_clips=8, eval_every=1, save_every=1, log_every=10, resume=True, test=False,
     )  # fmt: skip
-    return Training(
+    return Trainer(
         model=model,
         optimizer=sgd(model, lr=0.01, momentum=0.9, weight_decay=0.0, nesterov=True),
         learning_rate_factor=lambda step, total: 1.0,
@@ -76,7 +76,7 @@ def training_of(folder: Path, dist_info: comm.DistInfo, *, broken: tuple[int, ..
 
 
 def refused(message: str, call: Callable[[], object]) -> None:
-    """The call is, on both processes, with the same line."""
+    """Require that the call fails on both ranks with the same message."""
     try:
         call()
     except ValueError as error:
@@ -85,13 +85,13 @@ def refused(message: str, call: Callable[[], object]) -> None:
         raise AssertionError(f"not refused: {message}")
 
 
-def check_states_and_lists_that_differ_stop_both(folder: Path, dist_info: comm.DistInfo) -> None:
+def check_that_different_checkpoints_and_lists_are_refused_on_both(folder: Path, dist_info: comm.DistInfo) -> None:
     folder = folder / f"of rank {dist_info.rank}"  # not shared
     state = {"model": {}, "config": {}, "choices": {}, "class_names": [], "step": 20, "evaluated": 0, "steps_per_epoch": 4}
     if dist_info.rank == 0:
         checkpoint.save(state, folder / "checkpoints/last.pt")
-    training = training_of(folder, dist_info)
-    refused(f"different states to go on from: evaluated is 0 on rank 0, not there on rank 1; {folder} must be on a disk", training.resume)
+    trainer = trainer_of(folder, dist_info)
+    refused(f"different checkpoints to resume from: evaluated is 0 on rank 0, missing on rank 1; {folder} must be on a disk", trainer.resume)
     refused(f"rank 1 does not see the run folder {folder}", lambda: comm.require_shared(folder, dist_info))
     videos = [Video(f"{number}.mp4", 0) for number in range(3)]
     source = VideoSource(name="lists", class_names=("a", "b" if dist_info.rank else "c"), train=videos[dist_info.rank :], val=videos, test=videos, notes={})
@@ -100,7 +100,7 @@ def check_states_and_lists_that_differ_stop_both(folder: Path, dist_info: comm.D
     refused("different videos or classes: class 1 is 'c' on rank 0, 'b' on rank 1; lists must be the same", lambda: builders.load_source(config, dist_info))
 
 
-def check_a_signal_on_one_process_ends_the_evaluation_on_both(dist_info: comm.DistInfo) -> None:
+def check_that_a_signal_on_one_rank_ends_the_evaluation_on_both(dist_info: comm.DistInfo) -> None:
     class Batch:
         failed, clips = (Unreadable(0, "bad.mp4", "no video"),), None
 
@@ -117,62 +117,62 @@ def check_a_signal_on_one_process_ends_the_evaluation_on_both(dist_info: comm.Di
     except Interrupted as error:
         assert "SIGUSR1 during the test" in str(error)
     else:
-        raise AssertionError("the signal was not heard")
-    # One batch more on one of them is no look more.
+        raise AssertionError("the signal was not noticed")
+    # One more batch on one rank does not mean one more check.
     assert len(evaluate(nn.Identity(), Loader([Batch] * (5 - dist_info.rank)), normalise=nn.Identity(), dist_info=dist_info, stop=StopFlag()).failed) == 1
 
 
-def check_what_one_process_says_is_heard_by_both_at_the_next_call(dist_info: comm.DistInfo) -> None:
-    told = comm.DelayedMax()
-    said = [0, 5 if dist_info.rank else 0, 0, 3, 0]
-    assert [told.largest(number) for number in said] == [0, 0, 5, 0, 3]
+def check_that_delayed_max_returns_the_previous_result(dist_info: comm.DistInfo) -> None:
+    delayed = comm.DelayedMax()
+    numbers = [0, 5 if dist_info.rank else 0, 0, 3, 0]
+    assert [delayed.largest(number) for number in numbers] == [0, 0, 5, 0, 3]
 
 
-def check_a_nan_on_one_process_stops_both(folder: Path, dist_info: comm.DistInfo) -> None:
-    training = training_of(folder, dist_info)
-    loss = training.loss
-    training.loss = lambda logits, labels: loss(logits, labels) * (float("nan") if dist_info.rank == 1 and training.step == 2 else 1.0)
+def check_that_a_nan_on_one_rank_stops_both(folder: Path, dist_info: comm.DistInfo) -> None:
+    trainer = trainer_of(folder, dist_info)
+    loss = trainer.forward_backward.loss
+    trainer.forward_backward.loss = lambda logits, labels: loss(logits, labels) * (float("nan") if dist_info.rank == 1 and trainer.state.step == 2 else 1.0)
     try:
-        training.run()
+        trainer.run()
     except FloatingPointError as error:
         assert "at step 3" in str(error), error
     else:
         raise AssertionError("a NaN went unnoticed")
     comm.barrier()  # the first process writes while it ends
-    state = checkpoint.load(training.last)
+    state = checkpoint.load(trainer.checkpointer.last)
     assert state["step"] == 2, state["step"]
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
-def check_a_nan_in_the_features_of_one_process_is_left_out_by_both(folder: Path, dist_info: comm.DistInfo) -> None:
-    """Also in the second half of an accumulated batch, and however often the run is begun anew in between."""
-    training = training_of(folder / "two", dist_info, broken=(1, 2), skip_nonfinite=2, accumulate=2)
-    training.run()
-    assert training.step == 4 and training.skipped == 2 and training.skipped_in_a_row == 0
-    assert all(value.isfinite().all() for value in training.model.state_dict().values())
-    weights = torch.cat([p.detach().flatten() for p in training.model.parameters()])
+def check_that_both_ranks_skip_a_nan_in_the_features_of_one(folder: Path, dist_info: comm.DistInfo) -> None:
+    """Also in the second part of an accumulated batch, and across a restart of the run."""
+    trainer = trainer_of(folder / "two", dist_info, broken=(1, 2), skip_nonfinite=2, accumulate=2)
+    trainer.run()
+    assert trainer.state.step == 4 and trainer.state.skipped == 2 and trainer.state.skipped_in_a_row == 0
+    assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     assert torch.equal(*comm.gathered([weights]))
 
-    started = training_of(folder / "four", dist_info, broken=(1, 2, 3), skip_nonfinite=2, max_steps=3)
+    started = trainer_of(folder / "four", dist_info, broken=(1, 2, 3), skip_nonfinite=2, max_steps=3)
     started.run()
-    assert started.skipped_in_a_row == 2
+    assert started.state.skipped_in_a_row == 2
     try:
-        training_of(folder / "four", dist_info, broken=(1, 2, 3), skip_nonfinite=2).run()
+        trainer_of(folder / "four", dist_info, broken=(1, 2, 3), skip_nonfinite=2).run()
     except FloatingPointError as error:
-        assert "step 4: the 3th step in a row" in str(error) and f"clip 3.{dist_info.rank}" in str(error), error
+        assert "step 4 is number 3 in a row" in str(error) and f"clip 3.{dist_info.rank}" in str(error), error
     else:
-        raise AssertionError("a third step in a row was left out")
+        raise AssertionError("a third step in a row was skipped")
 
 
 def main() -> None:
     torch.set_num_threads(1)
     dist_info = comm.start(accelerator="cpu", devices=2)
     assert dist_info.world == 2
-    check_states_and_lists_that_differ_stop_both(Path(sys.argv[1]), dist_info)
-    check_a_signal_on_one_process_ends_the_evaluation_on_both(dist_info)
-    check_what_one_process_says_is_heard_by_both_at_the_next_call(dist_info)
-    check_a_nan_on_one_process_stops_both(Path(sys.argv[1]) / "stops", dist_info)
-    check_a_nan_in_the_features_of_one_process_is_left_out_by_both(Path(sys.argv[1]), dist_info)
+    check_that_different_checkpoints_and_lists_are_refused_on_both(Path(sys.argv[1]), dist_info)
+    check_that_a_signal_on_one_rank_ends_the_evaluation_on_both(dist_info)
+    check_that_delayed_max_returns_the_previous_result(dist_info)
+    check_that_a_nan_on_one_rank_stops_both(Path(sys.argv[1]) / "stops", dist_info)
+    check_that_both_ranks_skip_a_nan_in_the_features_of_one(Path(sys.argv[1]), dist_info)
     comm.stop()
 
 

@@ -48,7 +48,7 @@ def test(config: DictConfig, state: dict[str, Any], path: Path, settings: Traine
         builders.report_missing(source, folder)
     model = from_checkpoint.trained_model(config, state, path, dist_info)
     model.prepare(compiled=settings.compile)
-    with stop.only_noted():
+    with stop.only_sets_flag():
         builders.test_and_report(model, source, clip, config=config, settings=settings, dist_info=dist_info, folder=folder, checkpoint=path, stop=stop)
 
 

@@ -2,11 +2,12 @@
 
     python tools/train.py                                  # built-in data, a tiny X3D with SGS
     python tools/train.py dataset=kinetics400 model=x3d_sgs dataset.root=/data/k400
-    python tools/train.py ... dry_run=true                 # print what would run, and end
-    python tools/train.py ... trainer.devices=2            # two processes; on GPUs, by default one for each
-    python tools/train.py ... init_from=RUN trainer.output_dir=OTHER   # from the weights of another run, with a new schedule
+    python tools/train.py ... dry_run=true                 # print what would run
+    python tools/train.py ... trainer.devices=2            # two ranks; the default is one per GPU
+    python tools/train.py ... init_from=RUN trainer.output_dir=OTHER   # start from the weights of another run
 
-torchrun, srun and submitit may start the processes instead. The same command run again goes on from where it stopped. Options: configs/train.yaml.
+torchrun, srun and submitit may start the ranks instead. A run that was stopped resumes with the same command. Options:
+configs/train.yaml.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from atfr.engine.distributed.preemption import StopFlag, listen
 
 if __name__ == "__main__":
-    listen()  # before the imports that take seconds, in which a signal would end the program
+    listen()  # before the slow imports, during which a signal would end the program
 
 # ruff: noqa: E402
 import os
@@ -38,7 +39,7 @@ from atfr.engine.run import checkpoint
 from atfr.engine.run.contents import contents
 from atfr.engine.run.run_dir import claim_folder
 from atfr.engine.settings import TrainerSettings
-from atfr.engine.trainer import Training
+from atfr.engine.trainer import Trainer
 
 
 @program("train", otherwise=with_experiment)
@@ -59,14 +60,14 @@ def main(config: DictConfig) -> None:
 
 
 def train_and_test(config: DictConfig, settings: TrainerSettings, dist_info: comm.DistInfo, folder: Path, stop: StopFlag, recipe: Announcement) -> None:
-    """Train and test on this process."""
+    """Train and test on this rank."""
     if dist_info.is_main:
         say(recipe.before)
     clip = builders.clip_settings(config)
-    with stop.at_once("before training"):
+    with stop.raises_immediately("before training"):
         source = builders.load_source(config, dist_info)
     builders.require_videos(source, "train", "val", *(["test"] if settings.test else []))
-    # Pretrained weights are where training starts from: a run that goes on has its own.
+    # A run that resumes has its own weights.
     starts = not (folder / "checkpoints" / "last.pt").exists()
     model = builders.build_model(config, num_classes=len(source.class_names), dist_info=dist_info, seed=settings.seed, pretrained=starts)
     builders.check_batch_norm(model, clip, settings, dist_info)
@@ -74,7 +75,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, dist_info: com
     if dist_info.is_main:
         claim_folder(folder, plain, "training", resume=settings.resume)
         if not starts and (given := builders.weights_given(config)):
-            print(f"{given[0]} is left alone: this run goes on from its own {folder / 'checkpoints' / 'last.pt'}", flush=True)
+            print(f"{given[0]} is ignored: this run resumes from {folder / 'checkpoints' / 'last.pt'}", flush=True)
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         print(
             f"{source.name}: {len(source.train)} training, {len(source.val)} validation, {len(source.test)} test videos,"
@@ -96,7 +97,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, dist_info: com
         return {**accuracy(evaluation.views), "bins": sum(bins) / len(bins), "failed": len(evaluation.failed)}
 
     mix = mixing(mixup=settings.mixup, cutmix=settings.cutmix, num_classes=len(source.class_names), seed=settings.seed)
-    training = Training(
+    trainer = Trainer(
         model=model,
         optimizer=build(config.optimizer, "optimizer", model=model),
         learning_rate_factor=build(config.schedule, "schedule"),
@@ -111,10 +112,10 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, dist_info: com
         mix=mix,
         stop=stop,
     )
-    with stop.only_noted():
-        training.run()
+    with stop.only_sets_flag():
+        trainer.run()
         if settings.test:
-            best = training.best
+            best = trainer.checkpointer.best
             checkpoint.load_weights(model, checkpoint.load(best)["model"], best)
             builders.test_and_report(model, source, clip, config=config, settings=settings, dist_info=dist_info, folder=folder, checkpoint=best, stop=stop)
 

@@ -234,7 +234,7 @@ def test_and_report(
     evaluation = run_views(model, source.test, clip, views=clip.views, crops=clip.crops, settings=settings, dist_info=dist_info, title="test", stop=stop)
     if not dist_info.is_main:
         return
-    with stop.at_once("during the test") if stop else nullcontext():
+    with stop.raises_immediately("during the test") if stop else nullcontext():
         table = gflops_table(model, clip)
         summary = metrics.summarise(evaluation, table, protocol=protocol(config, model, clip, source, settings, dist_info, checkpoint=checkpoint))
         metrics.write_results(summary, folder)

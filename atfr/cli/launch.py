@@ -33,12 +33,12 @@ from atfr.engine.determinism import choose_algorithms, explaining_what_is_not_de
 from atfr.engine.distributed import comm
 from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.distributed.launch_env import read_launch_env
-from atfr.engine.distributed.preemption import FROM_BATCH_SYSTEM, ONE_TOLD, TRY_AGAIN, Interrupted, StopFlag, end, heeded
+from atfr.engine.distributed.preemption import FROM_BATCH_SYSTEM, SAME_SIGNAL_S, TRY_AGAIN, Interrupted, StopFlag, end, handled_signals
 from atfr.engine.run.run_lock import run_lock
 from atfr.engine.settings import TrainerSettings
 
 PARENT, ERRORS = "ATFR_PARENT", "ATFR_ERRORS"  # a started process's parent, and the folder of its file: empty, or why it failed
-TOLD = "told"  # the file there with the signal that came
+SIGNAL_FILE = "signal"  # the file in that folder with the signal that was received
 
 
 def on_every_process(
@@ -55,7 +55,7 @@ def on_every_process(
     """Call `work` on every process with its ranks, after they have joined and compared their configs.
 
     An error in one of several ends its process at once, with exit code 1, so that its launcher ends the others. A
-    signal ends the program at once, as `interruption.end` does, except where `work` looks at the flag itself.
+    signal ends the program at once, as `preemption.end` does, except where `work` checks the flag itself.
 
     Args:
         program: the file to run in the processes that are started here.
@@ -71,7 +71,7 @@ def on_every_process(
             work(dist_info)
 
     try:
-        with stop.at_once(where):
+        with stop.raises_immediately(where):
             _on_every_process(with_lock, config, settings, program=program, folder=folder)
     except Interrupted as error:
         comm.stop()
@@ -181,7 +181,7 @@ def start_processes(count: int, program: str, folder: Path, *, on_gpus: bool) ->
 def pass_on_signals(folder: Path) -> list[int]:
     """From now on the signals that mean "stop soon" go to the started processes, each of which has a file there; those that came.
 
-    A process that has none yet finds the signal in the file `TOLD`.
+    A process that has none yet finds the signal in the file `SIGNAL_FILE`.
     """
     came: list[int] = []
     first = math.inf
@@ -190,15 +190,15 @@ def pass_on_signals(folder: Path) -> list[int]:
         nonlocal first
         came.append(number)
         first = min(first, time.monotonic())
-        (folder / TOLD).write_text(str(number))
+        (folder / SIGNAL_FILE).write_text(str(number))
         processes = _files(folder)
         for path in processes:
             with suppress(ProcessLookupError):
                 os.kill(int(path.name), number)  # which ends it at once, if it is the second
-        if not processes and number not in FROM_BATCH_SYSTEM and time.monotonic() - first > ONE_TOLD:
+        if not processes and number not in FROM_BATCH_SYSTEM and time.monotonic() - first > SAME_SIGNAL_S:
             os._exit(128 + number)
 
-    for number in heeded():
+    for number in handled_signals():
         signal.signal(number, handle)
     return came
 
@@ -215,7 +215,7 @@ def first_error(folder: Path, error: ChildFailedError) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.name != TOLD]
+    return [path for path in folder.iterdir() if path.name != SIGNAL_FILE]
 
 
 def answer_to_the_parent() -> None:
@@ -230,4 +230,4 @@ def answer_to_the_parent() -> None:
     folder = Path(os.environ[ERRORS])
     (folder / str(os.getpid())).touch()
     with suppress(FileNotFoundError, ValueError):  # ValueError: it is being written, and its writer will see our file
-        os.kill(os.getpid(), int((folder / TOLD).read_text()))
+        os.kill(os.getpid(), int((folder / SIGNAL_FILE).read_text()))

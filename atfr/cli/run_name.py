@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from atfr.cli.arguments import parse, value_text
-from atfr.engine.run.run_dir import PLACES
+from atfr.engine.run.run_dir import PATHS
 
 SWEPT = "ATFR_SWEPT"  # in a job's environment: the keys with several values in its sweep, separated by commas; see atfr.cli.sweep
 LONGEST = 100  # letters of a name
@@ -56,7 +56,7 @@ def folder_name(overrides: list[str]) -> str:
 def _without_folder(override: str) -> str:
     """The override with the name of its file or folder alone, where it says where data lie."""
     key, _, value = override.partition("=")
-    return f"{key}={os.path.basename(value)}" if key.lstrip("+") in PLACES and not value.startswith("[") else override
+    return f"{key}={os.path.basename(value)}" if key.lstrip("+") in PATHS and not value.startswith("[") else override
 
 
 def _key(override: str) -> str:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, read_write
 
 from atfr.cli.arguments import parse, quoted
 from atfr.cli.run_name import SWEPT
-from atfr.engine.distributed.preemption import heeded
+from atfr.engine.distributed.preemption import handled_signals
 
 
 class NeedsSlurm(Callback):
@@ -21,7 +21,7 @@ class NeedsSlurm(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         if not config.hydra.launcher._target_.endswith(".SlurmLauncher"):
             return
-        for number in heeded():
+        for number in handled_signals():
             signal.signal(number, signal.SIG_DFL)  # this process only waits for the jobs, and has nothing to save
         if shutil.which("srun") is None:
             print("error: hydra/launcher=slurm needs SLURM, and there is no srun on this machine: start the sweep where sbatch works, or leave the launcher out", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""How exact and how repeatable torch's arithmetic is: TF32, and algorithms that give the same result each time."""
+"""TF32 and deterministic algorithms of torch."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from typing import Iterator
 import torch
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-REPEATABLE = (":4096:8", ":16:8")  # its values at which cuBLAS gives the same result each time
+REPEATABLE = (":4096:8", ":16:8")  # values with which cuBLAS is deterministic
 
 
 def choose_algorithms(*, deterministic: bool, tf32: bool) -> None:
-    """Set what `trainer.deterministic` and `trainer.tf32` ask for. Each process calls it before anything runs on a GPU.
+    """Apply `trainer.deterministic` and `trainer.tf32`. Each rank calls this before it uses a GPU.
 
     Raises:
-        ValueError: `deterministic`, and the environment has another setting of cuBLAS.
+        ValueError: `deterministic` is set, and the environment has another setting for cuBLAS.
     """
-    # The older of torch's two interfaces. With the newer one, torch.backends.cudnn.flags and torch.compile of torch 2.11 raise an error.
+    # The older of two interfaces: with the newer one, torch.backends.cudnn.flags and torch.compile raise an error in torch 2.11.
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
-    # Set in any case: torch reads it once, and the next job of a sweep in this process may be deterministic.
+    # Always set: torch reads it once, and the next job of a sweep in this process may be deterministic.
     workspace = os.environ.setdefault(WORKSPACE, REPEATABLE[0])
     if deterministic and workspace not in REPEATABLE:
         raise ValueError(f"trainer.deterministic=true needs {WORKSPACE}={' or '.join(REPEATABLE)} in the environment, not {workspace!r}; unset it")
     if deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(deterministic)
-    # Filling costs a pass over each new tensor, and all of them are written before they are read.
+    # Filling costs a pass over each new tensor, and this code writes every tensor before it reads it.
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 @contextmanager
 def explaining_what_is_not_deterministic() -> Iterator[None]:
-    """Raise ValueError, in one line, for torch's error about an operation that has no deterministic algorithm."""
+    """Turn torch's error about an operation without a deterministic algorithm into a ValueError of one line."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""An exponential moving average of a network's weights."""
+"""Exponential moving average of weights."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Average of a model's parameters after each step (Polyak & Juditsky, 1992; exponential as in Tan & Le, 2019).
+    """Averages a model's parameters over the steps (Polyak & Juditsky, 1992; exponential as in Tan & Le, 2019).
 
-    Buffers are not averaged: batch norm's statistics are measured for the averaged weights, as they
-    are for any others. In the first steps the decay is (1 + n) / (10 + n), so that the weights that
-    training began with are soon forgotten.
+    Buffers are not averaged: the statistics of batch norm are measured for the averaged weights. In step n the decay is at most
+    (1 + n) / (10 + n), so the initial weights are soon forgotten.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -24,14 +23,14 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """After an optimizer step."""
+        """Add the parameters to the average, after an optimizer step."""
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1 - decay)
         self.steps += 1
 
     @contextmanager
-    def in_place(self, model: nn.Module) -> Iterator[None]:
-        """The model has the averaged weights for a while; then its own, and the buffers that it had."""
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """Give the model the averaged weights in this block. Afterwards its own weights and buffers are restored."""
         own, buffers = [p.detach().clone() for p in self.parameters], [b.clone() for b in model.buffers()]
         try:
             _copy(self.averages, self.parameters)
@@ -44,8 +43,7 @@ class Ema:
         return {"averages": dict(zip(self.names, self.averages)), "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
-        averages = state["averages"]  # a list in files from before they had names
-        _copy(averages if isinstance(averages, list) else [averages[name] for name in self.names], self.averages)
+        _copy([state["averages"][name] for name in self.names], self.averages)
         self.steps = state["steps"]
 
 

@@ -1,61 +1,61 @@
-"""Testing: every view of every video exactly once, on any number of processes."""
+"""Evaluation: every view of every video exactly once, on any number of ranks."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, Iterable
+from typing import Iterable
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from atfr.data.types import Unreadable
+from atfr.data.types import EvalBatch, Unreadable
 from atfr.engine.distributed import comm
 from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.distributed.preemption import StopFlag
 from atfr.models.video_net import VideoNet
 from atfr.utils.progress import watched
 
-LOOK_EVERY = 4  # batches between two looks, of all processes together, at whether to stop
+STOP_EVERY = 4  # batches between two checks for a stop signal, which all ranks do together
 
 
 @dataclass(frozen=True)
 class View:
-    """One clip's outcome: softmax scores [classes] and how many features it kept."""
+    """The result of one clip: softmax scores [classes] and B'."""
 
     video: int  # index into the split
     view: int
     path: str
     label: int
     scores: np.ndarray  # float32; a list of Python floats would take eight times the memory
-    bins: tuple[int, ...]  # one number a layer
+    bins: tuple[int, ...]  # B' at each SGS layer
 
 
 @dataclass
 class Evaluation:
-    """All views of a split, sorted by video and view, and the videos that could not be read, sorted by path.
+    """The results of a split: views sorted by video and view, and unreadable videos sorted by path.
 
-    A video is a row of the list: a file that is listed three times is three videos.
+    Each row of the list is a video. A file that is listed three times is three videos.
     """
 
     views: list[View] = field(default_factory=list)
     failed: dict[int, Unreadable] = field(default_factory=dict)  # by video
-    decoders: dict[int, str] = field(default_factory=dict)  # by video: what read it
-    frames: tuple[int, ...] = ()  # T at each layer
+    decoders: dict[int, str] = field(default_factory=dict)  # by video: which decoder read it
+    frames: tuple[int, ...] = ()  # T at each SGS layer
     batches: list[list[tuple[int, ...]]] = field(default_factory=list)  # B' of each clip of each executed batch
-    network_seconds: float = 0.0  # spent in the network alone, summed over processes
+    network_seconds: float = 0.0  # time in the network only, summed over ranks
 
     @property
     def clips_per_second(self) -> float:
-        """Clips a second of network time and process: decoding is not in it."""
+        """Clips per second and rank, counting only the time in the network."""
         return len(self.views) / self.network_seconds if self.network_seconds else 0.0
 
 
 @torch.inference_mode()
 def evaluate(
     model: VideoNet,
-    loader: Iterable[Any],
+    loader: Iterable[EvalBatch],
     *,
     normalise: nn.Module,
     dist_info: DistInfo,
@@ -63,19 +63,23 @@ def evaluate(
     title: str = "test",
     stop: StopFlag | None = None,
 ) -> Evaluation:
-    """Run `model` over this process's share of a split and gather the views of all processes.
+    """Run `model` on this rank's part of a split, and gather the results of all ranks on each of them.
 
-    A video that cannot be read is never replaced: it is listed under `failed` with its reason.
+    A video that cannot be read is listed in `failed` with the reason. It is never replaced.
+
+    Args:
+        loader: this rank's batches. With `stop` it needs a length.
+        normalise: converts clips from uint8 to the network's input.
 
     Raises:
         FloatingPointError: the scores of a clip are NaN or infinite; names its file.
-        Interrupted: on every process, if `stop` says so on one.
+        Interrupted: on all ranks, after a signal on one of them.
     """
     model.eval()
     own = Evaluation()
-    in_all = -comm.largest(-len(loader)) if stop else 0  # one process may have a batch more than another
+    common = -comm.largest(-len(loader)) if stop else 0  # batches that all ranks have; some may have one more
     for number, batch in enumerate(watched(loader, title, unit="batch", shown=dist_info.is_main)):
-        if number < in_all and number % LOOK_EVERY == 0:
+        if number < common and number % STOP_EVERY == 0:
             comm.stop_together(stop, f"during the {title}")
         own.failed.update((failed.video, failed) for failed in batch.failed)
         if batch.clips is None:
@@ -84,19 +88,24 @@ def evaluate(
         _wait(dist_info.device)
         began = time.perf_counter()
         with torch.autocast(dist_info.device.type, dtype=precision, enabled=precision != torch.float32):
-            prediction = model(clips)
-        scores = prediction.logits.float().softmax(dim=1).cpu().numpy()
+            logits, bins, own.frames = _predict(model, clips)
+        scores = logits.float().softmax(dim=1).cpu().numpy()
         _wait(dist_info.device)
         own.network_seconds += time.perf_counter() - began
         for path, row in zip(batch.paths, scores):
             if not np.isfinite(row).all():
-                raise FloatingPointError(f"the network's scores for {path} are NaN or infinite: its weights are spoilt")
+                raise FloatingPointError(f"the network's scores for {path} are NaN or infinite, so its weights are damaged; use an earlier checkpoint")
         own.decoders.update(zip(map(int, batch.videos), batch.decoders))
-        own.frames = prediction.frames
-        own.batches.append(prediction.bins)
-        rows = zip(batch.videos, batch.views, batch.paths, batch.labels, scores, prediction.bins)
+        own.batches.append(bins)
+        rows = zip(batch.videos, batch.views, batch.paths, batch.labels, scores, bins)
         own.views += [View(int(video), int(view), path, int(label), s, b) for video, view, path, label, s, b in rows]
     return _merged(comm.gathered([own]))
+
+
+def _predict(model: VideoNet, clips: Tensor) -> tuple[Tensor, list[tuple[int, ...]], tuple[int, ...]]:
+    """Return logits [N, classes], B' of each clip at each layer, and T at each layer."""
+    prediction = model(clips)
+    return prediction.logits, prediction.bins, prediction.frames
 
 
 def _wait(device: torch.device) -> None:
@@ -113,7 +122,7 @@ def _merged(parts: list[Evaluation]) -> Evaluation:
         whole.batches += part.batches
         whole.network_seconds += part.network_seconds
     whole.views.sort(key=lambda view: (view.video, view.view))
-    # A video of which one view failed is not half-counted: it failed.
+    # A video fails if one of its views fails.
     whole.views = [view for view in whole.views if view.video not in whole.failed]
     whole.failed = dict(sorted(whole.failed.items(), key=lambda item: (item[1].path, item[0])))
     return whole

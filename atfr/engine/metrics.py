@@ -1,4 +1,4 @@
-"""From evaluated views to `results.json`, `predictions.csv` and the table that is printed."""
+"""Accuracy, and the results of an evaluation as `results.json`, `predictions.csv` and a table."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from atfr.utils.atomic_io import write_text
 
 
 def accuracy(views: Sequence[View]) -> dict[str, float]:
-    """top1, top5 and mean_class_accuracy in percent, each video's scores averaged over its views.
+    """Compute top1, top5 and mean_class_accuracy in percent, with each video's scores averaged over its views.
 
-    mean_class_accuracy is the mean of the per-class top-1 over the classes that have videos. With
-    fewer than five classes top5 takes all of them.
+    mean_class_accuracy is the mean of the per-class top-1 over the classes that have videos. With fewer than five classes, top5
+    is 100.
 
     Raises:
         ValueError: there are no views.
     """
     if not views:
-        raise ValueError("not one video of the split could be read, so there is no accuracy")
+        raise ValueError("no video of the split could be read, so there is no accuracy")
     by_video: dict[int, list[View]] = {}
     for view in views:
         by_video.setdefault(view.video, []).append(view)
@@ -45,15 +45,14 @@ def accuracy(views: Sequence[View]) -> dict[str, float]:
 
 
 def summarise(evaluation: Evaluation, table: GflopsTable, *, protocol: dict[str, Any]) -> dict[str, Any]:
-    """The contents of `results.json`.
+    """Compute the contents of `results.json`.
 
-    `gflops.mean`, `min` and `max` are notional: what each clip would cost alone. `executed` is
-    what the packed batches ran, per clip. `clips_per_second` is measured, network time only.
-    `bins` is of the first SGS layer; where there are several, `bins.layers` has them all.
-    `protocol.decoders` says how many videos each decoder read.
+    `gflops.mean`, `min` and `max` are the costs of each clip if it ran alone. `gflops.executed` is the cost per clip of the
+    packed batches that ran. `clips_per_second` is measured, with the time of the network only. `bins` describes the first SGS
+    layer; with several layers, `bins.layers` has all of them. `protocol.decoders` counts the videos that each decoder read.
 
     Raises:
-        ValueError: not one video of the split could be read.
+        ValueError: no video of the split could be read.
     """
     views = evaluation.views
     if not views:
@@ -90,14 +89,14 @@ def _bins(kept: Sequence[int], frames: int) -> dict[str, Any]:
 
 
 def write_results(results: dict[str, Any], folder: Path) -> Path:
-    """Write `results.json`, whole or not at all."""
+    """Write `results.json` atomically."""
     path = folder / "results.json"
     write_text(path, json.dumps(results, indent=2) + "\n")
     return path
 
 
 def write_predictions(evaluation: Evaluation, table: GflopsTable, folder: Path, *, class_names: Sequence[str]) -> Path:
-    """Write `predictions.csv`: one row a clip (view), sorted by video and view."""
+    """Write `predictions.csv`: one row per clip (view), sorted by video and view."""
     path = folder / "predictions.csv"
     text = io.StringIO(newline="")
     writer = csv.writer(text)
@@ -106,13 +105,13 @@ def write_predictions(evaluation: Evaluation, table: GflopsTable, folder: Path, 
         best = int(view.scores.argmax())
         names = class_names[view.label], class_names[best]
         writer.writerow([view.path, view.view, *names, f"{view.scores[best]:.4f}", "/".join(map(str, view.bins)), f"{table.at(view.bins):.6g}"])
-    # A list may name files whose names are not UTF-8; they are written back as the bytes they came from.
+    # File names that are not UTF-8 are written as the bytes that they are.
     write_text(path, text.getvalue(), errors="surrogateescape")
     return path
 
 
 def as_table(results: dict[str, Any], *, folder: Path) -> str:
-    """The results for people: two columns, and where everything lies."""
+    """Format the results for printing, in two columns."""
     gflops, bins = results["gflops"], results["bins"]
     failed = f" ({len(results['failed'])} more could not be read)" if results["failed"] else ""
     share = gflops["mean"] / gflops["dense"]
@@ -133,7 +132,7 @@ def as_table(results: dict[str, Any], *, folder: Path) -> str:
 
 
 def _commit() -> str | None:
-    """The commit of this code, with a + when it has changes; None where it is not in git."""
+    """Return the commit of this code, with a + if it has changes; None outside a git repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -9,13 +9,13 @@ from typing import Any, Callable
 import torch
 from torch import Tensor, nn
 
-Schedule = Callable[[int, int], float]  # (step, total steps) -> what the base learning rate is multiplied by
+Schedule = Callable[[int, int], float]  # (step, total steps) -> factor for the base learning rate
 
 
 def sgd(
     model: nn.Module, *, lr: float, momentum: float, weight_decay: float, nesterov: bool, head_lr: float | None = None
 ) -> torch.optim.Optimizer:
-    """SGD with the `groups` of a model."""
+    """Build SGD with the parameter `groups` of a model."""
     _require("optimizer.momentum", momentum, 0 <= momentum < 1, "at least 0 and below 1")
     _require("optimizer.momentum", momentum, momentum > 0 or not nesterov, "above 0 with optimizer.nesterov=true")
     return torch.optim.SGD(groups(model, lr=lr, weight_decay=weight_decay, head_lr=head_lr), momentum=momentum, nesterov=nesterov)
@@ -24,18 +24,18 @@ def sgd(
 def adamw(
     model: nn.Module, *, lr: float, betas: Sequence[float], weight_decay: float, head_lr: float | None = None
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter, ICLR 2019) with the `groups` of a model."""
+    """Build AdamW (Loshchilov & Hutter, ICLR 2019) with the parameter `groups` of a model."""
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"optimizer.betas must be two numbers, at least 0 and below 1, not {list(betas)}")
     return torch.optim.AdamW(groups(model, lr=lr, weight_decay=weight_decay, head_lr=head_lr), betas=tuple(betas))
 
 
 def groups(model: nn.Module, *, lr: float, weight_decay: float, head_lr: float | None = None) -> list[dict[str, Any]]:
-    """Parameter groups whose weight decay spares biases and norms (every parameter with one dimension).
+    """Build parameter groups without weight decay for biases and norms (every parameter with one dimension).
 
-    With `head_lr` the classification layer, the backbone's last module with a matrix, is in groups of
-    its own, with `head_lr` times the learning rate: what is new where the rest comes from pretrained
-    weights. A rate of 0 leaves weights as they are.
+    Args:
+        head_lr: factor for the learning rate of the classification layer, the last module of the backbone whose weight is a
+            matrix. It is new where the other weights are pretrained. None: no groups of its own.
 
     Raises:
         ValueError: a value is negative or not finite, or `head_lr` is set and the model has no such layer.
@@ -53,27 +53,28 @@ def groups(model: nn.Module, *, lr: float, weight_decay: float, head_lr: float |
     for factor, members in ((1.0, [p for p in model.parameters() if p not in head]), (head_lr, [p for p in model.parameters() if p in head])):
         if members:
             decayed = [p for p in members if p.requires_grad and p.dim() > 1]
-            spared = [p for p in members if p.requires_grad and p.dim() <= 1]
-            found += [{"params": some, "lr": lr * factor, "weight_decay": decay} for some, decay in ((decayed, weight_decay), (spared, 0.0))]
+            others = [p for p in members if p.requires_grad and p.dim() <= 1]
+            found += [{"params": params, "lr": lr * factor, "weight_decay": decay} for params, decay in ((decayed, weight_decay), (others, 0.0))]
     return found
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
-    """Scale the gradients down to the norm `limit`, if theirs is larger; return the norm that they had."""
+    """Scale the gradients down to norm `limit` if their norm is larger. Return the norm before, a scalar on their device."""
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    # On a GPU, the comparison would make the host wait, so that the gradients are multiplied in any case.
+    # On a GPU the comparison would make the host wait, so the gradients are always multiplied there.
     if limit is not None and (norm.device.type != "cpu" or norm > limit):
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm
 
 
 def cosine(*, warmup: float, start_factor: float, end_factor: float, from_start: bool = False) -> Schedule:
-    """Half a cosine after a linear warm-up.
+    """Build a half-cosine schedule with linear warm-up (SGDR, Loshchilov & Hutter, ICLR 2017, without restarts).
 
-    A line from `start_factor` to 1 over the first `warmup` (share of all steps), then half a
-    cosine down to `end_factor` (SGDR, Loshchilov & Hutter, ICLR 2017, without restarts). With
-    `from_start` the cosine falls from the first step on, and the line ends on it, below 1, as in
-    SlowFast's training (Feichtenhofer et al., ICCV 2019, and PySlowFast's SOLVER.LR_POLICY).
+    Args:
+        warmup: fraction of all steps in which the factor rises linearly from `start_factor` to 1.
+        end_factor: at the last step.
+        from_start: the cosine begins at the first step, and the warm-up ends on the curve, below 1, as in SlowFast
+            (Feichtenhofer et al., ICCV 2019, and SOLVER.LR_POLICY of PySlowFast).
     """
     _check_warmup(warmup, start_factor)
     _require("schedule.end_factor", end_factor, end_factor >= 0, "at least 0")
@@ -85,46 +86,48 @@ def cosine(*, warmup: float, start_factor: float, end_factor: float, from_start:
             done = (at - began) / max(total_steps - began, 1)
             return end_factor + (1 - end_factor) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
-        rising = _warming_up(step, total_steps, warmup=warmup, start_factor=start_factor, to=falling(warmup * total_steps))
+        rising = _warmup_factor(step, total_steps, warmup=warmup, start_factor=start_factor, to=falling(warmup * total_steps))
         return falling(step) if rising is None else rising
 
     return factor
 
 
 def multistep(*, warmup: float, start_factor: float, milestones: Sequence[float], gamma: float) -> Schedule:
-    """A constant rate, times `gamma` at each of the milestones (shares of all steps).
+    """Build a schedule that multiplies the rate by `gamma` at each milestone.
 
-    The first `warmup` (share of all steps) is a line from `start_factor` to 1.
+    Args:
+        warmup: fraction of all steps in which the factor rises linearly from `start_factor` to 1.
+        milestones: fractions of all steps.
     """
     _check_warmup(warmup, start_factor)
     _require("schedule.gamma", gamma, 0 < gamma <= 1, "above 0 and at most 1")
-    if not all(0 < share < 1 for share in milestones):
-        raise ValueError(f"schedule.milestones are shares of all steps, above 0 and below 1, not {list(milestones)}")
+    if not all(0 < milestone < 1 for milestone in milestones):
+        raise ValueError(f"schedule.milestones are fractions of all steps, above 0 and below 1, not {list(milestones)}")
 
     def factor(step: int, total_steps: int) -> float:
-        rising = _warming_up(step, total_steps, warmup=warmup, start_factor=start_factor)
-        # Rounded, so that 0.3 of 10 steps is the third and not, by a bit of float, the fourth.
-        return gamma ** sum(step >= round(share * total_steps) for share in milestones) if rising is None else rising
+        rising = _warmup_factor(step, total_steps, warmup=warmup, start_factor=start_factor)
+        # Rounded, because in floating point 0.3 of 10 steps may be just above 3.
+        return gamma ** sum(step >= round(milestone * total_steps) for milestone in milestones) if rising is None else rising
 
     return factor
 
 
 def step(*, warmup: float, start_factor: float, every: float, gamma: float) -> Schedule:
-    """`multistep` with a milestone after each `every` (share of all steps)."""
+    """Build a `multistep` schedule with a milestone after each fraction `every` of all steps."""
     if not 0 < every <= 1:
-        raise ValueError(f"schedule.every is a share of all steps, above 0 and at most 1, not {every}")
+        raise ValueError(f"schedule.every is a fraction of all steps, above 0 and at most 1, not {every}")
     milestones = [every * number for number in range(1, math.ceil(1 / every)) if every * number < 1]
     return multistep(warmup=warmup, start_factor=start_factor, milestones=milestones, gamma=gamma)
 
 
 def _check_warmup(warmup: float, start_factor: float) -> None:
     if not 0 <= warmup < 1:
-        raise ValueError(f"schedule.warmup is a share of all steps, at least 0 and below 1, not {warmup}")
+        raise ValueError(f"schedule.warmup is a fraction of all steps, at least 0 and below 1, not {warmup}")
     _require("schedule.start_factor", start_factor, start_factor >= 0, "at least 0")
 
 
-def _warming_up(step: int, total_steps: int, *, warmup: float, start_factor: float, to: float = 1.0) -> float | None:
-    """A line from `start_factor` to `to` over the first `warmup` (share of all steps); None after it."""
+def _warmup_factor(step: int, total_steps: int, *, warmup: float, start_factor: float, to: float = 1.0) -> float | None:
+    """Return the factor during warm-up, on a line from `start_factor` to `to`; None afterwards."""
     warmup_steps = warmup * total_steps
     return start_factor + (to - start_factor) * step / warmup_steps if step < warmup_steps else None
 

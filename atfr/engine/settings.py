@@ -1,4 +1,4 @@
-"""How a run goes, whatever it trains."""
+"""Options of training and evaluation."""
 
 from __future__ import annotations
 
@@ -10,39 +10,38 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerSettings:
-    """How a run goes, whatever it trains (`configs/trainer/`)."""
+    """Options of training and evaluation (`configs/trainer/`)."""
 
-    output_dir: str | None  # the run folder; None: runs/ and a name made of the overrides
-    batch_size: int  # clips in a global batch, over all processes
+    output_dir: str | None  # the run folder; None: a folder in runs/ named after the overrides
+    batch_size: int  # clips in a global batch, over all ranks
     epochs: int
-    max_steps: int | None  # stop after so many optimizer steps, if that comes first; the schedule spans all epochs
+    max_steps: int | None  # end the run after this number of optimizer steps; the schedule still spans all epochs
     seed: int
     accelerator: str  # auto | cpu | cuda
-    devices: int | None  # processes; None: as many as the launcher started
+    devices: int | None  # number of ranks; None: as many as the launcher started
     precision: str  # auto (bf16 on a GPU that has it) | fp32 | bf16 | fp16
-    workers: int  # loader processes of each training process
-    timeout_s: int  # seconds to wait for a batch, or without workers for one video; 0: no limit
+    workers: int  # loader processes per rank
+    timeout_s: int  # seconds to wait for a batch, or without workers for a video; 0: no limit
     label_smoothing: float
-    clip_norm: float | None  # largest gradient norm; None: not clipped
+    clip_norm: float | None  # largest gradient norm; None: no clipping
     statistics_clips: int  # training clips for precise batch norm and the SGS width; 0: running averages
     eval_every: int  # epochs between validations; the last epoch always has one
     save_every: int  # steps between checkpoints inside an epoch; 0: at the end of each epoch only
     log_every: int  # steps between log lines
-    resume: bool  # go on from checkpoints/last.pt if the run folder has one
-    test: bool  # test the best checkpoint when training is done
-    keep: int = 2  # newest states that stay: last.pt, last-1.pt, ...
-    # Off in the configs of runs from before they existed.
-    class_balanced: bool = False  # every class equally often in an epoch
-    accumulate: int = 1  # parts that a process runs its share of a batch in, one after the other
-    sync_batch_norm: bool = False  # batch norm over the clips of all processes
-    checkpoint_activations: bool = False  # compute activations again in the backward pass
-    compile: bool = False  # run the network compiled, in training and evaluation
-    ema: float | None = None  # decay of the averaged weights that are validated and tested; None: off
-    skip_nonfinite: int = 0  # such steps in a row that are left out before it is an error
-    overfit_batches: int = 0  # train on the first so many batches over and over; 0: off
-    profile: int = 0  # steps to record a trace of; 0: off
-    deterministic: bool = False  # only algorithms that give the same result each time
-    tf32: bool = False  # float32 products and convolutions on a GPU may round their inputs to TF32
+    resume: bool  # resume from checkpoints/last.pt if the run folder has one
+    test: bool  # test the best checkpoint after training
+    keep: int = 2  # newest checkpoints to keep: last.pt, last-1.pt, ...
+    class_balanced: bool = False  # each class equally often in an epoch
+    accumulate: int = 1  # parts of a rank's batch that run one after the other
+    sync_batch_norm: bool = False  # batch norm over the clips of all ranks
+    checkpoint_activations: bool = False  # recompute activations in the backward pass
+    compile: bool = False  # torch.compile, in training and evaluation
+    ema: float | None = None  # decay of the averaged weights, which are then validated and tested; None: off
+    skip_nonfinite: int = 0  # largest number of steps in a row to skip; 0: such a step is an error
+    overfit_batches: int = 0  # number of batches to train on over and over; 0: off
+    profile: int = 0  # number of steps to trace; 0: off
+    deterministic: bool = False  # deterministic algorithms only
+    tf32: bool = False  # TF32 for float32 matrix products and convolutions on a GPU
     mixup: float | None = None  # alpha of its Beta distribution; None: off
     cutmix: float | None = None
 
@@ -57,9 +56,9 @@ class TrainerSettings:
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"trainer.{name} must be above 0 or null, not {getattr(self, name)}")
         if self.compile and self.sync_batch_norm:
-            raise ValueError("trainer.compile=true compiles batch norms, which trainer.sync_batch_norm=true replaces: set one of them to false")
+            raise ValueError("trainer.compile=true does not work with trainer.sync_batch_norm=true: set one of them to false")
         if self.compile and self.checkpoint_activations:
-            raise ValueError("trainer.compile=true chooses itself what is computed again in the backward pass: set trainer.checkpoint_activations to false")
+            raise ValueError("trainer.compile=true decides itself which activations to recompute: set trainer.checkpoint_activations to false")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"trainer.ema must be above 0 and below 1 or null, not {self.ema}")
         if not 0 <= self.label_smoothing < 1:
@@ -69,7 +68,11 @@ class TrainerSettings:
 
 
 def precision_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The autocast dtype of a `trainer.precision`; float32 means no autocast."""
+    """Return the autocast dtype for `trainer.precision`; float32 means no autocast.
+
+    Raises:
+        ValueError: an unknown precision, or fp16 on the CPU.
+    """
     choices = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if precision == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32

@@ -10,20 +10,22 @@ from pathlib import Path
 
 
 @contextmanager
-def written_whole(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """Yield a temporary name that becomes `path` when the block ends; in case of an error the file is removed.
+def written_whole(path: Path, *, durable: bool = False, only_writer: bool = False) -> Iterator[Path]:
+    """Yield a temporary path, and rename it to `path` when the block ends. After an error the temporary file is removed.
 
-    Others that write the same file at the same time, perhaps on another machine, have names of their own. With
-    `durable` the file survives a power cut.
+    Args:
+        durable: the file survives a power cut.
+        only_writer: no other process writes `path` at the same time. The temporary name is then fixed, so the next write
+            replaces a file that a kill has left. Otherwise the name is unique among all machines.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp" if only_writer else f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         yield temporary
         if durable:
-            _sync(temporary)
+            sync(temporary)
         os.replace(temporary, path)
         if durable:
-            _sync(path.parent)
+            sync(path.parent)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -43,12 +45,8 @@ def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
         raise OSError(f"{path} could not be written ({error.strerror}); make room, or choose another trainer.output_dir") from error
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the renames in a folder durable."""
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -62,11 +62,16 @@ class StepProgress:
     Lines go to stdout, the bar to stderr. With `shown` False nothing is printed.
     """
 
-    def __init__(self, *, first: int, total: int, shown: bool) -> None:
+    def __init__(self, *, total: int, shown: bool) -> None:
         self.total, self.shown = total, shown
-        self.done = self._first = first
+        self.done = self._first = 0
+        self._bar = tqdm(disable=True)
+
+    def start(self, step: int) -> None:
+        """Start the clock at `step`, and show the bar."""
+        self.done = self._first = step
         self._began = time.monotonic()
-        self._bar = tqdm(initial=first, total=total, unit="step", desc="train", disable=not (shown and on_terminal()))
+        self._bar = tqdm(initial=step, total=self.total, unit="step", desc="train", disable=not (self.shown and on_terminal()))
 
     def step(self) -> None:
         self.done += 1

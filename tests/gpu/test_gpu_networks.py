@@ -22,7 +22,7 @@ from atfr.data.loader import test_loader
 from atfr.data.types import Video
 from atfr.engine.determinism import choose_algorithms
 from atfr.engine.distributed.comm import DistInfo
-from atfr.engine.trainer import Training
+from atfr.engine.trainer import Trainer
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
@@ -135,7 +135,7 @@ def test_the_host_waits_for_the_gpu_once_a_step_if_it_samples_and_never_if_not(t
 def check_waits(folder: Path, sampled: bool) -> None:
     seeded()
     model = x3d(size="tiny", num_classes=3, sgs=replace(ATFR, width=0.3) if sampled else None).to(GPU)
-    training = Training(
+    trainer = Trainer(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
         learning_rate_factor=lambda step, total: 1.0,
@@ -148,16 +148,15 @@ def check_waits(folder: Path, sampled: bool) -> None:
         folder=folder,
         identity={},
     )
-    training.network = model.train()
-    training.bar = type("Bar", (), {"update": lambda self: None})()
+    model.train()
     clips = (torch.randn(4, 3, 8, 32, 32).cumsum(dim=2) / 4).pin_memory()
     batch = Batch(clips, torch.zeros(4, dtype=torch.int64).pin_memory(), ("a",) * 4)
     for _ in range(3):  # the first ones set up libraries and plans
-        training.train_step(batch, epoch=0, data_s=0.0)
+        trainer.train_step(batch, epoch=0, data_s=0.0)
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        training.train_step(batch, epoch=0, data_s=0.0)
+        trainer.train_step(batch, epoch=0, data_s=0.0)
     torch.cuda.set_sync_debug_mode("default")
     waits = [str(warning.message) for warning in caught if "synchronizing CUDA operation" in str(warning.message)]
     assert len(waits) == int(sampled), waits

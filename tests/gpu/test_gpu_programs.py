@@ -179,4 +179,4 @@ def test_two_gpus_train_and_test_as_one_does(small_videos, tmp_path):
 @pytest.mark.gpu(2)
 def test_two_processes_cannot_share_a_gpu(small_videos, tmp_path):
     outcome = torchrun(2, "train", *small_job(small_videos, tmp_path), **seeing(1))
-    assert outcome.code == 1 and "process 1 of this machine has no GPU, torch sees 1" in outcome.err, outcome.err
+    assert outcome.code == 1 and "local rank 1 has no GPU, torch sees 1" in outcome.err, outcome.err

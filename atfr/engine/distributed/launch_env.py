@@ -1,4 +1,4 @@
-"""Where a process finds itself: started by torchrun, by srun, or alone."""
+"""The launch environment of a process: started by torchrun, by srun, or alone."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ from dataclasses import dataclass
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SRUN = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID", "SLURM_STEP_ID")
-FIRST_PORT, PORTS = 20000, 12000  # below 32768, from where on Linux hands ports out to anybody
+FIRST_PORT, PORTS = 20000, 12000  # below 32768, where the ports begin that Linux assigns itself
 
 
 @dataclass(frozen=True)
 class LaunchEnv:
-    """A process among `world` others, `local_rank` on its own machine, and where they all meet."""
+    """The rank of a process, and the address at which all `world` ranks connect."""
 
     launcher: str  # torchrun | srun | none
     rank: int = 0
     world: int = 1
-    local_rank: int | None = 0  # None: the launcher does not say
+    local_rank: int | None = 0  # on its machine; None: the launcher does not say
     address: str = ""
     port: int = 0
-    keeps_store: bool = False  # the one that the others connect to; torchrun's own process may do it for all of them
-    attempt: int = 0  # torchrun starts all processes anew where it is told to
+    keeps_store: bool = False  # whether this process hosts the store that the others connect to; torchrun may do so itself
+    attempt: int = 0  # number of restarts by torchrun
 
     def device_index(self, gpus: int) -> int:
-        """Which of the `gpus` that this process sees is its own; srun may show each task just one.
+        """Return which of the `gpus` that this process sees it uses. srun may show each task a single one.
 
         Raises:
-            ValueError: there are fewer of them than processes on this machine, or it cannot be told which.
+            ValueError: there are fewer GPUs than ranks on this machine, or the local rank is unknown.
         """
         if self.local_rank is None:
-            raise ValueError("the environment does not set LOCAL_RANK, which says what GPU of its machine a process has: start with torchrun, or set it")
+            raise ValueError("LOCAL_RANK, which chooses the GPU of a rank, is not set: start with torchrun, or set it")
         index = 0 if self.launcher == "srun" and gpus == 1 else self.local_rank
         if index >= gpus:
-            raise ValueError(f"process {index} of this machine has no GPU, torch sees {gpus}: start fewer, or set trainer.accelerator=cpu")
+            raise ValueError(f"local rank {index} has no GPU, torch sees {gpus}: start fewer ranks on this machine, or set trainer.accelerator=cpu")
         return index
 
 
 def read_launch_env(environment: Mapping[str, str]) -> LaunchEnv:
-    """Read the launcher's variables: torchrun's four, else those of an srun step of several tasks, else none.
+    """Read the variables of torchrun, or else those of an srun step with several tasks.
 
-    A batch script, `salloc` and `srun -n1` are one process, whatever SLURM_NTASKS says.
+    A batch script, `salloc` and `srun -n1` are a single process, whatever SLURM_NTASKS is.
 
     Raises:
-        ValueError: a part of a launcher's variables is missing, or one is not a number.
+        ValueError: some variables of a launcher are missing, or one is not a number.
     """
     given = [name for name in TORCHRUN if name in environment]
     missing = [name for name in TORCHRUN if name not in environment]
@@ -70,9 +70,9 @@ def read_launch_env(environment: Mapping[str, str]) -> LaunchEnv:
 def _srun_task(environment: Mapping[str, str], tasks: int) -> LaunchEnv:
     missing = [name for name in SRUN if name not in environment]
     if missing:
-        raise ValueError(f"SLURM_STEP_NUM_TASKS={tasks}, so srun started this, but {', '.join(missing)} is not set; start with srun, or unset it")
+        raise ValueError(f"SLURM_STEP_NUM_TASKS={tasks} is set by srun, but {', '.join(missing)} is not set; start with srun, or unset it")
     rank = _number(environment, "SLURM_PROCID")
-    # Steps of one job and jobs that follow each other get ports of their own.
+    # The steps of a job, and successive jobs, get different ports.
     offset = 16 * _number(environment, "SLURM_JOB_ID") + _number(environment, "SLURM_STEP_ID")
     return LaunchEnv(
         launcher="srun",
@@ -86,17 +86,17 @@ def _srun_task(environment: Mapping[str, str], tasks: int) -> LaunchEnv:
 
 
 def hosts(nodelist: str) -> list[str]:
-    """The host names of SLURM's short form: `node[01-03,7],gpu2` is node01, node02, node03, node7 and gpu2.
+    """Expand a node list of SLURM: `node[01-03,7],gpu2` is node01, node02, node03, node7 and gpu2.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it is not a node list.
     """
     names: list[str] = []
     for item in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", nodelist):
         parts = [_numbers(part[1:-1], nodelist) if part.startswith("[") else [part] for part in re.findall(r"\[[^\]]*\]|[^\[]+", item)]
         names += ["".join(chosen) for chosen in itertools.product(*parts)]
     if not names or nodelist.count("[") != nodelist.count("]"):
-        raise ValueError(f"SLURM_STEP_NODELIST={nodelist!r} is no list of hosts")
+        raise ValueError(f"SLURM_STEP_NODELIST={nodelist!r} is not a list of hosts")
     return names
 
 
@@ -105,7 +105,7 @@ def _numbers(ranges: str, nodelist: str) -> list[str]:
     for one in ranges.split(","):
         first, _, last = one.partition("-")
         if not first.isdigit() or (last and not last.isdigit()):
-            raise ValueError(f"SLURM_STEP_NODELIST={nodelist!r} is no list of hosts: {one!r} is no range")
+            raise ValueError(f"SLURM_STEP_NODELIST={nodelist!r} is not a list of hosts: {one!r} is not a range")
         found += [f"{number:0{len(first)}}" for number in range(int(first), int(last or first) + 1)]
     return found
 

@@ -1,7 +1,7 @@
-"""Batch norm over the clips of all processes, whatever each of them has.
+"""Batch norm over the clips of all ranks, which may have unequal numbers of clips.
 
-Torch's SyncBatchNorm refuses CPUs, and is another module: a traced network would go on calling the one that it
-replaces. Here the modules stay, with their names and buffers, and normalise differently for a while.
+torch's SyncBatchNorm does not run on CPUs, and is another module: a traced network would still call the original one. Here the
+modules stay in place with their names and buffers, and only their forward is replaced for a while.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 def batch_norms(model: nn.Module) -> list[BatchNorm]:
-    """Those with running statistics."""
+    """Return the batch norms that have running statistics."""
     return [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
 
 
 @contextmanager
 def sync_batchnorm(model: nn.Module) -> Iterator[None]:
-    """Meanwhile batch norms in training mode normalise with the values of all processes, and their running statistics follow those.
+    """In this block, batch norms in training mode use and track the statistics of all ranks.
 
-    All processes must run the same batch norms equally often. Alone, nothing changes.
+    All ranks must run the same batch norms equally often. With a single rank, nothing changes.
     """
     norms = batch_norms(model) if comm.is_joined() else []
     before = [norm.__dict__.get("forward") for norm in norms]
@@ -44,7 +44,7 @@ def sync_batchnorm(model: nn.Module) -> Iterator[None]:
 
 
 def _forward(norm: BatchNorm, x: Tensor) -> Tensor:
-    """`norm(x)` of x [N, C, ...] that every process has a part of: other N, and other sizes behind C, are fine."""
+    """Compute `norm(x)` for x [N, C, ...]. N and the sizes after C may differ between ranks."""
     if not norm.training:
         return type(norm).forward(norm, x)
     norm._check_input_dim(x)
@@ -58,11 +58,11 @@ def _forward(norm: BatchNorm, x: Tensor) -> Tensor:
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and (biased) variance [C] over all processes, and the number of values a channel, a scalar."""
+    """Return the mean [C] and (biased) variance [C] over all ranks, and the number of values per channel, a scalar."""
     own = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     mean, var = (moment.double() for moment in torch.batch_norm_update_stats(own, None, None, 0.0))
     count = x.numel() // x.shape[1]
-    # Sums of squares lose nothing that matters in float64, and sums need only one message.
+    # In float64, sums of squares are precise enough, and they need only one all-reduce.
     total = comm.summed(torch.cat([count * mean, count * (var + mean.square()), mean.new_full((1,), count)]))
     first, second, count = total.split([len(mean), len(mean), 1])
     mean = first / count
@@ -70,7 +70,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Normalise(torch.autograd.Function):
-    """(x - mean) / sqrt(var + eps) x weight + bias, where mean and variance are those of all processes' x."""
+    """(x - mean) / sqrt(var + eps) * weight + bias, with the mean and variance over all ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, count: Tensor, eps: float) -> Tensor:
@@ -83,8 +83,8 @@ class _Normalise(torch.autograd.Function):
         x, weight, mean, var, count = ctx.saved_tensors
         scale = torch.ones_like(mean) if weight is None else weight
         inverse = (var + ctx.eps).rsqrt()
-        # As if mean and variance were constants; then what comes through them, of which every process has a part.
-        # CUDA refuses None for the saved mean and inverse deviation, which CPUs ignore here.
+        # First as if mean and variance were constants, then the gradient through them, which is summed over the ranks.
+        # CUDA refuses None for the saved mean and inverse deviation; CPUs ignore them here.
         grad_x, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(grad, x, scale, mean, var, mean, inverse, False, ctx.eps, [True] * 3)
         means = comm.summed(torch.cat([by_weight, by_bias]).double()) / count
         through_var, through_mean = means.to(mean).chunk(2)

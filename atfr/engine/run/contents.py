@@ -1,4 +1,4 @@
-"""What the files of a run hold, wherever they lie: compared when a run goes on, so that their places may change."""
+"""Hashes of the data files of a run. A run that resumes compares them, so the files may move but not change."""
 
 from __future__ import annotations
 
@@ -15,55 +15,59 @@ from atfr.engine.run import run_dir
 
 log = logging.getLogger(__name__)
 
-SPLITS = {"train": "training", "test": "test", "val": "validation"}  # without a val list, the test list is meant by both
+SPLITS = {"train": "training", "test": "test", "val": "validation"}  # test before val: without a val list both are the test list
 START, FILES = "start", "files"
-LOOKED_AT = 4  # training videos, to tell other copies of a dataset
+HASHED_VIDEOS = 4  # training videos whose contents are hashed, to recognise other copies of a dataset
 
 
 def contents(source: VideoSource, start: tuple[str, Path] | None) -> dict[str, str | None]:
-    """Return hashes of each split's list, of some training videos, and of the weights that training starts from.
+    """Hash the list of each split, some training videos, and the weights that training starts from.
 
     Args:
         start: the option that names the weights, and their file; None: training starts from scratch.
     """
     found = {split: _of_list(getattr(source, split)) for split in SPLITS}
-    found[FILES] = " ".join(_of_video(video) for video in source.train[:: -(-len(source.train) // LOOKED_AT) or 1])
+    found[FILES] = " ".join(_of_video(video) for video in source.train[:: -(-len(source.train) // HASHED_VIDEOS) or 1])
     found[START] = None if start is None else _of_file(start[1])
     return found
 
 
 def require_same_contents(before: Mapping[str, Any], now: Mapping[str, Any], *, of: Path, way_out: str, warn: bool = True) -> None:
-    """Raise ValueError unless a run's files hold what they held when `of` was written; names the first split that changed.
+    """Raise ValueError if files changed since `of` was written; names the first split that did.
 
-    Of the videos, only a few are looked into: copies of another size are refused, a single file that was replaced is only warned of.
+    Only a few training videos are compared. It is an error if all of them changed, and a warning (with `warn`) if some did.
     """
     for split, name in SPLITS.items():
         if before.get(split) != now.get(split):
             raise ValueError(
-                f"the {name} videos, their labels or their order are not those with which {of} was written: see dataset.root and dataset.{split}; {way_out}"
+                f"the {name} videos, their labels or their order changed since {of} was written: see dataset.root and dataset.{split}; {way_out}"
             )
     if before.get(START) != now.get(START):
-        raise ValueError(f"model.weights or init_from names other weights than those that {of} started from, or none that are there; {way_out}")
+        raise ValueError(f"model.weights or init_from names other weights than those that {of} started from, or a file that does not exist; {way_out}")
     same = [one == other for one, other in zip(str(before.get(FILES)).split(), str(now.get(FILES)).split())]
     if same and not any(same):
-        raise ValueError(f"the training videos have the names of those with which {of} was written, but are other files: see dataset.root; {way_out}")
+        raise ValueError(f"the training videos have the same names as when {of} was written, but other contents: see dataset.root; {way_out}")
     if warn and not all(same):
-        log.warning("some training videos are other files than when %s was written: going on with them", of)
+        log.warning("some training videos changed since %s was written; continuing with them", of)
 
 
-def same_contents(state: Mapping[str, Any], identity: Mapping[str, Any], *, of: Path, way_out: str, warn: bool) -> dict[str, Any]:
-    """Compare what a checkpoint and this run say of their files; return `identity` with the weights that the run started from.
+def checked_identity(state: Mapping[str, Any], identity: Mapping[str, Any], *, of: Path, way_out: str, warn: bool) -> dict[str, Any]:
+    """Compare the files of a checkpoint with those of this run, and return the identity for the next checkpoints.
 
     Args:
-        state: the checkpoint `of`, which the run goes on from.
-        identity: what this run writes into its own checkpoints: `config`, `contents` and more.
+        state: the checkpoint `of`, from which the run resumes.
+        identity: `config`, `contents` and more of this run. The hash of the weights that training started from is replaced by
+            that of the checkpoint.
+
+    Raises:
+        ValueError: as `require_same_contents`.
     """
     before, now = state.get("contents"), identity.get("contents")
     if before is None or now is None:
         return dict(identity)
     then, here = run_dir.flat(state["config"]), run_dir.flat(identity["config"])
     if all(then.get(key) == here.get(key) for key in run_dir.START):
-        now = {**now, START: before.get(START)}  # the file is not needed any more, and may be gone or another one
+        now = {**now, START: before.get(START)}  # the same path: the file is not needed any more, and may be gone or have changed
     require_same_contents(before, now, of=of, way_out=way_out, warn=warn)
     return {**identity, "contents": {**now, START: before.get(START)}}
 
@@ -76,13 +80,13 @@ def _of_video(video: Video) -> str:
 
 
 def _of_list(videos: tuple[Video, ...]) -> str | None:
-    """Hash the rows of a list, with paths from the deepest folder that has all of its videos."""
+    """Hash the rows of a list, with paths relative to the deepest folder that contains all videos."""
     if not videos:
         return None
     folders = {os.path.dirname(video.path) for video in videos}
     try:
         top = len(os.path.commonpath(folders).rstrip("/"))
-    except ValueError:  # absolute and relative ones
+    except ValueError:  # absolute and relative paths
         top = 0
     digest = hashlib.sha256()
     for video in videos:

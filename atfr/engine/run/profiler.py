@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-SKIPPED, WARM_UP = 2, 1  # steps before those that are recorded: start-up, and that of the profiler
+SKIPPED, WARM_UP = 2, 1  # steps before the recorded ones: start-up, and warm-up of the profiler
 
 
-def profiler(folder: Path, steps: int) -> AbstractContextManager:
-    """Records `steps` steps into `folder/trace.json`; call `.step()` of what it enters as after each step. None for 0 steps."""
+def profiler(folder: Path, steps: int) -> profile | None:
+    """Return a profiler that records `steps` steps to `folder/trace.json`, or None for 0. Call its `step()` after each step."""
     if not steps:
-        return nullcontext()
+        return None
 
     def write(done: profile) -> None:
         folder.mkdir(parents=True, exist_ok=True)

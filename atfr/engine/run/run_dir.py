@@ -1,4 +1,4 @@
-"""A run folder belongs to one experiment: its config is written first and compared ever after."""
+"""A run folder belongs to one experiment: its config is written at the start, and compared by every later run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import yaml
 
 from atfr.utils.atomic_io import write_text
 
-LEFT = {"training": "checkpoints/last.pt", "calibration": "calibration.json"}  # what each kind of job leaves
-# What may change between the runs of one experiment without making it another one.
+OUTPUT = {"training": "checkpoints/last.pt", "calibration": "calibration.json"}  # a file that each kind of job writes
+# Options that may change between the runs of one experiment.
 FREE = frozenset(
     f"trainer.{name}"
     for name in (
@@ -18,29 +18,28 @@ FREE = frozenset(
         *("checkpoint_activations", "compile"),
     )
 )
-# Where files lie. What they hold is compared by `contents.py` instead.
-PLACES = frozenset(
+# Paths of files, which may move. `contents.py` compares what is in the files.
+PATHS = frozenset(
     f"dataset.{name}"
     for name in (
         *("root", "train", "val", "test", "videos", "annotations", "labels", "classes", "subset", "strip_prefix", "manifest", "clip.cache", "prepare_hint"),
     )
 )
-START = frozenset(("model.weights", "init_from"))  # the same, where both runs have one
-_ONCE = {"dataset.clip.sampling": "dense", "trainer.accumulate": 1}  # what there was before there was a choice
+START = frozenset(("model.weights", "init_from"))  # paths, too, if both runs have one
 
 
 def claim_folder(folder: Path, config: Mapping[str, Any], kind: str, *, resume: bool) -> None:
-    """Write `config.yaml` into the run folder, or check that what is there is the same experiment.
+    """Write `config.yaml` into the run folder. If there is a run, check first that it is of the same experiment.
 
     Args:
-        kind: a key of `LEFT`, what is about to be done here.
+        kind: the kind of this job, a key of `OUTPUT`.
 
     Raises:
-        ValueError: the folder holds the other kind of job, or another experiment; names the first
-            key that differs. With `resume` off, if it holds any at all.
+        ValueError: the folder has another experiment (names the first key that differs) or a job of the other kind; with `resume`
+            off, if it has any.
     """
     path = folder / "config.yaml"
-    held = [name for name, left in LEFT.items() if (folder / left).exists()]
+    held = [name for name, left in OUTPUT.items() if (folder / left).exists()]
     if held and not resume:
         raise ValueError(f"run folder {folder} already holds a run, and trainer.resume=false; choose another trainer.output_dir or delete it")
     if held and held != [kind]:
@@ -48,9 +47,8 @@ def claim_folder(folder: Path, config: Mapping[str, Any], kind: str, *, resume: 
     if held and path.exists():
         before = flat(_read(path))
         now = flat(config)
-        # A key that the folder's version did not have, and that is off now or as it was then, changes nothing.
-        new = {key for key in now if key not in before and (not now[key] or now[key] == _ONCE.get(key))}
-        different = [key for key in sorted(before | now) if not _is_free(key, before.get(key), now.get(key)) and key not in new]
+        off = {key for key in now if key not in before and not now[key]}  # an option that is newer than the folder
+        different = [key for key in sorted(before | now) if not _is_free(key, before.get(key), now.get(key)) and key not in off]
         if different:
             key = different[0]
             more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
@@ -65,16 +63,16 @@ def _read(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError):
         config = None
     if not isinstance(config, dict):
-        raise ValueError(f"{path} is damaged, so it cannot be told whether the run folder is of this experiment; choose another trainer.output_dir, or delete it")
+        raise ValueError(f"{path} is damaged, so the experiment of the run folder is unknown; choose another trainer.output_dir, or delete the folder")
     return config
 
 
 def way_out(folder: Path, kind: str = "training") -> str:
-    """Return what to do instead of going on in a folder of another experiment."""
+    """Return the advice for a folder that has another experiment."""
     if kind != "training":
         return "choose another trainer.output_dir"
     best = folder / "checkpoints" / "best.pt"
-    start = folder if best.exists() else folder / LEFT[kind]
+    start = folder if best.exists() else folder / OUTPUT[kind]
     return f"choose another trainer.output_dir (to start from this run's weights: init_from={start} trainer.output_dir=NEW)"
 
 
@@ -83,11 +81,11 @@ def _is_free(key: str, before: Any, now: Any) -> bool:
         return True
     if key in START:
         return None not in (before, now)
-    return key in PLACES and not any(isinstance(value, int) for value in (before, now))  # a generated dataset has numbers of videos there
+    return key in PATHS and not any(isinstance(value, int) for value in (before, now))  # a generated dataset has the numbers of its videos there
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with keys such as `dataset.clip.frames`."""
+    """Flatten nested mappings to one with keys such as `dataset.clip.frames`."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"

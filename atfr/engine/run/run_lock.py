@@ -1,9 +1,9 @@
 """One job at a time in a run folder, on one machine or on several that share a disk.
 
-`run.lock` names the host, the process and the start of the job that works in the folder. It is created by a hard
-link, which is atomic on NFS; flock is not needed. A holder on this machine is alive while its process exists. A holder
-on another machine is alive while the file's modification time advances. Its age is measured against the clock of
-the file system, so the clocks of the machines may differ.
+`run.lock` names the host, the process and the start of the job that works in the folder. It is created as a hard link,
+which is atomic on NFS; flock is not needed. A holder on this machine is alive while its process exists. A holder on another
+machine is alive while the file's modification time advances. The age of the file is measured with the clock of the file
+system, so the clocks of the machines may differ.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ log = logging.getLogger(__name__)
 
 NAME = "run.lock"
 BEAT_S = 10.0  # between two updates of the modification time
-DEAD_S = 90.0  # without an update, after which a holder on another machine counts as dead
-ENDING_S = 300.0  # to wait for a holder that has been told to stop
-STEP_S = 0.2  # between two looks
-ENDING = "ending\n"  # second line of the file, once the holder has been told to stop
+DEAD_S = 90.0  # without an update, a holder on another machine counts as dead
+ENDING_S = 300.0  # longest wait for a holder that is stopping
+STEP_S = 0.2  # between two checks of the lock
+ENDING = "ending\n"  # second line of the file, once the holder has received a stop signal
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Holder:
     host: str
     pid: int
     since: str
-    machine: str | None = None  # boot and PID namespace in which `pid` counts; None where the system does not tell
-    started: str | None = None  # start of the process, in ticks since that boot
+    machine: str | None = None  # boot and PID namespace in which `pid` counts; None if the system does not say
+    started: str | None = None  # start of the process, in ticks since boot
     job: str | None = None  # SLURM job
-    restart: int = 0  # how often SLURM has put that job back into the queue
-    token: str = ""  # of this lock alone
+    restart: int = 0  # how often SLURM has requeued that job
+    token: str = ""  # unique to this lock
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} since {self.since}"
@@ -52,7 +52,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class _Seen:
-    """A lock file as it was found."""
+    """The contents of a lock file."""
 
     holder: Holder
     ending: bool
@@ -64,7 +64,7 @@ def run_lock(folder: Path, stop: StopFlag | None = None) -> Iterator[None]:
     """Hold the lock of a run folder in this block. The folder is created, and removed again if it stays empty.
 
     Args:
-        stop: tells that this job has been told to stop, so that its successor waits for it.
+        stop: once it is set, the lock file says that this job is stopping, so that the next job waits for it.
 
     Raises:
         ValueError: another job holds the lock; names its host, process and start.
@@ -85,7 +85,7 @@ def run_lock(folder: Path, stop: StopFlag | None = None) -> Iterator[None]:
 
 
 class RunLock:
-    """The lock of a run folder. `run_lock` is the way to use it."""
+    """The lock of a run folder. Use it through `run_lock`."""
 
     def __init__(self, folder: Path, stop: StopFlag | None = None) -> None:
         self.folder, self.path, self.stop = folder, folder / NAME, stop
@@ -96,7 +96,7 @@ class RunLock:
         self._beat = threading.Thread(target=self._keep_alive, name="run lock", daemon=True)
 
     def acquire(self) -> None:
-        """Take the lock, as soon as a holder that is ending or dead is gone.
+        """Take the lock. Waits for a holder that is stopping, and takes over from one that is dead.
 
         Raises:
             ValueError: another job holds it.
@@ -107,7 +107,7 @@ class RunLock:
         except OSError as error:
             raise OSError(f"{self.path} could not be written ({error.strerror}); make room, or choose another trainer.output_dir") from error
         try:
-            self._wait_for_it()
+            self._wait()
         except BaseException:
             os.close(self._file)
             raise
@@ -116,7 +116,7 @@ class RunLock:
         self._beat.start()
 
     def release(self) -> None:
-        """Remove the lock file, if it is still ours."""
+        """Remove the lock file, unless another job has taken over."""
         self._released.set()
         self._beat.join()
         with suppress(OSError):
@@ -124,8 +124,8 @@ class RunLock:
                 self.path.unlink()
         os.close(self._file)
 
-    def _wait_for_it(self) -> None:
-        began, first, told = time.monotonic(), None, False
+    def _wait(self) -> None:
+        began, first, warned = time.monotonic(), None, False
         while not self._create(self.path):
             seen = self._current()
             if seen is None:
@@ -133,22 +133,22 @@ class RunLock:
             alive = self._is_alive(seen)
             if alive is False:
                 if self._take_over(seen):
-                    log.warning("%s is of a job that ended without removing it (%s): taken over", self.path, seen.holder)
+                    log.warning("%s was left by a job that ended without removing it (%s); it is taken over", self.path, seen.holder)
                     return
                 continue
             first = first if first is not None and first.holder == seen.holder else seen
             alive = alive or seen.mtime_ns != first.mtime_ns
             if alive and not (self._is_ending(seen) and time.monotonic() - began < ENDING_S):
                 raise ValueError(
-                    f"another job works in run folder {self.folder}: {seen.holder}; wait for its end, or choose another trainer.output_dir"
+                    f"another job works in run folder {self.folder}: {seen.holder}; wait until it ends, or choose another trainer.output_dir"
                 )
-            if not told:
-                told = True
+            if not warned:
+                warned = True
                 log.warning("%s is held by %s: waiting for its end, or for a sign that it still runs", self.path, seen.holder)
             time.sleep(STEP_S)
 
     def _current(self) -> _Seen | None:
-        """Return the lock, or the last of those that were about to take over from a dead holder; None if there is none."""
+        """Read the lock, or the last claim if jobs were about to take over from a dead holder; None if there is no lock."""
         seen = _read(self.path)
         while seen is not None and (successor := _read(self._after(seen.holder))) is not None:
             seen = successor
@@ -164,7 +164,7 @@ class RunLock:
         if not self._create(claim):
             return False
         now = self._current()
-        if now is None or now.holder != self.holder:  # somebody else took over and has removed the claim
+        if now is None or now.holder != self.holder:  # another job took over and removed the claim
             claim.unlink(missing_ok=True)
             return False
         chain = self._claims()
@@ -181,12 +181,12 @@ class RunLock:
         return found
 
     def _create(self, path: Path) -> bool:
-        """Create a lock file of ours at `path`, unless there is one."""
+        """Create our lock file at `path`; False if there is one."""
         try:
             os.link(self._own, path)
         except FileExistsError:
             with suppress(OSError):
-                return os.path.samestat(os.stat(path), os.fstat(self._file))  # ours where the reply of an NFS server was lost
+                return os.path.samestat(os.stat(path), os.fstat(self._file))  # True if it is ours: the reply of an NFS server was lost
             return False
         except OSError:  # a file system without hard links
             try:
@@ -200,7 +200,7 @@ class RunLock:
         return True
 
     def _is_alive(self, seen: _Seen) -> bool | None:
-        """Return whether the holder's process runs; None where that cannot be told yet."""
+        """Return whether the holder's process runs; None if that is not known yet."""
         holder = seen.holder
         if holder.machine is not None and holder.machine == self.holder.machine:
             return _runs(holder)
@@ -208,7 +208,7 @@ class RunLock:
         return False if os.fstat(self._file).st_mtime_ns - seen.mtime_ns > DEAD_S * 1e9 else None
 
     def _is_ending(self, seen: _Seen) -> bool:
-        """Return whether the holder has been told to stop, or is this SLURM job before it was put back into the queue."""
+        """Return whether the holder has received a stop signal, or is this SLURM job before it was requeued."""
         before = seen.holder.job is not None and seen.holder.job == self.holder.job and seen.holder.restart < self.holder.restart
         return seen.ending or before
 
@@ -217,11 +217,11 @@ class RunLock:
 
     def _keep_alive(self) -> None:
         """Update the modification time until the release. Ends the process if another job has taken over."""
-        beat, told = time.monotonic(), False
+        beat, marked = time.monotonic(), False
         while not self._released.wait(min(1.0, BEAT_S)):
             try:
-                if self.stop is not None and self.stop.signal is not None and not told:
-                    told = True
+                if self.stop is not None and self.stop.signal is not None and not marked:
+                    marked = True
                     os.write(self._file, ENDING.encode())
                 if time.monotonic() - beat < BEAT_S:
                     continue
@@ -230,11 +230,11 @@ class RunLock:
                     self._lost()
                 os.utime(self._file)
             except OSError:
-                continue  # the disk does not answer, or somebody has deleted the file
+                continue  # the disk does not answer, or the file was deleted
 
     def _lost(self) -> None:
-        """This process did not run for so long that another job counted it as dead."""
-        print(f"error: another job has taken over run folder {self.folder}, see {self.path}: this one ends", file=sys.stderr, flush=True)
+        """End the process: it was suspended for so long that another job counted it as dead."""
+        print(f"error: another job has taken over run folder {self.folder}, see {self.path}; this job ends", file=sys.stderr, flush=True)
         os._exit(1)
 
 
@@ -253,9 +253,9 @@ def _this_process() -> Holder:
 
 
 def _read(path: Path) -> _Seen | None:
-    """Read a lock file; None if there is none. The holder in one that cannot be read is unknown."""
+    """Read a lock file; None if there is none. If it is damaged, the holder is unknown."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:  # to open it is to ask an NFS server how it is now
+        with open(path, encoding="utf-8", errors="replace") as file:  # opening it makes an NFS client ask the server
             found = os.fstat(file.fileno())
             first, _, rest = file.read().partition("\n")
     except OSError:
@@ -275,7 +275,7 @@ def _machine() -> str | None:
 
 
 def _started(pid: int) -> str | None:
-    """Return the start of a process of this machine; None if it has ended."""
+    """Return when a process of this machine started; None if it has ended."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
