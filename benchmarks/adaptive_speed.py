@@ -30,11 +30,11 @@ from typing import Callable, Iterator, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from atfr.models.flops import GflopsTable
 from atfr.models.backbones.r2plus1d import r2plus1d
 from atfr.models.backbones.resnet3d import resnet3d
 from atfr.models.backbones.resnets import slow
 from atfr.models.backbones.x3d import x3d
+from atfr.models.flops import GflopsTable
 from atfr.models.graph.packed_program import Traced
 from atfr.models.packed.segments import take
 from atfr.models.sgs.config import SGSConfig
@@ -42,7 +42,7 @@ from atfr.models.sgs.layer import sample
 from atfr.models.video_net import VideoNet
 from atfr.utils.malloc import keep_freed_memory
 
-OPTIONS = SGSConfig(similarity="partition", cost_exponent=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=1.0)
+OPTIONS = SGSConfig.from_preset("reference", similarity="partition", cost_exponent=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=1.0)
 CLIPS_LAST = torch.channels_last_3d
 
 
@@ -135,17 +135,17 @@ class Ways:
         self.model, self.bucketed = model, bucketed
         bucketed.load_state_dict(model.state_dict())
         # As the source library runs it: memory in torch's default order.
-        self.source = copy.deepcopy(model.backbone).to(memory_format=torch.contiguous_format)
-        self.plain = Traced(model.backbone, model.places, before_activation=False).plain_trunk(model, "backbone.")
+        self.source = copy.deepcopy(model.dense_network).to(memory_format=torch.contiguous_format)
+        self.plain = Traced(model.dense_network, model.locations, before_activation=False).plain_trunk(model, "")
         self._compiled: tuple[nn.Module, nn.Module] | None = None
 
     def runs(self, clips: Tensor, bins: tuple[int, ...], *, compiled: bool) -> dict[str, Callable[[], object]]:
         model, forced = self.model, [bins]
         with torch.inference_mode():
-            features = model.stem(clips)
+            features = model.run_stem(clips)
         contiguous = clips.contiguous()
         runs: dict[str, Callable[[], object]] = {
-            "dense": lambda: model.backbone(clips),
+            "dense": lambda: model.dense_network(clips),
             "source layout": lambda: self.source(contiguous),
             "padded": lambda: self._padded(clips, forced),
             "bucketed": lambda: self.bucketed(clips, forced),
@@ -154,15 +154,15 @@ class Ways:
         }
         if compiled:
             if self._compiled is None:
-                self._compiled = torch.compile(model.backbone), torch.compile(model.packed_trunk, dynamic=True)
+                self._compiled = torch.compile(model.dense_network), torch.compile(model.packed_trunk, dynamic=True)
             dense, trunk = self._compiled
             runs["dense compiled"] = lambda: dense(clips)
-            runs["packed compiled"] = lambda: trunk(*model.stem(clips), forced)
+            runs["packed compiled"] = lambda: trunk(*model.run_stem(clips), forced)
         return runs
 
     def _padded(self, clips: Tensor, forced: list[tuple[int, ...]]) -> Tensor:
         """Zeros up to the batch's longest clip, as the released code does."""
-        (packed,), (done,) = sample(list(self.model.sgs.values()), self.model.stem(clips), [None], forced)
+        (packed,), (done,) = sample(list(self.model.sgs.values()), self.model.run_stem(clips), [None], forced)
         lengths, layout = done.segments.lengths, done.segments.layout
         packed = packed if layout is None else take(packed, layout.kept)
         padded = packed.new_zeros(len(lengths), max(lengths), *packed.permute(0, 2, 3, 4, 1).shape[2:])

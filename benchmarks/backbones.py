@@ -88,7 +88,7 @@ def measured(name: str, size: str | None, *, batch: int, rounds: int) -> Row:
     ]
     clips = torch.randn(batch, 3, clip.frames, clip.crop_size, clip.crop_size).contiguous(memory_format=torch.channels_last_3d)
     with torch.inference_mode():
-        runs = {"dense": lambda: model.backbone(clips), "packed": lambda: model(clips, forced)}
+        runs = {"dense": lambda: model.dense_network(clips), "packed": lambda: model(clips, forced)}
         once = timed(runs, rounds=1, device=clips.device)["dense"]
         times = timed(runs, rounds=max(rounds, min(round(ENOUGH_S / once), 30)), device=clips.device)
         error = alone_error(model, clips[:4], [bins[:4] for bins in forced])
@@ -97,7 +97,7 @@ def measured(name: str, size: str | None, *, batch: int, rounds: int) -> Row:
         name=f"{name} {size or config.model.size}",
         clip=f"{clip.frames} x {clip.crop_size}²",
         least="/".join(map(str, table.least)),
-        params=sum(p.numel() for p in model.backbone.parameters()) / 1e6,
+        params=sum(p.numel() for p in model.dense_network.parameters()) / 1e6,
         dense=table.dense,
         half=half,
         error=error,
@@ -115,8 +115,8 @@ def shake(model: VideoNet) -> None:
 
 
 def alone_error(model: VideoNet, clips: torch.Tensor, forced: list[tuple[int, ...]]) -> float:
-    together = model(clips, forced).logits
-    alone = torch.cat([model(clips[i : i + 1], [bins[i : i + 1] for bins in forced]).logits for i in range(len(clips))])
+    together = model(clips, forced)
+    alone = torch.cat([model(clips[i : i + 1], [bins[i : i + 1] for bins in forced]) for i in range(len(clips))])
     return ((together - alone).abs().max() / together.std()).item()
 
 

@@ -16,7 +16,7 @@ import warnings
 import torch
 from backbones import shake
 
-from atfr.engine.calibration import calibrate_width, precise_batch_norm
+from atfr.engine.calibration import calibrate_layers, precise_batch_norm
 from atfr.models.backbones.slowfast import FUSION_RULES, slowfast
 from atfr.models.sgs.config import SGSConfig
 
@@ -29,16 +29,16 @@ def main() -> None:
     for after in ("res2", "fast.res2", "slow.res2"):
         for rule in FUSION_RULES:
             torch.manual_seed(0)
-            model = slowfast(size="8x8-R50", num_classes=50, fusion=rule, sgs=SGSConfig(after=after, **OPTIONS)).eval()
+            model = slowfast(size="8x8-R50", num_classes=50, fusion=rule, sgs=SGSConfig.from_preset("reference", after=after, **OPTIONS)).eval()
             shake(model)
-            precise_batch_norm(model, [clips], forward=model.backbone)
-            calibrate_width(model, lambda: [clips])
+            precise_batch_norm(model, [clips], forward=model.dense_network)
+            calibrate_layers(model, lambda: [clips])
             with torch.inference_mode():
-                dense = torch.cat([model.backbone(clip[None]) for clip in clips])
-                prediction = model(clips)
-            distance = (prediction.logits - dense).norm(dim=1) / (dense - dense.mean(dim=0)).norm(dim=1)
-            bins = [sum(kept) / len(kept) for kept in zip(*prediction.bins)]
-            print(f"{after:<10} {rule:<9} distance to dense {distance.median():.3f}, mean B' " + ", ".join(f"{b:.1f} of {t}" for b, t in zip(bins, prediction.frames)))
+                dense = torch.cat([model.dense_network(clip[None]) for clip in clips])
+                logits, sampling = model(clips, return_sampling=True)
+            distance = (logits - dense).norm(dim=1) / (dense - dense.mean(dim=0)).norm(dim=1)
+            bins = [sum(kept) / len(kept) for kept in zip(*sampling.bins)]
+            print(f"{after:<10} {rule:<9} distance to dense {distance.median():.3f}, mean B' " + ", ".join(f"{b:.1f} of {t}" for b, t in zip(bins, sampling.frames)))
 
 
 def held_clips(count: int, frames: int = 32, size: int = 64) -> torch.Tensor:

@@ -41,14 +41,14 @@ def main() -> None:
         model = SUBJECTS[name].build(OPTIONS).train()
         table = GflopsTable(model, SUBJECTS[name].clip)
         clips = torch.randn(arguments.batch, *SUBJECTS[name].clip).contiguous(memory_format=torch.channels_last_3d)
-        dense = peak(lambda: model.backbone(clips).sum(), model)
-        stem = peak(lambda: sum(x.sum() for x in model.stem(clips)), model)
-        others = VideoNet(model.backbone, stages={}, sgs=None), copy.deepcopy(model)
+        dense = peak(lambda: model.dense_network(clips).sum(), model)
+        stem = peak(lambda: sum(x.sum() for x in model.run_stem(clips)), model)
+        others = VideoNet(model.dense_network, stages={}, sgs=None), copy.deepcopy(model)
         for other in others:
             other.train().prepare(compute_again=True)
-        dense_again = peak(lambda: others[0](clips).logits.sum(), others[0])
+        dense_again = peak(lambda: others[0](clips).sum(), others[0])
         for distribution, bins in distributions(arguments.batch, table.frames[0], table.least[0], None):
-            packed, again = (peak(lambda: one(clips, [bins]).logits.sum(), one) for one in (model, others[1]))
+            packed, again = (peak(lambda: one(clips, [bins]).sum(), one) for one in (model, others[1]))
             kept = sum(bins) / len(bins) / table.frames[0]
             flops = sum(table.at((b,)) for b in bins) / len(bins) / table.dense
             linear = (stem + (dense - stem) * kept) / dense

@@ -79,10 +79,10 @@ def main() -> None:
 def table(name: str, batch: int, rounds: int) -> list[str]:
     model = SUBJECTS[name].build(OPTIONS).eval()
     clips = torch.randn(batch, *SUBJECTS[name].clip).contiguous(memory_format=torch.channels_last_3d)
-    features = model.stem(clips)
+    features = model.run_stem(clips)
     frames = features[0].shape[2]
     uniform = dict(distributions(batch, frames, 1, None))["uniform"]
-    dense, whole, mixed = Timed(Traced(model.backbone, model.places, before_activation=False).plain_trunk(model, "backbone.")), Timed(model.packed_trunk), Timed(model.packed_trunk)
+    dense, whole, mixed = Timed(Traced(model.dense_network, model.locations, before_activation=False).plain_trunk(model, "")), Timed(model.packed_trunk), Timed(model.packed_trunk)
     one_clip = features[0].new_zeros(1, features[0].shape[1], sum(uniform) + batch - 1, *features[0].shape[3:]).contiguous(memory_format=torch.channels_last_3d)
     stem, shared = [], []
     for _ in range(rounds + 1):
@@ -90,7 +90,7 @@ def table(name: str, batch: int, rounds: int) -> list[str]:
         dense.module(one_clip)
         shared.append(time.perf_counter() - began)
         began = time.perf_counter()
-        model.stem(clips)
+        model.run_stem(clips)
         stem.append(time.perf_counter() - began)
         dense.run(*features)
         whole.run(*features, [(frames,) * batch])

@@ -12,7 +12,7 @@ from typing import Iterable
 import torch
 from torch import Tensor, nn
 
-from atfr.engine.calibration import calibrate_width, refresh_statistics
+from atfr.engine.calibration import calibrate_layers, refresh_statistics
 from atfr.engine.distributed import comm
 from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.distributed.sync_batchnorm import sync_batchnorm
@@ -23,7 +23,7 @@ from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
 
-ANCHOR = SGSConfig(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
+ANCHOR = SGSConfig.from_preset("reference", similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
 LEARNED = replace(ANCHOR, similarity="path", embedding="frozen", noise_floor=True)  # whose embedding has a batch norm, too
 SETTINGS = TrainerSettings(
     output_dir=None, batch_size=6, epochs=1, max_steps=None, seed=0, accelerator="cpu", devices=None, precision="fp32", workers=0, timeout_s=0,
@@ -55,7 +55,7 @@ def statistics_of(options: SGSConfig, rank: int, world: int, *, untrained: bool)
     """Return the buffers after the statistics of 24 clips in four global batches."""
     model = network(options)
     batches = [clips(seed)[rank::world] for seed in range(4)]
-    calibrate_width(model, lambda: batches, untrained=untrained)
+    calibrate_layers(model, lambda: batches, untrained=untrained)
     refresh_statistics(model, lambda: batches)
     return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
@@ -83,7 +83,7 @@ def losses_of(folder: Path, dist_info: DistInfo) -> list[dict[str, float]]:
         identity={"config": {}, "choices": {}, "class_names": []},
     )
     trainer.run()
-    assert "forward" not in model.backbone.blocks[0].norm.__dict__, "the forward methods were not restored"
+    assert "forward" not in model.dense_network.blocks[0].norm.__dict__, "the forward methods were not restored"
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"train"' in line] if dist_info.is_main else []
 
 

@@ -7,6 +7,7 @@ from typing import Callable
 
 import pytest
 import torch
+from outcomes import run
 from pytorchvideo.models import hub
 from pytorchvideo.models.x3d import create_x3d
 from test_packed import ATFR, Toy, lively, uneven_clips
@@ -31,7 +32,7 @@ LIBRARYS = {"slow": slow_of_small_clips, "x3d": functools.partial(create_x3d, in
 
 
 def ours(build: Callable[..., nn.Module], probe: tuple[int, int, int] = (8, 64, 64), after: str | None = "blocks.1") -> VideoNet:
-    sgs = SGSConfig(**{**ATFR, "after": after}) if after else None
+    sgs = SGSConfig.from_preset("reference", **{**ATFR, "after": after}) if after else None
     return custom(backbone=build, num_classes=CLASSES, classes_argument="model_num_class", probe=probe, sgs=sgs)
 
 
@@ -50,9 +51,9 @@ def test_pytorchvideos_own_networks_run_packed_as_they_come(name):
     bins = (1, 8, 4)
     with torch.no_grad():
         batch = net(clips, [bins])
-        for clip, kept, logits in zip(clips, bins, batch.logits):
-            handle = net.backbone.blocks[1].register_forward_hook(lambda module, inputs, output: average_of_bins(output, kept))
-            torch.testing.assert_close(logits, net.backbone(clip[None])[0], atol=1e-4, rtol=0)
+        for clip, kept, logits in zip(clips, bins, batch):
+            handle = net.dense_network.blocks[1].register_forward_hook(lambda module, inputs, output: average_of_bins(output, kept))
+            torch.testing.assert_close(logits, net.dense_network(clip[None])[0], atol=1e-4, rtol=0)
             handle.remove()
 
 
@@ -60,10 +61,10 @@ def test_pytorchvideos_own_networks_run_packed_as_they_come(name):
 def test_a_librarys_network_is_what_it_was_on_the_clip_that_it_is_of(name):
     net = lively(ours(LIBRARYS[name], after=None), 8, 64).eval()
     theirs = LIBRARYS[name](model_num_class=CLASSES).eval()
-    theirs.load_state_dict(net.backbone.state_dict())
+    theirs.load_state_dict(net.dense_network.state_dict())
     clips = torch.randn(2, 3, 8, 64, 64)
     with torch.no_grad():
-        logits, expected = net(clips).logits, theirs(clips)
+        logits, expected = net(clips), theirs(clips)
     found = logits.softmax(dim=1) if name == "x3d" else logits  # the library's ends in a softmax
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -78,7 +79,7 @@ def test_an_average_over_part_of_a_clip_and_a_softmax_inside_the_network_stay():
             x = super().forward(x)
             return self.head(x * self.attention(x))
 
-    net = custom(backbone=Attentive, num_classes=CLASSES, probe=(4, 8, 8)).backbone
+    net = custom(backbone=Attentive, num_classes=CLASSES, probe=(4, 8, 8)).dense_network
     assert isinstance(net.second, nn.AvgPool3d) and isinstance(net.attention, nn.Softmax)
 
 
@@ -87,7 +88,7 @@ def test_the_functions_of_pytorchvideos_hub_run_packed_with_their_published_head
     net = ours(build, probe).eval()
     assert net.execution == "packed"
     with torch.no_grad():
-        assert net(torch.randn(2, 3, 6, 96, 96), [(4, 2)]).logits.isfinite().all()
+        assert net(torch.randn(2, 3, 6, 96, 96), [(4, 2)]).isfinite().all()
 
 
 def test_a_network_that_runs_on_no_fewer_features_than_all_is_refused_naming_what_needs_them():
@@ -98,7 +99,7 @@ def test_a_network_that_runs_on_no_fewer_features_than_all_is_refused_naming_wha
             backbone=functools.partial(small, residual_pool=False, residual_with_cls_embed=False, rel_pos_embed=False, proj_after_attn=False),
             num_classes=CLASSES,
             probe=(8, 64, 64),
-            sgs=SGSConfig(**{**ATFR, "after": "conv_proj"}),
+            sgs=SGSConfig.from_preset("reference", **{**ATFR, "after": "conv_proj"}),
         )
 
 
@@ -121,7 +122,7 @@ def require(x: Tensor, good: tuple[int, ...]) -> Tensor:
 
 
 def toy(second: nn.Module, **options: object) -> VideoNet:
-    return VideoNet(Toy(second), stages={}, sgs=SGSConfig(**{**ATFR, "after": "first", **options}), probe=(8, 8, 8)).eval()
+    return VideoNet(Toy(second), stages={}, sgs=SGSConfig.from_preset("reference", **{**ATFR, "after": "first", **options}), probe=(8, 8, 8)).eval()
 
 
 def test_bucketed_clips_keep_as_many_features_as_the_rest_can_run_on():
@@ -129,7 +130,7 @@ def test_bucketed_clips_keep_as_many_features_as_the_rest_can_run_on():
     assert net.execution == "bucketed" and net.sgs["first"].min_bins == 3
     static = torch.randn(2, 3, 1, 8, 8).expand(-1, -1, 8, -1, -1)
     with torch.no_grad():
-        assert net(static).bins == [(3,), (3,)]
+        assert run(net, static).bins == [(3,), (3,)]
 
 
 def test_bucketed_clips_never_keep_a_number_that_the_rest_cannot_run_on():
@@ -159,5 +160,5 @@ class Untraceable(Toy):
 )
 def test_a_network_that_cannot_be_traced_is_refused_with_the_place_in_its_code(looks, reason):
     with pytest.raises(ValueError, match=f"torch.fx cannot trace Untraceable, .*: {reason}.* at .*test_any_network.py:{looks.__code__.co_firstlineno}; .* packed_forward") as error:
-        VideoNet(Untraceable(looks), stages={}, sgs=SGSConfig(**{**ATFR, "after": "first"}))
+        VideoNet(Untraceable(looks), stages={}, sgs=SGSConfig.from_preset("reference", **{**ATFR, "after": "first"}))
     assert "\n" not in str(error.value)

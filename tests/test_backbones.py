@@ -126,16 +126,16 @@ def test_the_librarys_weights_load_and_give_its_logits(name):
         expected = source(two_pathways(clips, case.alpha) if case.alpha > 1 else clips)
     with torch.device("meta"):  # no initialisation: every value comes from the source
         model = case.build(size=case.size, num_classes=CLASSES)
-    model.backbone.load_state_dict(source.state_dict(), strict=True, assign=True)
-    logits = model.eval()(clips).logits
+    model.dense_network.load_state_dict(source.state_dict(), strict=True, assign=True)
+    logits = model.eval()(clips)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
-    assert list(model.backbone.state_dict()) == list(source.state_dict())
+    assert list(model.dense_network.state_dict()) == list(source.state_dict())
 
     model.train()
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm3d, nn.Dropout)):
             module.eval()  # three small clips are too few for statistics
-    model(clips).logits.square().sum().backward()
+    model(clips).square().sum().backward()
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all() and parameter.grad.any(), parameter_name
 
@@ -145,8 +145,8 @@ def test_the_papers_network_trains_on_clips_of_any_size(name):
     case = CASES[name]
     model = case.build(size=int(case.size), num_classes=CLASSES)  # from the command line it is a number
     for frames, side in ((4, 64), (7, 90)):
-        assert model(torch.randn(2, 3, frames, side, side)).logits.shape == (2, CLASSES)
-    model = lively(model.backbone, torch.randn(2, 3, 4, 64, 64))
+        assert model(torch.randn(2, 3, frames, side, side)).shape == (2, CLASSES)
+    model = lively(model.dense_network, torch.randn(2, 3, 4, 64, 64))
     model(torch.randn(2, 3, 4, 64, 64)).sum().backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
 
@@ -158,7 +158,7 @@ def test_any_frame_size_will_do_and_no_softmax_ends_the_network(name):
     with torch.device("meta"):
         model = case.build(size=case.size, num_classes=CLASSES, dropout=0.3).eval()
         for frames, height, width in ((case.frames, 64, 96), (case.frames + 2 * case.alpha, 96, 64)):
-            assert model(torch.zeros(2, 3, frames, height, width)).logits.shape == (2, CLASSES)
+            assert model(torch.zeros(2, 3, frames, height, width)).shape == (2, CLASSES)
     assert not any(isinstance(module, nn.Softmax) for module in model.modules())
     assert 0.3 in [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
 
@@ -184,7 +184,7 @@ def test_the_network_can_be_traced_and_its_stages_are_called(name):
     with torch.device("meta"):
         model = case.build(size=case.size, num_classes=CLASSES).eval()
         tracer = StopAtTorch()
-        traced = fx.GraphModule(model.backbone, tracer.trace(model.backbone))
+        traced = fx.GraphModule(model.dense_network, tracer.trace(model.dense_network))
         assert traced(small_clips(case)).shape == (3, CLASSES)
     stages = stages_of(case)
     for path in stages.values():
@@ -219,7 +219,7 @@ def counted(case: Case, *, frames: int = 0, side: int = 0, batch_norm: int = 0) 
         normalised += output.numel()
 
     with torch.device("meta"):
-        network = case.build(size=case.size, num_classes=400).backbone.eval()
+        network = case.build(size=case.size, num_classes=400).dense_network.eval()
         for module in network.modules():
             if isinstance(module, nn.BatchNorm3d):
                 module.register_forward_hook(add)
@@ -310,7 +310,7 @@ def test_the_tiny_3dresnet_is_that_of_depth_18_with_half_of_its_channels():
 @pytest.mark.filterwarnings("ignore:.*:torch.jit.TracerWarning")
 @pytest.mark.parametrize("size, fixed, per_bin", [("18", 2.68, 0.485), ("50", 2.85, 0.895)])
 def test_the_papers_network_costs_what_the_paper_says_with_sgs_after_res2(size, fixed, per_bin):
-    network = resnet3d.resnet3d(size=size, num_classes=400).backbone.eval()
+    network = resnet3d.resnet3d(size=size, num_classes=400).dense_network.eval()
     # Cost goes with the area, and 64 pixels a side are quicker than the paper's 224.
     clip = torch.zeros(1, 3, 32, 64, 64)
     analysis = FlopCountAnalysis(network, clip).unsupported_ops_warnings(False).uncalled_modules_warnings(False)

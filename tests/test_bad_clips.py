@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from outcomes import run
 from run_tools import run_tool, small_job
 from test_packed import ATFR, Toy
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from atfr.models.video_net import VideoNet
 
 
 def sampled(after: str) -> SGSConfig:
-    return SGSConfig(**{**ATFR, "after": after})
+    return SGSConfig.from_preset("reference", **{**ATFR, "after": after})
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,7 @@ def test_a_clip_shorter_than_what_comes_before_or_without_sgs_can_run_on_is_refu
     with torch.no_grad():
         with pytest.raises(ValueError, match=f"clips of {frames} frames are too short for this network, which needs at least {least}$"):
             model(torch.zeros(1, 3, frames, 32, 32))
-        assert model(torch.zeros(1, 3, least, 32, 32)).logits.shape == (1, 2)
+        assert model(torch.zeros(1, 3, least, 32, 32)).shape == (1, 2)
 
 
 def test_a_clip_too_short_for_what_follows_a_layer_is_refused_there():
@@ -47,7 +48,7 @@ def test_frames_that_are_too_small_are_said_to_be_and_leave_the_running_statisti
     with pytest.raises(ValueError, match=r"this network cannot run on clips of 4 frames of 3 x 3 pixels: .*Kernel size"):
         model.check_clip(4, 3, 3)
     model.check_clip(4, 5, 5)
-    assert model.backbone.second[0].num_batches_tracked == 0 and model.training
+    assert model.dense_network.second[0].num_batches_tracked == 0 and model.training
 
 
 def test_a_network_that_looks_at_values_is_tried_with_values():
@@ -87,11 +88,11 @@ def test_a_training_with_clips_that_are_too_short_leaves_no_run_folder(small_vid
 
 def test_a_network_of_which_a_part_lies_on_another_device_than_the_clips_is_refused_naming_the_part():
     clips = torch.zeros(2, 3, 16, 32, 32)
-    for sgs, part in ((None, "backbone.blocks.2"), (sampled("res2"), "backbone.blocks.0"), (sampled("res2"), "backbone.blocks.3")):
+    for sgs, part in ((None, "blocks.2"), (sampled("res2"), "blocks.0"), (sampled("res2"), "blocks.3")):
         model = x3d(size="tiny", num_classes=2, sgs=sgs).eval()
         first = next(name for name, _ in model.named_parameters())
         model.get_submodule(part).to("meta")
-        where, message = ("meta", "backbone.blocks.1.* on cpu") if part.endswith("0") else ("cpu", f"{first} on cpu")
+        where, message = ("meta", "blocks.1.* on cpu") if part.endswith("0") else ("cpu", f"{first} on cpu")
         with pytest.raises(ValueError, match=f"parts of the network lie on different devices, .*{message}.*move all of it with model.to"):
             model(clips.to(where))
     with pytest.raises(ValueError, match="like the network, not .* on meta"):
@@ -109,7 +110,7 @@ def test_a_place_without_features_in_time_is_refused_with_what_it_gives(after, f
 
 @pytest.mark.parametrize("options", [{}, ATFR], ids=["mlp", "pooled"])
 def test_a_layer_on_another_device_than_its_features_is_refused(options):
-    model = x3d(size="tiny", num_classes=2, sgs=SGSConfig(**{**options, "after": "res2"})).eval()
+    model = x3d(size="tiny", num_classes=2, sgs=SGSConfig.from_preset("reference", **{**options, "after": "res2"})).eval()
     model.sgs["res2"].to("meta")
     with pytest.raises(ValueError, match="SGS after 'res2': .* is on meta and the features are on cpu"):
         model(torch.zeros(2, 3, 16, 32, 32))
@@ -133,7 +134,7 @@ def test_what_is_no_batch_of_normalised_clips_is_refused(clips, found, sgs):
 @pytest.mark.parametrize("similarity", ["uniform", "stride", "random", "none"])
 @pytest.mark.parametrize("after", ["res2", ["stem", "res3"]])
 def test_a_clip_that_is_not_finite_is_refused_by_the_baselines_too(similarity, after):
-    sgs = SGSConfig(after=after, similarity=similarity, kernel="mean", before_activation=False)
+    sgs = SGSConfig.from_preset("reference", after=after, similarity=similarity, kernel="mean", before_activation=False)
     model = x3d(size="tiny", num_classes=2, sgs=sgs).eval()
     clips = torch.randn(3, 3, 16, 32, 32)
     model(clips)
@@ -146,16 +147,16 @@ def test_a_clip_that_is_not_finite_is_refused_by_the_baselines_too(similarity, a
 @pytest.mark.parametrize("options", [{}, ATFR], ids=["mlp", "pooled"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_network_in_half_precision_samples_with_a_layer_in_single_precision(dtype, options):
-    model = x3d(size="tiny", num_classes=2, sgs=SGSConfig(**{**options, "after": "stem", "before_activation": False})).eval()
+    model = x3d(size="tiny", num_classes=2, sgs=SGSConfig.from_preset("reference", **{**options, "after": "stem", "before_activation": False})).eval()
     layer, clips = model.sgs["stem"], torch.randn(2, 3, 16, 32, 32).cumsum(dim=2) / 4
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     model.to(dtype)
-    assert model.backbone.blocks[0].norm.weight.dtype == dtype
+    assert model.dense_network.blocks[0].norm.weight.dtype == dtype
     for name, tensor in layer.state_dict().items():
         assert tensor.equal(before[name]) and tensor.dtype in (torch.float32, torch.int64), name
     with torch.no_grad():
-        prediction = model(clips.to(dtype))
-        expected = layer(model.stem(clips.to(dtype).contiguous(memory_format=torch.channels_last_3d))[0].float())
+        prediction = run(model, clips.to(dtype))
+        expected = layer(model.run_stem(clips.to(dtype).contiguous(memory_format=torch.channels_last_3d))[0].float())
     assert prediction.logits.dtype == dtype and prediction.logits.isfinite().all()
     assert prediction.bins == [(b,) for b in expected.lengths.tolist()]
     assert layer.double().float().to("meta").state_dict().keys() == before.keys() and all(t.is_meta for t in layer.state_dict().values())

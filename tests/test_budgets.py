@@ -54,7 +54,7 @@ def test_a_budget_below_the_cost_of_one_feature_is_refused_with_that_cost():
 
 def test_only_layers_whose_features_follow_a_target_take_a_share():
     def model(**options):
-        return x3d(size="tiny", num_classes=2, sgs=SGSConfig(**{**ATFR, **options}))
+        return x3d(size="tiny", num_classes=2, sgs=SGSConfig.from_preset("reference", **{**ATFR, **options}))
 
     for options in ({"width": 0.3}, {"similarity": "distance_to_mean", "scale": "relative"}, {"similarity": "none", "scale": "relative"}):
         with pytest.raises(ValueError, match="has no B' to aim at"):

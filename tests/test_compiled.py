@@ -60,10 +60,10 @@ def test_no_graph_is_compiled_anew_whatever_the_clips_keep(name):
     def both(forced: list[tuple[int, ...]]) -> None:
         torch.manual_seed(0)
         compiled.train()
-        compiled(x, forced).logits.sum().backward()
+        compiled(x, forced).sum().backward()
         compiled.load_state_dict(model.state_dict())  # the running statistics that this changed
         with torch.inference_mode():
-            found, expected = (m.eval()(x, forced).logits for m in (compiled, model.train(False)))
+            found, expected = (m.eval()(x, forced) for m in (compiled, model.train(False)))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
     for most_and_least in ([(16,) * 3] * len(least), [(max(least),) * 3] * len(least)):
@@ -88,7 +88,7 @@ def test_a_compiled_step_is_the_networks_step(name):
 def test_a_dense_network_is_one_graph_for_training_and_one_for_evaluation_for_any_number_of_clips():
     _, compiled, backend = counted("x3d", "eager")
     for n in (4, 2, 5, 3):
-        compiled.train()(clips(n)).logits.sum().backward()
+        compiled.train()(clips(n)).sum().backward()
         with torch.inference_mode():
             compiled.eval()(clips(n))
     assert backend.graphs == 2

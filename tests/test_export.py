@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from outcomes import run
 from run_tools import run_tool, small_job
 from test_backbones import lively
 from torch import nn
@@ -19,8 +20,8 @@ from atfr.models.backbones import resnets, slowfast, torchvision3d, x3d
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
 
-ATFR = SGSConfig(before_activation=False, similarity="partition", cost_exponent=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", width=0.5)
-REFERENCE = SGSConfig()
+ATFR = SGSConfig.from_preset("reference", before_activation=False, similarity="partition", cost_exponent=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", width=0.5)
+REFERENCE = SGSConfig.from_preset("reference")
 WITHOUT_ONNX = [name for name in export.ONNX_PACKAGES if importlib.util.find_spec(name) is None]
 FORMATS = ["torch_export", "onnx"]
 
@@ -29,7 +30,7 @@ def small(**options: object) -> VideoNet:
     """Two convolutions, the second striding along time, and SGS between them."""
     layers = (nn.Conv3d(3, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU(), nn.Conv3d(8, 8, 3, stride=2, padding=1), nn.ReLU())
     network = nn.Sequential(*layers, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8, 5))
-    return VideoNet(network, stages={}, sgs=SGSConfig(after="0", **options))
+    return VideoNet(network, stages={}, sgs=SGSConfig.from_preset("reference", after="0", **options))
 
 
 def clips(frames: int, side: int) -> dict[str, torch.Tensor]:
@@ -60,7 +61,7 @@ def find_width(model: VideoNet, samples: dict[str, torch.Tensor]) -> None:
     def kinds(width: float) -> int:
         for layer in model.sgs.values():
             layer.width.fill_(width)
-        return len({model.eval()(x).bins[0] for x in samples.values()})
+        return len({run(model.eval(), x).bins[0] for x in samples.values()})
 
     kinds(max((0.02, 0.05, 0.1, 0.2, 0.4, 0.8), key=kinds))
 
@@ -73,7 +74,7 @@ def find_width(model: VideoNet, samples: dict[str, torch.Tensor]) -> None:
 )
 def test_x3d(sgs, format, tmp_path):
     model, samples = x3d.x3d(size="tiny", num_classes=5, sgs=sgs), clips(12, 32)
-    lively(model.backbone, samples["noise"])
+    lively(model.dense_network, samples["noise"])
     if sgs is not REFERENCE:
         find_width(model, samples)
     check(model, samples, tmp_path, format)
@@ -87,7 +88,7 @@ def test_x3d(sgs, format, tmp_path):
 )
 def test_trunks_that_stride_along_time(build, size, frames, format, tmp_path):
     model, samples = build(size=size, num_classes=5, sgs=ATFR), clips(frames, 64)
-    lively(model.backbone, samples["noise"])
+    lively(model.dense_network, samples["noise"])
     find_width(model, samples)
     check(model, samples, tmp_path, format)
 
@@ -96,14 +97,14 @@ def test_trunks_that_stride_along_time(build, size, frames, format, tmp_path):
 @pytest.mark.parametrize("fusion,format", [("aligned", "onnx"), ("released", "torch_export")], ids=slowfast.FUSION_RULES[::-1])
 def test_a_layer_in_each_pathway_of_a_slowfast(fusion, format, tmp_path):
     model, samples = slowfast.slowfast(size="8x8-R50", num_classes=5, fusion=fusion, sgs=ATFR), clips(16, 64)
-    lively(model.backbone, samples["noise"])
+    lively(model.dense_network, samples["noise"])
     find_width(model, samples)
     check(model, samples, tmp_path, format)
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_dense_network_says_how_many_frames_there_are(format, tmp_path):
-    check(VideoNet(small().backbone, stages={}, sgs=None), clips(6, 16), tmp_path, format, different=False)
+    check(VideoNet(small().dense_network, stages={}, sgs=None), clips(6, 16), tmp_path, format, different=False)
 
 
 @pytest.mark.slow
@@ -150,7 +151,7 @@ def test_what_cannot_be_exported_is_named(tmp_path, monkeypatch):
         return str(caught.value)
 
     assert "format='jit' does not exist; choose one of onnx, torch_export" in error(None, "jit")
-    following = VideoNet(small().backbone, stages={}, sgs=SGSConfig(after=("0", "3")))
+    following = VideoNet(small().dense_network, stages={}, sgs=SGSConfig.from_preset("reference", after=("0", "3")))
     assert "SGS layers follow each other cannot be exported: 3 samples what was sampled already" in error(following)
     assert "SGS after '0' has no bin width yet" in error(small(similarity="anchor", kernel="mean", scale="absolute", embedding="pooled"))
     assert "similarity=random cannot be exported" in error(small(similarity="random", kernel="mean"))
@@ -164,7 +165,7 @@ def test_what_cannot_be_exported_is_named(tmp_path, monkeypatch):
 def trained(small_videos, tmp_path_factory):
     """The run folder of a job of one step, in which B' differs between clips."""
     folder = tmp_path_factory.mktemp("run")
-    spread = ["model.sgs.after=res2", "model.sgs.embed_from=features", "model.sgs.target=0.5"]
+    spread = ["model.sgs.after=res2", "model.sgs.embed_from=features", "model.sgs.keep_ratio=0.5"]
     outcome = run_tool("train", *small_job(small_videos, folder, "trainer.max_steps=1", "trainer.test=false", *spread))
     assert outcome.code == 0, outcome.err
     return folder

@@ -25,7 +25,7 @@ from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
 
 GPU = torch.device("cuda:0")
-ATFR = SGSConfig(similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
+ATFR = SGSConfig.from_preset("reference", similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
 
 
 class Waits(TorchDispatchMode):
@@ -100,7 +100,7 @@ def test_a_dense_step_never_waits_for_the_device(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [SGSConfig(), ATFR, replace(ATFR, embed_from="clip"), replace(ATFR, drawn=(0.3, 0.7)), SGSConfig(similarity="random", kernel="mean")],
+    [SGSConfig.from_preset("reference"), ATFR, replace(ATFR, embed_from="clip"), replace(ATFR, gflops_range=(0.3, 0.7)), SGSConfig.from_preset("reference", similarity="random", kernel="mean")],
     ids=["reference", "atfr", "looks at the clip", "drawn", "random"],
 )
 def test_a_step_with_sampling_waits_once_for_the_lengths(monkeypatch, tmp_path, options):
@@ -119,6 +119,6 @@ def test_what_waits_is_noticed(monkeypatch, tmp_path):
     with pytest.raises(AssertionError, match="a copy that waits"):
         step_on_gpu(monkeypatch, tmp_path, model)
     model = network(None)
-    model.register_forward_hook(lambda module, inputs, output: output.logits.sum().item())
+    model.register_forward_hook(lambda module, inputs, output: output[0].sum().item())
     with pytest.raises(Exception, match="_local_scalar_dense|data-dependent"):
         step_on_gpu(monkeypatch, tmp_path, model)

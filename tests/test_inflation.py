@@ -57,14 +57,14 @@ def test_every_stage_gives_on_a_repeated_image_what_the_2d_network_gives_on_the_
     source, path = resnet
     model = build(size="R50", num_classes=5).eval()
     report = load_pretrained(model, path)
-    assert {entry.name for entry in report.new} == {"backbone." + name for name in model.backbone.state_dict() if ".proj." in name}
+    assert {entry.name for entry in report.new} == {"" + name for name in model.dense_network.state_dict() if ".proj." in name}
     assert [entry.name for entry in report.skipped] == ["fc.weight", "fc.bias"]
     assert {entry.reason for entry in report.skipped} == {"head of 1000 classes replaced by one of 5"}
     assert sum(entry.inflated for entry in report.loaded) == sum(isinstance(module, nn.Conv2d) for module in source.modules()) == 53
     assert "names of torchvision's 2D ResNet" in report.as_table() and "inflated   53 tensors" in report.as_table()
     image = torch.randn(2, 3, 32, 32)
     expected = outputs(source, IMAGE_STAGES, image)
-    found = outputs(model, {name: f"backbone.{path}" for name, path in stages.items()}, image[:, :, None].expand(-1, -1, frames, -1, -1))
+    found = outputs(model, {name: f"{path}" for name, path in stages.items()}, image[:, :, None].expand(-1, -1, frames, -1, -1))
     assert found.keys() == expected.keys()
     for name, out in found.items():
         middle = out[:, :, out.shape[2] // 2]
@@ -117,16 +117,16 @@ class Net(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_custom_network_is_inflated_by_shape_and_keeps_what_only_it_has(tmp_path, dtype):
     source, model = spread(Net(in_time=False)), VideoNet(Net(in_time=True), stages={}, sgs=None)
-    before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+    before = {name: value.clone() for name, value in model.dense_network.state_dict().items()}
     torch.save(source.to(dtype).state_dict(), tmp_path / "file.pth")
     report = load_pretrained(model, tmp_path / "file.pth")
-    own, given = model.backbone.state_dict(), source.state_dict()
+    own, given = model.dense_network.state_dict(), source.state_dict()
     for frame in own["conv.weight"].unbind(dim=2):
         torch.testing.assert_close(frame, given["conv.weight"].float() / 5)
     for name in ("conv.bias", "norm.weight", "norm.running_var"):
         assert own[name].equal(given[name].float()), name
     assert all(own[f"extra.{kind}"].equal(before[f"extra.{kind}"]) for kind in ("weight", "bias"))
-    assert [entry.name for entry in report.loaded if entry.inflated] == ["backbone.conv.weight"]
+    assert [entry.name for entry in report.loaded if entry.inflated] == ["conv.weight"]
     # A head for as many classes is replaced, too: those of images are others.
     assert all(own[f"head.{kind}"].equal(before[f"head.{kind}"]) for kind in ("weight", "bias"))
     assert {(entry.name, entry.reason) for entry in report.skipped} == {(f"head.{kind}", "head of a 2D network replaced") for kind in ("weight", "bias")}

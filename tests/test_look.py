@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from outcomes import run
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
@@ -15,7 +16,7 @@ from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.sgs.layer import NonFiniteFeatures
 
-FEATURES = SGSConfig(similarity="partition", kernel="mean", scale="absolute", width=0.6, order="time", embedding="pooled", before_activation=False, after="stem")
+FEATURES = SGSConfig.from_preset("reference", similarity="partition", kernel="mean", scale="absolute", width=0.6, order="time", embedding="pooled", before_activation=False, after="stem")
 CLIP = replace(FEATURES, embed_from="clip")
 
 
@@ -28,33 +29,33 @@ def phases(*lengths: int) -> Tensor:
 def test_the_cut_is_that_of_the_clip_and_the_features_are_those_behind_the_stem():
     clips = torch.cat([phases(3, 1, 10, 2), phases(16), phases(8, 8)])
     behind, at_input = (x3d(size="tiny", num_classes=3, sgs=options).eval() for options in (CLIP, replace(FEATURES, after="input")))
-    (found,), (wanted,) = (model(clips).sampled for model in (behind, at_input))
+    (found,), (wanted,) = (run(model, clips).layers for model in (behind, at_input))
     assert found.segments.lengths == (4, 1, 2)
     assert torch.equal(found.assignment, wanted.assignment)
-    assert behind.stem(clips)[0].shape[1] == 16  # channels of the stem, which the network behind goes on with
+    assert behind.run_stem(clips)[0].shape[1] == 16  # channels of the stem, which the network behind goes on with
 
 
 def test_behind_a_temporal_convolution_a_static_clip_keeps_one_feature_only_if_the_clip_is_looked_at():
     clip = phases(16)
     models = [x3d(size="tiny", num_classes=3, sgs=replace(options, width=0.1)).eval() for options in (FEATURES, CLIP)]
     models[1].load_state_dict(models[0].state_dict())
-    from_features, from_clip = (model(clip).bins for model in models)
+    from_features, from_clip = (run(model, clip).bins for model in models)
     assert from_features[0][0] > 1 and from_clip == [(1,)]  # the stem pads with zeros, so that the ends of its output differ
 
 
 def test_a_feature_of_several_frames_has_the_mean_of_theirs():
     clip = torch.randn(1, 3, 32, 32, 32)
     pooled = clip.unflatten(4, (4, 8)).unflatten(3, (4, 8)).mean(dim=(4, 6)).permute(0, 2, 1, 3, 4).flatten(2)  # [1, T, 3 x 4 x 4]
-    slow, fast = slowfast(size="8x8-R50", num_classes=3, sgs=CLIP).eval()(clip).sampled
+    slow, fast = run(slowfast(size="8x8-R50", num_classes=3, sgs=CLIP).eval(), clip).layers
     torch.testing.assert_close(fast.proposal.z, layer_norm(pooled, (48,)))
     torch.testing.assert_close(slow.proposal.z, layer_norm(pooled.unflatten(1, (8, 4)).mean(2), (48,)))
-    (strided,) = s3d(size="base", num_classes=3, sgs=CLIP).eval()(clip).sampled  # whose stem strides along time
+    (strided,) = run(s3d(size="base", num_classes=3, sgs=CLIP).eval(), clip).layers  # whose stem strides along time
     torch.testing.assert_close(strided.proposal.z, layer_norm(pooled.unflatten(1, (16, 2)).mean(2), (48,)))
 
 
 def test_a_layer_behind_another_one_looks_at_its_features():
     model = x3d(size="tiny", num_classes=3, sgs=replace(CLIP, after=("stem", "res3"))).eval()
-    first, second = model(phases(4, 4, 4, 4)).sampled
+    first, second = run(model, phases(4, 4, 4, 4)).layers
     assert first.proposal.z.shape[2] == 3 * 16 < second.proposal.z.shape[2]
 
 
@@ -62,7 +63,7 @@ def test_a_learned_embedding_is_built_for_what_it_looks_at():
     learned = replace(CLIP, embedding="mlp", kernel="linear_normalized", similarity="path", after=("stem", "res3"))
     model = x3d(size="tiny", num_classes=3, sgs=learned)
     assert model.sgs["stem"].embedding.hidden.in_features == 3 < model.sgs["res3"].embedding.hidden.in_features
-    model(torch.cat([phases(4, 4, 8), phases(2, 14)])).logits.sum().backward()
+    model(torch.cat([phases(4, 4, 8), phases(2, 14)])).sum().backward()
     assert model.sgs["stem"].embedding.hidden.weight.grad.abs().sum() > 0
 
 
@@ -71,8 +72,8 @@ def test_one_batch_for_each_length_looks_at_the_same_clips():
     packed, bucketed = (x3d(size="tiny", num_classes=3, sgs=replace(CLIP, execution=execution)).eval() for execution in ("packed", "bucketed"))
     bucketed.load_state_dict(packed.state_dict())
     with torch.no_grad():
-        assert bucketed(clips).bins == packed(clips).bins == [(4,), (1,), (2,)]
-        torch.testing.assert_close(bucketed(clips).logits, packed(clips).logits, atol=1e-5, rtol=0)
+        assert run(bucketed, clips).bins == run(packed, clips).bins == [(4,), (1,), (2,)]
+        torch.testing.assert_close(bucketed(clips), packed(clips), atol=1e-5, rtol=0)
 
 
 def test_features_that_are_no_numbers_are_found_though_the_clip_is_sound():
@@ -84,7 +85,7 @@ def test_features_that_are_no_numbers_are_found_though_the_clip_is_sound():
 
 def test_a_baseline_looks_at_nothing():
     model = x3d(size="tiny", num_classes=3, sgs=replace(CLIP, similarity="uniform", scale="relative", width=None, num_bins=4)).eval()
-    assert len(model.stem(phases(8, 8))) == 1 and model(phases(8, 8)).bins == [(4,)]
+    assert len(model.run_stem(phases(8, 8))) == 1 and run(model, phases(8, 8)).bins == [(4,)]
 
 
 def test_what_can_be_looked_at_is_named():

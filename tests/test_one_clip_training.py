@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from outcomes import run
 from pytorchvideo.models.slowfast import create_slowfast
 from run_tools import run_tool, small_job
 from test_packed import Flip, Toy
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from atfr.cli import builders
 from atfr.data.clips import ClipSettings
-from atfr.engine.calibration import calibrate_width, refresh_statistics
+from atfr.engine.calibration import calibrate_layers, refresh_statistics
 from atfr.engine.distributed import comm
 from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.distributed.sync_batchnorm import sync_batchnorm
@@ -28,9 +29,9 @@ from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
 
 # At this width a layer keeps as few features as it may.
-ATFR = SGSConfig(similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=1e6)
-LEARNED = SGSConfig(similarity="magnitude", scale="absolute", before_activation=False, width=1e6)  # with a batch norm in its embedding
-UNIFORM = SGSConfig(similarity="uniform", kernel="mean", target=0.01, before_activation=False)
+ATFR = SGSConfig.from_preset("reference", similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=1e6)
+LEARNED = SGSConfig.from_preset("reference", similarity="magnitude", scale="absolute", before_activation=False, width=1e6)  # with a batch norm in its embedding
+UNIFORM = SGSConfig.from_preset("reference", similarity="uniform", kernel="mean", keep_ratio=0.01, before_activation=False)
 REFUSED = ("Expected more than 1 value per channel when training", "cannot be made to keep")  # by torch's batch norm; more features than there are
 
 
@@ -79,7 +80,7 @@ def trains(model: VideoNet, clips: Tensor, kept: tuple[int, ...]) -> bool:
     """Whether torch's batch norms take so many features at each layer."""
     with torch.no_grad():
         try:
-            model.trunk(*model.stem(clips), forced=[(bins,) for bins in kept])
+            model.run_trunk(*model.run_stem(clips), forced=[(bins,) for bins in kept])
         except ValueError as error:
             assert any(reason in str(error) for reason in REFUSED), error
             return False
@@ -90,22 +91,22 @@ def trains(model: VideoNet, clips: Tensor, kept: tuple[int, ...]) -> bool:
 def test_a_single_clip_keeps_the_fewest_features_that_batch_norm_takes_in_training(name):
     side = 64 if name == "x3d with a batch norm in the second layer" else 32  # at 32 the backbone's batch norms need as many
     model, clip, two = BUILDS[name]().train(), torch.randn(1, 3, 16, side, side), torch.randn(2, 3, 16, side, side)
-    (kept,) = model(clip).bins
+    (kept,) = run(model, clip).bins
     assert trains(model, clip, kept)
     least = [layer.min_bins for layer in model.sgs.values()]
     for i, bins in enumerate(kept):
         assert bins == least[i] or not trains(model, clip, (*kept[:i], bins - 1, *kept[i + 1 :])), (kept, i)
     assert sum(kept) > sum(least)
-    assert model(two).bins == model.eval()(two).bins
-    assert model(clip).bins == [tuple(least)]
+    assert run(model, two).bins == run(model.eval(), two).bins
+    assert run(model, clip).bins == [tuple(least)]
 
 
 def test_the_trial_leaves_running_statistics_and_modes_alone_and_runs_once():
     model = x3d_tiny(ATFR).train()
-    norm, calls = model.backbone.blocks[4].res_blocks[0].branch2.norm_a, []
+    norm, calls = model.dense_network.blocks[4].res_blocks[0].branch2.norm_a, []
     norm.register_forward_pre_hook(lambda module, inputs: calls.append(module.training))
     for _ in range(2):
-        model(torch.randn(1, 3, 16, 32, 32)).logits.sum().backward()
+        model(torch.randn(1, 3, 16, 32, 32)).sum().backward()
     assert calls.count(True) == norm.num_batches_tracked == 2 and len(calls) < 10
     assert all(module.training for module in model.modules())
     assert norm.weight.grad.isfinite().all()
@@ -117,7 +118,7 @@ def test_no_more_features_are_kept_for_larger_frames_or_frozen_batch_norm(side, 
     for module in model.modules():
         if frozen and isinstance(module, nn.BatchNorm3d):
             module.eval()
-    assert model(torch.randn(1, 3, 16, side, side)).bins == [(kept,)]
+    assert run(model, torch.randn(1, 3, 16, side, side)).bins == [(kept,)]
 
 
 def test_batch_norm_over_several_processes_has_enough_values_with_one_feature_each(monkeypatch):
@@ -125,7 +126,7 @@ def test_batch_norm_over_several_processes_has_enough_values_with_one_feature_ea
     monkeypatch.setattr(comm, "is_joined", lambda: True)
     monkeypatch.setattr(comm, "summed", lambda value: value.mul_(2))  # another process with the same clip
     with sync_batchnorm(model):
-        prediction = model(torch.randn(1, 3, 16, 32, 32))
+        prediction = run(model, torch.randn(1, 3, 16, 32, 32))
     assert prediction.bins == [(1,)] and prediction.logits.isfinite().all()
 
 
@@ -135,7 +136,7 @@ def test_statistics_over_single_clips_see_these_clips_alone():
     tried.check_training(16, 32, 32)
     batches = [torch.randn(1, 3, 16, 32, 32).cumsum(dim=2) for _ in range(2)]
     for network in (tried, model):
-        calibrate_width(network, lambda: batches, untrained=True)
+        calibrate_layers(network, lambda: batches, untrained=True)
         refresh_statistics(network, lambda: batches)
     for (name, one), other in zip(tried.named_buffers(), model.buffers()):
         assert one.isfinite().all() and one.equal(other), name
@@ -144,15 +145,15 @@ def test_statistics_over_single_clips_see_these_clips_alone():
 def test_a_bucketed_network_with_frozen_batch_norm_trains_on_single_clips_as_before():
     model = VideoNet(Toy(nn.Sequential(nn.AdaptiveAvgPool3d((None, 1, 1)), nn.BatchNorm3d(8), Flip())), stages={}, sgs=replace(ATFR, after="first")).train()
     assert model.execution == "bucketed"
-    model.backbone.eval()
-    assert model(torch.randn(1, 3, 16, 32, 32)).bins == [(1,)]
+    model.dense_network.eval()
+    assert run(model, torch.randn(1, 3, 16, 32, 32)).bins == [(1,)]
 
 
 @pytest.mark.parametrize(
     "build, side, norm",
     [
-        (lambda: x3d_tiny(None), 32, "backbone.blocks.4"),
-        (lambda: x3d_tiny(ATFR), 32, "backbone.blocks.4"),
+        (lambda: x3d_tiny(None), 32, "blocks.4"),
+        (lambda: x3d_tiny(ATFR), 32, "blocks.4"),
         (lambda: x3d_tiny(LEARNED), 64, "sgs.res2.embedding.norm"),
     ],
     ids=["dense", "sampled", "the layer's own"],
@@ -160,9 +161,9 @@ def test_a_bucketed_network_with_frozen_batch_norm_trains_on_single_clips_as_bef
 def test_a_clip_too_small_for_batch_norm_with_all_its_features_is_refused_with_the_cause(build, side, norm):
     model, clip = build(), torch.randn(1, 3, 1, side, side)
     reason = rf"a clip of 1 frames of {side} x {side} pixels alone gives batch norm '{norm}.* one value a channel.*trainer.batch_size.*dataset.clip.crop_size"
-    for run in (lambda: model.check_training(1, side, side), lambda: model(clip)):
+    for check in (lambda: model.check_training(1, side, side), lambda: model(clip)):
         with pytest.raises(ValueError, match=reason) as error:
-            run()
+            check()
         assert "\n" not in str(error.value)
     model.eval()(clip)
 

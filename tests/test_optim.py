@@ -24,11 +24,11 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.backbone = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+        self.dense_network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
         self.sgs = nn.Linear(3, 3)
 
     def forward(self, x):
-        return self.backbone[2](self.sgs(self.backbone[:2](x)))
+        return self.dense_network[2](self.sgs(self.dense_network[:2](x)))
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
@@ -42,7 +42,7 @@ def test_every_parameter_takes_the_step_of_torchs_optimizer_with_its_rate_and_de
     else:
         optimizer = adamw(ours, lr=0.1, betas=BETAS, weight_decay=0.01, head_lr=10)
         alone = lambda p, lr, decay: torch.optim.AdamW([p], lr=lr, betas=BETAS, weight_decay=decay)  # noqa: E731
-    singles = [alone(p, 1.0 if name.startswith("backbone.2") else 0.1, 0.01 if p.dim() > 1 else 0.0) for name, p in theirs.named_parameters()]
+    singles = [alone(p, 1.0 if name.startswith("2") else 0.1, 0.01 if p.dim() > 1 else 0.0) for name, p in theirs.named_parameters()]
     for _ in range(3):
         x = torch.randn(8, 4)
         for model in (ours, theirs):
@@ -134,9 +134,9 @@ def test_a_value_out_of_range_is_refused_with_its_key(group, key, values):
         ("dataset.clip.color_jitter", ([0.4, NAN, 0.4, 0.1], [0.4, 0.4, -1, 0.1], [INF, 0, 0, 0])),
         ("dataset.clip.mean", ([0.4, NAN, 0.4],)),
         ("dataset.clip.std", ([0.2, NAN, 0.2], [0.2, 0, 0.2], [INF, 1, 1])),
-        *((f"model.sgs.{name}", (0, -1, NAN, INF)) for name in ("width", "target")),
+        *((f"model.sgs.{name}", (0, -1, NAN, INF)) for name in ("width", "keep_ratio")),
         ("model.sgs.cost_exponent", (-0.1, NAN, 1.5)),
-        ("model.sgs.drawn", ([0, 1], [NAN, 1], [0.2,INF])),
+        ("model.sgs.gflops_range", ([0, 1], [NAN, 1], [0.2,INF])),
     ],
 )
 def test_other_values_out_of_range_are_refused_with_their_name(key, values):

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from outcomes import run
 from pytorchvideo.models.x3d import create_x3d
 from torch import nn
 
@@ -34,7 +35,7 @@ def lively(model: nn.Module, frames: int = 16, size: int = 32) -> nn.Module:
     nn.init.normal_(last.weight)
     with torch.no_grad():
         logits = model.eval()(uneven_clips(4, frames, size))
-        last.weight /= (logits if isinstance(logits, torch.Tensor) else logits.logits).std()
+        last.weight /= logits.std()
     return model
 
 
@@ -55,15 +56,15 @@ def uneven_clips(count: int, frames: int = 16, size: int = 32, least: int = 1) -
 @pytest.mark.parametrize("after", STAGES)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_clip_has_the_same_logits_alone_and_in_any_batch(preset, after):
-    model = lively(x3d(size="tiny", num_classes=6, sgs=SGSConfig(after=after, **PRESETS[preset]))).eval()
+    model = lively(x3d(size="tiny", num_classes=6, sgs=SGSConfig.from_preset("reference", after=after, **PRESETS[preset]))).eval()
     clips = uneven_clips(24)
     with torch.no_grad():
-        alone = [model(clip[None]) for clip in clips]
+        alone = [run(model, clip[None]) for clip in clips]
         if preset != "atfr" or after in ("stem", "res2"):
             assert len({a.bins[0] for a in alone}) > 2
         for _ in range(15):
             chosen = random.sample(range(24), random.randint(2, 12))
-            batch = model(clips[chosen])
+            batch = run(model, clips[chosen])
             assert batch.bins == [alone[i].bins[0] for i in chosen]
             expected = torch.cat([alone[i].logits for i in chosen])
             torch.testing.assert_close(batch.logits, expected, atol=TOLERANCE, rtol=0)
@@ -71,27 +72,27 @@ def test_a_clip_has_the_same_logits_alone_and_in_any_batch(preset, after):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_gradients_of_a_batch_are_the_sum_of_those_of_its_clips(preset):
-    model = lively(x3d(size="tiny", num_classes=6, sgs=SGSConfig(**PRESETS[preset]))).eval().double()
+    model = lively(x3d(size="tiny", num_classes=6, sgs=SGSConfig.from_preset("reference", **PRESETS[preset]))).eval().double()
     clips = uneven_clips(5).double()
-    model(clips).logits.square().sum().backward()
+    model(clips).square().sum().backward()
     batched = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     for clip in clips:
-        model(clip[None]).logits.square().sum().backward()
+        model(clip[None]).square().sum().backward()
     for name, parameter in model.named_parameters():
         if name in batched:
             torch.testing.assert_close(batched[name], parameter.grad, rtol=1e-6, atol=1e-8, msg=name)
-    backbone = {name for name, _ in model.named_parameters() if name.startswith("backbone.")}
+    backbone = {name for name, _ in model.named_parameters() if name.startswith("")}
     assert backbone <= batched.keys()
 
 
 def test_training_statistics_of_batch_norm_are_those_of_the_kept_features_alone():
-    model = x3d(size="tiny", num_classes=6, sgs=SGSConfig(**ATFR)).train()
-    norm = model.backbone.blocks[2].res_blocks[0].branch2.norm_a
+    model = x3d(size="tiny", num_classes=6, sgs=SGSConfig.from_preset("reference", **ATFR)).train()
+    norm = model.dense_network.blocks[2].res_blocks[0].branch2.norm_a
     seen = []
     norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
     norm.momentum = 1.0
-    bins = [b for (b,) in model(uneven_clips(4)).bins]
+    bins = [b for (b,) in run(model, uneven_clips(4)).bins]
     (x,) = seen
     assert len(set(bins)) > 1 and x.shape[2] == sum(bins)
     pieces = torch.cat([piece.transpose(0, 1).flatten(1) for piece in x.split(list(bins), dim=2)], dim=1)
@@ -116,45 +117,45 @@ def test_without_sgs_the_logits_are_those_of_pytorchvideos_own_network(size):
         crop,
     )
     ours = x3d(size=size, num_classes=6).eval()
-    ours.backbone.load_state_dict(theirs.state_dict())
+    ours.dense_network.load_state_dict(theirs.state_dict())
     clips = torch.randn(2, 3, frames, crop, crop)
     with torch.no_grad():
-        torch.testing.assert_close(ours(clips).logits, theirs(clips), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours(clips), theirs(clips), atol=1e-5, rtol=1e-5)
 
 
 def test_sgs_leaves_the_names_of_the_backbones_parameters_unchanged():
     dense = x3d(size="tiny", num_classes=6).state_dict()
-    sampled = x3d(size="tiny", num_classes=6, sgs=SGSConfig()).state_dict()
+    sampled = x3d(size="tiny", num_classes=6, sgs=SGSConfig.from_preset("reference")).state_dict()
     assert [name for name in sampled if not name.startswith("sgs.")] == list(dense)
 
 
 def test_where_every_frame_is_kept_the_network_is_the_dense_one():
-    model = lively(x3d(size="tiny", num_classes=6, sgs=SGSConfig(**{**ATFR, "width": 1e-6}))).eval()
+    model = lively(x3d(size="tiny", num_classes=6, sgs=SGSConfig.from_preset("reference", **{**ATFR, "width": 1e-6}))).eval()
     clips = torch.randn(2, 3, 16, 32, 32)
     with torch.no_grad():
-        prediction = model(clips)
+        prediction = run(model, clips)
         assert prediction.bins == [(16,), (16,)]
-        torch.testing.assert_close(prediction.logits, model.backbone(clips), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(prediction.logits, model.dense_network(clips), atol=1e-5, rtol=1e-5)
 
 
 def test_a_copy_of_a_network_is_independent_of_it():
-    model = x3d(size="tiny", num_classes=6, sgs=SGSConfig(**ATFR)).eval()
+    model = x3d(size="tiny", num_classes=6, sgs=SGSConfig.from_preset("reference", **ATFR)).eval()
     clips = uneven_clips(2)
     with torch.no_grad():
-        before = model(clips).logits
+        before = model(clips)
         copied = copy.deepcopy(model)
         for parameter in copied.parameters():
             parameter.zero_()
-        torch.testing.assert_close(model(clips).logits, before)
-        assert not copied(clips).logits.any()
+        torch.testing.assert_close(model(clips), before)
+        assert not copied(clips).any()
 
 
 def test_a_network_can_be_trained_after_it_was_used_in_inference_mode():
-    model = x3d(size="tiny", num_classes=6, sgs=SGSConfig(**ATFR))
+    model = x3d(size="tiny", num_classes=6, sgs=SGSConfig.from_preset("reference", **ATFR))
     clips = uneven_clips(3)
     with torch.inference_mode():
         model(clips)
-    model(clips).logits.sum().backward()
+    model(clips).sum().backward()
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
@@ -207,7 +208,7 @@ class Flip(nn.Module):
 )
 def test_what_may_mix_clips_is_refused_by_name(second, message):
     with pytest.raises(ValueError, match=message):
-        VideoNet(Toy(second), stages={"first": "first"}, sgs=SGSConfig(after="first", execution="packed"))
+        VideoNet(Toy(second), stages={"first": "first"}, sgs=SGSConfig.from_preset("reference", after="first", execution="packed"))
 
 
 def test_a_connection_that_by_passes_the_cut_is_refused():
@@ -217,12 +218,12 @@ def test_a_connection_that_by_passes_the_cut_is_refused():
             return self.pool(self.second(early) + early).flatten(1)
 
     with pytest.raises(ValueError, match="'add' also needs 'first' from before it"):
-        VideoNet(Bypass(nn.ReLU()), stages={"s": "second"}, sgs=SGSConfig(after="s", before_activation=False))
+        VideoNet(Bypass(nn.ReLU()), stages={"s": "second"}, sgs=SGSConfig.from_preset("reference", after="s", before_activation=False))
 
 
 def test_an_unknown_stage_or_size_is_refused_with_what_is_possible():
     with pytest.raises(ValueError, match="after='res9' is not a stage .* stem, res2, res3, res4, res5"):
-        x3d(size="tiny", num_classes=6, sgs=SGSConfig(after="res9"))
+        x3d(size="tiny", num_classes=6, sgs=SGSConfig.from_preset("reference", after="res9"))
     with pytest.raises(ValueError, match="size='XXL' is not a size of x3d; choose one of tiny, XS"):
         x3d(size="XXL", num_classes=6)
 
@@ -235,22 +236,22 @@ def test_clips_of_another_shape_or_on_another_device_are_refused():
         model(torch.zeros(1, 3, 16, 32, 32, device="meta"))
 
 
-PARTITION = dict(similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, target=0.4, cost_exponent=0.5)
+PARTITION = dict(similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, keep_ratio=0.4, cost_exponent=0.5)
 
 
 @pytest.mark.parametrize("build, size, after, reach", [(slow, "R50", "res2", 0), (x3d, "tiny", "stem", 2)], ids=["slow", "x3d"])
 @pytest.mark.parametrize("similarity", ["partition", "anchor"])
 def test_a_static_clip_keeps_one_feature_but_for_frames_near_enough_to_its_ends_to_see_the_padding(build, size, after, reach, similarity):
-    sgs = SGSConfig(**{**PARTITION, "similarity": similarity, "cost_exponent": 0.5 if similarity == "partition" else 0.0, "after": after})
+    sgs = SGSConfig.from_preset("reference", **{**PARTITION, "similarity": similarity, "cost_exponent": 0.5 if similarity == "partition" else 0.0, "after": after})
     model = build(size=size, num_classes=6, sgs=sgs).eval()
     layer, clips = model.sgs[after], uneven_clips(8)
     static = clips[:, :, :1].expand(-1, -1, 16, -1, -1)
     with torch.no_grad():
         layer.width.fill_(1.0)
-        (seen,) = model(clips).sampled
+        (seen,) = run(model, clips).layers
         layer.calibrate(seen.proposal.z, seen.proposal.valid)
-        assert sum(model(clips).sampled[0].segments.lengths) > 8 * 5
-        (done,) = model(static).sampled
+        assert sum(run(model, clips).layers[0].segments.lengths) > 8 * 5
+        (done,) = run(model, static).layers
     inside = done.assignment[:, reach : 16 - reach]
     assert (inside == inside[:, :1]).all()
     assert max(done.segments.lengths) <= 1 + 2 * reach

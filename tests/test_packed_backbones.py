@@ -10,6 +10,7 @@ from typing import Callable, NamedTuple
 
 import pytest
 import torch
+from outcomes import Outcome, run
 from test_backbones import CASES, CLASSES, lively, stages_of
 from test_packed import ATFR, TOLERANCE, Toy, uneven_clips
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from atfr.models.backbones.slowfast import FUSION_RULES, SIZES, Fusion
 from atfr.models.packed.ops import conv3d
 from atfr.models.packed.segments import Segments
 from atfr.models.sgs.config import SGSConfig
-from atfr.models.video_net import Prediction, VideoNet
+from atfr.models.video_net import VideoNet
 
 EVERYWHERE = ("stem", "res2", "res3", "res4", ("res2", "res4"))
 SOME = ("res2", "res3", ("stem", "res4"))
@@ -60,7 +61,7 @@ NETS = {
 PLACED = [
     (name, place, rule)
     for name, net in NETS.items()
-    for place in (*net.places, net.block)
+    for place in (*net.locations, net.block)
     for rule in (FUSION_RULES if name.startswith("slowfast") else ("aligned",))
 ]
 
@@ -82,7 +83,7 @@ def backbone(name: str) -> nn.Module:
     with torch.random.fork_rng():  # a test draws the same whether its network is there already or not
         torch.manual_seed(0)
         random.seed(0)
-        network = lively(case.build(size=case.size, num_classes=CLASSES).backbone, clips_for(name, 4))
+        network = lively(case.build(size=case.size, num_classes=CLASSES).dense_network, clips_for(name, 4))
     random.setstate(state)
     return network
 
@@ -90,7 +91,7 @@ def backbone(name: str) -> nn.Module:
 @functools.lru_cache(maxsize=4)
 def placed(name: str, place: str | tuple[str, ...], preset: str = "atfr") -> VideoNet:
     """The backbone, shared with other placements, with SGS somewhere."""
-    options = SGSConfig(after=place, **(ATFR if preset == "atfr" else {}))
+    options = SGSConfig.from_preset("reference", after=place, **(ATFR if preset == "atfr" else {}))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = VideoNet(backbone(name), stages=stages_of(CASES[name]), sgs=options, probe=NETS[name].probe).eval()
@@ -188,15 +189,15 @@ def on_what_is_kept(net: VideoNet, paths: dict[str, str], clip: Tensor, choose: 
 
     for layer, path in paths.items():
         hook = lambda module, args, output, layer=layer, path=path: sample(layer, path, output)  # noqa: E731
-        handles.append(net.backbone.get_submodule(path).register_forward_hook(hook))
+        handles.append(net.dense_network.get_submodule(path).register_forward_hook(hook))
     for path in watch:
         hook = lambda module, args, path=path: inputs.update({path: args[0].detach().clone()})  # noqa: E731
-        handles.append(net.backbone.get_submodule(path).register_forward_pre_hook(hook))
-    fusions = [module for module in net.backbone.modules() if isinstance(module, Fusion)]
+        handles.append(net.dense_network.get_submodule(path).register_forward_pre_hook(hook))
+    fusions = [module for module in net.dense_network.modules() if isinstance(module, Fusion)]
     for fusion in fusions:
         fusion.forward = functools.partial(fuse, fusion)
     try:
-        logits = net.backbone(clip[None])
+        logits = net.dense_network(clip[None])
     finally:
         for handle in handles:
             handle.remove()
@@ -248,13 +249,13 @@ def test_a_clip_in_a_batch_and_alone_is_the_plain_network_on_what_the_clip_keeps
         expected, forced = torch.stack([k.logits for k in kept]), forced_of(kept)
         assert all(len(set(lengths)) > 1 for lengths in forced)
         assert expected.std() > 0.1
-        batch = net(clips, forced)
+        batch = run(net, clips, forced)
         assert batch.bins == [k.bins for k in kept]
         close(batch.logits, expected)
         some = random.sample(range(4), 2)
-        close(net(clips[some], [[lengths[i] for i in some] for lengths in forced]).logits, expected[some])
+        close(net(clips[some], [[lengths[i] for i in some] for lengths in forced]), expected[some])
         i = random.randrange(4)
-        close(net(clips[i : i + 1], [[lengths[i]] for lengths in forced]).logits, expected[i : i + 1])
+        close(net(clips[i : i + 1], [[lengths[i]] for lengths in forced]), expected[i : i + 1])
 
 
 def test_where_all_is_kept_the_network_is_the_dense_one(at):
@@ -262,22 +263,22 @@ def test_where_all_is_kept_the_network_is_the_dense_one(at):
     given: dict[str, int] = {}
     with torch.no_grad():
         on_what_is_kept(at.net, at.paths, clips[0], lambda layer, there: given.setdefault(layer, there))
-        prediction = at.net(clips, [(given[layer],) * 2 for layer in at.paths])
+        prediction = run(at.net, clips, [(given[layer],) * 2 for layer in at.paths])
         assert prediction.frames == tuple(given[layer] for layer in at.paths)
-        close(prediction.logits, at.net.backbone(clips), 5e-5)
+        close(prediction.logits, at.net.dense_network(clips), 5e-5)
 
 
 def calibrated(net: VideoNet, clips: Tensor) -> None:
     """Give every layer a width at which the clips keep different numbers of features."""
     for layer in net.sgs.values():
         layer.width.fill_(1e-3)
-    for layer, sampled in zip(net.sgs.values(), net(clips).sampled):
+    for layer, sampled in zip(net.sgs.values(), run(net, clips).layers):
         layer.calibrate(sampled.proposal.z, torch.tensor(sampled.given))
     # With few clips the width found is a distance between two frames, and rounding would decide.
     for factor in (1.03, 0.9, 0.8, 0.7, 0.6, 0.5):
         for layer in net.sgs.values():
             layer.width.mul_(factor)
-        if all(different(s.segments.lengths, s.segments.frames) for s in net(clips).sampled):
+        if all(different(s.segments.lengths, s.segments.frames) for s in run(net, clips).layers):
             return
 
 
@@ -288,12 +289,12 @@ def different(lengths: tuple[int, ...], frames: int) -> bool:
 
 def check_alone_and_in_batches(net: VideoNet, clips: Tensor, batches: int = 1, most: int = 2) -> None:
     with torch.no_grad():
-        alone = [net(clip[None]) for clip in clips]
+        alone = [run(net, clip[None]) for clip in clips]
         for number, frames in enumerate(alone[0].frames):
             assert different(tuple(a.bins[0][number] for a in alone), frames)
         everything = list(range(len(clips)))
         for chosen in (everything, *(random.sample(everything, random.randint(2, most)) for _ in range(batches))):
-            batch = net(clips[chosen])
+            batch = run(net, clips[chosen])
             assert batch.bins == [alone[i].bins[0] for i in chosen]
             close(batch.logits, torch.cat([alone[i].logits for i in chosen]), TOLERANCE)
 
@@ -339,21 +340,21 @@ def test_the_reference_gives_a_clip_the_same_logits_alone_and_in_any_batch(name)
 def test_sampled_at_the_input_a_network_sees_the_averaged_frames_as_its_clip(name):
     net, clips = placed(name, "input"), clips_for(name, 3)
     net.sgs["input"].width.fill_(0.5)
-    found = net(clips)
-    weights = found.sampled[0].weights
-    for clip, row, kept, summed in zip(clips, found.logits, found.sampled[0].segments.lengths, weights):
+    found = run(net, clips)
+    weights = found.layers[0].weights
+    for clip, row, kept, summed in zip(clips, found.logits, found.layers[0].segments.lengths, weights):
         merged = torch.einsum("bt,cthw->cbhw", summed[:kept], clip)
-        assert torch.allclose(net.backbone(merged[None])[0], row, atol=1e-3)
-    forced = net(clips, forced=[(8, 5, 6) if name != "i3d R50" else (8, 6, 7)])
-    for clip, row, bins in zip(clips, forced.logits, forced.sampled[0].segments.lengths):
-        assert torch.allclose(net.backbone(average(clip, 1, bins)[None])[0], row, atol=1e-3)
+        assert torch.allclose(net.dense_network(merged[None])[0], row, atol=1e-3)
+    forced = run(net, clips, [(8, 5, 6) if name != "i3d R50" else (8, 6, 7)])
+    for clip, row, bins in zip(clips, forced.logits, forced.layers[0].segments.lengths):
+        assert torch.allclose(net.dense_network(average(clip, 1, bins)[None])[0], row, atol=1e-3)
 
 
 @pytest.mark.parametrize("name, stage, activation", [("x3d tiny", "res2", "blocks.1.res_blocks.{}.activation"), ("r3d 18", "res3", "layer2.{}.relu")])
 def test_features_before_an_activation_are_sampled_before_it(name, stage, activation):
-    options = SGSConfig(after=stage, **{**ATFR, "before_activation": True})
+    options = SGSConfig.from_preset("reference", after=stage, **{**ATFR, "before_activation": True})
     net = VideoNet(backbone(name), stages=stages_of(CASES[name]), sgs=options, probe=NETS[name].probe).eval()
-    last = max(int(path.split(".")[-2]) for path, _ in net.backbone.named_modules() if path in {activation.format(i) for i in range(9)})
+    last = max(int(path.split(".")[-2]) for path, _ in net.dense_network.named_modules() if path in {activation.format(i) for i in range(9)})
     clips = clips_for(name, 3)
     frames = NETS[name].frames // (2 if name == "r3d 18" else 1)  # whose res3 halves them
     forced, expected = (1, frames, frames // 2), []
@@ -361,12 +362,12 @@ def test_features_before_an_activation_are_sampled_before_it(name, stage, activa
     def sample(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         return (average(inputs[0], 2, forced[len(expected)]),)
 
-    handle = net.backbone.get_submodule(activation.format(last)).register_forward_pre_hook(sample)
+    handle = net.dense_network.get_submodule(activation.format(last)).register_forward_pre_hook(sample)
     with torch.no_grad():
         for clip in clips:
-            expected.append(net.backbone(clip[None])[0])
+            expected.append(net.dense_network(clip[None])[0])
         handle.remove()
-        close(net(clips, [forced]).logits, torch.stack(expected))
+        close(net(clips, [forced]), torch.stack(expected))
 
 
 GRADIENTS = [
@@ -387,11 +388,11 @@ def test_gradients_of_a_batch_are_the_sum_of_those_of_its_clips(name, place, rul
     clips = clips_for(name, 3).double()
     with torch.no_grad():
         forced = forced_of([on_what_is_kept(net, paths, clip, uneven(net, i)) for i, clip in enumerate(clips)])
-    net(clips, forced).logits.square().sum().backward()
+    net(clips, forced).square().sum().backward()
     batched = {key: p.grad for key, p in net.named_parameters()}
     net.zero_grad(set_to_none=True)
     for i, clip in enumerate(clips):
-        net(clip[None], [[lengths[i]] for lengths in forced]).logits.square().sum().backward()
+        net(clip[None], [[lengths[i]] for lengths in forced]).square().sum().backward()
     for key, parameter in net.named_parameters():
         assert (parameter.grad is None) == (batched[key] is None) == key.startswith("sgs.")
         if parameter.grad is not None:
@@ -422,7 +423,7 @@ def test_training_statistics_of_batch_norm_are_those_of_the_features_that_clips_
         kept = [on_what_is_kept(net, paths, clip, uneven(net, i), watch=norms) for i, clip in enumerate(clips)]
         assert all(len(set(lengths)) > 1 for lengths in forced_of(kept))
         for path in norms:
-            norm = net.backbone.get_submodule(path)
+            norm = net.dense_network.get_submodule(path)
             before = copy.deepcopy(norm.state_dict())
             norm.train()
             norm.momentum = 1.0
@@ -440,7 +441,7 @@ def test_sgs_leaves_the_names_of_the_backbones_parameters_unchanged(name):
     case = CASES[name]
     with torch.device("meta"):
         dense = case.build(size=case.size, num_classes=CLASSES).state_dict()
-        sampled = case.build(size=case.size, num_classes=CLASSES, sgs=SGSConfig(after=["res2", "res4"]))
+        sampled = case.build(size=case.size, num_classes=CLASSES, sgs=SGSConfig.from_preset("reference", after=["res2", "res4"]))
     assert [key for key in sampled.state_dict() if not key.startswith("sgs.")] == list(dense)
     assert sampled.execution == "packed"
 
@@ -465,18 +466,18 @@ def test_a_static_clip_keeps_as_few_features_as_the_rest_can_run_on(name, place)
             with pytest.raises(RuntimeError):
                 on_what_is_kept(net, paths, clips[0], lambda *_: fewest - 1)
         net.sgs[place].width.fill_(1e3)  # nothing changes as much
-        alone, batch = [net(clip[None]) for clip in clips], net(clips)
+        alone, batch = [run(net, clip[None]) for clip in clips], run(net, clips)
         assert batch.bins == [(fewest,)] * 3
         close(batch.logits, torch.cat([a.logits for a in alone]))
         assert batch.logits.isfinite().all()
         frames = batch.frames[0]  # and beside clips that keep more
-        uneven = net(clips, [(frames, fewest, (fewest + frames) // 2)])
+        uneven = run(net, clips, [(frames, fewest, (fewest + frames) // 2)])
         close(uneven.logits[1:2], alone[1].logits)
 
 
 def test_a_place_inside_a_residual_branch_is_refused():
     with pytest.raises(ValueError, match="SGS cannot be put behind .*conv_a: .* also needs .* from before it, which keeps all frames"):
-        VideoNet(backbone("x3d tiny"), stages={}, sgs=SGSConfig(after="blocks.2.res_blocks.1.branch2.conv_a", before_activation=False))
+        VideoNet(backbone("x3d tiny"), stages={}, sgs=SGSConfig.from_preset("reference", after="blocks.2.res_blocks.1.branch2.conv_a", before_activation=False))
 
 
 # Networks that packing does not know, or knows wrongly.
@@ -520,16 +521,16 @@ class Overall(Leaky):
 
 def toy(second: nn.Module, norm: bool = False, **options: object) -> VideoNet:
     network = Toy(nn.Sequential(second, nn.Conv3d(8, 8, 3, padding=1), *([nn.BatchNorm3d(8)] if norm else [])))
-    sgs = SGSConfig(**{**ATFR, "after": "first", **options})
+    sgs = SGSConfig.from_preset("reference", **{**ATFR, "after": "first", **options})
     return VideoNet(network, stages={"first": "first", "second": "second.0"}, sgs=sgs, probe=(8, 8, 8)).eval()
 
 
-def check_forced(net: VideoNet, bins: tuple[int, ...] = (3, 8, 1, 3, 5), tolerance: float = 1e-5) -> Prediction:
+def check_forced(net: VideoNet, bins: tuple[int, ...] = (3, 8, 1, 3, 5), tolerance: float = 1e-5) -> Outcome:
     clips = torch.randn(len(bins), 3, 8, 8, 8)
     with torch.no_grad():
-        batch = net(clips, [bins])
+        batch = run(net, clips, [bins])
         assert batch.bins == [(b,) for b in bins]
-        alone = torch.cat([on_what_is_kept(net, {"first": "first"}, clip, lambda *_: b).logits[None] for clip, b in zip(clips, bins)])
+        alone = torch.cat([on_what_is_kept(net, {"first": "first"}, clip, lambda *_: b)[None] for clip, b in zip(clips, bins)])
         close(batch.logits / alone.std(), alone / alone.std(), tolerance)
     return batch
 
@@ -548,9 +549,9 @@ def test_a_network_with_an_unknown_module_runs_bucketed_and_says_why(caplog):
     with torch.no_grad():  # and where clips choose
         clips = uneven_clips(6, 8, 8)
         net.sgs["first"].width.fill_(0.5)
-        batch = net(clips)
+        batch = run(net, clips)
         assert len(set(batch.bins)) > 1
-        close(batch.logits, torch.cat([net(clip[None]).logits for clip in clips]), 1e-5)
+        close(batch.logits, torch.cat([net(clip[None]) for clip in clips]), 1e-5)
 
 
 class ByName(nn.Module):
@@ -579,8 +580,8 @@ def test_bucketed_execution_refuses_batch_norm_that_is_trained():
     for module in net.modules():
         if isinstance(module, nn.BatchNorm3d):
             module.eval()
-    net(torch.randn(2, 3, 8, 8, 8), [(1, 4)]).logits.sum().backward()
-    assert net.backbone.first.weight.grad.isfinite().all()
+    net(torch.randn(2, 3, 8, 8, 8), [(1, 4)]).sum().backward()
+    assert net.dense_network.first.weight.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name, place, options", [("r2plus1d 18", "res2", ATFR), ("i3d R50", "stem", ATFR), ("x3d tiny", "res3", {})])
@@ -588,14 +589,14 @@ def test_bucketed_and_packed_execution_agree(name, place, options):
     nets = []
     for execution in ("packed", "bucketed"):
         torch.manual_seed(1)
-        sgs = SGSConfig(after=place, execution=execution, **options)
+        sgs = SGSConfig.from_preset("reference", after=place, execution=execution, **options)
         nets.append(VideoNet(backbone(name), stages=stages_of(CASES[name]), sgs=sgs, probe=NETS[name].probe).eval())
     assert [net.execution for net in nets] == ["packed", "bucketed"]
     frames = NETS[name].frames
     with torch.no_grad():
         clips = clips_for(name, 4)
         forced = [(frames, 2, frames // 2, 2)]
-        close(nets[0](clips, forced).logits, nets[1](clips, forced).logits)
+        close(nets[0](clips, forced), nets[1](clips, forced))
 
 
 def test_packed_execution_that_is_asked_for_is_refused_by_name():
@@ -640,7 +641,7 @@ def test_a_connection_that_passes_the_sampling_by_is_refused_in_any_execution():
 
     for second in (nn.ReLU(), nn.Conv3d(8, 8, 3, padding=1)):
         with pytest.raises(ValueError, match="'cat.*' also needs 'first' from before it, which keeps all frames"):
-            VideoNet(Bypass(second), stages={"s": "second"}, sgs=SGSConfig(**{**ATFR, "after": "s"}), probe=(8, 8, 8))
+            VideoNet(Bypass(second), stages={"s": "second"}, sgs=SGSConfig.from_preset("reference", **{**ATFR, "after": "s"}), probe=(8, 8, 8))
 
 
 @pytest.mark.parametrize("leak", [Leaky, Overall])

@@ -12,14 +12,14 @@ from atfr.models.sgs.config import SGSConfig
 from atfr.models.sgs.functional import sampling_weights
 from atfr.models.sgs.layer import SGS, NonFiniteFeatures, aggregate, sample
 
-ATFR = SGSConfig(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
+ATFR = SGSConfig.from_preset("reference", similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
 EVERY_KIND = [
-    SGSConfig(),
-    SGSConfig(similarity="magnitude", kernel="linear_normalized", edges="inclusive", order="time"),
-    SGSConfig(similarity="path", kernel="delta_normalized", scale="absolute", width=2.0),
-    SGSConfig(similarity="anchor", kernel="mean", scale="absolute", embedding="pooled", width=0.9),
-    SGSConfig(similarity="distance_to_mean", kernel="mean", embedding="frozen"),
-    *(SGSConfig(similarity=name, kernel="mean") for name in ("uniform", "stride", "random", "none")),
+    SGSConfig.from_preset("reference"),
+    SGSConfig.from_preset("reference", similarity="magnitude", kernel="linear_normalized", edges="inclusive", order="time"),
+    SGSConfig.from_preset("reference", similarity="path", kernel="delta_normalized", scale="absolute", width=2.0),
+    SGSConfig.from_preset("reference", similarity="anchor", kernel="mean", scale="absolute", embedding="pooled", width=0.9),
+    SGSConfig.from_preset("reference", similarity="distance_to_mean", kernel="mean", embedding="frozen"),
+    *(SGSConfig.from_preset("reference", similarity=name, kernel="mean") for name in ("uniform", "stride", "random", "none")),
 ]
 
 
@@ -62,14 +62,14 @@ def test_packed_features_are_sampled_as_each_clip_alone(options):
 
 
 def test_a_kept_features_time_is_the_mean_time_of_its_frames():
-    layer = layer_of(SGSConfig(similarity="uniform", kernel="mean", num_bins=4))
+    layer = layer_of(SGSConfig.from_preset("reference", similarity="uniform", kernel="mean", num_bins=4))
     (_,), (done,) = sample([layer], [features(2, 12)], [None])
     assert done.segments.times.tolist() == [1.0, 4.0, 7.0, 10.0] * 2
     assert done.assignment.tolist() == [[0] * 3 + [1] * 3 + [2] * 3 + [3] * 3] * 2
 
 
 def test_a_frame_that_goes_nowhere_is_assigned_nowhere():
-    layer = layer_of(SGSConfig(similarity="stride", kernel="mean", num_bins=2))
+    layer = layer_of(SGSConfig.from_preset("reference", similarity="stride", kernel="mean", num_bins=2))
     (_,), (done,) = sample([layer], [features(1, 6)], [None])
     assert done.assignment.tolist() == [[-1, 0, -1, -1, 1, -1]]
 
@@ -85,26 +85,26 @@ def test_the_fewest_features_that_the_trunk_can_run_on_are_always_kept(options):
 
 def test_a_clip_too_short_for_the_trunk_or_a_cap_too_low_is_refused_with_the_way_out():
     with pytest.raises(ValueError, match="SGS after 'res3': what follows needs at least 4 features, and a clip has 3"):
-        layer_of(SGSConfig(), min_bins=4)(features(1, 3))
+        layer_of(SGSConfig.from_preset("reference"), min_bins=4)(features(1, 3))
     with pytest.raises(ValueError, match="model.sgs.num_bins=2 is too few: what follows 'res3' needs at least 4"):
-        layer_of(SGSConfig(num_bins=2), min_bins=4)(features(1, 8))
+        layer_of(SGSConfig.from_preset("reference", num_bins=2), min_bins=4)(features(1, 8))
 
 
 def test_num_bins_can_be_changed_between_batches():
-    layer, x = layer_of(SGSConfig()).eval(), features()
+    layer, x = layer_of(SGSConfig.from_preset("reference")).eval(), features()
     layer.num_bins = 3
     (_,), (done,) = sample([layer], [x], [None])
     assert max(done.segments.lengths) <= 3
 
 
 def test_a_baseline_keeps_the_target_share_unless_a_number_is_given():
-    (_,), (done,) = sample([layer_of(SGSConfig(similarity="uniform", kernel="mean", target=0.25))], [features(2, 12)], [None])
+    (_,), (done,) = sample([layer_of(SGSConfig.from_preset("reference", similarity="uniform", kernel="mean", keep_ratio=0.25))], [features(2, 12)], [None])
     assert done.segments.lengths == (3, 3)
 
 
 @pytest.mark.parametrize("before", [None, "packed"])
 def test_a_nan_in_one_clip_is_refused_naming_the_layer_and_the_clip(before):
-    layer = layer_of(SGSConfig())
+    layer = layer_of(SGSConfig.from_preset("reference"))
     x, segments, _ = packed_features((6, 4, 5), 6)
     if before is None:
         x, segments = features(3, 6), None
@@ -126,7 +126,7 @@ def test_a_width_that_was_never_calibrated_is_refused_with_the_way_out():
 
 
 def test_a_calibrated_path_takes_the_median_step_off_and_keeps_its_target():
-    layer = layer_of(SGSConfig(similarity="path", scale="absolute", kernel="mean", embedding="frozen", noise_floor=True, target=0.4)).eval()
+    layer = layer_of(SGSConfig.from_preset("reference", similarity="path", scale="absolute", kernel="mean", embedding="frozen", noise_floor=True, keep_ratio=0.4)).eval()
     clips = features(60, 12)
     proposal = layer(clips)
     layer.calibrate(proposal.z, proposal.valid)
@@ -148,7 +148,7 @@ def test_steering_narrows_the_width_when_too_few_bins_are_kept():
 
 def test_training_at_drawn_shares_visits_the_whole_range_and_leaves_the_width_of_evaluation_alone():
     torch.manual_seed(0)
-    layer = layer_of(replace(ATFR, similarity="partition", drawn=(0.2, 1.0), target=0.3))
+    layer = layer_of(replace(ATFR, similarity="partition", gflops_range=(0.2, 1.0), keep_ratio=0.3))
     layer.width.fill_(0.5)
     clips = features(40, 12)
     kept = [layer(clips).lengths.float().mean().item() / 12 for _ in range(60)]
@@ -163,7 +163,7 @@ def test_training_at_drawn_shares_visits_the_whole_range_and_leaves_the_width_of
 
 @pytest.mark.parametrize("similarity", ["partition", "anchor"])
 def test_a_share_that_a_trainer_chose_is_kept_and_costs_no_draw(similarity):
-    layer = layer_of(replace(ATFR, similarity=similarity, drawn=(0.2, 1.0)))
+    layer = layer_of(replace(ATFR, similarity=similarity, gflops_range=(0.2, 1.0)))
     layer.width.fill_(0.5)
     x, segments, _ = packed_features((12, 7, 12, 4) * 5, 12)
     before = torch.random.get_rng_state()
@@ -177,7 +177,7 @@ def test_a_share_that_a_trainer_chose_is_kept_and_costs_no_draw(similarity):
 
 @pytest.mark.parametrize("similarity", ["partition", "anchor"])
 def test_a_nan_while_shares_are_drawn_is_refused_as_ever(similarity):
-    layer = layer_of(replace(ATFR, similarity=similarity, drawn=(0.2, 1.0)))
+    layer = layer_of(replace(ATFR, similarity=similarity, gflops_range=(0.2, 1.0)))
     layer.width.fill_(0.5)
     clips = features()
     clips[3, 0, 0] = torch.nan
@@ -187,7 +187,7 @@ def test_a_nan_while_shares_are_drawn_is_refused_as_ever(similarity):
 
 def test_a_frozen_embedding_is_not_learned_and_a_learned_one_gets_gradients():
     for embedding, learned in (("mlp", True), ("frozen", False)):
-        layer = layer_of(SGSConfig(embedding=embedding))
+        layer = layer_of(SGSConfig.from_preset("reference", embedding=embedding))
         (kept,), _ = sample([layer], [features().requires_grad_()], [None])
         kept.square().sum().backward()
         assert (layer.embedding.out.weight.grad is not None) == learned
@@ -205,7 +205,7 @@ def test_forced_bins_are_of_equal_size_and_refused_where_a_clip_has_not_so_many_
 
 @pytest.mark.parametrize("metric", ["l2", "l1", "cosine", "mahalanobis"])
 def test_under_autocast_the_sampling_is_the_float32_one(metric):
-    layer = SGS(8, SGSConfig(metric=metric), name="res2").eval()
+    layer = SGS(8, SGSConfig.from_preset("reference", metric=metric), name="res2").eval()
     x = torch.randn(4, 8, 16, 6, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         (sums,), (done,) = sample([layer], [x], [None])
@@ -229,10 +229,10 @@ def test_under_autocast_the_sampling_is_the_float32_one(metric):
         ({"scale": "absolute", "width": -1.0}, "width must be above 0, not -1.0"),
         ({"similarity": "uniform", "kernel": "mean", "scale": "absolute"}, "set scale=relative"),
         ({"noise_floor": True}, "noise_floor is taken off the steps of similarity=path"),
-        ({"drawn": [0.5]}, r"drawn=\[0.5\] must be the least and the greatest share"),
-        ({"drawn": [0.0, 1.0]}, "must be the least and the greatest share"),
-        ({"drawn": [0.2, 1.0]}, "drawn chooses the width of each training batch: set scale=absolute"),
-        ({"target": 0.0}, "target is a share of the frames"),
+        ({"gflops_range": [0.5]}, r"drawn=\[0.5\] must be the least and the greatest share"),
+        ({"gflops_range": [0.0, 1.0]}, "must be the least and the greatest share"),
+        ({"gflops_range": [0.2, 1.0]}, "drawn chooses the width of each training batch: set scale=absolute"),
+        ({"keep_ratio": 0.0}, "target is a share of the frames"),
         ({"after": []}, "after is empty"),
         ({"after": 3}, "after=3 must be the name of a stage, the path of a module, or a list of these"),
         ({"after": ["res2", 3]}, "after=.'res2', 3. must be the name of a stage"),
@@ -240,4 +240,4 @@ def test_under_autocast_the_sampling_is_the_float32_one(metric):
 )
 def test_options_that_make_no_sense_are_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
-        SGSConfig(**change)
+        SGSConfig.from_preset("reference", **change)

@@ -6,26 +6,26 @@ import pytest
 import torch
 from fvcore.nn import FlopCountAnalysis
 
-from atfr.models.flops import GflopsTable
 from atfr.engine.stage_costs import HEAD, OTHER, as_table, expected_bins, stage_costs
 from atfr.models.backbones.slowfast import slowfast
 from atfr.models.backbones.x3d import x3d
+from atfr.models.flops import GflopsTable
 from atfr.models.sgs.config import SGSConfig
 
-ATFR = dict(before_activation=False, similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", embed_from="clip", target=0.5)
+ATFR = dict(before_activation=False, similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", embed_from="clip", keep_ratio=0.5)
 CLIP = (3, 8, 32, 32)
 
 
 def test_a_stage_of_a_dense_network_costs_what_fvcore_counts_in_its_module():
     model = x3d(size="tiny", num_classes=5).eval()
     rows = stage_costs(model, GflopsTable(model, CLIP), CLIP, ())
-    analysis = FlopCountAnalysis(model.backbone, torch.zeros(1, *CLIP)).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    analysis = FlopCountAnalysis(model.dense_network, torch.zeros(1, *CLIP)).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.set_op_handle("aten::batch_norm", lambda inputs, outputs: 0)
     analysis.set_op_handle("aten::mean", lambda inputs, outputs: 0)
     counted = analysis.by_module()
     for row, (name, path) in zip(rows, model.stages.items()):
         assert row.name == name and row.sampled_gflops is None
-        module = model.backbone.get_submodule(path)
+        module = model.dense_network.get_submodule(path)
         assert row.params == sum(p.numel() for p in module.parameters())
         assert row.dense_gflops == pytest.approx(counted[path] / 1e9, rel=0.01)  # without the pools of squeeze-excitation
     assert rows[0].output == (1, 16, 8, 16, 16)
@@ -35,7 +35,7 @@ def test_a_stage_of_a_dense_network_costs_what_fvcore_counts_in_its_module():
 def test_the_columns_add_up_and_only_what_follows_the_layer_gets_cheaper(network):
     frames = 8 if network == "x3d" else 16
     make, size = (x3d, "tiny") if network == "x3d" else (slowfast, "8x8-R50")
-    model = make(size=size, num_classes=5, sgs=SGSConfig(**{**ATFR, "after": "res2", "width": 1.0}))
+    model = make(size=size, num_classes=5, sgs=SGSConfig.from_preset("reference", **{**ATFR, "after": "res2", "width": 1.0}))
     clip = (3, frames, 32, 32)
     table = GflopsTable(model, clip)
     bins = tuple(f // 2 for f in table.frames)
@@ -52,6 +52,6 @@ def test_the_columns_add_up_and_only_what_follows_the_layer_gets_cheaper(network
 
 
 def test_the_number_of_features_shown_is_the_target_or_the_fixed_number_of_a_baseline():
-    for options, expected in (({"target": 0.25}, 2), ({"similarity": "uniform", "scale": "relative", "num_bins": 5}, 5), ({"similarity": "distance_to_mean", "scale": "relative", "embed_from": "features"}, 4)):
-        model = x3d(size="tiny", num_classes=5, sgs=SGSConfig(**{**ATFR, "after": "stem", **options}))
+    for options, expected in (({"keep_ratio": 0.25}, 2), ({"similarity": "uniform", "scale": "relative", "num_bins": 5}, 5), ({"similarity": "distance_to_mean", "scale": "relative", "embed_from": "features"}, 4)):
+        model = x3d(size="tiny", num_classes=5, sgs=SGSConfig.from_preset("reference", **{**ATFR, "after": "stem", **options}))
         assert expected_bins(model, GflopsTable(model, CLIP)) == (expected,)

@@ -6,14 +6,15 @@ import math
 
 import pytest
 import torch
+from outcomes import run
 from torch import nn
 
-from atfr.engine.calibration import calibrate_width, precise_batch_norm, refresh_statistics, steer_width
+from atfr.engine.calibration import calibrate_layers, precise_batch_norm, refresh_statistics, steer_widths
 from atfr.engine.optim import cosine, sgd
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
 
-ATFR = SGSConfig(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
+ATFR = SGSConfig.from_preset("reference", similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
 
 
 def test_precise_batch_norm_is_the_mean_and_variance_over_all_values_of_all_batches():
@@ -27,8 +28,8 @@ def test_precise_batch_norm_is_the_mean_and_variance_over_all_values_of_all_batc
 
 
 def test_precise_batch_norm_sees_the_features_that_sgs_kept():
-    model = x3d(size="tiny", num_classes=3, sgs=SGSConfig(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", width=0.3))
-    norm = model.backbone.blocks[3].res_blocks[0].branch2.norm_a
+    model = x3d(size="tiny", num_classes=3, sgs=SGSConfig.from_preset("reference", similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", width=0.3))
+    norm = model.dense_network.blocks[3].res_blocks[0].branch2.norm_a
     seen = []
     clips = [torch.randn(n, 3, 16, 32, 32) for n in (3, 2)]
     clips[0][0] = clips[0][0, :, :1]  # static: fewer bins than the others
@@ -43,9 +44,9 @@ def test_precise_batch_norm_sees_the_features_that_sgs_kept():
 def test_a_calibrated_network_keeps_its_target_share_of_frames_on_the_calibration_clips():
     model = x3d(size="tiny", num_classes=3, sgs=ATFR).eval()
     batches = [torch.randn(8, 3, 16, 32, 32).cumsum(dim=2) / 4 for _ in range(4)]
-    calibrate_width(model, lambda: batches)
+    calibrate_layers(model, lambda: batches)
     with torch.no_grad():
-        kept = [b for clips in batches for (b,) in model(clips).bins]
+        kept = [b for clips in batches for (b,) in run(model, clips).bins]
     assert sum(kept) / len(kept) == pytest.approx(8.0, abs=0.3)
 
 
@@ -55,33 +56,33 @@ def test_an_untrained_network_is_calibrated_on_the_features_that_training_will_s
         if isinstance(norm, nn.BatchNorm3d):
             norm.running_mean.fill_(3.0)  # far from the batch's: evaluation would see other features
     batches = [torch.randn(8, 3, 16, 32, 32).cumsum(dim=2) / 4 for _ in range(4)]
-    calibrate_width(model, lambda: batches, untrained=True)
-    assert (model.backbone.blocks[0].norm.running_mean == 3.0).all()
+    calibrate_layers(model, lambda: batches, untrained=True)
+    assert (model.dense_network.blocks[0].norm.running_mean == 3.0).all()
     model.train()
-    kept = [b for clips in batches for (b,) in model(clips).bins]
+    kept = [b for clips in batches for (b,) in run(model, clips).bins]
     assert sum(kept) / len(kept) == pytest.approx(8.0, abs=0.3)
 
 
 def test_refreshed_statistics_are_those_of_the_features_kept_at_the_refreshed_width():
     model = x3d(size="tiny", num_classes=3, sgs=ATFR)
     batches = [torch.randn(8, 3, 16, 32, 32).cumsum(dim=2) / 4 for _ in range(2)]
-    calibrate_width(model, lambda: batches, untrained=True)
+    calibrate_layers(model, lambda: batches, untrained=True)
     model.sgs["res2"].width.mul_(3)  # as if it had drifted
     refresh_statistics(model, lambda: batches)
-    norm = model.backbone.blocks[2].res_blocks[0].branch2.norm_a
+    norm = model.dense_network.blocks[2].res_blocks[0].branch2.norm_a
     mean = norm.running_mean.clone()
     precise_batch_norm(model, batches, forward=model)
     torch.testing.assert_close(norm.running_mean, mean)
     with torch.no_grad():
-        kept = [b for clips in batches for (b,) in model.eval()(clips).bins]
+        kept = [b for clips in batches for (b,) in run(model.eval(), clips).bins]
     assert sum(kept) / len(kept) == pytest.approx(8.0, abs=0.3)
 
 
 def test_a_fixed_width_and_a_network_without_a_width_are_left_alone():
-    fixed = x3d(size="tiny", num_classes=3, sgs=SGSConfig(similarity="anchor", kernel="mean", scale="absolute", embedding="pooled", width=0.5))
-    for model in (fixed, x3d(size="tiny", num_classes=3, sgs=SGSConfig()), x3d(size="tiny", num_classes=3)):
-        calibrate_width(model, lambda: [torch.randn(2, 3, 16, 32, 32)])
-        steer_width(model, [model(torch.randn(2, 3, 16, 32, 32)).sampled])
+    fixed = x3d(size="tiny", num_classes=3, sgs=SGSConfig.from_preset("reference", similarity="anchor", kernel="mean", scale="absolute", embedding="pooled", width=0.5))
+    for model in (fixed, x3d(size="tiny", num_classes=3, sgs=SGSConfig.from_preset("reference")), x3d(size="tiny", num_classes=3)):
+        calibrate_layers(model, lambda: [torch.randn(2, 3, 16, 32, 32)])
+        steer_widths(model, [run(model, torch.randn(2, 3, 16, 32, 32)).layers])
     assert fixed.sgs["res2"].width == 0.5
 
 

@@ -174,7 +174,7 @@ def test_a_kill_while_the_state_before_a_damaged_one_takes_its_place_does_not_be
     [
         (["dataset=kinetics400", "model=x3d_sgs", "dataset.root=/nowhere/k400"], "dataset kinetics400: root /nowhere/k400 is not a folder; get the lists"),
         (["trainer.batch_size=many"], "trainer.batch_size='many' is not of type int"),
-        (["model.sgs.target=half"], "model.sgs.target='half' is not of type float"),
+        (["model.sgs.keep_ratio=half"], "model.sgs.keep_ratio='half' is not of type float"),
         (["model.sgs.after=res9"], "model.sgs.after='res9' is not a stage"),
         (["model.size=huge"], "model.size"),
         (["+model.wings=2"], "model.wings is not an option of atfr.models.backbones.x3d.x3d"),
@@ -227,7 +227,7 @@ def test_a_diverged_run_leaves_no_checkpoint_of_nan(small_videos, tmp_path):
     assert run_tool("train", *small_job(small_videos, tmp_path, "trainer.max_steps=2")).code == 0
     good = (tmp_path / "checkpoints/last.pt").read_bytes()
     state = checkpoint.load(tmp_path / "checkpoints/last.pt")
-    state["model"]["backbone.blocks.5.proj.bias"][:] = torch.nan
+    state["model"]["blocks.5.proj.bias"][:] = torch.nan
     checkpoint.save(state, tmp_path / "checkpoints/last.pt")
     spoilt = (tmp_path / "checkpoints/last.pt").read_bytes()
     outcome = run_tool("train", *small_job(small_videos, tmp_path))
@@ -307,7 +307,7 @@ def test_a_step_limit_below_what_was_trained_still_ends_with_a_test(small_videos
 
 def test_spoilt_weights_give_an_error_and_no_accuracy(trained, tmp_path):
     state = checkpoint.load(trained[0] / "checkpoints/best.pt")
-    state["model"]["backbone.blocks.5.proj.bias"][0] = torch.nan
+    state["model"]["blocks.5.proj.bias"][0] = torch.nan
     checkpoint.save(state, tmp_path / "checkpoints/best.pt")
     outcome = run_tool("test", f"checkpoint={tmp_path}/checkpoints/best.pt")
     assert outcome.code == 1 and ".mp4 are NaN or infinite" in outcome.err

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from atfr.engine.calibration import draw_shares
+from atfr.engine.calibration import draw_keep_ratios
 from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.run import checkpoint
 from atfr.engine.settings import TrainerSettings
@@ -73,7 +73,7 @@ def plain_loop(batches: list[Batch]) -> list[dict[str, Tensor]]:
     seen = []
     for each in batches:
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model.backbone(each.clips), each.labels).backward()
+        nn.functional.cross_entropy(model.dense_network(each.clips), each.labels).backward()
         optimizer.step()
         seen.append({name: value.detach().clone() for name, value in model.state_dict().items()})
     return seen
@@ -91,7 +91,7 @@ def test_the_width_of_a_batch_in_parts_is_steered_by_all_of_its_clips(tmp_path):
 
     def width(parts: int) -> float:
         torch.manual_seed(0)
-        sgs = SGSConfig(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled")
+        sgs = SGSConfig.from_preset("reference", similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled")
         model = x3d(size="tiny", num_classes=3, dropout=0.0, sgs=sgs)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm3d):
@@ -133,7 +133,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_changes_nothing(tmp_path, capl
 
 def test_a_step_with_features_that_are_not_finite_is_skipped_and_leaves_batch_norm_finite(tmp_path):
     torch.manual_seed(0)
-    model = x3d(size="tiny", num_classes=3, sgs=SGSConfig())
+    model = x3d(size="tiny", num_classes=3, sgs=SGSConfig.from_preset("reference"))
     trainer = train(tmp_path, [batch(0), batch(1, broken=True), batch(2)], replace(SETTINGS, skip_nonfinite=1), model)
     assert trainer.state.skipped == 1 and all(value.isfinite().all() for value in model.state_dict().values())
 
@@ -145,12 +145,12 @@ def test_too_many_skipped_steps_in_a_row_are_an_error_that_names_the_clips(tmp_p
 
 
 def test_drawn_shares_depend_on_the_step_alone_and_not_on_the_process_or_what_came_before():
-    sgs = SGSConfig(similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", drawn=(0.2, 0.9))
+    sgs = SGSConfig.from_preset("reference", similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", gflops_range=(0.2, 0.9))
     first, second = (x3d(size="tiny", num_classes=3, sgs=sgs) for _ in range(2))
     drawn = []
     for step in range(40):
-        draw_shares(first, seed=3, step=step)
+        draw_keep_ratios(first, seed=3, step=step)
         drawn.append(first.sgs["res2"].share)
-    draw_shares(second, seed=3, step=17)
+    draw_keep_ratios(second, seed=3, step=17)
     assert second.sgs["res2"].share == drawn[17]
     assert 0.2 <= min(drawn) < 0.3 and 0.8 < max(drawn) <= 0.9 and len(set(drawn)) == 40

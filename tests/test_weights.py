@@ -152,7 +152,7 @@ def test_a_zoo_file_of_pytorchvideo_gives_our_x3d_its_logits(tmp_path, zipped):
     torch.save({"model_state": source.state_dict()}, tmp_path / "zoo.pyth", _use_new_zipfile_serialization=zipped)
     model = x3d(size="tiny", num_classes=5)
     report = load_pretrained(model, tmp_path / "zoo.pyth")
-    assert torch.allclose(logits(model).logits, logits(source), atol=1e-5)
+    assert torch.allclose(logits(model), logits(source), atol=1e-5)
     assert not report.skipped and not report.new
     assert sum(entry.size for entry in report.loaded) == sum(v.numel() for n, v in source.state_dict().items() if "num_batches" not in n)
 
@@ -178,7 +178,7 @@ def test_the_head_of_torchvision_is_replaced_for_another_number_of_classes(tmp_p
     before = {name: value.clone() for name, value in network.state_dict().items()}
     report = load_pretrained(dense(network), tmp_path / "vision.pth")
     head = [name for name in source.state_dict() if name.startswith(("fc.", "classifier."))]
-    assert [entry.name for entry in report.new] == [f"backbone.{name}" for name in head]
+    assert [entry.name for entry in report.new] == [f"{name}" for name in head]
     assert {(entry.name, entry.reason) for entry in report.skipped} == {(name, "head of 9 classes replaced by one of 4") for name in head}
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name] if name in head else source.state_dict()[name]), name
@@ -208,7 +208,7 @@ def test_pyslowfasts_x3d_has_a_norm_that_pytorchvideos_has_not_and_gives_the_sam
     torch.save(as_pyslowfast(source, native_x3d()), tmp_path / "x3d.pyth")
     model = x3d(size="tiny", num_classes=5)
     report = load_pretrained(model, tmp_path / "x3d.pyth")
-    assert torch.allclose(logits(model).logits, logits(source), atol=1e-5)
+    assert torch.allclose(logits(model), logits(source), atol=1e-5)
     assert not report.skipped and not report.new
     assert report.notes == ("s2.pathway0_res0.branch1_bn is folded into blocks.1.res_blocks.0, which has no norm there: the same in evaluation",)
 
@@ -227,10 +227,10 @@ def test_pyslowfasts_x3d_has_a_norm_that_pytorchvideos_has_not_and_gives_the_sam
 def test_a_published_networks_file_fills_ours_with_and_without_sgs(tmp_path, build, source):
     network = source(pretrained=False)
     torch.save({"model_state": network.state_dict()}, tmp_path / "zoo.pyth")
-    for sgs in (None, SGSConfig()):
+    for sgs in (None, SGSConfig.from_preset("reference")):
         model = build(num_classes=400, sgs=sgs)
         report = load_pretrained(model, tmp_path / "zoo.pyth")
-        assert_same_state(model.backbone, network)
+        assert_same_state(model.dense_network, network)
         assert not report.skipped and all(entry.name.startswith("sgs.") for entry in report.new)
 
 
@@ -264,10 +264,10 @@ def test_a_tensor_of_another_shape_is_skipped_with_both_shapes(tmp_path):
     state["blocks.5.proj.weight"] = state["blocks.5.proj.weight"][:, :, None, None, None]  # as a convolution has it
     torch.save(state, tmp_path / "file")
     report = load_pretrained(x3d(size="tiny", num_classes=5), tmp_path / "file")
-    shape = list(x3d(size="tiny", num_classes=5).backbone.state_dict()["blocks.0.conv.conv_t.weight"].shape)
+    shape = list(x3d(size="tiny", num_classes=5).dense_network.state_dict()["blocks.0.conv.conv_t.weight"].shape)
     reasons = {entry.name: entry.reason for entry in report.skipped}
     assert reasons == {"blocks.0.conv.conv_t.weight": f"shape [12, 3, 1, 5, 5], {shape} in this network", "blocks.9.weight": "no such tensor in this network"}
-    assert [entry.name for entry in report.new] == ["backbone.blocks.0.conv.conv_t.weight"]
+    assert [entry.name for entry in report.new] == ["blocks.0.conv.conv_t.weight"]
 
 
 @pytest.mark.parametrize("build,names", [(lambda: video.mc3_18(), "stem.0.weight"), (lambda: source_slow(), "blocks.0.conv.weight")])
@@ -286,7 +286,7 @@ def test_a_file_of_a_deeper_network_is_noted(tmp_path):
     torch.save(deeper.state_dict(), tmp_path / "file")
     report = load_pretrained(x3d(size="tiny", num_classes=5), tmp_path / "file")
     assert not report.new and "tensors that this network has no place for: is it of another model.size?" in report.notes[0]
-    torch.save(x3d(size="tiny", num_classes=5).backbone.state_dict(), tmp_path / "file")
+    torch.save(x3d(size="tiny", num_classes=5).dense_network.state_dict(), tmp_path / "file")
     with pytest.raises(ValueError, match=r"first difference: blocks.1.res_blocks.1.branch2.conv_a.weight is missing there"):
         load_pretrained(dense(deeper), tmp_path / "file")
 
@@ -365,7 +365,7 @@ def save_own(model, path):
 
 
 def sampled(**options):
-    return x3d(size="tiny", num_classes=5, sgs=SGSConfig(**options))
+    return x3d(size="tiny", num_classes=5, sgs=SGSConfig.from_preset("reference", **options))
 
 
 def with_width(**options):
@@ -377,13 +377,13 @@ def test_our_checkpoints_go_from_the_dense_network_to_one_that_samples_and_back(
     save_own(source, tmp_path / "dense.pt")
     model = sampled()
     report = load_pretrained(model, tmp_path / "dense.pt")
-    assert_same_state(model.backbone, source.backbone)
+    assert_same_state(model.dense_network, source.dense_network)
     assert not report.skipped and report.new and all(entry.name.startswith("sgs.") for entry in report.new)
 
     save_own(model, tmp_path / "sampled.pt")
     back = x3d(size="tiny", num_classes=5)
     report = load_pretrained(back, tmp_path / "sampled.pt")
-    assert_same_state(back.backbone, source.backbone)
+    assert_same_state(back.dense_network, source.dense_network)
     assert not report.new and {entry.reason for entry in report.skipped} == {"this network does not sample"}
 
     other = sampled()
@@ -427,7 +427,7 @@ def test_a_training_starts_from_the_weights_once_and_a_test_never_reads_them(sma
     assert outcome.out.count("weights from ") == 1 and "head of 400 classes replaced by one of 2" in outcome.out
     trained = checkpoint.load(tmp_path / "run/checkpoints/last.pt")["model"]
     name = "blocks.3.res_blocks.1.branch2.conv_b.weight"
-    assert torch.equal(trained[f"backbone.{name}"], torch.load(weights)["model_state"][name])
+    assert torch.equal(trained[f"{name}"], torch.load(weights)["model_state"][name])
     weights.unlink()
     outcome = run_tool("train", *job)
     assert outcome.code == 0 and "weights from " not in outcome.out, outcome.err

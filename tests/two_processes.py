@@ -24,7 +24,7 @@ from atfr.engine.trainer import Trainer
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
 
-ATFR = SGSConfig(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
+ATFR = SGSConfig.from_preset("reference", similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
 
 
 @dataclass

@@ -33,8 +33,8 @@ from atfr.cli.run_name import run_folder
 from atfr.data.transforms import Normalizer
 from atfr.data.types import VideoSource
 from atfr.engine import metrics
-from atfr.engine.budgets import set_share, share_for
-from atfr.engine.calibration import calibrate_width, clips_for_statistics, refresh_statistics
+from atfr.engine.budgets import keep_ratio_for
+from atfr.engine.calibration import calibrate_layers, clips_for_statistics, refresh_statistics
 from atfr.engine.distributed import comm
 from atfr.engine.run import checkpoint
 from atfr.engine.run.contents import contents, require_same_contents
@@ -57,11 +57,11 @@ def main(config: DictConfig) -> None:
     if builders.weights_given(config) is None:
         raise ValueError("model.weights is not set, nor init_from: it names the trained network that SGS is put into")
     folder, stop = run_folder(settings.output_dir, under="calibrated"), listen()
-    work = partial(calibrate, config, settings, budgets=budgets, folder=folder, recipe=recipe)
+    work = partial(calibrate_and_test, config, settings, budgets=budgets, folder=folder, recipe=recipe)
     on_every_process(work, config, settings, program=__file__, folder=folder, alone=True, stop=stop, where="in the calibration")
 
 
-def calibrate(config: DictConfig, settings: TrainerSettings, dist_info: comm.DistInfo, budgets: list[float], folder: Path, recipe: Announcement) -> None:
+def calibrate_and_test(config: DictConfig, settings: TrainerSettings, dist_info: comm.DistInfo, budgets: list[float], folder: Path, recipe: Announcement) -> None:
     if dist_info.is_main:
         say(recipe.before[:1])  # its clip and views are used here
     clip, source = builders.clip_settings(config), builders.load_source(config, dist_info, make=False)
@@ -76,8 +76,8 @@ def calibrate(config: DictConfig, settings: TrainerSettings, dist_info: comm.Dis
         require_same_contents(entry.get("contents", files), files, of=path, way_out="choose another trainer.output_dir", warn=dist_info.is_main)
     missing = [budget for budget in budgets if budget not in done]
     table = builders.gflops_table(model, clip) if missing else None
-    whole = any(layer.is_baseline for layer in model.sgs.values())
-    shares = {budget: share_for(table, budget, whole=whole) for budget in missing}  # all of them first: one may not be possible
+    for budget in missing:
+        keep_ratio_for(table, budget)  # raises for one that cannot be met, before the work begins
     plain = OmegaConf.to_container(config, resolve=True)
     del plain["budgets"]  # other budgets of the same network are no other experiment
     if dist_info.is_main:
@@ -86,11 +86,10 @@ def calibrate(config: DictConfig, settings: TrainerSettings, dist_info: comm.Dis
     comm.barrier()
     clips = clips_for_statistics(builders.train_batches(source, clip, settings, dist_info)[1](0, 0), settings) if missing else []
     normalise = Normalizer(clip.mean, clip.std).to(dist_info.device)
-    choose = refresh_statistics if config.refresh_batch_norm else calibrate_width
+    calibrate = refresh_statistics if config.refresh_batch_norm else calibrate_layers
     for budget in budgets:
         if budget in missing:
-            set_share(model, shares[budget])
-            choose(model, lambda: (normalise(batch.to(dist_info.device)) for batch in clips))
+            calibrate(model, lambda: (normalise(batch.to(dist_info.device)) for batch in clips), gflops=budget)
             evaluation = builders.run_views(
                 model, source.test, clip, views=clip.views, crops=clip.crops, settings=settings, dist_info=dist_info, title=f"budget {budget:g}"
             )
@@ -98,17 +97,17 @@ def calibrate(config: DictConfig, settings: TrainerSettings, dist_info: comm.Dis
             protocol = builders.protocol(config, model, clip, source, settings, dist_info, checkpoint=saved)
             with comm.main_first(dist_info):  # the others wait: counting a network's GFLOPs may take long
                 if dist_info.is_main:
-                    done[budget] = {"budget": budget, "share": shares[budget], "contents": files, **metrics.summarise(evaluation, table, protocol=protocol)}
-                    checkpoint.save(state_of(model, plain, shares[budget], source, whole=whole), saved)
+                    done[budget] = {"budget": budget, "contents": files, **metrics.summarise(evaluation, table, protocol=protocol)}
+                    checkpoint.save(state_of(model, plain, budget, source), saved)
                     write_text(path, json.dumps([done[key] for key in sorted(done)], indent=2) + "\n")
         if dist_info.is_main:
             print(as_line(done[budget]), flush=True)
 
 
-def state_of(model: VideoNet, plain: dict[str, Any], share: float, source: VideoSource, *, whole: bool) -> dict[str, Any]:
+def state_of(model: VideoNet, plain: dict[str, Any], budget: float, source: VideoSource) -> dict[str, Any]:
     """What tools/test.py needs to run the network as it is now."""
-    changed = {"target": share, **({"num_bins": None} if whole else {})}
-    config = {**plain, "init_from": None, "model": {**plain["model"], "weights": None, "sgs": {**plain["model"]["sgs"], **changed}}}
+    sgs = {**plain["model"]["sgs"], "gflops": budget, "keep_ratio": None}
+    config = {**plain, "init_from": None, "model": {**plain["model"], "weights": None, "sgs": sgs}}
     return {"model": model.state_dict(), "config": config, "choices": choices(), "class_names": list(source.class_names)}
 
 

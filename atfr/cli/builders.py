@@ -23,8 +23,8 @@ from atfr.engine.distributed import comm
 from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.distributed.preemption import StopFlag
 from atfr.engine.evaluator import Evaluation, evaluate
-from atfr.models.flops import GflopsTable
 from atfr.engine.settings import TrainerSettings, precision_dtype
+from atfr.models.flops import GflopsTable
 from atfr.models.pretrained.load import load_pretrained
 from atfr.models.video_net import VideoNet
 from atfr.utils.atomic_io import write_text

@@ -25,6 +25,7 @@ from atfr.engine.run import checkpoint
 from atfr.models.video_net import VideoNet
 from atfr.utils.paths import expanded
 
+BUDGETS = ("model.sgs.gflops", "model.sgs.keep_ratio", "model.sgs.gflops_range")
 OF_THE_COMMAND = ("checkpoint", "format")  # keys that say what to do with the network, and are not its config's
 
 read = functools.cache(checkpoint.load)  # needed twice: to compose the config, and for the weights
@@ -61,11 +62,11 @@ def with_overrides(state: dict[str, Any], composed: DictConfig) -> DictConfig:
 
 
 def given_overrides(arguments: list[str]) -> list[str]:
-    """The keys that a command line overrides, groups among them.
+    """Return the keys that a command line overrides, including groups.
 
     Raises:
-        ValueError: it deletes a key, takes an experiment or names pretrained weights, none of which
-            a program that starts from a checkpoint has a use for.
+        ValueError: it deletes a key, takes an experiment, names pretrained weights or sets a budget, which a program
+            that starts from a checkpoint cannot use.
     """
     program, keys = f"tools/{Path(sys.argv[0]).name}", []
     for override in OverridesParser.create().parse_overrides([a for a in arguments if is_override(a)]):
@@ -73,6 +74,8 @@ def given_overrides(arguments: list[str]) -> list[str]:
             raise ValueError(f"{program} does not take {override.input_line}: change the checkpoint's config key by key")
         if override.key_or_group in ("model.weights", "init_from"):
             raise ValueError(f"{program} does not take {override.input_line}: the weights tested are those of checkpoint=...")
+        if override.key_or_group in BUDGETS:
+            raise ValueError(f"{program} does not take {override.input_line}: a budget is calibrated on training clips; use python tools/calibrate.py init_from=RUN budgets=[...]")
         keys.append(override.key_or_group)
     return keys
 

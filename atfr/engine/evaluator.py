@@ -8,7 +8,7 @@ from typing import Iterable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from atfr.data.types import EvalBatch, Unreadable
 from atfr.engine.distributed import comm
@@ -43,7 +43,6 @@ class Evaluation:
     failed: dict[int, Unreadable] = field(default_factory=dict)  # by video
     decoders: dict[int, str] = field(default_factory=dict)  # by video: which decoder read it
     frames: tuple[int, ...] = ()  # T at each SGS layer
-    batches: list[list[tuple[int, ...]]] = field(default_factory=list)  # B' of each clip of each executed batch
     network_seconds: float = 0.0  # time in the network only, summed over ranks
 
     @property
@@ -88,7 +87,7 @@ def evaluate(
         _wait(dist_info.device)
         began = time.perf_counter()
         with torch.autocast(dist_info.device.type, dtype=precision, enabled=precision != torch.float32):
-            logits, bins, own.frames = _predict(model, clips)
+            logits, sampling = model(clips, return_sampling=True)
         scores = logits.float().softmax(dim=1).cpu().numpy()
         _wait(dist_info.device)
         own.network_seconds += time.perf_counter() - began
@@ -96,16 +95,10 @@ def evaluate(
             if not np.isfinite(row).all():
                 raise FloatingPointError(f"the network's scores for {path} are NaN or infinite, so its weights are damaged; use an earlier checkpoint")
         own.decoders.update(zip(map(int, batch.videos), batch.decoders))
-        own.batches.append(bins)
-        rows = zip(batch.videos, batch.views, batch.paths, batch.labels, scores, bins)
+        own.frames = sampling.frames
+        rows = zip(batch.videos, batch.views, batch.paths, batch.labels, scores, sampling.bins)
         own.views += [View(int(video), int(view), path, int(label), s, b) for video, view, path, label, s, b in rows]
     return _merged(comm.gathered([own]))
-
-
-def _predict(model: VideoNet, clips: Tensor) -> tuple[Tensor, list[tuple[int, ...]], tuple[int, ...]]:
-    """Return logits [N, classes], B' of each clip at each layer, and T at each layer."""
-    prediction = model(clips)
-    return prediction.logits, prediction.bins, prediction.frames
 
 
 def _wait(device: torch.device) -> None:
@@ -119,7 +112,6 @@ def _merged(parts: list[Evaluation]) -> Evaluation:
         whole.views += part.views
         whole.failed.update(part.failed)
         whole.decoders.update(part.decoders)
-        whole.batches += part.batches
         whole.network_seconds += part.network_seconds
     whole.views.sort(key=lambda view: (view.video, view.view))
     # A video fails if one of its views fails.

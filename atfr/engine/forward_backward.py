@@ -15,6 +15,7 @@ from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.optim import clip_gradients
 from atfr.engine.settings import TrainerSettings, precision_dtype
 from atfr.models.sgs.layer import NonFiniteFeatures, Sampled
+from atfr.models.video_net import Sampling
 
 
 @dataclass
@@ -78,25 +79,26 @@ class ForwardBackward:
         for number, (part, part_targets) in enumerate(parts, start=1):
             # Gradients are averaged over the ranks once, with the last part.
             with self.network.no_sync() if world > 1 and number < len(parts) else nullcontext():
-                logits, part_sampled, part_bins, factor = self._predict(part)
+                logits, sampling, factor = self._predict(part)
                 # The mean over the ranks is the mean over the global batch, even if parts or ranks have unequal numbers of clips.
                 loss = self.loss(logits.float(), part_targets) * (factor * len(part) * world / self.settings.batch_size)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
-            sampled.append(part_sampled)
-            bins += part_bins
+            sampled.append(sampling.layers)
+            bins += sampling.bins
         self.scaler.unscale_(self.optimizer)
         return BatchResult(total, clip_gradients(self.parameters, self.settings.clip_norm), sampled, bins)
 
-    def _predict(self, clips: Tensor) -> tuple[Tensor, tuple[Sampled, ...], list[tuple[int, ...]], float]:
-        """Return logits, what each SGS layer did, the bins, and a factor for the loss: 1, or NaN if the step has to be skipped."""
+    def _predict(self, clips: Tensor) -> tuple[Tensor, Sampling, float]:
+        """Return logits, what the SGS layers did, and a factor for the loss: 1, or NaN if the step has to be skipped."""
         factor = 1.0
         with torch.autocast(self.dist_info.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             try:
-                prediction = self.network(clips)
+                logits, sampling = self.network(clips, return_sampling=True)
             except NonFiniteFeatures:
                 if not self.settings.skip_nonfinite or self.dist_info.world == 1:
                     raise
                 # The other ranks wait for this rank's gradients. Zeros give some, before all ranks skip the step.
-                prediction, factor = self.network(torch.zeros_like(clips)), math.nan
-        return prediction.logits, prediction.sampled, prediction.bins, factor
+                logits, sampling = self.network(torch.zeros_like(clips), return_sampling=True)
+                factor = math.nan
+        return logits, sampling, factor

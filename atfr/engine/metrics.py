@@ -47,8 +47,7 @@ def accuracy(views: Sequence[View]) -> dict[str, float]:
 def summarise(evaluation: Evaluation, table: GflopsTable, *, protocol: dict[str, Any]) -> dict[str, Any]:
     """Compute the contents of `results.json`.
 
-    `gflops.mean`, `min` and `max` are the costs of each clip if it ran alone. `gflops.executed` is the cost per clip of the
-    packed batches that ran. `clips_per_second` is measured, with the time of the network only. `bins` describes the first SGS
+    `gflops.mean`, `min` and `max` are the costs of each clip. `clips_per_second` is measured, with the time of the network only. `bins` describes the first SGS
     layer; with several layers, `bins.layers` has all of them. `protocol.decoders` counts the videos that each decoder read.
 
     Raises:
@@ -60,7 +59,6 @@ def summarise(evaluation: Evaluation, table: GflopsTable, *, protocol: dict[str,
         said = f"{first.path}: {first.reason}" if first else "none listed: the split is empty"
         raise ValueError(f"none of the {len(evaluation.failed)} videos could be read, so there is no accuracy (first: {said})")
     costs = [table.at(view.bins) for view in views]
-    executed = sum(table.executed(batch) for batch in evaluation.batches)
     per_layer = [_bins(kept, frames) for kept, frames in zip(zip(*(view.bins for view in views)), evaluation.frames)]
     decoders = Counter(decoder for video, decoder in evaluation.decoders.items() if video not in evaluation.failed)
     bins = per_layer[0] if len(per_layer) == 1 else {**per_layer[0], "layers": per_layer}
@@ -74,7 +72,6 @@ def summarise(evaluation: Evaluation, table: GflopsTable, *, protocol: dict[str,
             "mean": sum(costs) / len(costs),
             "min": min(costs),
             "max": max(costs),
-            "executed": executed / sum(len(batch) for batch in evaluation.batches),
             "convention": CONVENTION,
         },
         "bins": bins,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from atfr.data.mixup import Mix
 from atfr.data.types import ClipBatch
-from atfr.engine.calibration import calibrate_width, clips_for_statistics, draw_shares, refresh_statistics, statistics_batches, steer_width
+from atfr.engine.calibration import calibrate_layers, clips_for_statistics, draw_keep_ratios, refresh_statistics, statistics_batches, steer_widths
 from atfr.engine.data_wait import DataWait
 from atfr.engine.distributed import comm
 from atfr.engine.distributed.comm import DistInfo
@@ -141,9 +141,9 @@ class Trainer:
             self.logger.close()
 
     def calibrate(self) -> None:
-        """Choose the first SGS widths on training clips."""
+        """Calibrate the SGS layers on training clips."""
         clips = self.statistics_clips(0)
-        calibrate_width(self.model, lambda: self.normalised(clips), untrained=True)
+        calibrate_layers(self.model, lambda: self.normalised(clips), untrained=True)
 
     def train_epoch(self, epoch: int) -> None:
         """Train for the remaining steps of an epoch."""
@@ -216,14 +216,14 @@ class Trainer:
         # (torch.manual_seed on a machine without a GPU records a stack trace for each call.)
         generator = torch.default_generator if self.dist_info.device.type == "cpu" else torch
         generator.manual_seed(hash((settings.seed, self.state.step, self.dist_info.rank)) % 2**63)
-        draw_shares(self.model, seed=settings.seed, step=self.state.step)
+        draw_keep_ratios(self.model, seed=settings.seed, step=self.state.step)
         self.set_learning_rate()
         buffers = [b.clone() for b in self.model.buffers()] if settings.skip_nonfinite else []
         result = self.forward_backward(batch, self.state.step)
         skipped = settings.skip_nonfinite > 0 and self.skip_nonfinite_step(result, batch, buffers)
         if not skipped:
             self.scaler.step(self.optimizer)
-            steer_width(self.model, result.sampled)
+            steer_widths(self.model, result.sampled)
             if self.ema:
                 self.ema.update()
         if result.bins:

@@ -59,8 +59,8 @@ class ExportableNet(nn.Module):
 def _one_clip(model: VideoNet) -> fx.GraphModule:
     """The program of a network with SGS, for one clip: see ExportableNet."""
     for layer in model.sgs.values():
-        if layer.options.scale == "absolute" and layer.width.isnan():
-            raise ValueError(f"SGS after {layer.name!r} has no bin width yet: train the network, or set model.sgs.width")
+        if layer.lacks_budget or (layer.options.scale == "absolute" and layer.width.isnan()):
+            raise ValueError(f"SGS after {layer.name!r} is not calibrated: train the network or call atfr.calibrate first")
         if layer.options.similarity == "random":
             raise ValueError("model.sgs.similarity=random cannot be exported: torch would export the drawing, not what was drawn")
     traced = Traced(model.dense_network, model.locations, before_activation=next(iter(model.sgs.values())).options.before_activation)
@@ -268,11 +268,11 @@ class Compared(NamedTuple):
 @torch.no_grad()
 def compare(model: VideoNet, run: Run, clips: Mapping[str, Tensor]) -> list[Compared]:
     """Run named clips [1, 3, T, H, W], one by one, by `model` and by `run`."""
-    own, other = [model.eval()(clip) for clip in clips.values()], [run(clip) for clip in clips.values()]
-    spread = torch.cat([prediction.logits for prediction in own]).std().clamp(min=1e-6)
+    own, other = [model.eval()(clip, return_sampling=True) for clip in clips.values()], [run(clip) for clip in clips.values()]
+    spread = torch.cat([logits for logits, _ in own]).std().clamp(min=1e-6)
     return [
-        Compared(name, prediction.bins[0], bins, ((logits - prediction.logits).abs().max() / spread).item())
-        for name, prediction, (logits, bins) in zip(clips, own, other)
+        Compared(name, sampling.bins[0], bins, ((exported - logits).abs().max() / spread).item())
+        for name, (logits, sampling), (exported, bins) in zip(clips, own, other)
     ]
 
 

@@ -43,7 +43,8 @@ def main() -> None:
         found = []
         for begin in range(0, len(clips), BATCH):
             with torch.inference_mode():
-                found += model(normalise(torch.stack(clips[begin : begin + BATCH]))).sampled[-1].segments.lengths
+                _, sampling = model(normalise(torch.stack(clips[begin : begin + BATCH])), return_sampling=True)
+                found += sampling.layers[-1].segments.lengths
         return found
 
     played = list(plays(config.dataset, frames=clip.frames, side=clip.crop_size))

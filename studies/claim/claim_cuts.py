@@ -29,8 +29,8 @@ from atfr.models.sgs.layer import SGS, sample
 VIDEOS = 400  # of each split
 DATA = ("uneven", "even")  # files of configs/experiment/claim
 LAYERS = {  # what the table calls them, and their options
-    **{f"atfr-{share}": ("atfr", f"model.sgs.target={share}") for share in (0.3, 0.34, 0.36, 0.4, 0.44, 0.5)},
-    **{f"{name}-0.4": ("atfr", f"model.sgs.similarity={name}", "model.sgs.target=0.4") for name in ("anchor", "path")},
+    **{f"atfr-{share}": ("atfr", f"model.sgs.keep_ratio={share}") for share in (0.3, 0.34, 0.36, 0.4, 0.44, 0.5)},
+    **{f"{name}-0.4": ("atfr", f"model.sgs.similarity={name}", "model.sgs.keep_ratio=0.4") for name in ("anchor", "path")},
     **{f"{name}-{k}": (name, f"model.sgs.num_bins={k}") for name in ("uniform", "stride") for k in (6, 7, 8)},
 }
 

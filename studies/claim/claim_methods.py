@@ -54,14 +54,14 @@ def untrained(start: str, preset: str, *more: str, after: str = "stem") -> Metho
 
 
 def target(share: float) -> str:
-    return f"model.sgs.target={share}"
+    return f"model.sgs.keep_ratio={share}"
 
 
 AT_HALF = target(0.4)  # of the features: with stem and sampling about half of the GFLOPs of r2plus1d
 ANCHOR = ("model.sgs.similarity=anchor",)
 PATH = ("model.sgs.similarity=path", "model.sgs.noise_floor=true")
 FEATURES = "model.sgs.embed_from=features"
-DRAWN = "model.sgs.drawn=[0.15,1]"
+DRAWN = "model.sgs.gflops_range=[0.15,1]"
 TWELVE = "model.sgs.num_bins=12"  # of which the published layer fills about half
 REPAIRED = ("model.sgs.edges=inclusive", "model.sgs.kernel=linear_normalized", "model.sgs.order=time")
 ABSOLUTE = (*REPAIRED, "model.sgs.scale=absolute", AT_HALF)

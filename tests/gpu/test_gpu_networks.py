@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from devices import on_gpu
+from outcomes import run
 from test_backbones import CASES, lively, stages_of
 from test_dataset import settings
 from test_determinism import ATFR, NETWORKS
@@ -61,7 +62,7 @@ def check_bfloat16(name: str) -> None:
     calibrated(net, clips)
     net, clips = net.to(GPU), clips.to(GPU)
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        batch, alone = net(clips), [net(clip[None]) for clip in clips]
+        batch, alone = run(net, clips), [run(net, clip[None]) for clip in clips]
     assert batch.bins == [one.bins[0] for one in alone]
     torch.testing.assert_close(batch.logits.float(), torch.cat([one.logits for one in alone]).float(), rtol=0, atol=0.1)
 
@@ -76,7 +77,7 @@ def check_gradients(name: str) -> None:
     seeded()
     choose_algorithms(deterministic=True, tf32=False)
     case = CASES[name]
-    for sgs in (None, SGSConfig(), replace(ATFR, width=0.3)):
+    for sgs in (None, SGSConfig.from_preset("reference"), replace(ATFR, width=0.3)):
         model = case.build(size=case.size, num_classes=5, dropout=0.0, sgs=sgs).to(GPU)
         clips = torch.randn(3, 3, max(case.frames, 16), 64, 64, device=GPU)
         for dtype in (torch.float32, torch.bfloat16):
@@ -84,7 +85,7 @@ def check_gradients(name: str) -> None:
             for _ in range(2):
                 model.zero_grad()
                 with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
-                    logits = model(clips).logits
+                    logits = model(clips)
                 nn.functional.cross_entropy(logits.float(), torch.arange(3, device=GPU), label_smoothing=0.1).backward()
                 gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
             torch.testing.assert_close(*gradients, rtol=0, atol=0)
@@ -102,9 +103,9 @@ def check_against_cpu() -> None:
     for device in ("cpu", GPU):
         torch.manual_seed(0)
         model = x3d(size="tiny", num_classes=3, dropout=0.0, sgs=replace(ATFR, width=0.3))
-        lively(model.backbone, clips)
+        lively(model.dense_network, clips)
         model.to(device).train()
-        loss = nn.functional.cross_entropy(model(clips.to(device)).logits, labels.to(device))
+        loss = nn.functional.cross_entropy(model(clips.to(device)), labels.to(device))
         loss.backward()
         gradients[device] = torch.cat([p.grad.flatten().cpu() for p in model.parameters()])
     difference = (gradients["cpu"] - gradients[GPU]).norm() / gradients["cpu"].norm()
