@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from atfr.data.clips import Batch, TestClips, TrainClips, collate
 from atfr.data.shortage import shortage
+from atfr.data.types import ClipBatch, EvalBatch
 from atfr.data.video.timeout import TimeLimit
 from atfr.data.worker_signals import leave_signals_to_main, starting_processes
 from atfr.utils.malloc import hand_back_freed_memory
@@ -134,7 +135,7 @@ class ClipLoader(DataLoader):
 
 def train_loader(
     dataset: TrainClips, *, sampler: TrainSampler, workers: int = 0, timeout_s: float = 0.0, pin_memory: bool = False
-) -> DataLoader:
+) -> DataLoader[ClipBatch]:
     """Batches of TrainClips in the order of `sampler`, which also fixes their size in this process.
 
     A batch of a worker, or without workers a single read, that takes longer than `timeout_s` seconds (0: no limit)
@@ -152,7 +153,7 @@ def test_loader(
     workers: int = 0,
     timeout_s: float = 0.0,
     pin_memory: bool = False,
-) -> DataLoader:
+) -> DataLoader[EvalBatch]:
     """Every world-th item of TestClips from the rank-th on: over all processes each view comes exactly once.
 
     `batch_size` is per process. Processes may have one item more or less than others, or none, so nothing that waits

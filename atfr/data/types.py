@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:  # the processes that only decode do without torch
+    from torch import Tensor
 
 _PREFIX = "cannot read "
 
@@ -42,6 +45,27 @@ class Unreadable(NamedTuple):
     video: int
     path: str
     reason: str
+
+
+class ClipBatch(Protocol):
+    """What training needs of a batch of N clips."""
+
+    clips: Tensor  # uint8 [N, C, T, H, W]
+    labels: Tensor  # int64 [N]
+    paths: tuple[str, ...]  # N, the files of the clips
+    bad: tuple[str, ...]  # one message for each unreadable video that another one replaces
+
+
+class EvalBatch(Protocol):
+    """What evaluation needs of a batch. N counts the clips that could be read."""
+
+    clips: Tensor | None  # uint8 [N, C, T, H, W]; None if N is 0
+    labels: Tensor  # int64 [N]
+    paths: tuple[str, ...]  # N, the files of the clips
+    videos: Tensor  # int64 [N], indices into the split
+    views: Tensor  # int64 [N], see Clip.view
+    decoders: tuple[str, ...]  # N, what read the clips
+    failed: tuple[Unreadable, ...]  # the video of each clip that could not be read
 
 
 class VideoError(Exception):
