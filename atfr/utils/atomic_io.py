@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Write files atomically: a reader sees the old file or the whole new one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from pathlib import Path
 
 
 @contextmanager
-def written_whole(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """Yield a temporary name that becomes `path` when the block ends; in case of an error the file is removed.
+def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Yield a temporary path that is renamed to `path` when the block ends, or deleted if it raises.
 
-    Others that write the same file at the same time, perhaps on another machine, have names of their own. With
-    `durable` the file survives a power cut.
+    The temporary name is unique, so several processes may write the same file. `durable` flushes it to disk.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
@@ -30,21 +29,21 @@ def written_whole(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
-    """Write a UTF-8 file so that a kill, a full disk or a power cut leaves what was there; `errors` as in `open`.
+    """Write a UTF-8 file. A kill, a full disk or a power cut leaves the old file. `errors` as in `open`.
 
     Raises:
-        OSError: it could not be written; names it.
+        OSError: the file cannot be written; the message names it.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path, durable=True) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors=errors) as file:
+        with atomic_write(path, durable=True) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors=errors) as file:
             file.write(text)
     except OSError as error:
         raise OSError(f"{path} could not be written ({error.strerror}); make room, or choose another trainer.output_dir") from error
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the renames in a folder durable."""
+    """Flush the renames in a folder to disk."""
     _sync(folder)
 
 

@@ -1,4 +1,4 @@
-"""Datasets given as lists of files, `path,label` a line; the other formats are in `atfr.data.lists.format`."""
+"""Read datasets from lists of paths and labels; the formats are described in `atfr.data.lists.format`."""
 
 from __future__ import annotations
 
@@ -26,24 +26,23 @@ def videolist(
     name: str = "videolist",
     prepare_hint: str = "",
 ) -> VideoSource:
-    """Read the lists of a dataset and check that every video they name exists (`allow_missing` leaves out the others).
+    """Read the lists of a dataset and check that all videos exist (`allow_missing` leaves out missing ones).
 
-    - A list has one video a line: `path,label`, with `;` or a tab instead of the comma, or `path label`, or
-      `path frames label`. A header such as `relative_path,label` may name further columns. Fields may be quoted as in
-      csv files. A path is a video file or a folder of images.
-    - Blank lines are skipped. A line that begins with `#` is a comment, unless it reads as a row and its file exists.
-    - A list is UTF-8, UTF-16, or UTF-32 with a byte order mark.
-    - A list is looked for as given, relative to the working directory, then relative to `root`. Paths in a list are
-      absolute (`~` is the home folder) or relative to `root`, which also stands for `strip_prefix`, the folder that
-      they begin with on the machine of whoever wrote the list.
-    - Labels are all numbers or all names. Numbers are class ids, counted from 0; there are `num_classes` classes, or
-      the largest id of all the lists plus one. With names the classes are `class_names` in that order, or the sorted
-      names of the training list.
-    - Without `val` the test list is the validation list, too. Without `train` the source is for testing only.
+    - A list has one video per line: `path,label`, with `;` or a tab instead of the comma, `path label`, or
+      `path frames label`. A header such as `relative_path,label` allows other columns. Fields may be quoted as in csv
+      files. A path is a video file or a folder of images.
+    - Blank lines are skipped. A line that begins with `#` is a comment, unless it has the format of a row and its file
+      exists.
+    - The encoding is UTF-8, UTF-16, or UTF-32 with a byte order mark.
+    - A list is searched relative to the working directory, then relative to `root`. Paths in a list are absolute, begin
+      with `~`, or are relative to `root`. `strip_prefix` is removed from them first.
+    - Labels are all numbers or all names. Numbers are class ids from 0; there are `num_classes` classes, or the largest id
+      in all lists plus one. For names, the classes are `class_names`, or the sorted names of the training list.
+    - Without `val`, the test list is also the validation list. Without `train`, the dataset is for testing only.
 
     Raises:
-        FileNotFoundError: a root, list or video is missing; `prepare_hint` ("run ... first") ends the message.
-        ValueError: a list cannot be understood.
+        FileNotFoundError: the root, a list or a video is missing; the message ends in `prepare_hint`.
+        ValueError: a list cannot be read.
     """
     root = open_root(root, name=name, hint=prepare_hint)
     files = find_lists({"train": train, "val": val, "test": test}, root=root, name=name, hint=prepare_hint)
@@ -62,13 +61,13 @@ def videolist(
     )
     if class_names is None or not lists.labels.numbered:
         return source
-    note = f"{' and '.join(files.values())}: labels are numbers, taken for positions in class_names (0 is {lists.labels.class_names[0]!r})"
+    note = f"{' and '.join(files.values())}: labels are numbers and are used as positions in class_names (0 is {lists.labels.class_names[0]!r})"
     return replace(source, warnings=(note, *source.warnings))
 
 
 @dataclass(frozen=True)
 class PathLists:
-    """The lists of a dataset, by split: their videos, the line of each, and the folders that were listed."""
+    """The lists of a dataset, by split: videos and their line numbers; and the folders that were listed."""
 
     videos: Mapping[str, tuple[Video, ...]]
     lines: Mapping[str, Sequence[int]]
@@ -79,14 +78,14 @@ class PathLists:
 def read_path_lists(
     files: Mapping[str, str], *, root: str, num_classes: int | None, class_names: Sequence[str] | None, strip_prefix: str | None, name: str
 ) -> PathLists:
-    """Read lists of paths, by split; the paths need not exist."""
+    """Read lists of paths, by split, without checking that the paths exist."""
     prefix = "" if strip_prefix is None else strip_prefix.rstrip("/") + "/"
     existing = ExistingFiles()
 
     def full(path: str) -> str:
         return os.path.join(root, os.path.expanduser(path.removeprefix(prefix)))
 
-    lists = {split: VideoList(file, read_rows(file, there=lambda path: full(path) in existing)) for split, file in files.items()}
+    lists = {split: VideoList(file, read_rows(file, exists=lambda path: full(path) in existing)) for split, file in files.items()}
     for listed in lists.values():
         for row in listed.rows:
             if not row.path.startswith(prefix):
