@@ -87,8 +87,8 @@ class ClipSettings:
             scale = self.train_scale
             ordered = len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
             self._require(ordered, "train_scale", "[lo, hi] with 0 < lo <= hi <= 1, or null")
-        self._require(len(self.mean) == 3 and all(map(math.isfinite, self.mean)), "mean", "three numbers, one a channel")
-        self._require(len(self.std) == 3 and all(0 < value < math.inf for value in self.std), "std", "three positive numbers, one a channel")
+        self._require(len(self.mean) == 3 and all(map(math.isfinite, self.mean)), "mean", "three numbers, one per channel")
+        self._require(len(self.std) == 3 and all(0 < value < math.inf for value in self.std), "std", "three positive numbers, one per channel")
 
     def _check_augmentation(self) -> None:
         rand, jitter, erasing = self.randaugment, self.color_jitter, self.erasing

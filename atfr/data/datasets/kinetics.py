@@ -8,9 +8,10 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from atfr.data.datasets.videolist import read_path_lists
+from atfr.data.datasets.videolist import path_source
 from atfr.data.lists.annotations import Annotation, check_classes, find_file, find_lists, open_root, read_lines, to_videos, video_source
 from atfr.data.lists.existing import ExistingFiles, stem
 from atfr.data.lists.text import read_text
@@ -73,37 +74,10 @@ def kinetics(
         class_names = read_classes(find_file(classes, root=root, what="list of classes", name=name, hint=prepare_hint))
     common = {"root": root, "class_names": class_names, "num_classes": num_classes, "allow_missing": allow_missing, "name": name}
     if not any(is_official(file) for file in files.values()):
-        return _from_paths(files, **common, strip_prefix=strip_prefix, hint=prepare_hint)
+        return path_source(files, **common, strip_prefix=strip_prefix, hint=prepare_hint, locate=partial(locate_paths, root))[0]
     if strip_prefix is not None:
         raise ValueError(f"dataset.strip_prefix={strip_prefix} is for lists of paths; {next(iter(files.values()))} has YouTube ids")
     return from_segments({split: read_segments(file) for split, file in files.items()}, files=files, **common, hint=prepare_hint)
-
-
-def _from_paths(
-    files: Mapping[str, str],
-    *,
-    root: str,
-    class_names: Sequence[str] | None,
-    num_classes: int | None,
-    allow_missing: bool,
-    name: str,
-    strip_prefix: str | None,
-    hint: str,
-) -> VideoSource:
-    """Build the dataset from lists of paths."""
-    lists = read_path_lists(files, root=root, num_classes=num_classes, class_names=class_names, strip_prefix=strip_prefix, name=name)
-    return video_source(
-        name=name,
-        root=root,
-        files=files,
-        videos={split: locate_paths(videos, root, split, existing=lists.existing) for split, videos in lists.videos.items()},
-        class_names=lists.labels.class_names,
-        allow_missing=allow_missing,
-        hint=hint,
-        lines=lists.lines,
-        numbered=lists.labels.numbered,
-        existing=lists.existing,
-    )
 
 
 def from_segments(
@@ -185,7 +159,7 @@ def locate(segments: Sequence[Segment], root: str) -> list[Annotation]:
     return [Annotation(path(segment), segment.class_name) for segment in segments]
 
 
-def locate_paths(videos: Sequence[Video], root: str, split: str, *, existing: ExistingFiles) -> tuple[Video, ...]:
+def locate_paths(root: str, videos: Sequence[Video], split: str, existing: ExistingFiles) -> tuple[Video, ...]:
     """Replace listed paths `CLASS/ID.mp4` that do not exist by the video with the same id.
 
     Searches the parent of the class folder in the path and, for paths under `root`, the folder of the split. A path

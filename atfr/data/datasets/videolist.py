@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from atfr.data.lists.annotations import find_lists, open_root, video_source
 from atfr.data.lists.existing import ExistingFiles
 from atfr.data.lists.format import read_rows
-from atfr.data.lists.labels import Labels, VideoList, resolve_labels
+from atfr.data.lists.labels import VideoList, resolve_labels
 from atfr.data.types import Video, VideoSource
+
+Locate = Callable[[tuple[Video, ...], str, ExistingFiles], tuple[Video, ...]]
 
 
 def videolist(
@@ -46,39 +48,38 @@ def videolist(
     """
     root = open_root(root, name=name, hint=prepare_hint)
     files = find_lists({"train": train, "val": val, "test": test}, root=root, name=name, hint=prepare_hint)
-    lists = read_path_lists(files, root=root, num_classes=num_classes, class_names=class_names, strip_prefix=strip_prefix, name=name)
-    source = video_source(
-        name=name,
+    source, numbered = path_source(
+        files,
         root=root,
-        files=files,
-        videos=lists.videos,
-        class_names=lists.labels.class_names,
+        num_classes=num_classes,
+        class_names=class_names,
+        strip_prefix=strip_prefix,
         allow_missing=allow_missing,
+        name=name,
         hint=prepare_hint,
-        lines=lists.lines,
-        numbered=lists.labels.numbered,
-        existing=lists.existing,
     )
-    if class_names is None or not lists.labels.numbered:
+    if class_names is None or not numbered:
         return source
-    note = f"{' and '.join(files.values())}: labels are numbers and are used as positions in class_names (0 is {lists.labels.class_names[0]!r})"
+    note = f"{' and '.join(files.values())}: labels are numbers and are used as positions in class_names (0 is {source.class_names[0]!r})"
     return replace(source, warnings=(note, *source.warnings))
 
 
-@dataclass(frozen=True)
-class PathLists:
-    """The lists of a dataset, by split: videos and their line numbers; and the folders that were listed."""
+def path_source(
+    files: Mapping[str, str],
+    *,
+    root: str,
+    num_classes: int | None,
+    class_names: Sequence[str] | None,
+    strip_prefix: str | None,
+    allow_missing: bool,
+    name: str,
+    hint: str,
+    locate: Locate = lambda videos, split, existing: videos,
+) -> tuple[VideoSource, bool]:
+    """Build a dataset from lists of paths, by split; also return whether the labels are numbers.
 
-    videos: Mapping[str, tuple[Video, ...]]
-    lines: Mapping[str, Sequence[int]]
-    labels: Labels
-    existing: ExistingFiles
-
-
-def read_path_lists(
-    files: Mapping[str, str], *, root: str, num_classes: int | None, class_names: Sequence[str] | None, strip_prefix: str | None, name: str
-) -> PathLists:
-    """Read lists of paths, by split, without checking that the paths exist."""
+    `locate(videos, split, existing)` may replace paths that do not exist.
+    """
     prefix = "" if strip_prefix is None else strip_prefix.rstrip("/") + "/"
     existing = ExistingFiles()
 
@@ -92,4 +93,16 @@ def read_path_lists(
                 raise ValueError(f"{listed.file}:{row.line}: {row.path} does not begin with dataset.strip_prefix={strip_prefix}")
     labels = resolve_labels(lists, num_classes=num_classes, class_names=class_names, name=name)
     videos = {split: tuple(Video(full(row.path), label) for row, label in zip(listed.rows, labels.ids[split])) for split, listed in lists.items()}
-    return PathLists(videos, {split: [row.line for row in listed.rows] for split, listed in lists.items()}, labels, existing)
+    source = video_source(
+        name=name,
+        root=root,
+        files=files,
+        videos={split: locate(own, split, existing) for split, own in videos.items()},
+        class_names=labels.class_names,
+        allow_missing=allow_missing,
+        hint=hint,
+        lines={split: [row.line for row in listed.rows] for split, listed in lists.items()},
+        numbered=labels.numbered,
+        existing=existing,
+    )
+    return source, labels.numbered
