@@ -21,7 +21,7 @@ import decord
 import numpy as np
 
 from atfr.data.types import VideoError
-from atfr.data.video.readers import AvVideo
+from atfr.data.video.av_reader import AvVideo
 
 SAVED = Path(__file__).parent / "results" / "decoders-cpu.txt"
 SUFFIXES = {".avi", ".mp4", ".webm", ".mkv", ".mov", ".mpg"}

@@ -1,11 +1,11 @@
-"""Count the classes and videos of the datasets' official lists, and compare them with what was published.
+"""Count the classes and videos in the official lists of the datasets, and compare them with the published counts.
 
     python scripts/annotation_counts.py --annotations DIR [--output docs/annotations.md]
 
 DIR has a folder for each dataset: kinetics400, kinetics600 (train.csv and val.csv, or kinetics-400_val.csv ...),
 mini_kinetics200 (train_ytid_list.txt, val_ytid_list.txt, and kinetics_200_val.csv for the classes),
-something_something_v2 (labels.json, train.json, validation.json, test-answers.csv), ucf101 and hmdb51 (their lists). Whatever is lacking
-has a dash; an excerpt, as train_excerpt.json, is called one. With --output the table goes between the file's marks.
+something_something_v2 (labels.json, train.json or train_excerpt.json, validation.json, test-answers.csv), ucf101 and
+hmdb51 (their lists). Missing lists get a dash. --output replaces the table between the marks in a file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from atfr.data.datasets import hmdb51, something_something, ucf101
 from atfr.data.datasets.kinetics import read_segments
-from atfr.data.lists.annotations import read_lines
+from atfr.data.lists.annotations import OFFICIAL_SPLITS, read_lines
 
 TESTED = "Something-Something V2, official test"
 START, END = "<!-- table -->", "<!-- end of table -->"
@@ -27,7 +27,7 @@ START, END = "<!-- table -->", "<!-- end of table -->"
 
 @dataclass(frozen=True)
 class Counts:
-    """What a dataset's lists hold, or should: None where that is not known."""
+    """Counted or published numbers of a dataset; None if unknown."""
 
     classes: int | None = None
     train: int | None = None
@@ -35,18 +35,18 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Found:
-    """The videos of each list by their names, where there is such a list."""
+class Lists:
+    """The video names in each list of a dataset; None if there is no such list."""
 
     classes: int | None = None
     train: list[str] | None = None
     test: list[str] | None = None
-    excerpt: bool = False  # the training list has only some of its videos
-    twice: int = 0  # YouTube ids that a list has more than once, with other times
+    excerpt: bool = False  # the training list is incomplete
+    twice: int = 0  # YouTube ids that a list has more than once, with different times
 
 
-# Kinetics-600: Carreira et al., 2018, 50 validation clips a class. mini-Kinetics: Xie et al., 2018. Something-Something V2
-# and the splits: the datasets' own pages. Of Kinetics-400 no count of the lists is published but that of the classes.
+# Kinetics-600: Carreira et al., 2018, 50 validation clips per class. mini-Kinetics: Xie et al., 2018. Others: the web pages
+# of the datasets. For Kinetics-400, only the number of classes is published.
 PUBLISHED = {
     "Kinetics-400": Counts(400),
     "Kinetics-600": Counts(600, None, 30_000),
@@ -56,17 +56,17 @@ PUBLISHED = {
     "UCF101 split 1": Counts(101, 9_537, 3_783),
     "UCF101 split 2": Counts(101, 9_586, 3_734),
     "UCF101 split 3": Counts(101, 9_624, 3_696),
-    **{f"HMDB51 split {split}": Counts(51, 3_570, 1_530) for split in hmdb51.SPLITS},
+    **{f"HMDB51 split {split}": Counts(51, 3_570, 1_530) for split in OFFICIAL_SPLITS},
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--annotations", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--output", type=Path, help="a file with the two marks; the table goes between them")
+    parser.add_argument("--output", type=Path, help="file with the two marks; the table between them is replaced")
     arguments = parser.parse_args()
     try:
-        lines = table(dict(found(arguments.annotations)))
+        lines = table(dict(read_datasets(arguments.annotations)))
     except (ValueError, OSError) as error:
         sys.exit(f"annotation_counts: {error}")
     print("\n".join(lines))
@@ -76,11 +76,11 @@ def main() -> None:
         arguments.output.write_text(f"{before}{START}\n" + "\n".join(lines) + f"\n{END}{after}", encoding="utf-8")
 
 
-def table(datasets: dict[str, Found]) -> list[str]:
-    """A Markdown table with a line a dataset and split."""
+def table(datasets: dict[str, Lists]) -> list[str]:
+    """Format a Markdown table with a row per dataset and split."""
     lines = ["| | classes | training videos | test videos | in both | twice | as published |", "|---|---|---|---|---|---|---|"]
     for name, published in PUBLISHED.items():
-        there = datasets.get(name, Found())
+        there = datasets.get(name, Lists())
         counted = Counts(there.classes, *(None if videos is None else len(videos) for videos in (there.train, there.test)))
         both = "–" if there.train is None or there.test is None else f"{len(set(there.train) & set(there.test)):,}"
         cells = [shown(counted.classes), shown(counted.train) + (" (an excerpt)" if there.excerpt else ""), shown(counted.test), both]
@@ -91,7 +91,7 @@ def table(datasets: dict[str, Found]) -> list[str]:
 
 
 def verdict(counted: Counts, published: Counts, *, excerpt: bool) -> str:
-    """Which counts agree with the published ones, and which differ."""
+    """Say which counts agree with the published ones, and which differ."""
     same, different = [], []
     for name in ("classes", "train", "test"):
         found, expected = getattr(counted, name), getattr(published, name)
@@ -105,8 +105,8 @@ def shown(count: int | None) -> str:
     return "–" if count is None else f"{count:,}"
 
 
-def found(folder: Path) -> Iterator[tuple[str, Found]]:
-    """What the folders of the datasets hold, by the names of PUBLISHED."""
+def read_datasets(folder: Path) -> Iterator[tuple[str, Lists]]:
+    """Yield the lists of each dataset, by the names of PUBLISHED."""
     for number in (400, 600):
         yield f"Kinetics-{number}", kinetics(folder / f"kinetics{number}", number)
     yield "mini-Kinetics-200", mini_kinetics(folder / "mini_kinetics200")
@@ -115,18 +115,18 @@ def found(folder: Path) -> Iterator[tuple[str, Found]]:
         yield TESTED, something(folder / "something_something_v2", "test-answers.csv")
     if (folder / "ucf101").is_dir():
         classes = ucf101.read_classes(str(folder / "ucf101/classInd.txt"))
-        for split in ucf101.SPLITS:
+        for split in OFFICIAL_SPLITS:
             lists = [[item.path for item in ucf101.read_list(str(folder / f"ucf101/{part}list0{split}.txt"), classes)] for part in ("train", "test")]
-            yield f"UCF101 split {split}", Found(len(classes), *lists)
+            yield f"UCF101 split {split}", Lists(len(classes), *lists)
     if (folder / "hmdb51").is_dir():
-        for split in hmdb51.SPLITS:
+        for split in OFFICIAL_SPLITS:
             parts = hmdb51.read_split(str(folder / "hmdb51"), split)
             lists = [[item.path for item in parts[part]] for part in ("train", "test")]
-            yield f"HMDB51 split {split}", Found(len(hmdb51.read_classes(str(folder / "hmdb51"), split)), *lists)
+            yield f"HMDB51 split {split}", Lists(len(hmdb51.read_classes(str(folder / "hmdb51"), split)), *lists)
 
 
-def kinetics(folder: Path, number: int) -> Found:
-    """By YouTube id and times: a few ids have two segments of different classes."""
+def kinetics(folder: Path, number: int) -> Lists:
+    """Read the lists of Kinetics. Names are YouTube id and times: a few ids have two segments of different classes."""
     segments = {}
     for split in ("train", "val"):
         file = first_of(folder / f"{split}.csv", folder / f"kinetics-{number}_{split}.csv")
@@ -134,35 +134,35 @@ def kinetics(folder: Path, number: int) -> Found:
     classes = {segment.class_name for listed in segments.values() for segment in listed or ()}
     names = {split: None if listed is None else [segment.stem for segment in listed] for split, listed in segments.items()}
     twice = sum(repeated([segment.youtube_id for segment in listed]) for listed in segments.values() if listed)
-    return Found(len(classes) or None, names["train"], names["val"], twice=twice)
+    return Lists(len(classes) or None, names["train"], names["val"], twice=twice)
 
 
-def mini_kinetics(folder: Path) -> Found:
+def mini_kinetics(folder: Path) -> Lists:
     ids = {}
     for split in ("train", "val"):
         file = first_of(folder / f"{split}_ytid_list.txt")
         ids[split] = [line for _, line in read_lines(str(file))] if file else None
     rows = first_of(folder / "kinetics_200_val.csv")
     classes = len({segment.class_name for segment in read_segments(str(rows))}) if rows else None
-    return Found(classes, ids["train"], ids["val"])
+    return Lists(classes, ids["train"], ids["val"])
 
 
-def something(folder: Path, test: str) -> Found:
-    """With validation.json or test-answers.csv as the test list. All templates are looked up in labels.json."""
+def something(folder: Path, test: str) -> Lists:
+    """Read the lists of Something-Something V2 with `test` as the test list; check all templates against labels.json."""
     classes = something_something.read_classes(str(folder / "labels.json"))
     lists = []
     train = first_of(folder / "train.json", folder / "train_excerpt.json")
     for file in (train, first_of(folder / test)):
         videos = something_something.read_list(str(file)) if file else []
-        strange = next((video for video in videos if video.class_name not in classes), None)
-        if strange is not None:
-            raise ValueError(f"{file}: {strange.class_name!r} of {strange.path} is not in labels.json")
+        unknown = next((video for video in videos if video.class_name not in classes), None)
+        if unknown is not None:
+            raise ValueError(f"{file}: {unknown.class_name!r} of {unknown.path} is not in labels.json")
         lists.append([video.path for video in videos] if file else None)
-    return Found(len(classes), *lists, excerpt=train is not None and train.name != "train.json")
+    return Lists(len(classes), *lists, excerpt=train is not None and train.name != "train.json")
 
 
 def repeated(names: list[str]) -> int:
-    """How many names are there more than once."""
+    """Count the names that appear more than once."""
     return sum(count > 1 for count in Counter(names).values())
 
 

@@ -1,4 +1,4 @@
-"""What the processes of a test do, in a module of its own that they are quick to import."""
+"""The work of the worker processes in tests, in a module that they import quickly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import time
 
 
-def work(item: str, alive) -> str:
+def work(item: str, heartbeat) -> str:
     if item == "crash":
         os._exit(3)
     if item == "hang":
@@ -15,7 +15,7 @@ def work(item: str, alive) -> str:
     if item == "slow":
         for _ in range(8):
             time.sleep(0.1)
-            alive()
+            heartbeat()
     if item == "wrong":
         raise ValueError("in\ntwo lines")
     return item.upper()

@@ -1,8 +1,7 @@
-"""Decoded clips kept on disk: damaged files and disks that take no more."""
+"""The cache of decoded clips: damaged files and folders that cannot be used."""
 
 import errno
 import logging
-import os
 import shutil
 from io import BytesIO
 
@@ -53,8 +52,8 @@ def other(content: bytes) -> bytes:
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda whole: b"", lambda whole: whole[:100], lambda whole: whole[:-30], lambda whole: bytes(len(whole)), lambda whole: b"text", flip, other],
-    ids=["empty", "start only", "end missing", "zeros", "text", "a bit", "other arrays"],
+    [lambda whole: b"", lambda whole: whole[:-30], flip, other],
+    ids=["empty", "end missing", "a bit", "other arrays"],
 )
 def test_a_damaged_clip_is_decoded_again_and_replaced_with_a_warning_that_names_its_file(reads, damage, caplog):
     read, decoded, folder = reads
@@ -76,19 +75,18 @@ def test_clips_of_another_version_are_not_read(reads, monkeypatch):
     assert len(decoded) == 2
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
-def test_what_cannot_be_written_is_not_kept_with_one_warning(reads, monkeypatch, caplog, number):
+def test_what_cannot_be_written_is_not_kept_with_one_warning(reads, monkeypatch, caplog):
     read, decoded, folder = reads
     save = np.savez
 
     def fail(file, **arrays):
         save(file, **arrays)
-        raise OSError(number, os.strerror(number))
+        raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr(np, "savez", fail)
     assert all(same(read((key,))) for key in range(3)) and len(decoded) == 3
     (record,) = caplog.records
-    assert record.levelno == logging.WARNING and f"cannot write to {folder} ({os.strerror(number)})" in record.getMessage()
+    assert record.levelno == logging.WARNING and f"cannot write to {folder} (disk full)" in record.getMessage()
     assert not [path for path in folder.rglob("*") if path.is_file()]
 
 
@@ -106,14 +104,13 @@ def test_a_file_in_the_place_of_a_folder_does_not_end_a_run_and_is_one_warning(r
     assert f"cannot write to {folder}" in record.getMessage()
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
-def test_a_folder_that_cannot_be_read_does_not_end_a_run_and_is_one_warning(reads, monkeypatch, number, caplog):
+def test_a_folder_that_cannot_be_read_does_not_end_a_run_and_is_one_warning(reads, monkeypatch, caplog):
     read, decoded, folder = reads
 
     def fail(file):
-        raise OSError(number, os.strerror(number))
+        raise OSError(errno.EIO, "I/O error")
 
     monkeypatch.setattr(np, "load", fail)
     assert all(same(read((key,))) for key in range(3)) and len(decoded) == 3
     (record,) = caplog.records
-    assert f"cannot read from {folder} ({os.strerror(number)})" in record.getMessage()
+    assert f"cannot read from {folder} (I/O error)" in record.getMessage()

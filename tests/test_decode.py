@@ -14,8 +14,9 @@ import pytest
 from video_files import damage, numbers, write_at, write_sound, write_video
 
 from atfr.data.types import VideoError
-from atfr.data.video import decode, frame_index, readers
-from atfr.data.video.readers import AvVideo, Unsupported, scaled_size
+from atfr.data.video import av_reader, decode, frame_index
+from atfr.data.video.av_reader import AvVideo
+from atfr.data.video.readers import Unsupported
 
 FORMATS = {
     "h264_mp4": ("libx264", "mp4"),
@@ -80,19 +81,19 @@ def counted(monkeypatch):
 
 
 @pytest.mark.parametrize("kind, gop", [("h264_mp4", 5), ("h264_mkv", 8), ("hevc_mp4", 8), ("vp9_webm", 9), ("mpeg4_avi", 8)])
-def test_leaping_from_keyframe_to_keyframe_finds_the_same_frames_and_decodes_fewer(tmp_path, monkeypatch, kind, gop):
+def test_seeking_from_keyframe_to_keyframe_finds_the_same_frames_and_decodes_fewer(tmp_path, monkeypatch, kind, gop):
     codec, ending = FORMATS[kind]
     video = AvVideo(write_video(tmp_path / f"video.{ending}", 60, codec=codec, gop=gop))
     decoded, rng = counted(monkeypatch), np.random.default_rng(0)
-    leapt = through = 0
+    sought = through = 0
     for size in (2, 3, 4, 6, 12) * 4:
         wanted = sorted(rng.choice(60, size, replace=False).tolist())
-        for leap in (True, False):
+        for seek in (True, False):
             decoded.clear()
-            frames, end = video.read(wanted, None, leap=leap)
+            frames, end = video.read(wanted, None, seek=seek)
             assert end is None and sorted(frames) == wanted and numbers(np.stack([frames[i] for i in wanted])) == wanted
-            leapt, through = leapt + leap * len(decoded), through + (not leap) * len(decoded)
-    assert leapt < 0.8 * through
+            sought, through = sought + seek * len(decoded), through + (not seek) * len(decoded)
+    assert sought < 0.8 * through
 
 
 def test_a_clip_whose_frames_lie_close_is_decoded_in_one_go(tmp_path, monkeypatch):
@@ -130,9 +131,9 @@ def test_a_title_that_is_not_utf8_does_not_keep_a_file_from_being_read(tmp_path,
 
 
 def test_a_rate_that_is_not_known_is_none_however_the_library_says_so():
-    assert readers._fraction(None) is None
-    assert readers._fraction(Fraction(0, 1)) is None  # PyAV 19
-    assert readers._fraction(SimpleNamespace(numerator=30000, denominator=1001)) == Fraction(30000, 1001)
+    assert av_reader._fraction(None) is None
+    assert av_reader._fraction(Fraction(0, 1)) is None  # PyAV 19
+    assert av_reader._fraction(SimpleNamespace(numerator=30000, denominator=1001)) == Fraction(30000, 1001)
 
 
 def test_a_file_that_cannot_be_sought_in_is_counted_from_its_start(tmp_path, monkeypatch):
@@ -159,12 +160,6 @@ def test_frames_are_scaled_to_the_short_side_and_never_enlarged(tmp_path):
     assert read_clip(tall, chosen(0, 2), short_side=25).shape == (2, 65, 25, 3)
     assert read_clip(wide, chosen(0), short_side=64).shape == (1, 50, 130, 3)
     assert numbers(read_clip(wide, chosen(0, 2), short_side=25)) == [0, 2]
-
-
-def test_scaled_size_keeps_the_aspect():
-    assert scaled_size(320, 240, 120) == (160, 120)
-    assert scaled_size(240, 320, 120) == (120, 160)
-    assert scaled_size(320, 240, None) == scaled_size(320, 240, 300) == (320, 240)
 
 
 def test_a_video_of_one_frame_can_fill_a_clip(tmp_path):
@@ -201,7 +196,7 @@ def test_when_many_frames_are_missing_the_clip_is_chosen_again(tmp_path, monkeyp
 def test_a_damaged_packet_in_the_middle_is_an_error_and_one_at_the_end_is_the_end(tmp_path):
     middle = damage(write_video(tmp_path / "middle.mp4", 40, codec="libx264"), packet=20)
     with pytest.raises(VideoError, match=r"packet 21 of 40 cannot be decoded"):
-        read_clip(middle, chosen(0, 39), leap=False)
+        read_clip(middle, chosen(0, 39), seek=False)
     assert numbers(read_clip(middle, chosen(0, 39))) == [0, 39]  # what is not wanted need not be whole
     end = damage(write_video(tmp_path / "end.mp4", 40, codec="libx264"), packet=38)
     clip = numbers(read_clip(end, chosen(0, 20, 39)))
@@ -353,7 +348,7 @@ def test_real_files_have_as_many_frames_as_a_full_decode_found():
 
 
 @needs_data
-def test_leaping_in_real_files_finds_the_frames_that_decoding_all_of_them_does(monkeypatch):
+def test_seeking_in_real_files_finds_the_frames_that_decoding_all_of_them_does(monkeypatch):
     decoded, rng = counted(monkeypatch), np.random.default_rng(0)
     sets = ("kinetics400", "something", "ucf101", "hmdb51", "tennis", "stock", "hd_phone")
     with open(os.path.join(DATA, "videos", "decode_stats.csv")) as stream:
@@ -363,11 +358,11 @@ def test_leaping_in_real_files_finds_the_frames_that_decoding_all_of_them_does(m
         video = AvVideo(os.path.join(DATA, "videos", path))
         wanted = sorted(set(rng.integers(0, video.num_frames - 2, 6).tolist()))
         decoded.clear()
-        leapt, _ = video.read(wanted, 64)
+        sought, _ = video.read(wanted, 64)
         count = len(decoded)
-        through, _ = video.read(wanted, 64, leap=False)
+        through, _ = video.read(wanted, 64, seek=False)
         fewer += count < len(decoded) - count
-        assert all(np.array_equal(leapt[i], through[i]) for i in wanted), path
+        assert all(np.array_equal(sought[i], through[i]) for i in wanted), path
     assert fewer >= 4
 
 

@@ -11,14 +11,14 @@ from video_files import numbers, write_at, write_video
 
 from atfr.data.clips import ClipSettings, TestClips
 from atfr.data.types import Video
-from atfr.data.video import frame_index, readers
-from atfr.data.video.frame_index import FrameIndex, uneven
-from atfr.data.video.readers import AvVideo
+from atfr.data.video import av_reader, frame_index
+from atfr.data.video.av_reader import AvVideo
+from atfr.data.video.frame_index import FrameIndex, times_if_variable
 
 
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch):
-    monkeypatch.setattr(readers, "index_cache", frame_index.IndexCache())
+    monkeypatch.setattr(av_reader, "index_cache", frame_index.IndexCache())
 
 
 def remuxed(path: str, target: Path, *, earlier: int = 0, **options: str) -> str:
@@ -63,11 +63,11 @@ def test_a_table_is_used_where_it_tells_all_and_the_frames_are_those_counted_fro
         pts = sorted(packet.pts for packet in container.demux(video=0) if packet.size and not packet.is_discard)
     assert len(expected) == len(pts) == 40
     for first in range(0, 37, 3):
-        monkeypatch.setattr(readers, "index_cache", frame_index.IndexCache())
+        monkeypatch.setattr(av_reader, "index_cache", frame_index.IndexCache())
         video = AvVideo(path)
         assert (video.num_frames, not video.index.exact) == (40, tabled)
         assert video.fps == pytest.approx(39 / ((pts[-1] - pts[0]) * clock), rel=1e-9)
-        seconds = uneven((np.array(pts) - pts[0]) * clock)
+        seconds = times_if_variable((np.array(pts) - pts[0]) * clock)
         assert np.array_equal(video.times, seconds) if kind.startswith("uneven") else video.times is None
         found, end = video.read([first, first + 3], None)
         assert end is None and all(np.array_equal(found[position], expected[position]) for position in (first, first + 3))
@@ -75,14 +75,14 @@ def test_a_table_is_used_where_it_tells_all_and_the_frames_are_those_counted_fro
 
 def test_a_table_whose_times_are_not_as_assumed_is_found_out(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", 40, codec="libx264")
-    honest = readers.from_container
+    honest = av_reader.index_from_table
 
     def shifted(*arguments, **about):
         index = honest(*arguments, **about)
         step = index.pts[1] - index.pts[0]
         return FrameIndex(40, index.pts - 2 * step, index.keys, index.time_base, index.header_rate, exact=False)
 
-    monkeypatch.setattr(readers, "from_container", shifted)
+    monkeypatch.setattr(av_reader, "index_from_table", shifted)
     video = AvVideo(path)
     found, _ = video.read([26, 29], None)
     assert numbers([found[26], found[29]]) == [26, 29] and video.index.exact
@@ -170,11 +170,11 @@ def test_fast_rates_are_believed_unless_they_are_the_rate_of_the_clock(ticks, cl
 
 def test_a_rate_varies_when_counting_frames_misses_one_by_a_frame():
     even = np.arange(100) / 30
-    assert uneven(even) is None
-    assert uneven(np.round(even, 2)) is None  # a coarse clock
-    assert uneven(np.delete(even, 50)) is None  # a missing frame
+    assert times_if_variable(even) is None
+    assert times_if_variable(np.round(even, 2)) is None  # a coarse clock
+    assert times_if_variable(np.delete(even, 50)) is None  # a missing frame
     late = even.copy()
     late[50:] += 1
-    assert uneven(late) is late
+    assert times_if_variable(late) is late
     for times in (np.array([0.0, 5.0]), np.zeros(5), np.array([0.0, 2.0, 1.0, 9.0])):  # too few, none, and not rising
-        assert uneven(times) is None
+        assert times_if_variable(times) is None

@@ -26,7 +26,7 @@ from torchvision.transforms.v2.functional import resize
 from video_files import damage, lay_down, numbers, write_jpgs, write_video
 
 from atfr.data.datasets.videolist import videolist
-from atfr.data.manifest import Listed, Manifest, listed_videos
+from atfr.data.manifest import ListedVideo, Manifest, listed_videos
 from atfr.data.prepare import copy_all
 from atfr.data.video.decode import read_clip
 from atfr.data.video.encode import encode
@@ -45,7 +45,7 @@ def rows(folder: Path) -> dict[str, dict[str, str]]:
 
 def command(outcome) -> list[str]:
     """The overrides that the last line says to train with."""
-    return shlex.split(outcome.out.splitlines()[-1].removeprefix("to train without the bad ones: "))
+    return shlex.split(outcome.out.splitlines()[-1].removeprefix("to train without bad videos: "))
 
 
 def all_bytes(root: Path) -> dict[str, str]:
@@ -81,7 +81,7 @@ def test_bad_and_missing_files_are_listed_with_reasons_and_the_good_ones_can_be_
     for name, reason in reasons.items():
         assert reason in found[name]["reason"] and found[name]["status"] == ("missing" if name == "dangling.mp4" else "bad")
         assert (f"bad: {name}: " in outcome.out) == (name != "dangling.mp4")
-    assert outcome.out.count("warning: ") == 1 and "of the 16 test videos are training videos, too" in outcome.out
+    assert outcome.out.count("warning: ") == 1 and "of the 16 test videos are also training videos" in outcome.out
     assert found["gone.mp4"]["status"] == "missing" and "2 of the" in outcome.out and "(dangling.mp4, gone.mp4)" in outcome.out
     good = [name for name, row in found.items() if row["status"] == "good"]
     assert len(found) == 12 + len(reasons) + 6 + 1 and len(good) == 12 + 6
@@ -134,7 +134,7 @@ def test_nothing_usable_is_an_error(tmp_path):
     (tmp_path / "a.mp4").touch()
     (tmp_path / "list.csv").write_text("a.mp4,x\n")
     outcome = prepare("dataset=videolist", f"root={tmp_path}", "dataset.train=list.csv", "dataset.test=null")
-    assert outcome.code == 1 and "not one of its 1 videos can be read" in outcome.err and outcome.err.count("\n") <= 3
+    assert outcome.code == 1 and "none of its 1 videos can be read" in outcome.err and outcome.err.count("\n") <= 3
     assert rows(tmp_path)["a.mp4"]["reason"] == "the file is empty (0 bytes)"
 
 
@@ -169,7 +169,7 @@ def test_each_video_is_listed_once_with_the_splits_that_name_it(tmp_path):
 
 def test_a_run_that_was_cut_off_goes_on_with_what_is_new_or_changed(tmp_path):
     names = [f"{i}.mp4" for i in range(4)]
-    videos = [Listed(name, "x", "train", missing=False) for name in names]
+    videos = [ListedVideo(name, "x", "train", missing=False) for name in names]
     state = FileState(10, 20)
     settings = {"decoder": "pyav"}
     manifest = Manifest(tmp_path, settings)
@@ -191,7 +191,7 @@ def test_a_run_that_was_cut_off_goes_on_with_what_is_new_or_changed(tmp_path):
     assert [Manifest(tmp_path, settings).knows(name, state) for name in names] == [True, True, True, False]  # bad: looked at again
 
 
-@pytest.mark.parametrize("number,code,said", [(signal.SIGKILL, -9, ""), (signal.SIGINT, 130, "stopped by SIGINT; the same command goes on\n")])
+@pytest.mark.parametrize("number,code,said", [(signal.SIGKILL, -9, ""), (signal.SIGINT, 130, "stopped by SIGINT; run the same command to continue\n")])
 def test_a_run_that_is_killed_or_ended_by_ctrl_c_goes_on_where_it_stopped(tmp_path, number, code, said):
     root, output = tmp_path / "root", tmp_path / "copies"
     root.mkdir()
@@ -279,10 +279,10 @@ def test_copies_never_take_the_place_of_other_files(tmp_path):
     root.mkdir(), output.mkdir()
     source = write_video(root / "a.mp4", 8, codec="libx264")
     write_jpgs(root / "frames", all_frames(source))
-    videos = [Listed(path, "x", "train", missing=False) for path in ("a.mp4", "frames", f"{tmp_path}/outside.mp4")]
+    videos = [ListedVideo(path, "x", "train", missing=False) for path in ("a.mp4", "frames", f"{tmp_path}/outside.mp4")]
     before = Path(source).read_bytes()
     options = {"root": root, "keyframe": 12, "processes": 1, "timeout_s": 60}
-    with pytest.raises(ValueError, match="a.mp4 is there already, and is no copy"):
+    with pytest.raises(ValueError, match="a.mp4 exists and is not a copy"):
         copy_all(videos, output=root, short_side=32, **options)
     assert copy_all(videos, output=output, short_side=32, **options) == {}
     assert os.readlink(output / "frames") == str(root / "frames") and sorted(path.name for path in output.iterdir()) == ["a.mp4", "frames", "prepared"]
@@ -317,7 +317,7 @@ def test_files_that_crash_or_wedge_a_process_have_a_reason_and_the_others_a_resu
     found = {item: (result, reason) for item, result, reason in run_each(work, items, processes=2, timeout_s=0.5)}
     assert found == {
         "a": ("A", ""), "b": ("B", ""), "c": ("C", ""), "slow": ("SLOW", ""),
-        "crash": (None, "the process that read it ended unexpectedly (exit code 3)"),
-        "hang": (None, "no answer within 0.5 s: its decoder or its disk hangs, or timeout_s is too short for it"),
+        "crash": (None, "its process ended unexpectedly (exit code 3)"),
+        "hang": (None, "no answer within 0.5 s: its decoder or its disk hangs, or timeout_s is too short"),
         "wrong": (None, "in two lines"),
     }  # fmt: skip

@@ -51,7 +51,6 @@ FORMS = {
     "names with spaces": 'run/a.mp4,"a, run"\nrun/b c.mp4,"a, run"\n"walk/d, e.mp4",go walk\n',
     "names in quotes after a space": 'run/a.mp4 "go run"\n"run/b c.mp4" "go run"\n"walk/d, e.mp4" "go walk"\n',
     "comments, blank lines": '# made by hand\n\nrun/a.mp4,0\n\n# more\nrun/b c.mp4,0\n"walk/d, e.mp4",1',
-    "byte order mark, CRLF": '\ufeffpath,label\r\nrun/a.mp4,0\r\nrun/b c.mp4,0\r\n"walk/d, e.mp4",1\r\n',
 }
 
 
@@ -165,11 +164,6 @@ def test_ids_count_the_classes_of_all_lists_unless_told_how_many(root):
     assert len(load(root, "run/a.mp4,2\n", test="test.csv", num_classes=10).class_names) == 10
 
 
-def test_classes_may_themselves_be_called_by_numbers(root):
-    source = load(root, "run/a.mp4,9\nrun/b c.mp4,5\n", class_names=["9", "5"])
-    assert [video.label for video in source.train] == [0, 1]
-
-
 def test_a_source_for_testing_only_needs_no_training_list(root):
     (root / "test.txt").write_text("run/a.mp4 1\n")
     source = videolist(root=str(root), train=None, test="test.txt", num_classes=3)
@@ -203,23 +197,16 @@ WRONG = {
     "no label": ("run/a.mp4,0\nb.mp4\n", {}, r"list\.csv:2: expected 'path,label' or 'path label', found 'b.mp4'"),
     "blank label": ("run/a.mp4,0\n\nrun/b.mp4,\n", {}, r"list\.csv:3: the label is missing in 'run/b.mp4,'"),
     "blank path": ("run/a.mp4,0\n,3\n", {}, r"list\.csv:2: the path is missing in ',3'"),
-    "three columns": ("run/a.mp4,0,1\n", {}, r"list\.csv:1: expected 'path,label' .*; a header that names the columns"),
+    "three columns": ("run/a.mp4,0,1\n", {}, r"list\.csv:1: expected 'path,label' .*; for more columns, add a header that names them"),
     "no frames": ("run/a.mp4 9 0\nrun/a.mp4 0 1\n", {}, r"list\.csv:2: expected 'path frames label', found 'run/a.mp4 0 1'; if .* add the header"),
     "frames in some rows": ("run/a.mp4 9 0\nrun/a.mp4 9 0\nrun/a.mp4 1\n", {}, r"list\.csv:3: expected 'path frames label', found 'run/a.mp4 1'"),
     "part of a video": ("run/a.mp4 1 45 0\n", {}, r"list\.csv:1: 'run/a.mp4 1 45 0' ends in 3 numbers; expected 'path label' or 'path frames label'"),
-    "unknown header": ("recording,gesture\nrun/a.mp4,0\n", {}, r"list\.csv:1: 'recording,gesture' seems to be a header: call its columns path and"),
-    "unknown header, names": ("recording,gesture\nrun,x\nwalk,y\n", {"allow_missing": True}, r"list\.csv:1: 'recording,gesture' seems to be a header"),
+    "unknown header": ("recording,gesture\nrun/a.mp4,0\n", {}, r"list\.csv:1: 'recording,gesture' seems to be a header: name its columns path and"),
     "unknown header, spaces": ("recording gesture\nrun/a.mp4 0\n", {"allow_missing": True}, r"list\.csv:1: 'recording gesture' seems to be a header"),
     "id too large": ("run/a.mp4,5\n", {"num_classes": 5}, r"list\.csv:1: label 5 is outside the 5 classes \(0 to 4\)"),
     "id negative": ("run/a.mp4,-1\nrun/a.mp4,1", {}, r"list\.csv:1: label -1 is outside the 2 classes \(0 to 1\)"),
-    "id with names": ("run/a.mp4,2\n", {"class_names": ["x", "y"]}, r"list\.csv:1: label 2 is outside the 2 classes"),
-    "unknown name": (
-        "run/a.mp4,run\nrun/b c.mp4,swim\n",
-        {"class_names": ["run", "walk"]},
-        r"list\.csv:2: label 'swim' is none of the 2 classes \(run, walk\)",
-    ),
     "too few names": ("run/a.mp4,run\n", {"num_classes": 4}, r"num_classes is 4, but the training list names 1"),
-    "names twice": ("run/a.mp4,run\n", {"class_names": ["run", "run"]}, r"class_names: class 'run' is there more than once"),
+    "names twice": ("run/a.mp4,run\n", {"class_names": ["run", "run"]}, r"class_names: class 'run' appears more than once"),
     "counts differ": ("run/a.mp4,run\n", {"class_names": ["run"], "num_classes": 2}, r"class_names: 1 classes, but num_classes is 2"),
 }
 
@@ -276,12 +263,6 @@ def test_the_root_stands_for_the_folder_of_whoever_wrote_the_list(tmp_path):
     for prefix in ("/home/somebody/videos", "/home/somebody/videos/"):
         source = videolist(root=str(tmp_path), train=None, test="list.txt", strip_prefix=prefix)
         assert [video.path for video in source.test] == [str(tmp_path / "x/a.mp4")]
-    with pytest.raises(ValueError, match=r"list\.txt:1: /home/somebody/videos/x/a\.mp4 does not begin with dataset\.strip_prefix=/home/nobody"):
-        videolist(root=str(tmp_path), train=None, test="list.txt", strip_prefix="/home/nobody")
-
-
-def test_every_row_of_a_list_must_begin_with_the_prefix(tmp_path):
-    (tmp_path / "a.mp4").touch()
-    (tmp_path / "list.txt").write_text("/old/a.mp4 0\n\na.mp4 0\n/other/a.mp4 0\n")
-    with pytest.raises(ValueError, match=r"list\.txt:3: a\.mp4 does not begin with dataset\.strip_prefix=/old"):
-        videolist(root=str(tmp_path), train="list.txt", test=None, strip_prefix="/old")
+    (tmp_path / "list.txt").write_text("/old/x/a.mp4 0\n\nx/a.mp4 0\n/other/x/a.mp4 0\n")
+    with pytest.raises(ValueError, match=r"list\.txt:3: x/a\.mp4 does not begin with dataset\.strip_prefix=/old"):
+        videolist(root=str(tmp_path), train=None, test="list.txt", strip_prefix="/old")

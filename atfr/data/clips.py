@@ -1,4 +1,4 @@
-"""Clips of videos as torch datasets, and the batches they are collated into."""
+"""Datasets of video clips, their settings, and the batches that they are collated into."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from atfr.data.temporal_sampling import (
     random_clip_by_time,
     random_segments,
     segment_views,
-    stride_at,
+    stride_at_rate,
     uniform_views,
     uniform_views_by_time,
 )
@@ -39,31 +39,33 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ClipSettings:
-    """How a clip is cut out of a video, in time and in space.
+    """Options of `dataset.clip`: which frames and pixels of a video make a clip, and how it is augmented.
 
-    Plain annotations, so that OmegaConf can read it. Raises ValueError, naming the field, for values that make no
-    sense.
+    The annotations are those that OmegaConf can read.
+
+    Raises:
+        ValueError: a value is out of range; the message names the field.
     """
 
-    frames: int  # frames in a clip
-    stride: int  # one frame of the video in so many; segments need none
-    fps: Optional[float] = None  # frames a second that `stride` is meant at; None: whatever each file has
-    fallback_fps: Optional[float] = None  # the rate of what states none (frame folders); None: `stride` as it is there
-    sampling: str = "dense"  # dense: frames `stride` apart | segments: a frame of each of `frames` equal parts of the video
+    frames: int  # frames per clip
+    stride: int  # distance of the frames in the video; not used by segments
+    fps: Optional[float] = None  # frame rate that `stride` refers to; None: the rate of each file
+    fallback_fps: Optional[float] = None  # rate of videos of unknown rate (frame folders); None: `stride` is not adapted
+    sampling: str = "dense"  # dense: frames `stride` apart | segments: one frame from each of `frames` equal parts
     crop_size: int  # pixels; clips are square
-    train_short_side: list[int]  # pixels, (lo, hi): the shorter side is drawn between them
-    train_scale: Optional[list[float]] = None  # area range of RandomResizedCrop; None: a plain random crop
-    flip: float = 0.5  # probability of a horizontal flip; 0 where left and right have a meaning
-    randaugment: Optional[list[int]] = None  # [operations, magnitude of 30]
+    train_short_side: list[int]  # pixels, [lo, hi]: range of the random shorter side
+    train_scale: Optional[list[float]] = None  # [lo, hi], area of RandomResizedCrop; None: plain random crop
+    flip: float = 0.5  # probability of a horizontal flip; 0 if classes depend on left and right
+    randaugment: Optional[list[int]] = None  # [operations, magnitude in 0..30]
     color_jitter: Optional[list[float]] = None  # [brightness, contrast, saturation, hue]
-    erasing: Optional[float] = None  # probability that a rectangle is filled with the mean colour
+    erasing: Optional[float] = None  # probability of filling a rectangle with the mean colour
     test_short_side: int  # pixels
-    views: int = 1  # clips a test video, spread over its length
-    crops: int = 1  # 1 or 3 crops a clip
+    views: int = 1  # clips per test video, spread over its length
+    crops: int = 1  # crops per test clip: 1 or 3
     mean: list[float]  # per channel, for values in [0, 1]
     std: list[float]
-    decoder: str = "pyav"  # the library that reads first: pyav | decord
-    cache: Optional[str] = None  # folder for decoded clips, which other runs of the seed read from there
+    decoder: str = "pyav"  # library that is tried first: pyav | decord
+    cache: Optional[str] = None  # folder of decoded clips, shared by runs with the same seed
 
     def __post_init__(self) -> None:
         for name in ("frames", "stride", "crop_size", "test_short_side", "views"):
@@ -85,8 +87,8 @@ class ClipSettings:
             scale = self.train_scale
             ordered = len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
             self._require(ordered, "train_scale", "[lo, hi] with 0 < lo <= hi <= 1, or null")
-        self._require(len(self.mean) == 3 and all(map(math.isfinite, self.mean)), "mean", "three numbers, one a channel")
-        self._require(len(self.std) == 3 and all(0 < value < math.inf for value in self.std), "std", "three positive numbers, one a channel")
+        self._require(len(self.mean) == 3 and all(map(math.isfinite, self.mean)), "mean", "three numbers, one per channel")
+        self._require(len(self.std) == 3 and all(0 < value < math.inf for value in self.std), "std", "three positive numbers, one per channel")
 
     def _check_augmentation(self) -> None:
         rand, jitter, erasing = self.randaugment, self.color_jitter, self.erasing
@@ -96,18 +98,18 @@ class ClipSettings:
         self._require(good, "color_jitter", "[brightness, contrast, saturation, hue], none negative and hue <= 0.5, or null")
         self._require(erasing is None or 0 <= erasing <= 1, "erasing", "a probability in [0, 1], or null")
 
-    def stride_in(self, fps: float | None, *, path: str) -> float:
-        """The stride in a file of `fps` frames per second (None: not known)."""
+    def stride_at(self, fps: float | None, *, path: str) -> float:
+        """Return the stride in a file with `fps` frames per second (None: unknown)."""
         rate = fps or self.fallback_fps
         if self.fps is not None and rate is None:
             remedy = "set dataset.clip.fallback_fps to the rate of such videos"
             warn_once(log, "rate", f"dataset.clip.fps={self.fps:g} is ignored for {path} and other videos of unknown frame rate; {remedy}")
-        return stride_at(self.stride, fps=rate, wanted_fps=self.fps)
+        return stride_at_rate(self.stride, fps=rate, wanted_fps=self.fps)
 
     def read(self, path: str, pick: Pick, *, pick_by_time: PickByTime | None = None, short_side: int, key: tuple) -> Decoded:
-        """The frames that `pick` chooses, read as these settings say; `key` is all that it depends on beside them.
+        """Read the frames that `pick` chooses, through the cache if there is one.
 
-        `pick_by_time` chooses them in files of a variable rate, where a rate is asked for.
+        With `fps`, `pick_by_time` chooses the frames in files of a variable rate. `key` identifies the choice in the cache.
         """
         timed = pick_by_time if self.fps is not None and self.sampling == "dense" else None
         read = partial(read_clip, path, pick, pick_by_time=timed, short_side=short_side, decoder=self.decoder)
@@ -118,7 +120,7 @@ class ClipSettings:
 
     @property
     def interval(self) -> float:
-        """Seconds between the frames of a clip, at the rate asked for."""
+        """Seconds between the frames of a clip at the rate `fps`."""
         return self.stride / (self.fps or 1)
 
     def _require(self, holds: bool, name: str, what: str) -> None:
@@ -128,23 +130,23 @@ class ClipSettings:
 
 @dataclass
 class Clip:
-    """One item of a dataset. `clip` is None where a test video could not be read; `error` then says why."""
+    """An item of a dataset. If a test video cannot be read, `clip` is None and `error` is the reason."""
 
     clip: Optional[Tensor]  # uint8 [C, T, H, W]
     label: int
     video: int  # index into the dataset's videos
-    view: int  # running index over views x crops; 0 in training
+    view: int  # view * crops + crop; 0 in training
     path: str
-    decoder: str = ""  # what read it; "" for what could not be read
-    bad: tuple[str, ...] = ()  # training: what was wrong with the videos that this one stands in for
+    decoder: str = ""  # library that read it; "" if none did
+    bad: tuple[str, ...] = ()  # training: error of each unreadable video that this clip replaces
     error: Optional[str] = None
 
 
 @dataclass
 class Batch:
-    """Clips that could be read, stacked, and what is to be reported about the others.
+    """A batch of N clips that could be read, and reports about the others. `clips` is None if N is 0.
 
-    N counts the clips that could be read; `clips` is None when there are none.
+    Meets the protocols ClipBatch and EvalBatch.
     """
 
     clips: Optional[Tensor]  # uint8 [N, C, T, H, W]
@@ -152,27 +154,29 @@ class Batch:
     videos: Tensor  # int64 [N], indices into the dataset's videos
     views: Tensor  # int64 [N]
     paths: tuple[str, ...]  # N
-    decoders: tuple[str, ...]  # N, what read them
-    bad: tuple[str, ...]  # training: one message for each video that was replaced
-    failed: tuple[Unreadable, ...]  # testing: the video of each clip that could not be read
+    decoders: tuple[str, ...]  # N
+    bad: tuple[str, ...]  # training: one message per replaced video
+    failed: tuple[Unreadable, ...]  # testing: one for each clip that could not be read
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def pin_memory(self) -> Batch:
-        """A copy in page-locked memory; DataLoader calls this when it is asked to pin."""
+        """Return a copy in page-locked memory. DataLoader calls this if `pin_memory` is set."""
         tensors = {name: getattr(self, name) for name in ("clips", "labels", "videos", "views")}
         return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors.items() if tensor is not None})
 
 
 class TrainClips(Dataset):
-    """A random clip of every video, indexed by (epoch, index).
+    """A random clip of each video, indexed by (epoch, index).
 
-    Everything random is a function of (seed, epoch, index), so neither the number of workers nor the order of access
-    changes the data. `index` may exceed the number of videos: `index % len(videos)` is the video, and the clip is
-    another one (the sampler wraps around that way when a batch is larger than the data).
-    A video that cannot be read is replaced by another one, drawn from the same seed, and reported in `Clip.bad`;
-    VideoError after 10 of them. `limit` is set by the loader.
+    All randomness is a function of (seed, epoch, index), so the data depend neither on the number of workers nor on the
+    order of access. The video is `index % len(videos)`; a larger index gives another clip of it, as the sampler needs
+    if a batch is larger than the dataset. An unreadable video is replaced by a random one and reported in `Clip.bad`.
+    The loader sets `limit`.
+
+    Raises:
+        VideoError: 10 videos in a row could not be read.
     """
 
     def __init__(self, videos: Sequence[Video], clip: ClipSettings, *, seed: int) -> None:
@@ -207,7 +211,7 @@ class TrainClips(Dataset):
             try:
                 clip, decoder = self._read(video, seed)
             except VideoError as error:
-                last = error  # Python forgets `error` after the block
+                last = error  # Python deletes `error` after the block
                 bad.append(str(error))
                 continue
             chosen = self.videos[video]
@@ -218,11 +222,11 @@ class TrainClips(Dataset):
         path = self.videos[video].path
 
         def pick(num_frames: int, fps: float | None) -> np.ndarray:
-            # Its own generator: asked twice, it must not shift what the transform draws.
+            # A new generator, since `pick` may be called twice and must return the same start.
             time = np.random.default_rng((*seed, 1))
             if self.clip.sampling == "segments":
                 return random_segments(num_frames, frames=self.clip.frames, rng=time)
-            return random_clip(num_frames, frames=self.clip.frames, stride=self.clip.stride_in(fps, path=path), rng=time)
+            return random_clip(num_frames, frames=self.clip.frames, stride=self.clip.stride_at(fps, path=path), rng=time)
 
         def pick_by_time(times: np.ndarray) -> np.ndarray:
             time = np.random.default_rng((*seed, 1))
@@ -236,12 +240,12 @@ class TrainClips(Dataset):
 
 
 class TestClips(Dataset):
-    """Every view and crop of every video; item = (video * views + view) * crops + crop.
+    """Every view and crop of each video; item = (video * views + view) * crops + crop.
 
-    A video that cannot be read is never replaced: its items have `clip=None` and say why in `error`.
+    An unreadable video is never replaced: its items have `clip=None` and the reason in `error`.
     """
 
-    __test__ = False  # pytest would take the name for a test case
+    __test__ = False  # not a pytest class
 
     def __init__(self, videos: Sequence[Video], clip: ClipSettings, *, views: int, crops: int) -> None:
         if views < 1:
@@ -252,7 +256,7 @@ class TestClips(Dataset):
         self.clip = clip
         self.views = views
         self.crops = crops
-        # The view last read: its other crops, next in order, need not decode it again.
+        # The last view, so that its other crops do not decode it again.
         self._last: tuple[tuple[int, int], tuple[Tensor, str]] | None = None
         self.limit = TimeLimit()
 
@@ -268,13 +272,11 @@ class TestClips(Dataset):
             frames, decoder = self._frames(number, view // self.crops)
         except VideoError as error:
             return Clip(None, video.label, number, view, video.path, error=error.reason)
-        crops = test_crops(
-            frames, short_side=self.clip.test_short_side, crop_size=self.clip.crop_size, crops=self.crops
-        )
+        crops = test_crops(frames, short_side=self.clip.test_short_side, crop_size=self.clip.crop_size, crops=self.crops)
         return Clip(crops[view % self.crops], video.label, number, view, video.path, decoder)
 
     def _frames(self, number: int, view: int) -> tuple[Tensor, str]:
-        """uint8 [T, C, H, W] of one view of one video, and what read it."""
+        """Return the frames of a view, uint8 [T, C, H, W], and the decoder that read them."""
         if self._last is not None and self._last[0] == (number, view):
             return self._last[1]
         path = self.videos[number].path
@@ -282,7 +284,7 @@ class TestClips(Dataset):
         def pick(num_frames: int, fps: float | None) -> np.ndarray:
             if self.clip.sampling == "segments":
                 return segment_views(num_frames, frames=self.clip.frames, views=self.views)[view]
-            stride = self.clip.stride_in(fps, path=path)
+            stride = self.clip.stride_at(fps, path=path)
             return uniform_views(num_frames, frames=self.clip.frames, stride=stride, views=self.views)[view]
 
         def pick_by_time(times: np.ndarray) -> np.ndarray:
@@ -298,9 +300,9 @@ class TestClips(Dataset):
 
 
 def collate(clips: Sequence[Clip]) -> Batch:
-    """Clips -> Batch; those without frames are in `failed` only.
+    """Collate clips into a Batch; clips without frames appear only in `failed`.
 
-    default_collate stacks a worker's clips straight into the memory that it shares with the main process.
+    In a worker, default_collate stacks directly into shared memory.
     """
     read = [clip for clip in clips if clip.clip is not None]
     return Batch(
@@ -316,5 +318,5 @@ def collate(clips: Sequence[Clip]) -> Batch:
 
 
 def _to_tensor(frames: np.ndarray) -> Tensor:
-    """uint8 [T, H, W, 3] -> uint8 [T, 3, H, W], a view."""
+    """Convert frames, uint8 [T, H, W, 3], to a tensor [T, 3, H, W]."""
     return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)

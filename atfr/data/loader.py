@@ -1,4 +1,4 @@
-"""Which process gets which clips, and the DataLoaders that read them."""
+"""Distribute clips over ranks, and build the DataLoaders that read them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from atfr.data.clips import Batch, TestClips, TrainClips, collate
-from atfr.data.shortage import shortage
+from atfr.data.shortage import explain_shortage
 from atfr.data.types import ClipBatch, EvalBatch
 from atfr.data.video.timeout import TimeLimit
-from atfr.data.worker_signals import leave_signals_to_main, starting_processes
-from atfr.utils.malloc import hand_back_freed_memory
+from atfr.data.worker_signals import ignore_main_signals, main_signals_blocked
+from atfr.utils.malloc import return_freed_memory
 
 _PREFETCH = 2  # batches that each worker has ready
 
@@ -23,17 +23,16 @@ Clips = TypeVar("Clips", TrainClips, TestClips)
 
 
 class TrainSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) for one process, to be used as a DataLoader's batch_sampler.
+    """Yield batches of (epoch, index) for one rank; the batch_sampler of a DataLoader.
 
-    The order depends on the seed and the epoch alone: the k-th global batch of an epoch is
-    `permutation[k * G : (k + 1) * G]`, of which process r of `world` takes every world-th, from the r-th on: where G
-    does not divide, the last processes have one clip less. The last
-    partial batch of an epoch is dropped. With fewer videos than G an epoch is one batch that goes around the
-    permutation as often as needed; an index then grows by `size` a round, so that TrainClips cuts another clip.
+    The order depends only on the seed and the epoch. The k-th global batch is `permutation[k * G : (k + 1) * G]`, and
+    rank r reads every world-th clip of it from the r-th on. If `world` does not divide G, the last ranks read one clip
+    less. The last partial batch of an epoch is dropped. With fewer videos than G, an epoch is one batch that repeats
+    the permutation; each repetition adds `size` to the indices, so that TrainClips cuts other clips.
 
-    With `labels`, the class of each video, the order is `balanced_order`'s instead: every class equally often.
+    With `labels`, the class of each video, `balanced_order` replaces the permutation.
 
-    `set_epoch` moves on, and in a resume to a place within an epoch. The epoch travels in the index, so workers may be
+    Call `set_epoch` before each epoch; a resume starts within one. The index holds the epoch, so workers may be
     persistent.
     """
 
@@ -43,7 +42,7 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
         if size < 1:
             raise ValueError(f"there are {size} training videos, at least 1 is needed")
         if global_batch < world:
-            raise ValueError(f"trainer.batch_size={global_batch} is the global batch, too small for {world} process(es): each of them needs a clip")
+            raise ValueError(f"trainer.batch_size={global_batch} is the global batch, too small for {world} rank(s): each needs at least one clip")
         if not 0 <= rank < world:
             raise ValueError(f"rank is {rank}, it must be in [0, {world})")
         if labels is not None and len(labels) != size:
@@ -57,18 +56,18 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
         self.epoch, self.start_batch = 0, 0
 
     def __len__(self) -> int:
-        """Batches in a whole epoch, wherever this one starts."""
+        """Return the number of batches in a whole epoch."""
         return max(1, self.size // self.global_batch)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """The next iteration goes over `epoch`, from its `start_batch`-th batch on."""
+        """Set the epoch of the next iteration, and the batch that it starts from."""
         if not 0 <= start_batch < len(self):
             raise ValueError(f"start_batch is {start_batch}, the epoch has {len(self)} batches")
         self.epoch = epoch
         self.start_batch = start_batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        # Copied now: a DataLoader draws ahead, and set_epoch may be called before it is through.
+        # Read now: a DataLoader prefetches, and set_epoch may be called before it has finished.
         epoch, first = self.epoch, self.start_batch
         rng, count = np.random.default_rng((self.seed, epoch)), len(self) * self.global_batch
         if self.labels is None:
@@ -81,53 +80,53 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
 
 
 def balanced_order(labels: np.ndarray, count: int, *, rng: np.random.Generator) -> np.ndarray:
-    """`count` indices, int64, in random order, in which every class of `labels` [videos] comes equally often.
+    """Return `count` indices, int64, in random order, with equally many of each class in `labels` [videos].
 
-    Where that does not divide, some classes, drawn anew each time, come once more than the others; likewise the videos
-    within a class. A video that comes again has its index grown by the number of videos a round.
+    If the number of classes does not divide `count`, randomly chosen classes get one index more; likewise the videos
+    within a class. Each repetition of a video adds the number of videos to its index.
     """
     classes = rng.permutation(np.unique(labels))
-    shares = count // len(classes) + (np.arange(len(classes)) < count % len(classes))
+    counts = count // len(classes) + (np.arange(len(classes)) < count % len(classes))
     parts = [
-        _repeated(rng.permutation(np.flatnonzero(labels == label)), share, size=len(labels)) for label, share in zip(classes, shares)
+        _repeated(rng.permutation(np.flatnonzero(labels == label)), number, size=len(labels)) for label, number in zip(classes, counts)
     ]
     return rng.permutation(np.concatenate(parts))
 
 
 def _repeated(order: np.ndarray, count: int, *, size: int) -> np.ndarray:
-    """The first `count` of `order`, gone around as often as needed, with the indices grown by `size` a round."""
-    turns, places = np.divmod(np.arange(count), len(order))
-    return order[places] + turns * size
+    """Return the first `count` indices of `order`, repeated if needed; each repetition adds `size` to them."""
+    repetition, position = np.divmod(np.arange(count), len(order))
+    return order[position] + repetition * size
 
 
 class ClipLoader(DataLoader):
-    """DataLoader whose errors name the file a worker hung or died on, or the exhausted resource.
+    """DataLoader whose errors name the file that a worker hung or died on, or the exhausted resource.
 
-    Raises, from its iteration, TimeoutError, ChildProcessError or OSError.
+    Iteration raises TimeoutError, ChildProcessError or OSError.
     """
 
     def __iter__(self) -> Iterator[Batch]:
         try:
-            with starting_processes():
+            with main_signals_blocked():
                 batches = super().__iter__()
             yield from batches
         except (RuntimeError, OSError) as error:
-            short = shortage(error, workers=self.num_workers, needed=self._shared_bytes) if self.num_workers else None
+            short = explain_shortage(error, workers=self.num_workers, needed=self._shared_bytes) if self.num_workers else None
             if short:
                 raise OSError(short) from error
-            reads = self.dataset.limit.under_way()
+            reads = self.dataset.limit.current_reads()
             if not str(error).startswith("DataLoader") or not reads:
                 raise
             files = [f"{self.dataset.videos[number].path} ({seconds:.0f} s so far)" for number, seconds in reads]
             if "timed out" in str(error):
                 raise TimeoutError(
-                    f"no batch came within {self.timeout:g} s; the longest read is that of {files[0]}: if it hangs, leave the file"
-                    " out, and if files are merely slow, raise trainer.timeout_s"
+                    f"no batch within {self.timeout:g} s; the longest read is that of {files[0]}: leave the file out if it hangs,"
+                    " or raise trainer.timeout_s if files are slow"
                 ) from error
-            raise ChildProcessError(f"{' '.join(str(error).split())}; the loader's processes were reading {', '.join(files)}") from error
+            raise ChildProcessError(f"{' '.join(str(error).split())}; its workers were reading {', '.join(files)}") from error
 
     def _shared_bytes(self) -> int:
-        """Bytes of the batches that lie ready, those being made, and the one in use."""
+        """Return the bytes of the prefetched batches and the one in use."""
         clip, sampler = self.dataset.clip, self.batch_sampler
         clips = -(-sampler.global_batch // sampler.world) if isinstance(sampler, TrainSampler) else self.batch_size
         return (self.num_workers * _PREFETCH + 1) * clips * 3 * clip.frames * clip.crop_size**2
@@ -136,9 +135,9 @@ class ClipLoader(DataLoader):
 def train_loader(
     dataset: TrainClips, *, sampler: TrainSampler, workers: int = 0, timeout_s: float = 0.0, pin_memory: bool = False
 ) -> DataLoader[ClipBatch]:
-    """Batches of TrainClips in the order of `sampler`, which also fixes their size in this process.
+    """Load batches of TrainClips in the order of `sampler`, which also sets the batch size of this rank.
 
-    A batch of a worker, or without workers a single read, that takes longer than `timeout_s` seconds (0: no limit)
+    A batch of a worker, or without workers a single read, may take `timeout_s` seconds (0: no limit). Then iteration
     raises TimeoutError, which names the file.
     """
     return ClipLoader(_limited(dataset, workers, timeout_s), batch_sampler=sampler, **_settings(workers, timeout_s, pin_memory))
@@ -154,13 +153,13 @@ def test_loader(
     timeout_s: float = 0.0,
     pin_memory: bool = False,
 ) -> DataLoader[EvalBatch]:
-    """Every world-th item of TestClips from the rank-th on: over all processes each view comes exactly once.
+    """Load every world-th item of TestClips from the rank-th on, so that all ranks together load each item once.
 
-    `batch_size` is per process. Processes may have one item more or less than others, or none, so nothing that waits
-    for all of them belongs inside the loop. `timeout_s` as in `train_loader`.
+    `batch_size` is per rank. Ranks may differ by one item or have none, so do not synchronize them inside the loop.
+    `timeout_s` as in `train_loader`.
     """
     if batch_size < 1:
-        raise ValueError(f"the batch size of a process is {batch_size}, it must be at least 1")
+        raise ValueError(f"the batch size per rank is {batch_size}, it must be at least 1")
     if not 0 <= rank < world:
         raise ValueError(f"rank is {rank}, it must be in [0, {world})")
     items = range(rank, len(dataset), world)
@@ -172,12 +171,12 @@ test_loader.__test__ = False  # type: ignore[attr-defined]  # not a pytest test
 
 
 def _limited(dataset: Clips, workers: int, timeout_s: float) -> Clips:
-    """The dataset with a limit of its own on how long reads may take; the caller's is left as it is."""
+    """Return a copy of the dataset that limits how long reads may take."""
     limited = copy.copy(dataset)
     try:
         limited.limit = TimeLimit(timeout_s, workers=workers)
     except RuntimeError as error:
-        short = shortage(error, workers=workers)
+        short = explain_shortage(error, workers=workers)
         if short:
             raise OSError(short) from error
         raise
@@ -190,18 +189,16 @@ def _settings(workers: int, timeout_s: float, pin_memory: bool) -> dict[str, Any
         "collate_fn": collate,
         "pin_memory": pin_memory,
         "worker_init_fn": _init_worker,
-        # Its own generator: an iterator's base seed would otherwise be drawn from the global one, and dropout would
-        # depend on how often an epoch was begun.
+        # Otherwise each iterator would draw its base seed from the global generator, which dropout uses.
         "generator": torch.Generator(),
     }
     if workers > 0:
-        # DataLoader refuses these without workers.
         settings.update(persistent_workers=True, prefetch_factor=_PREFETCH, timeout=timeout_s)
     return settings
 
 
 def _init_worker(worker: int) -> None:
-    leave_signals_to_main()
-    # As many threads as cores in each of as many workers as cores would only get in each other's way.
+    ignore_main_signals()
+    # Each worker would otherwise start a thread per core.
     torch.set_num_threads(1)
-    hand_back_freed_memory()
+    return_freed_memory()

@@ -1,9 +1,9 @@
-"""A table of a dataset's videos, and whether each can be read.
+"""Manifest of a dataset: a table of its videos that says which can be read.
 
-    manifest.csv      a row a video; there only when all of them are known
-    unfinished.csv    rows as they come, until the run is through
+    manifest.csv      one row per video, written when all videos have been probed
+    unfinished.csv    the rows so far of a run that has not finished
 
-Paths are relative to the dataset's root where the video lies under it, and labels are names of classes.
+Paths are relative to the dataset's root if the video is under it. Labels are class names.
 """
 
 from __future__ import annotations
@@ -19,55 +19,55 @@ from typing import Any, TextIO
 
 from atfr.data.types import VideoSource
 from atfr.data.video.probe import FileState, Probe
-from atfr.utils.atomic_io import written_whole
+from atfr.utils.atomic_io import atomic_write
 
-VERSION = 1  # raise it when rows come to mean something else: old ones are then made anew
+VERSION = 1  # increase it when the meaning of a row changes; older rows are then ignored
 MANIFEST, UNFINISHED = "manifest.csv", "unfinished.csv"
 SPLITS = ("train", "val", "test")
-_MARK = "# "  # begins the first line
+_MARK = "# "  # start of the first line, which holds the settings
 COLUMNS = (
     "path", "label", "split", "frames", "fps", "width", "height", "seconds", "bytes", "mtime_ns", "quick_hash", "status", "reason",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Listed:
-    """A video of the dataset's lists, as in the manifest."""
+class ListedVideo:
+    """A video of the dataset's lists, as it appears in the manifest."""
 
     path: str
-    label: str  # "" where the video is missing: the source does not tell then
-    split: str  # train, val or test, with + between several
+    label: str  # "" if the video is missing, since the source does not tell
+    split: str  # train, val, test, or several joined by +
     missing: bool
 
 
-def listed_videos(source: VideoSource, root: str) -> list[Listed]:
-    """Each video once: by split, those that are there in the order of the list, and then those that are not."""
-    found: dict[str, Listed] = {}
-    # Without a val list the test videos are the validation videos, too.
+def listed_videos(source: VideoSource, root: str) -> list[ListedVideo]:
+    """List each video once: for each split the existing videos in list order, then the missing ones."""
+    found: dict[str, ListedVideo] = {}
+    # Without a val list, the validation videos are the test videos.
     for split in (split for split in SPLITS if split != "val" or source.val is not source.test):
         named = [(video.path, source.class_names[video.label], False) for video in getattr(source, split)]
         for path, label, missing in [*named, *((path, "", True) for path in source.missing.get(split, ()))]:
-            short = shorter(path, root)
+            short = path_in_manifest(path, root)
             before = found.get(short)
             if before is None:
-                found[short] = Listed(short, label, split, missing)
+                found[short] = ListedVideo(short, label, split, missing)
             elif split not in before.split.split("+"):
                 found[short] = replace(before, split=f"{before.split}+{split}")
     return list(found.values())
 
 
-def shorter(path: str, root: str) -> str:
-    """A path from `root` on, if it lies there."""
+def path_in_manifest(path: str, root: str) -> str:
+    """Return the path relative to `root`, or the path itself if it is not under `root`."""
     relative = os.path.relpath(path, root)
     relative = path if relative == ".." or relative.startswith("../") else relative
-    return f"./{relative}" if relative.startswith("#") else relative  # `#` begins a comment in a list
+    return f"./{relative}" if relative.startswith("#") else relative  # a leading # marks a comment in a list
 
 
 class Manifest:
-    """The rows that are known, in the folder that they are kept in.
+    """The probes of a dataset's videos, saved in `folder` as they are added.
 
-    `settings` is what the rows depend on; those that were made with others are not taken over. Of a finished manifest
-    only good videos are, so that a second run looks again at the bad ones.
+    Reads the rows of an earlier run if it had the same `settings`. From a finished manifest only good videos are taken,
+    so that a second run probes the bad ones again.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -78,23 +78,23 @@ class Manifest:
         self.probes |= self._read(UNFINISHED)
 
     def knows(self, path: str, state: FileState | None) -> bool:
-        """Whether a video has a row from when it was as it is now."""
+        """Return whether a video has a row and its file has not changed since."""
         return state is not None and path in self.probes and self.probes[path].state == state
 
-    def add(self, video: Listed, probe: Probe) -> None:
-        """Note a row, in the file at once."""
+    def add(self, video: ListedVideo, probe: Probe) -> None:
+        """Add a row and write it at once."""
         if self._stream is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # Anew, with what is known: the end of a file that was being written may be half a row.
-            known = [(Listed(path, "", "", missing=False), before) for path, before in self.probes.items()]
+            # Rewrite the rows of the earlier run: its last row may be incomplete.
+            known = [(ListedVideo(path, "", "", missing=False), before) for path, before in self.probes.items()]
             self._write(UNFINISHED, known)
             self._stream = _open(self.folder / UNFINISHED, "a")
         self.probes[video.path] = probe
         csv.writer(self._stream, lineterminator="\n").writerow(_row(video, probe))
         self._stream.flush()
 
-    def finish(self, videos: Sequence[Listed]) -> None:
-        """Write manifest.csv, which has all of `videos` (those not added are missing)."""
+    def finish(self, videos: Sequence[ListedVideo]) -> None:
+        """Write manifest.csv with all of `videos`; those without a row are missing."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write(MANIFEST, [(video, self.probes.get(video.path, Probe(None, reason="No such file"))) for video in videos])
         self.close()
@@ -105,8 +105,8 @@ class Manifest:
             self._stream.close()
             self._stream = None
 
-    def _write(self, name: str, rows: Iterable[tuple[Listed, Probe]]) -> None:
-        with written_whole(self.folder / name) as temporary, _open(temporary, "w") as file:
+    def _write(self, name: str, rows: Iterable[tuple[ListedVideo, Probe]]) -> None:
+        with atomic_write(self.folder / name) as temporary, _open(temporary, "w") as file:
             file.write(f"{_MARK}{json.dumps(self.settings, ensure_ascii=True)}\n")
             csv.writer(file, lineterminator="\n").writerows([COLUMNS, *(_row(video, probe) for video, probe in rows)])
 
@@ -119,9 +119,12 @@ class Manifest:
 
 
 def read_manifest(path: Path) -> tuple[dict[str, Any], dict[str, Probe]]:
-    """What a manifest's rows depend on (`version`, `dataset`, `root`, `decoder`, `copies`), and its videos by path.
+    """Return a manifest's settings (`version`, `dataset`, `root`, `decoder`, `copies`) and its probes by path.
 
-    The state of those that were missing is None. Raises ValueError for a file that is no manifest.
+    The state of a missing video is None.
+
+    Raises:
+        ValueError: the file is not a manifest.
     """
     with _open(path, "r") as file:
         first, *lines = file.readlines() or [""]
@@ -131,20 +134,20 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], dict[str, Probe]]:
         settings = None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} is not a manifest of scripts/prepare.py")
-    whole = [line for line in lines if line.endswith("\n")]  # a kill may have left half a row
+    whole = [line for line in lines if line.endswith("\n")]  # a kill may leave an incomplete row
     probes = {}
     for row in csv.DictReader(whole):
-        with suppress(ValueError, TypeError, KeyError):  # what somebody has edited
+        with suppress(ValueError, TypeError, KeyError):  # a row that was edited by hand
             probes[row["path"]] = _probe(row)
     return settings, probes
 
 
 def _open(path: Path, mode: str) -> TextIO:
-    # Names of files need not be UTF-8; they are written back as the bytes they came from.
+    # File names need not be UTF-8; surrogateescape keeps their bytes.
     return open(path, mode, newline="", encoding="utf-8", errors="surrogateescape")
 
 
-def _row(video: Listed, probe: Probe) -> tuple[Any, ...]:
+def _row(video: ListedVideo, probe: Probe) -> tuple[Any, ...]:
     missing = probe.state is None
     seconds = f"{probe.frames / probe.fps:.3f}" if probe.frames and probe.fps else ""
     state = ("", "") if missing else (probe.state.bytes, probe.state.mtime_ns)

@@ -1,4 +1,4 @@
-"""Probing and copying all videos of a dataset, in parallel, going on from where a killed run stopped."""
+"""Probe and copy all videos of a dataset in parallel; a killed run continues where it stopped."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from atfr.data.manifest import Listed, Manifest
+from atfr.data.manifest import ListedVideo, Manifest
 from atfr.data.video.encode import encode, is_copied
 from atfr.data.video.probe import Probe, file_state, probe
-from atfr.data.workers import Alive, Outcome, run_each
-from atfr.utils.atomic_io import written_whole
+from atfr.data.workers import Heartbeat, Outcome, run_each
+from atfr.utils.atomic_io import atomic_write
 from atfr.utils.progress import watched
 
-FOLDER = "prepared"  # of what is written here, in the folder that it is about
-COPIES = "copies.json"  # how the copies beside it were made
+FOLDER = "prepared"  # in the dataset's root or the output: the manifest and COPIES
+COPIES = "copies.json"  # settings of the copies in the output
 
 
 def probe_all(
-    videos: Sequence[Listed],
+    videos: Sequence[ListedVideo],
     manifest: Manifest,
     *,
     root: Path,
@@ -31,7 +31,7 @@ def probe_all(
     timeout_s: float,
     bad: Mapping[str, Probe] | None = None,
 ) -> None:
-    """Bring the manifest up to date, and finish it; `bad` has the videos, by path, that need no look."""
+    """Probe new and changed videos, and write the manifest. `bad` has known probes by path, which are not repeated."""
     bad = bad or {}
     for video in videos:
         if video.path in bad:
@@ -46,48 +46,49 @@ def probe_all(
 
 
 def copy_all(
-    videos: Sequence[Listed], *, root: Path, output: Path, short_side: int, keyframe: int, processes: int, timeout_s: float
+    videos: Sequence[ListedVideo], *, root: Path, output: Path, short_side: int, keyframe: int, processes: int, timeout_s: float
 ) -> dict[str, Probe]:
-    """Encode copies of the videos in the same places under `output`; by path, those that cannot be read, and why.
+    """Encode a copy of each video under `output`, with the same relative path; return the probes of those that failed.
 
-    These have a link to the original in their place, as have folders of frames, so that `output` has the same videos as
-    `root`. Those outside `root`, which the lists name by their whole paths, stay where they are.
-    Raises ValueError where `output` has other files in these places.
+    A video that cannot be encoded becomes a link to the original, as does a folder of frames, so that `output` has the
+    same videos as `root`. Videos outside `root` (absolute paths in the lists) are not copied.
+
+    Raises:
+        ValueError: `output` holds other files at these paths.
     """
-    places = [(video.path, str(root / video.path), output / video.path) for video in videos if not video.missing and not os.path.isabs(video.path)]
-    _claim(output, {"short_side": short_side, "keyframe": keyframe}, (target for _, _, target in places))
-    for folder in {target.parent for _, _, target in places}:
+    copies = [(video.path, str(root / video.path), output / video.path) for video in videos if not video.missing and not os.path.isabs(video.path)]
+    _claim(output, {"short_side": short_side, "keyframe": keyframe}, (target for _, _, target in copies))
+    for folder in {target.parent for _, _, target in copies}:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".*.tmp"):  # by a run that was killed
-            left.unlink()
+        for temporary in folder.glob(".*.tmp"):  # left by a killed run
+            temporary.unlink()
     bad: dict[str, Probe] = {}
-    todo = [place for place in places if not os.path.isdir(place[1]) and not is_copied(place[1], place[2])]
+    todo = [copy for copy in copies if not os.path.isdir(copy[1]) and not is_copied(copy[1], copy[2])]
     outcomes = run_each(partial(_copy, short_side=short_side, keyframe=keyframe), todo, processes=processes, timeout_s=timeout_s)
     with closing(outcomes):
-        for (path, original, _), _, reason in _bar(outcomes, todo, places, "encode"):
+        for (path, original, _), _, reason in _bar(outcomes, todo, copies, "encode"):
             if reason:
                 bad[path] = Probe(file_state(original), reason=f"not copied: {reason}")
-    for path, original, target in places:
+    for path, original, target in copies:
         if (path in bad or os.path.isdir(original)) and not target.is_symlink():
-            target.unlink(missing_ok=True)  # the copy of what the original was before
+            target.unlink(missing_ok=True)  # a copy of an earlier version of the original
             target.symlink_to(original)
     return bad
 
 
 def _claim(output: Path, settings: Mapping[str, Any], targets: Iterable[Path]) -> None:
-    """Note in `output` how its copies are made; ValueError if it holds other ones, or files of another kind."""
+    """Save the settings of the copies in `output`; raise ValueError if it holds other copies or other files."""
     note = output / FOLDER / COPIES
-    way_out = "give another output"
     if note.exists():
         found = json.loads(note.read_text())
         if found != settings:
-            raise ValueError(f"{note}: the copies there were made with {found}, not {dict(settings)}; {way_out}")
+            raise ValueError(f"{note}: the copies there were made with {found}, not {dict(settings)}; give another output")
         return
     taken = next((target for target in targets if os.path.lexists(target)), None)
     if taken is not None:
-        raise ValueError(f"{taken} is there already, and is no copy that was made here; {way_out}")
+        raise ValueError(f"{taken} exists and is not a copy made by this script; give another output")
     note.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(note) as temporary:
+    with atomic_write(note) as temporary:
         temporary.write_text(json.dumps(settings) + "\n")
 
 
@@ -95,13 +96,13 @@ def _bar(outcomes: Iterable[Outcome], todo: Sequence[Any], wanted: Sequence[Any]
     return watched(outcomes, name, unit="video", total=len(wanted), initial=len(wanted) - len(todo), leave=True)
 
 
-def _probe(path: str, alive: Alive, *, decoder: str) -> Probe:
+def _probe(path: str, heartbeat: Heartbeat, *, decoder: str) -> Probe:
     return probe(path, decoder=decoder)
 
 
-def _copy(place: tuple[str, str, Path], alive: Alive, *, short_side: int, keyframe: int) -> bool:
-    _, source, target = place
-    if target.is_symlink():  # it could not be copied before
+def _copy(paths: tuple[str, str, Path], heartbeat: Heartbeat, *, short_side: int, keyframe: int) -> bool:
+    _, source, target = paths
+    if target.is_symlink():  # encoding failed before
         target.unlink()
-    encode(source, target, short_side=short_side, keyframe=keyframe, alive=alive)
+    encode(source, target, short_side=short_side, keyframe=keyframe, heartbeat=heartbeat)
     return True

@@ -1,4 +1,4 @@
-"""Explain loader errors caused by too little shared memory or too few file descriptors."""
+"""Explain loader errors that are caused by too little shared memory or too few file descriptors."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _OUT_OF_FILES = ("Too many open files", "ancdata")
 _MB = 1e6
 
 
-def shortage(error: Exception, *, workers: int, needed: Callable[[], int] | None = None) -> str | None:
-    """Return a one-line explanation with the remedy, or None for other errors.
+def explain_shortage(error: Exception, *, workers: int, needed: Callable[[], int] | None = None) -> str | None:
+    """Return a one-line explanation with the remedy, or None for any other error.
 
-    `needed` gives the number of bytes that the batches under way take in shared memory, where that is known.
+    `needed` returns the bytes of shared memory that one process's batches take, if that is known.
     """
     text = "\n".join(_last_lines(error))
-    # First, since some messages about files mention shared memory, too.
+    # File descriptors first: some of their messages also mention shared memory.
     if any(sign in text for sign in _OUT_OF_FILES):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return (
@@ -26,7 +26,7 @@ def shortage(error: Exception, *, workers: int, needed: Callable[[], int] | None
             " (docker run --ulimit nofile=65536), or lower trainer.workers"
         )
     if any(sign in text for sign in _OUT_OF_MEMORY):
-        batches = f", where the batches of one process take about {needed() / _MB:.0f} MB" if needed else ""
+        batches = f"; the batches of one process take about {needed() / _MB:.0f} MB" if needed else ""
         return (
             f"trainer.workers={workers}: the loader ran out of shared memory ({_size()}{batches});"
             " make it larger (docker run --shm-size=8g), lower trainer.workers, or set trainer.workers=0"
@@ -35,9 +35,9 @@ def shortage(error: Exception, *, workers: int, needed: Callable[[], int] | None
 
 
 def _last_lines(error: BaseException | None) -> Iterator[str]:
-    """Yield the last line of an error and of those that led to it: the text of a worker's error is its whole traceback.
+    """Yield the last line of an error and of each of its causes.
 
-    A worker that the kernel killed "exited unexpectedly"; only the cause names the signal.
+    The text of a worker's error is a whole traceback. If the kernel killed the worker, only the cause names the signal.
     """
     seen = set()
     while error is not None and id(error) not in seen:
@@ -50,5 +50,5 @@ def _size() -> str:
     try:
         usage = shutil.disk_usage(_SHARED)
     except OSError:
-        return "its size is not known"
-    return f"{_SHARED} has {usage.total / _MB:.0f} MB, {usage.free / _MB:.0f} MB of them free"
+        return "its size is unknown"
+    return f"{_SHARED} has {usage.total / _MB:.0f} MB, {usage.free / _MB:.0f} MB free"

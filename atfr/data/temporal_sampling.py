@@ -1,14 +1,12 @@
-"""Which frames of a video make a clip: pure functions on frame numbers and times.
+"""Choose the frames of a video that make a clip: pure functions of frame indices and times.
 
-A dense clip is `frames` frames taken every `stride` frames, so it spans `(frames - 1) * stride + 1` frames of the video.
-The stride may be a fraction (`stride_at`): each frame is then the one nearest to where it would fall.
-Where a rate is wanted and the file's own varies, `random_clip_by_time` and `uniform_views_by_time` do the same with the
-frames' times: a clip spans `(frames - 1) * interval` seconds wherever it lies, and its start is uniform in time.
-**A video shorter than the span** is read from its first frame on, at the full stride, and its last frame is repeated
-until the clip is full. PySlowFast does the same, so clips of short videos mean the same thing here and there.
+Dense clips take `frames` frames, `stride` apart, and span `(frames - 1) * stride + 1` frames of the video. The stride may
+be a fraction (`stride_at_rate`); indices are then rounded. In files of a variable rate, the functions `*_by_time` work on
+times instead of indices: a clip spans `(frames - 1) * interval` seconds, and its start is uniform in time.
+A video shorter than that is read from its first frame at the full stride, and its last frame is repeated, as in PySlowFast.
 
-A clip of segments spans the whole video: this is cut into `frames` segments of equally many frames, as TSN does whatever the
-rate, and each gives one frame. In a video with fewer frames than segments, some frames stand for several of them.
+Segment clips span the whole video (TSN): one frame from each of `frames` equal segments. In a video with fewer frames
+than segments, some frames repeat.
 """
 
 from __future__ import annotations
@@ -16,28 +14,28 @@ from __future__ import annotations
 import numpy as np
 
 
-def stride_at(stride: int, *, fps: float | None, wanted_fps: float | None) -> float:
-    """The stride in a file of `fps` frames a second that spans the time that `stride` spans at `wanted_fps`.
+def stride_at_rate(stride: int, *, fps: float | None, wanted_fps: float | None) -> float:
+    """Return the stride at `fps` that spans the same time as `stride` at `wanted_fps`.
 
-    It is `stride` itself where nothing is wanted or the file's rate is not known.
+    If either rate is None, return `stride`.
     """
     return stride if wanted_fps is None or fps is None else stride * fps / wanted_fps
 
 
 def random_clip(num_frames: int, *, frames: int, stride: float, rng: np.random.Generator) -> np.ndarray:
-    """One clip at a uniformly random start: int64 indices [frames] in [0, num_frames).
+    """Choose a clip with a uniformly random start: int64 indices [frames] in [0, num_frames).
 
-    Raises ValueError when a count is below 1 or the stride not above 0.
+    Raises:
+        ValueError: a count is below 1, or the stride is not above 0.
     """
     last_start = _last_start(num_frames, frames=frames, stride=stride)
     return _clip_at(int(rng.integers(last_start + 1)), num_frames, frames=frames, stride=stride)
 
 
 def uniform_views(num_frames: int, *, frames: int, stride: float, views: int) -> list[np.ndarray]:
-    """`views` clips whose starts are spread evenly from the first possible one to the last, both included.
+    """Choose `views` clips with evenly spaced starts, from the first possible start to the last.
 
-    A single view is the centre of the video. Returns `views` int64 arrays [frames] with values in [0, num_frames).
-    Raises ValueError when a count is below 1 or the stride not above 0.
+    A single view is the centre of the video. Returns and raises as `random_clip`, with one array per view.
     """
     _require_counts(views=views)
     last_start = _last_start(num_frames, frames=frames, stride=stride)
@@ -49,16 +47,18 @@ def uniform_views(num_frames: int, *, frames: int, stride: float, views: int) ->
 
 
 def random_clip_by_time(times: np.ndarray, *, frames: int, interval: float, rng: np.random.Generator) -> np.ndarray:
-    """One clip at a uniformly random time: int64 indices [frames] of the frames nearest to every `interval` seconds.
+    """Choose a clip with a start uniform in time: int64 indices [frames] of the frames nearest to every `interval` seconds.
 
-    `times`, float64 [num_frames], rise; they are the seconds of the frames. Raises ValueError when a count is below 1 or the
-    interval not above 0.
+    `times`, float64 [num_frames], are the increasing times of the frames in seconds.
+
+    Raises:
+        ValueError: a count is below 1, or the interval is not above 0.
     """
     return _nearest(times, rng.random() * _last_time(times, frames=frames, interval=interval), frames=frames, interval=interval)
 
 
 def uniform_views_by_time(times: np.ndarray, *, frames: int, interval: float, views: int) -> list[np.ndarray]:
-    """`views` clips as in `random_clip_by_time`, with starts spread evenly in time from the first possible one to the last.
+    """Choose `views` clips as `random_clip_by_time`, with starts evenly spaced in time from the first possible to the last.
 
     A single view is the centre of the video.
     """
@@ -69,9 +69,10 @@ def uniform_views_by_time(times: np.ndarray, *, frames: int, interval: float, vi
 
 
 def random_segments(num_frames: int, *, frames: int, rng: np.random.Generator) -> np.ndarray:
-    """A uniformly random frame of each of `frames` equal segments: int64 indices [frames] in [0, num_frames), rising.
+    """Choose a uniformly random frame of each of `frames` equal segments: sorted int64 indices [frames].
 
-    Raises ValueError when a count is below 1.
+    Raises:
+        ValueError: a count is below 1.
     """
     _require_counts(num_frames=num_frames, frames=frames)
     positions = (np.arange(frames) + rng.random(frames)) * num_frames / frames
@@ -79,14 +80,12 @@ def random_segments(num_frames: int, *, frames: int, rng: np.random.Generator) -
 
 
 def segment_views(num_frames: int, *, frames: int, views: int) -> list[np.ndarray]:
-    """`views` clips with a frame of each of `frames` equal segments, the same place in all of them.
+    """Choose `views` clips; view v takes from each of `frames` equal segments the centre of its v-th of `views` equal parts.
 
-    The places are the centres of `views` equal parts of a segment, so a single view has the centres of the segments, and
-    views differ where a segment has as many frames as there are views. Returns `views` int64 arrays [frames] with
-    values in [0, num_frames). Raises ValueError when a count is below 1.
+    A single view takes the centres of the segments. Returns and raises as `random_segments`, with one array per view.
     """
     _require_counts(num_frames=num_frames, frames=frames, views=views)
-    # In integers: (segment + (view + 1/2) / views) * num_frames / frames, rounded down.
+    # Integer arithmetic for (segment + (view + 1/2) / views) * num_frames / frames, rounded down.
     segments = 2 * views * np.arange(frames, dtype=np.int64)
     return [(segments + 2 * view + 1) * num_frames // (2 * views * frames) for view in range(views)]
 
@@ -103,7 +102,7 @@ def _clip_at(start: int, num_frames: int, *, frames: int, stride: float) -> np.n
 
 
 def _last_time(times: np.ndarray, *, frames: int, interval: float) -> float:
-    """The last start, in seconds from the first frame, of a clip that ends in the video; 0 if none does."""
+    """Return the last possible start in seconds from the first frame; 0 if no clip fits."""
     _require_counts(num_frames=len(times), frames=frames)
     if not interval > 0:
         raise ValueError(f"interval is {interval}, it must be above 0")

@@ -1,7 +1,7 @@
-"""What happens to the frames of a clip once they are read. Everything stays uint8 until the Normalizer.
+"""Scale, crop, augment and normalise clips. Everything is uint8 until the Normalizer.
 
-Randomness comes in as a numpy Generator and nothing else is read, so a clip's augmentation is a function of that
-generator's seed; torch's global generator is left as it was. All frames of a clip get the same parameters.
+All randomness comes from a numpy Generator; torch's global generator is not changed. All frames of a clip get the same
+parameters.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from atfr.data.video.readers import scaled_size
 
 
 class _Frames(tv_tensors.Video):
-    """uint8 [T, C, H, W]: frames of one clip, which torchvision treats as one picture where it measures it."""
+    """Frames of a clip, uint8 [T, C, H, W], whose statistics torchvision computes over all frames."""
 
 
-def _on_the_whole(function: Callable[..., Tensor]) -> None:
-    """Let `function` see all frames of _Frames as one picture: below each other, since it looks at values, not places."""
+def _apply_to_whole_clip(function: Callable[..., Tensor]) -> None:
+    """Make `function` treat _Frames as one tall image; for functions that do not depend on pixel positions."""
 
     @F.register_kernel(function, _Frames)
     def whole(frames: _Frames, *arguments: float, **options: float) -> _Frames:
@@ -34,20 +34,20 @@ def _on_the_whole(function: Callable[..., Tensor]) -> None:
 
 
 for _function in (F.adjust_contrast, F.autocontrast, F.equalize):
-    _on_the_whole(_function)
+    _apply_to_whole_clip(_function)
 
 
 class TrainTransform:
-    """Random scale, crop, flip and, where asked for, colours and erasing of one clip.
+    """Crop, flip and augment a training clip at random.
 
-    With `scale` (least and greatest share of the frame's area) the crop is torchvision's RandomResizedCrop with
-    aspect ratios in `ratio`; without it, the shorter side is set to a random length in `short_side` (lo, hi; pixels,
-    both included) and a square of `crop_size` is cut out at random. `flip` is a probability.
+    With `scale` (lo, hi; part of the frame's area) the crop is torchvision's RandomResizedCrop. Without it, the shorter
+    side is scaled to a random length in `short_side` (lo, hi; pixels, inclusive), and a square of `crop_size` is cut out
+    at a random position. `flip` is a probability.
 
-    Then follow, each left out when None, torchvision's RandAugment with `randaugment` (operations, magnitude in 0 to
-    30), ColorJitter with `color_jitter` (brightness, contrast, saturation, hue) and RandomErasing with the
-    probability `erasing`, which fills a rectangle with `fill` (R, G, B in [0, 255]). All frames are treated the same:
-    what is drawn is drawn once, and operations that measure the picture (contrast, equalize) measure the whole clip.
+    Then follow torchvision's RandAugment with `randaugment` (operations, magnitude in 0..30), ColorJitter with
+    `color_jitter` (brightness, contrast, saturation, hue) and RandomErasing with probability `erasing` and colour `fill`
+    (R, G, B in 0..255); None skips one. Parameters are drawn once per clip, and operations that depend on image
+    statistics (contrast, equalize) use those of the whole clip.
     """
 
     def __init__(
@@ -56,7 +56,6 @@ class TrainTransform:
         crop_size: int,
         short_side: tuple[int, int],
         scale: tuple[float, float] | None = None,
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: float = 0.5,
         randaugment: tuple[int, int] | None = None,
         color_jitter: tuple[float, float, float, float] | None = None,
@@ -65,7 +64,7 @@ class TrainTransform:
     ) -> None:
         self.short_side = short_side
         self.resized_crop = scale is not None
-        crop = v2.RandomResizedCrop(crop_size, scale=scale, ratio=ratio) if scale else v2.RandomCrop(crop_size)
+        crop = v2.RandomResizedCrop(crop_size, scale=scale) if scale else v2.RandomCrop(crop_size)
         steps = [crop, v2.RandomHorizontalFlip(flip)]
         if randaugment is not None:
             steps.append(v2.RandAugment(*randaugment, fill=list(fill)))
@@ -73,35 +72,31 @@ class TrainTransform:
             steps.append(v2.ColorJitter(*color_jitter))
         if erasing:
             steps.append(v2.RandomErasing(erasing, value=list(fill)))
-        # On one [T, C, H, W] tensor torchvision draws once, for all frames.
+        # torchvision draws parameters once per tensor [T, C, H, W].
         self.augment = v2.Compose(steps)
 
     def draw_short_side(self, rng: np.random.Generator) -> int:
-        """The shorter side of this clip, in pixels, so that the decoder can scale the frames to it."""
+        """Draw the shorter side of a clip in pixels; the decoder scales the frames to it."""
         low, high = self.short_side
-        # A resized crop scales for itself; it should start from as many pixels as are kept.
+        # A resized crop scales itself, and starts from the largest frames.
         return high if self.resized_crop else int(rng.integers(low, high + 1))
 
     def __call__(self, frames: Tensor, *, short_side: int, rng: np.random.Generator) -> Tensor:
-        """uint8 [T, C, H, W] -> uint8 [C, T, crop_size, crop_size]."""
+        """Augment uint8 [T, C, H, W] -> uint8 [C, T, crop_size, crop_size]."""
         if not self.resized_crop:
             frames = resize_short_side(frames, short_side)
         with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
-            # torch.manual_seed would also look after other devices, which takes longer than all the rest.
+            # torch.manual_seed would also seed other devices, which takes longer than the augmentation.
             torch.default_generator.manual_seed(int(rng.integers(2**63)))
             return _to_clip(self.augment(frames.as_subclass(_Frames)).as_subclass(Tensor))
 
 
 def test_crops(frames: Tensor, *, short_side: int, crop_size: int, crops: int) -> list[Tensor]:
-    """The square crops a video is tested on: uint8 [T, C, H, W] -> `crops` times uint8 [C, T, crop_size, crop_size].
+    """Cut the square crops of a test clip: uint8 [T, C, H, W] -> `crops` tensors, uint8 [C, T, crop_size, crop_size].
 
-    The shorter side is set to `short_side` pixels. One crop is the centre; three are left, centre and right of a
-    landscape video, top, centre and bottom of a portrait one.
+    The shorter side is scaled to `short_side` pixels, at least `crop_size`. 1 crop: the centre. 3 crops: left, centre
+    and right of a landscape video; top, centre and bottom of a portrait video.
     """
-    if crops not in (1, 3):
-        raise ValueError(f"crops is {crops}, it must be 1 or 3")
-    if crop_size > short_side:
-        raise ValueError(f"crop_size is {crop_size}, more than short_side {short_side}")
     frames = resize_short_side(frames, short_side)
     room_h, room_w = frames.shape[-2] - crop_size, frames.shape[-1] - crop_size
     corners = [(room_h // 2, room_w // 2)]
@@ -112,12 +107,11 @@ def test_crops(frames: Tensor, *, short_side: int, crop_size: int, crops: int) -
     return [_to_clip(frames[..., top : top + crop_size, left : left + crop_size]) for top, left in corners]
 
 
-# pytest would take the function above for a test wherever it is imported.
-test_crops.__test__ = False  # type: ignore[attr-defined]
+test_crops.__test__ = False  # type: ignore[attr-defined]  # not a pytest test
 
 
 def resize_short_side(frames: Tensor, short_side: int) -> Tensor:
-    """uint8 [T, C, H, W] with the shorter side set to `short_side` pixels, larger or smaller, aspect kept."""
+    """Scale uint8 [T, C, H, W] up or down to a shorter side of `short_side` pixels; keep the aspect ratio."""
     height, width = frames.shape[-2:]
     if min(height, width) == short_side:
         return frames
@@ -130,23 +124,22 @@ def resize_short_side(frames: Tensor, short_side: int) -> Tensor:
 
 
 class Normalizer(nn.Module):
-    """uint8 [N, C, T, H, W] on any device -> float32, (x / 255 - mean) / std for each channel."""
+    """Normalise uint8 [N, C, T, H, W] to float32: (x / 255 - mean) / std per channel."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         centre = torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1, 1)
         spread = torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1, 1)
-        # Not persistent: they are settings, a checkpoint must not bring other ones along.
+        # Not persistent: these are settings, which a checkpoint must not override.
         self.register_buffer("gain", 1 / (255 * spread), persistent=False)
         self.register_buffer("offset", -centre / spread, persistent=False)
 
     def forward(self, clips: Tensor) -> Tensor:
-        # Autocast leaves these alone, and the result is float32 whatever the model runs in.
+        # Autocast does not change addcmul: the result is always float32.
         return torch.addcmul(self.offset, clips.to(self.gain.dtype), self.gain)
 
 
 def _to_clip(frames: Tensor) -> Tensor:
-    """[T, C, H, W] -> [C, T, H, W] in one block, so that batches can be stacked and pinned."""
-    # numpy copies in one thread. Torch spreads even such a small copy over all cores, and on a busy machine waits for
-    # them, far longer than all the rest takes.
+    """Convert [T, C, H, W] to contiguous [C, T, H, W]."""
+    # numpy copies in one thread. torch uses all cores even for such a small copy, which is slow on a busy machine.
     return torch.from_numpy(np.ascontiguousarray(frames.numpy().transpose(1, 0, 2, 3)))

@@ -1,4 +1,4 @@
-"""The plain records that datasets hand to the rest of the package."""
+"""Records and protocols that the data package shares with the rest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-if TYPE_CHECKING:  # the processes that only decode do without torch
+if TYPE_CHECKING:  # processes that only decode do not import torch
     from torch import Tensor
 
 _PREFIX = "cannot read "
@@ -14,7 +14,7 @@ _PREFIX = "cannot read "
 
 @dataclass(frozen=True)
 class Video:
-    """One labelled video: where its file is and the index of its class."""
+    """A labelled video: its path and the index of its class."""
 
     path: str
     label: int
@@ -22,11 +22,11 @@ class Video:
 
 @dataclass(frozen=True)
 class VideoSource:
-    """What a dataset factory returns.
+    """The videos of a dataset, as a dataset function returns them.
 
-    A split that was not asked for is an empty tuple. `notes` holds the facts that belong in the protocol of the
-    results (the lists used, how many videos each has), `missing`, by split, the paths of listed videos that
-    are not there and were left out. `warnings` says what is suspicious about the lists, each in one line.
+    A split without a list is an empty tuple. `notes` goes to the protocol of the results (lists used, videos in each).
+    `missing` has the paths of the listed videos that do not exist, by split. `warnings` are one-line warnings about
+    the lists.
     """
 
     name: str
@@ -40,7 +40,7 @@ class VideoSource:
 
 
 class Unreadable(NamedTuple):
-    """A test video that could not be read: its index in the split, its file, and why."""
+    """A test video that could not be read: its index in the split, its path and the reason."""
 
     video: int
     path: str
@@ -69,17 +69,17 @@ class EvalBatch(Protocol):
 
 
 class VideoError(Exception):
-    """A video that cannot be read: `path` names the file, `reason` says why; `str()` is one line with both.
+    """A video cannot be read. `str()` is one line with the path and the reason.
 
-    A DataLoader hands on what a worker raised by calling the class with one string, the worker's traceback; path and
-    reason are then taken from its last line.
+    A DataLoader re-raises a worker's error by calling its class with one string, the worker's traceback. Path and
+    reason are then parsed from the last line.
     """
 
     def __init__(self, path: str, reason: str | None = None) -> None:
         if reason is None:
             last_line = path.strip().rpartition("\n")[2]
             path, _, reason = last_line[max(0, last_line.find(_PREFIX)) :].removeprefix(_PREFIX).partition(": ")
-        # Both values go to Exception.args: that is what pickle calls the class with in another process.
+        # pickle calls the class with Exception.args.
         super().__init__(path, reason)
         self.path = path
         self.reason = reason

@@ -1,4 +1,4 @@
-"""Warnings about a condition that holds for many clips."""
+"""Warn once about a condition that many clips meet."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _given: set[str] = set()
 
 
 def warn_once(log: logging.Logger, condition: str, message: str) -> None:
-    """Log a warning for a condition, once in a process: a loader's workers are processes of their own."""
+    """Log a warning for a condition once per process; each worker of a loader is a process."""
     if condition not in _given:
         _given.add(condition)
         log.warning("%s", message)

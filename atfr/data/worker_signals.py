@@ -1,7 +1,7 @@
-"""Signals in the processes that read or write videos for this one.
+"""Keep signals away from worker processes.
 
-Ctrl-C and the end of a terminal reach all processes that run there; USR1 and USR2 may, too. The main process answers
-them, and ends the others.
+Ctrl-C and a hang-up reach every process of a terminal, and USR1 and USR2 may. Only the main process reacts; it then
+ends its workers.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-LEFT_TO_MAIN = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+MAIN_ONLY = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def leave_signals_to_main() -> None:
-    """Ignore these signals. Call this in worker processes."""
-    for number in LEFT_TO_MAIN:
+def ignore_main_signals() -> None:
+    """Ignore the signals in `MAIN_ONLY`. Call this first in a worker process."""
+    for number in MAIN_ONLY:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
-def starting_processes() -> Iterator[None]:
-    """Block the signals in this block: a process that is started in it does not see them before it can ignore them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_MAIN)
+def main_signals_blocked() -> Iterator[None]:
+    """Block the signals while processes are started, so that none reaches a worker before it ignores them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, MAIN_ONLY)
     try:
         yield
     finally:

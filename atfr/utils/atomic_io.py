@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Write files atomically: a reader sees the old file or the whole new one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @contextmanager
-def written_whole(path: Path, *, durable: bool = False, only_writer: bool = False) -> Iterator[Path]:
+def atomic_write(path: Path, *, durable: bool = False, only_writer: bool = False) -> Iterator[Path]:
     """Yield a temporary path, and rename it to `path` when the block ends. After an error the temporary file is removed.
 
     Args:
@@ -32,14 +32,14 @@ def written_whole(path: Path, *, durable: bool = False, only_writer: bool = Fals
 
 
 def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
-    """Write a UTF-8 file so that a kill, a full disk or a power cut leaves what was there; `errors` as in `open`.
+    """Write a UTF-8 file. A kill, a full disk or a power cut leaves the old file. `errors` as in `open`.
 
     Raises:
-        OSError: it could not be written; names it.
+        OSError: the file cannot be written; the message names it.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path, durable=True) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors=errors) as file:
+        with atomic_write(path, durable=True) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors=errors) as file:
             file.write(text)
     except OSError as error:
         raise OSError(f"{path} could not be written ({error.strerror}); make room, or choose another trainer.output_dir") from error

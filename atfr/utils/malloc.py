@@ -1,4 +1,4 @@
-"""What the CPU's allocator does with freed memory: keep it for the next tensor, or hand it back to the kernel."""
+"""Tell the CPU's allocator to keep freed memory for the next tensor, or to return it to the kernel."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # of mallopt(3)
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc not to hand freed memory back to the kernel; False where it is not glibc's.
+    """Tell glibc to keep freed memory. Return False if the C library is not glibc.
 
-    A video network's activations are larger than what glibc caches, so by default every one of
-    them is mapped anew and its pages are zeroed by the kernel as they are first touched: half of
-    the time of an X3D on two cores (`benchmarks/adaptive_speed.py --fresh-memory`).
+    The activations of a video network are larger than what glibc caches. By default the kernel maps and zeroes
+    each of them again, which takes half of the time of an X3D on two cores
+    (`benchmarks/adaptive_speed.py --fresh-memory`).
     """
     return _set(MMAP_MAX, 0) and _set(TRIM_THRESHOLD, -1)
 
 
-def hand_back_freed_memory() -> bool:
-    """Tell glibc to hand everything of 4 MiB or more back as it is freed; False where it is not glibc's.
+def return_freed_memory() -> bool:
+    """Tell glibc to return freed blocks of 4 MiB or more to the kernel. Return False if the C library is not glibc.
 
-    For a process that reads videos: each size of frame leaves holes that the next does not fit, and
-    the threshold that glibc raises by itself keeps them all, so that a loader's worker grows for
-    thousands of clips (`benchmarks/loader_speed.py`). Smaller things come and go with every frame:
-    for these it keeps up to 64 MiB, since mapping them anew takes its time where decoding is quick.
-    Undoes `keep_freed_memory`, which a forked process has from its parent.
+    For processes that read videos. Frames of different sizes fragment the heap, and glibc raises its threshold by
+    itself and keeps the holes, so a worker grows for thousands of clips (`benchmarks/loader_speed.py`). Smaller blocks
+    come and go with every frame: up to 64 MiB of them are kept, because mapping them again is slow. This undoes
+    `keep_freed_memory`, which a forked process inherits.
     """
     return _set(MMAP_MAX, 65536) and _set(MMAP_THRESHOLD, 2**22) and _set(TRIM_THRESHOLD, 2**26)
 

@@ -9,7 +9,7 @@ def expanded(path: str, option: str = "path") -> str:
     """Replace a leading `~` or `~user` by that home directory.
 
     Raises:
-        ValueError: there is no such home directory; names the option.
+        ValueError: there is no such home directory; the message names `option`.
     """
     found = os.path.expanduser(path)
     if found.startswith("~"):

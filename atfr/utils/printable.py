@@ -1,8 +1,8 @@
-"""Text that can be printed whatever names of files are in it."""
+"""Make text with file names printable."""
 
 from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """Escape what is not UTF-8, as in the names of files that are not."""
+    """Escape characters that cannot be encoded as UTF-8, such as those of file names in another encoding."""
     return text.encode(errors="backslashreplace").decode()

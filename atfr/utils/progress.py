@@ -1,4 +1,4 @@
-"""Progress of long work on stderr's terminal as a bar; in a log file as plain lines."""
+"""Show the progress of long work: as a bar on a terminal, as plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 
-EVERY_S = 30.0  # seconds between two lines of `watched` in a log file
+EVERY_S = 30.0  # between two lines of `watched` in a log file
 
 
 def on_terminal() -> bool:
-    """Return whether bars are drawn: whether stderr is a terminal."""
+    """Return whether stderr is a terminal, where bars are drawn."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 
 def watched(
     items: Iterable[T], title: str, *, unit: str, total: int | None = None, initial: int = 0, shown: bool = True, leave: bool = False
 ) -> Iterable[T]:
-    """Iterate over `items` and show how far the iteration is.
+    """Iterate over `items` and show the progress on stderr.
 
-    In a log file, a line is printed to stderr every 30 seconds, so short work prints nothing.
+    In a log file, this prints a line every 30 seconds, so short work prints nothing.
 
     Args:
-        total: number of items, including the `initial` ones that were done before; None: the length of `items`, if it has one.
+        total: number of items, including the `initial` ones that were done before. None: `len(items)`, if it has one.
         shown: False on all ranks but the first.
         leave: keep the bar on the terminal after the last item.
     """
@@ -57,9 +57,9 @@ def _left(seconds: float, done: int, left: int) -> str:
 
 
 class StepProgress:
-    """Progress of a training: a bar on a terminal, a line at each `report` in a log file.
+    """Show the progress of a training: a bar on a terminal, a line for each `report` in a log file.
 
-    Lines go to stdout, the bar to stderr. With `shown` False nothing is printed.
+    Lines go to stdout, the bar to stderr. Nothing is printed if `shown` is False.
     """
 
     def __init__(self, *, total: int, shown: bool) -> None:
@@ -78,7 +78,7 @@ class StepProgress:
         self._bar.update()
 
     def report(self, text: str) -> None:
-        """Show the values of the last steps."""
+        """Show metrics of the last steps."""
         if not self._bar.disable:
             self._bar.set_postfix_str(text)
         elif self.done > self._first:
@@ -86,7 +86,7 @@ class StepProgress:
             self.line(f"train: step {self.done} of {self.total}: {text}, {left}")
 
     def line(self, text: str) -> None:
-        """Print a line of its own, which the bar does not share."""
+        """Print a separate line without breaking the bar."""
         if not self.shown:
             return
         if self._bar.disable:

@@ -1,14 +1,13 @@
-"""HMDB51 (Kuehne et al., 2011) from its official files: `<class>_test_split<N>.txt`, one a class and split."""
+"""Read HMDB51 (Kuehne et al., 2011) from its official files: `<class>_test_split<N>.txt` for each class and split."""
 
 from __future__ import annotations
 
 import os
 
-from atfr.data.lists.annotations import Annotation, after, check_classes, labelled, open_root, read_lines, under, video_source
+from atfr.data.lists.annotations import Annotation, check_classes, hint_suffix, open_split, read_lines, to_videos, under, video_source
 from atfr.data.types import VideoSource
 
-SPLITS = (1, 2, 3)
-_PARTS = {"0": None, "1": "train", "2": "test"}  # 0: not of this split
+_PARTS = {"0": None, "1": "train", "2": "test"}  # 0: not in this split
 
 
 def hmdb51(
@@ -22,17 +21,18 @@ def hmdb51(
     name: str = "hmdb51",
     prepare_hint: str = "",
 ) -> VideoSource:
-    """One of the three official splits; its test videos also validate. The classes are in the order of their names.
+    """Read one of the three official splits; its test videos are also the validation videos. Classes are sorted by name.
 
-    `videos` (class folders) and `annotations` (the lists) are folders, from `root` or absolute. Raises
-    FileNotFoundError for what is not there and ValueError for a list that cannot be understood.
+    `videos` (class folders) and `annotations` (the lists) are folders, relative to `root` or absolute.
+
+    Raises:
+        FileNotFoundError: a folder or video is missing.
+        ValueError: a list cannot be read.
     """
-    if split not in SPLITS:
-        raise ValueError(f"dataset.split is {split}, it must be 1, 2 or 3")
-    root = open_root(root, name=name, hint=prepare_hint)
+    root = open_split(root, split, name=name, hint=prepare_hint)
     lists = under(root, annotations)
     if not os.path.isdir(lists):
-        raise FileNotFoundError(f"dataset {name}: the folder of lists {lists} does not exist{after(prepare_hint)}")
+        raise FileNotFoundError(f"dataset {name}: the folder of lists {lists} does not exist{hint_suffix(prepare_hint)}")
     classes = read_classes(lists, split)
     where = os.path.join(lists, f"*_test_split{split}.txt")
     check_classes(classes, num_classes, where=where)
@@ -42,7 +42,7 @@ def hmdb51(
         name=name,
         root=root,
         files=dict.fromkeys(parts, where),
-        videos={part: labelled(listed, videos=folder, classes=classes, file=where) for part, listed in parts.items()},
+        videos={part: to_videos(listed, videos=folder, classes=classes, file=where) for part, listed in parts.items()},
         class_names=classes,
         allow_missing=allow_missing,
         hint=prepare_hint,
@@ -51,14 +51,14 @@ def hmdb51(
 
 
 def read_classes(folder: str, split: int) -> tuple[str, ...]:
-    """The classes that have a list for this split, in the order of their names."""
+    """List the classes that have a list for this split, sorted by name."""
     ending = f"_test_split{split}.txt"
-    # Sorted without the ending, with which climb_stairs would come before climb.
+    # Sorted without the ending; with it, climb_stairs would come before climb.
     return tuple(sorted(file.removesuffix(ending) for file in os.listdir(folder) if file.endswith(ending)))
 
 
 def read_split(folder: str, split: int) -> dict[str, list[Annotation]]:
-    """The train and the test videos of a split."""
+    """Read the train and test videos of a split."""
     parts: dict[str, list[Annotation]] = {"train": [], "test": []}
     for class_name in read_classes(folder, split):
         file = os.path.join(folder, f"{class_name}_test_split{split}.txt")

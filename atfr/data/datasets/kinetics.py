@@ -1,4 +1,4 @@
-"""Kinetics-400 and -600 (Kay et al., 2017; Carreira et al., 2018) from their official lists, or from PySlowFast's."""
+"""Read Kinetics-400 and -600 (Kay et al., 2017; Carreira et al., 2018) from their official lists, or from PySlowFast's."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from atfr.data.datasets.videolist import read_path_lists
-from atfr.data.lists.annotations import Annotation, check_classes, find_file, find_lists, labelled, open_root, read_lines, video_source
+from atfr.data.datasets.videolist import path_source
+from atfr.data.lists.annotations import Annotation, check_classes, find_file, find_lists, open_root, read_lines, to_videos, video_source
 from atfr.data.lists.existing import ExistingFiles, stem
 from atfr.data.lists.text import read_text
 from atfr.data.lists.video_index import VideoIndex, youtube_id
 from atfr.data.types import Video, VideoSource
 
 _COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")
-# What the folder of a split may be called, by the split's name in the lists.
+# Possible folder names of a split, by its name in the lists.
 _FOLDERS = {split: ("val", "validate", "validation") for split in ("val", "validate", "validation")}
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A row of an official list: a class, and where in which YouTube video it is seen (in seconds)."""
+    """A row of an official list: a class, a YouTube video, and start and end in seconds."""
 
     class_name: str
     youtube_id: str
@@ -34,7 +35,7 @@ class Segment:
 
     @property
     def stem(self) -> str:
-        """The usual name of the trimmed video, without its suffix."""
+        """Usual name of the trimmed video, without suffix."""
         return f"{self.youtube_id}_{self.start:06d}_{self.end:06d}"
 
 
@@ -52,18 +53,20 @@ def kinetics(
     name: str = "kinetics",
     prepare_hint: str = "",
 ) -> VideoSource:
-    """The videos of official lists (`label,youtube_id,time_start,time_end,split`) that are found under `root`.
+    """Read official lists (`label,youtube_id,time_start,time_end,split`) and find their trimmed videos under `root`.
 
-    - A video is `<id>_<start>_<end>.mp4`, both times with six digits, or `<id>.mp4`, or has another video's suffix.
-      It lies in the folder of its split (`train`; `val` or `validate`), or in `root` where there is no such folder;
-      there, in a class folder of any spelling, or directly. It must be trimmed: the times are not looked at again.
-    - Videos vanish from the web, so those that are not there are left out, and named in `VideoSource.missing`.
-    - The classes are `class_names`, or the lines of the file `classes`, or the sorted names of the training list (of
-      the test list without one); there must be `num_classes` of them.
-    - Lists of paths, such as PySlowFast's `CLASS/ID.mp4 LABEL`, are read as by `atfr.data.datasets.videolist`, and `strip_prefix`
-      is as there. A path that does not exist stands for the video of that id, which is looked for in the same way.
+    - A video is `<id>_<start>_<end>.mp4`, both times with six digits, or `<id>.mp4`; other video suffixes are possible.
+      It is in the folder of its split (`train`; `val` or `validate`), or in `root` if there is no such folder; in a class
+      folder of any spelling, or directly.
+    - Videos disappear from the web, so missing ones are left out and go to `VideoSource.missing`.
+    - The classes are `class_names`, the lines of the file `classes`, or the sorted names of the training list (without
+      one, of the test list). There must be `num_classes` of them.
+    - Lists of paths, such as PySlowFast's `CLASS/ID.mp4 LABEL`, are read as by `videolist`, with its `strip_prefix`. If a
+      path does not exist, the video with its id is searched as above.
 
-    Raises FileNotFoundError for what is not there and ValueError for a list that cannot be understood.
+    Raises:
+        FileNotFoundError: the root or a list is missing, or all videos of a list are.
+        ValueError: a list cannot be read.
     """
     root = open_root(root, name=name, hint=prepare_hint)
     files = find_lists({"train": train, "val": val, "test": test}, root=root, name=name, hint=prepare_hint)
@@ -71,37 +74,10 @@ def kinetics(
         class_names = read_classes(find_file(classes, root=root, what="list of classes", name=name, hint=prepare_hint))
     common = {"root": root, "class_names": class_names, "num_classes": num_classes, "allow_missing": allow_missing, "name": name}
     if not any(is_official(file) for file in files.values()):
-        return _from_paths(files, **common, strip_prefix=strip_prefix, hint=prepare_hint)
+        return path_source(files, **common, strip_prefix=strip_prefix, hint=prepare_hint, locate=partial(locate_paths, root))[0]
     if strip_prefix is not None:
         raise ValueError(f"dataset.strip_prefix={strip_prefix} is for lists of paths; {next(iter(files.values()))} has YouTube ids")
     return from_segments({split: read_segments(file) for split, file in files.items()}, files=files, **common, hint=prepare_hint)
-
-
-def _from_paths(
-    files: Mapping[str, str],
-    *,
-    root: str,
-    class_names: Sequence[str] | None,
-    num_classes: int | None,
-    allow_missing: bool,
-    name: str,
-    strip_prefix: str | None,
-    hint: str,
-) -> VideoSource:
-    """The videos of lists of paths."""
-    lists = read_path_lists(files, root=root, num_classes=num_classes, class_names=class_names, strip_prefix=strip_prefix, name=name)
-    return video_source(
-        name=name,
-        root=root,
-        files=files,
-        videos={split: locate_paths(videos, root, split, existing=lists.existing) for split, videos in lists.videos.items()},
-        class_names=lists.labels.class_names,
-        allow_missing=allow_missing,
-        hint=hint,
-        lines=lists.lines,
-        numbered=lists.labels.numbered,
-        existing=lists.existing,
-    )
 
 
 def from_segments(
@@ -116,13 +92,13 @@ def from_segments(
     hint: str,
     notes: Mapping[str, Any] | None = None,
 ) -> VideoSource:
-    """The videos of the segments of each split, looked for under `root`."""
+    """Build the dataset from the segments of each split."""
     first = "train" if "train" in segments else next(iter(segments))
     if class_names is None:
         class_names = sorted({segment.class_name for segment in segments[first]})
     check_classes(class_names, num_classes, where=f"dataset {name}")
     videos = {
-        split: labelled(locate(listed, root), videos=root, classes=class_names, file=files[split]) for split, listed in segments.items()
+        split: to_videos(locate(listed, root), videos=root, classes=class_names, file=files[split]) for split, listed in segments.items()
     }
     return video_source(
         name=name, root=root, files=files, videos=videos, class_names=class_names, allow_missing=allow_missing, hint=hint, notes=notes
@@ -130,15 +106,16 @@ def from_segments(
 
 
 def is_official(file: str) -> bool:
-    """Whether a file has the official header."""
+    """Return whether a list has the official header."""
     lines = read_lines(file)
     return bool(lines) and "youtube_id" in lines[0][1]
 
 
 def read_segments(file: str) -> list[Segment]:
-    """The rows of an official list; further columns are ignored.
+    """Read the rows of an official list; other columns are ignored.
 
-    Raises ValueError for a list without labels, as those of the test sets are, and for one that is no such list.
+    Raises:
+        ValueError: the list has no labels (as those of the test sets), or is not an official list.
     """
     with io.StringIO(read_text(file), newline="") as stream:
         rows = csv.DictReader(stream)
@@ -162,53 +139,53 @@ def read_segments(file: str) -> list[Segment]:
 
 
 def read_classes(file: str) -> list[str]:
-    """A list of classes, a name a line; underscores stand for blanks, as in the names of folders."""
+    """Read a list of classes, one name per line; underscores become blanks, as in folder names."""
     return [line.strip('"').replace("_", " ") for _, line in read_lines(file)]
 
 
 def locate(segments: Sequence[Segment], root: str) -> list[Annotation]:
-    """Where each segment's video lies under `root`, or would be expected to."""
+    """Find the video of each segment under `root`; a missing one gets its usual path."""
     folders = {split: _split_folder(root, split) for split in {segment.split for segment in segments}}
-    there = {folder: VideoIndex(os.path.join(root, folder)) for folder in set(folders.values())}
-    # Two segments of one YouTube video cannot both be the file that is named by its id alone.
-    once = _once(segment.youtube_id for segment in segments)
+    indices = {folder: VideoIndex(os.path.join(root, folder)) for folder in set(folders.values())}
+    # A file named by the id alone is ambiguous if the video has two segments.
+    unique = _unique_ids(segment.youtube_id for segment in segments)
 
     def path(segment: Segment) -> str:
         folder = folders[segment.split]
-        names = [segment.stem, segment.youtube_id] if segment.youtube_id in once else [segment.stem]
-        found = next(filter(None, (there[folder].find(name, segment.class_name) for name in names)), None)
+        names = [segment.stem, segment.youtube_id] if segment.youtube_id in unique else [segment.stem]
+        found = next(filter(None, (indices[folder].find(name, segment.class_name) for name in names)), None)
         return os.path.join(folder, found or os.path.join(segment.class_name, f"{segment.stem}.mp4"))
 
     return [Annotation(path(segment), segment.class_name) for segment in segments]
 
 
-def locate_paths(videos: Sequence[Video], root: str, split: str, *, existing: ExistingFiles) -> tuple[Video, ...]:
-    """Resolve listed paths `CLASS/ID.mp4`: search for missing files by id.
+def locate_paths(root: str, videos: Sequence[Video], split: str, existing: ExistingFiles) -> tuple[Video, ...]:
+    """Replace listed paths `CLASS/ID.mp4` that do not exist by the video with the same id.
 
-    They are looked for in the folder of class folders that the path names, and those under `root` in the folder of their
-    split, too. A path that is not found stays as it is.
+    Searches the parent of the class folder in the path and, for paths under `root`, the folder of the split. A path
+    without such a video is not changed.
     """
     gone = {video.path for video in videos if video.path not in existing}
     if not gone:
         return tuple(videos)
     indices: dict[str, VideoIndex] = {}
-    once = _once(youtube_id(stem(path)) for path in {video.path for video in videos})
-    own = os.path.normpath(os.path.join(root, _split_folder(root, "train" if split == "train" else "val")))
+    unique = _unique_ids(youtube_id(stem(path)) for path in {video.path for video in videos})
+    split_folder = os.path.normpath(os.path.join(root, _split_folder(root, "train" if split == "train" else "val")))
 
     def found(path: str) -> str:
         folder, name = os.path.dirname(path), stem(path)
         video_id, class_name = youtube_id(name), os.path.basename(folder)
         top = os.path.dirname(folder)
-        tops = [top, own]
+        tops = [top, split_folder]
         if os.path.relpath(path, root).startswith("../"):
             tops = [top]
-        # In root itself the folders of other splits would be taken for those of classes.
+        # In `root`, the folders of other splits would be mistaken for class folders.
         elif top in (root, os.path.dirname(root)):
-            tops = [own]
+            tops = [split_folder]
         for top in tops:
             index = indices[top] = indices.get(top) or VideoIndex(top)
             found = index.find(name, class_name)
-            if found is None and video_id in once:
+            if found is None and video_id in unique:
                 found = index.find_part(video_id, class_name) if name == video_id else index.find(video_id, class_name)
             if found is not None:
                 return os.path.join(top, found)
@@ -217,10 +194,10 @@ def locate_paths(videos: Sequence[Video], root: str, split: str, *, existing: Ex
     return tuple(replace(video, path=found(video.path)) if video.path in gone else video for video in videos)
 
 
-def _once(ids: Iterable[str]) -> set[str]:
+def _unique_ids(ids: Iterable[str]) -> set[str]:
     return {video_id for video_id, count in Counter(ids).items() if count == 1}
 
 
 def _split_folder(root: str, split: str) -> str:
-    """The folder of a split under `root`; "" where everything lies together."""
+    """Return the folder of a split under `root`; "" if there is none."""
     return next((folder for folder in _FOLDERS.get(split, (split,)) if os.path.isdir(os.path.join(root, folder))), "")

@@ -1,4 +1,4 @@
-"""mini-Kinetics: 200 classes of Kinetics-400. Several differ, so what chose the videos is in the protocol."""
+"""Read mini-Kinetics: 200 classes of Kinetics-400. Several versions exist, so the protocol records the selection."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def mini_kinetics(
     name: str = "mini_kinetics",
     prepare_hint: str = "",
 ) -> VideoSource:
-    """Part of the Kinetics-400 that lies under `root`, whose official lists are `train` and `test`.
+    """Select a part of Kinetics-400, whose official lists are `train` and `test`.
 
     `subset` is one of
 
-    - two files [training, test] with a YouTube id a line, as those of Xie et al. (2018): these videos;
-    - one file with a class a line: all the videos of these classes;
-    - None: `train` and `test` are themselves lists of the part, with Kinetics' columns.
+    - two files [training, test] with one YouTube id per line, as published by Xie et al. (2018): these videos;
+    - one file with one class per line: all videos of these classes;
+    - None: all videos of `train` and `test`, which list only the part.
 
-    Which of them, and the files, are in the protocol, with the number of ids that the official lists do not have.
-    Everything else is as in `atfr.data.datasets.kinetics.kinetics`.
+    The protocol records the selection, its files and the number of ids that are not in the official lists. Everything
+    else is as in `kinetics`.
     """
     root = open_root(root, name=name, hint=prepare_hint)
 
@@ -73,6 +73,6 @@ def mini_kinetics(
 
 
 def _with_ids(segments: Sequence[Segment], file: str) -> tuple[list[Segment], int]:
-    """The segments of the YouTube ids in a file, and how many of the ids have none."""
+    """Return the segments whose YouTube ids are in a file, and the number of ids without one."""
     ids = {line for _, line in read_lines(file)}
     return [segment for segment in segments if segment.youtube_id in ids], len(ids - {segment.youtube_id for segment in segments})

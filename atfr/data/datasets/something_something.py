@@ -1,11 +1,11 @@
-"""Something-Something V2 (Goyal et al., 2017) from its official files: labels.json, train.json, validation.json."""
+"""Read Something-Something V2 (Goyal et al., 2017) from its official files: labels.json, train.json, validation.json."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from atfr.data.lists.annotations import Annotation, check_classes, find_file, find_lists, labelled, open_root, read_lines, under, video_source
+from atfr.data.lists.annotations import Annotation, check_classes, find_file, find_lists, open_root, read_lines, to_videos, under, video_source
 from atfr.data.lists.text import read_text
 from atfr.data.types import VideoSource
 
@@ -24,11 +24,14 @@ def something_something_v2(
     name: str = "something_something_v2",
     prepare_hint: str = "",
 ) -> VideoSource:
-    """The videos of the lists, each `videos`/ID`suffix`; `videos` is a folder, from `root` or absolute.
+    """Read the lists; their videos are `videos`/ID`suffix`, where `videos` is a folder relative to `root` or absolute.
 
-    The published test.json names videos without their classes, so `test` is validation.json as in the literature, or
-    the answers to it that came later, test-answers.csv; it also validates unless there is a `val`. Raises FileNotFoundError for what is not there and ValueError for a file
-    that cannot be understood.
+    The published test.json has no classes, so `test` is validation.json, as in the literature, or test-answers.csv, which
+    was published later.
+
+    Raises:
+        FileNotFoundError: the root, a list or a video is missing.
+        ValueError: a file cannot be read.
     """
     root = open_root(root, name=name, hint=prepare_hint)
     files = find_lists({"train": train, "val": val, "test": test}, root=root, name=name, hint=prepare_hint)
@@ -40,7 +43,7 @@ def something_something_v2(
         name=name,
         root=root,
         files=files,
-        videos={split: labelled(read_list(file, suffix), videos=folder, classes=classes, file=file) for split, file in files.items()},
+        videos={split: to_videos(read_list(file, suffix), videos=folder, classes=classes, file=file) for split, file in files.items()},
         class_names=classes,
         allow_missing=allow_missing,
         hint=prepare_hint,
@@ -48,17 +51,17 @@ def something_something_v2(
 
 
 def read_classes(file: str) -> tuple[str, ...]:
-    """The classes in the order of their ids, which labels.json has as strings: {"Closing something": "5", ...}."""
+    """Read the classes of labels.json, {"Closing something": "5", ...}, in the order of their ids."""
     labels = _load(file)
     if isinstance(labels, dict) and labels and all(isinstance(number, int) for number in labels.values()):
-        raise ValueError(f'{file}: ids are numbers, as in the labels of Something-Else; the official labels.json has strings ("5")')
+        raise ValueError(f'{file}: ids are numbers, as in Something-Else; the official labels.json has strings ("5")')
     if not isinstance(labels, dict) or sorted(labels.values(), key=str) != sorted(map(str, range(len(labels)))):
-        raise ValueError(f'{file}: expected {{"CLASS": "ID", ...}} with ids from "0" on, as in the official labels.json')
+        raise ValueError(f'{file}: expected {{"CLASS": "ID", ...}} with ids from "0", as in the official labels.json')
     return tuple(sorted(labels, key=lambda class_name: int(labels[class_name])))
 
 
 def read_list(file: str, suffix: str = ".webm") -> list[Annotation]:
-    """The videos of train.json, validation.json or test-answers.csv. A template without its brackets is the name of a class."""
+    """Read train.json, validation.json or test-answers.csv. The class is the template without brackets."""
     entries = _answers(file) if file.endswith(".csv") else _load(file)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and "id" in entry for entry in entries):
         raise ValueError(f'{file}: expected [{{"id": ..., "template": ...}}, ...], as in the official lists')
@@ -72,7 +75,7 @@ def read_list(file: str, suffix: str = ".webm") -> list[Annotation]:
 
 
 def _answers(file: str) -> list[dict[str, str]]:
-    """The lines `ID;TEMPLATE` of test-answers.csv."""
+    """Read test-answers.csv, with lines `ID;TEMPLATE`."""
     entries = []
     for number, line in read_lines(file):
         video, _, template = line.partition(";")

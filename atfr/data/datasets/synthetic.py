@@ -1,12 +1,12 @@
 """The built-in dataset `synthetic`: the scenes of `synthetic_scene.py`, written once as H.264 files.
 
-    root/dataset.json                 format version and all parameters; there only when all the rest is
-    root/train.csv, root/test.csv     path,label: paths relative to root, labels are class names
-    root/truth.csv                    what is true of each video: phase starts, busyness, amount of change
+    root/dataset.json                 format version and all parameters; written last
+    root/train.csv, root/test.csv     path,label: paths relative to root, class names
+    root/truth.csv                    ground truth of each video: phase starts, busyness, amount of change
     root/<split>/<class>/<id>.mp4     H.264, yuv420p
 
-Video i of a split depends on (seed, split, i) and the scene's parameters alone, so neither the number of
-worker processes nor an interruption changes the data.
+Video i of a split depends only on (seed, split, i) and the parameters of the scene, not on the number of worker
+processes or on interruptions.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from atfr.data.datasets.synthetic_scene import CLASSES, DWELLS, PHASES, SPLITS, 
 from atfr.data.datasets.videolist import videolist
 from atfr.data.types import VideoSource
 from atfr.data.video.encode import h264_file
-from atfr.data.workers import Alive, cores, run_each
-from atfr.utils.atomic_io import written_whole
+from atfr.data.workers import Heartbeat, cores, run_each
+from atfr.utils.atomic_io import atomic_write
 from atfr.utils.paths import expanded
 from atfr.utils.progress import watched
 
 __all__ = ["CLASSES", "DWELLS", "PHASES", "SPLITS", "Timeline", "Truth", "generate", "render", "synthetic", "write_video"]
 
-VERSION = 1  # raise it with every change to scenes or encoding: old folders are then told apart
+VERSION = 1  # increase it with every change to scenes or encoding; older folders are then refused
 FPS = 16
-SIZE, FRAMES = 56, 36  # pixels a side, frames a video
+SIZE, FRAMES = 56, 36  # height and width in pixels, frames per video
 MARKER = "dataset.json"
-UNFINISHED = "unfinished.json"  # stands in for the marker while files are being written
+UNFINISHED = "unfinished.json"  # replaces the marker while files are written
 TRUTH_COLUMNS = ("path", "label", "phase_starts", "end", "busyness", "change", "changed_steps")
 
-_KEYFRAME_EVERY = 12  # frames: a read from the middle decodes at most this many for nothing
+_KEYFRAME_EVERY = 12  # frames: a seek decodes at most this many unused frames
 
 
 @dataclass(frozen=True)
 class _Spec:
-    """Everything that decides what the files hold."""
+    """All parameters that the files depend on."""
 
     version: int
     seed: int
@@ -58,17 +58,17 @@ class _Spec:
 
 
 class NotGenerated(ValueError):
-    """The built-in dataset is not there, and must not be generated."""
+    """The built-in dataset does not exist, and must not be generated."""
 
 
 _Job = tuple[Path, _Spec, str, int]  # root, parameters, split, number of the video
 
 
 def synthetic(*, root: str, seed: int, train: int, test: int, dwell: str, num_classes: int, make: bool | None = None) -> VideoSource:
-    """Read the built-in dataset as lists; it is generated into `root` first if it is not there.
+    """Read the built-in dataset; generate it in `root` first if it does not exist.
 
     Raises:
-        NotGenerated: it is not there, and `make` is False.
+        NotGenerated: it does not exist, and `make` is False.
     """
     if num_classes != len(CLASSES):
         raise ValueError(f"dataset.num_classes is {num_classes}, but dataset synthetic always has {len(CLASSES)} classes")
@@ -97,17 +97,18 @@ def generate(
     dwell: str = "uneven",
     workers: int | None = None,
 ) -> None:
-    """Write the dataset to `root`; if it is there already, return at once.
+    """Write the dataset to `root`, unless it exists. A killed run continues where it stopped.
 
-    - `train`, `test`: number of videos; the classes have equal shares (counts differ by one at most).
-    - `size`: height and width in pixels. `frames`: length of a video; every window of 31 frames (a clip
-      of 16 at stride 2) shows all phases.
-    - `dwell`: "uneven" (one phase often lasts most of the clip), "even" (all last equally long) or "brief" (as
-      uneven, and a short phase is a single frame of such a clip).
-    - `workers`: processes; None takes one a CPU core, 1 works in the calling process.
+    Args:
+        train, test: number of videos; the numbers per class differ by at most one.
+        size: height and width in pixels.
+        frames: length of a video; each window of 31 frames (a clip of 16 at stride 2) shows all phases.
+        dwell: how long the phases last: "uneven" (one often lasts most of the clip), "even", or "brief" (as uneven, but
+            a short phase is a single frame of such a clip).
+        workers: number of processes; None: one per CPU core; 1: the calling process.
 
-    A run that was killed goes on where it stopped. Raises ValueError for an argument out of range and for
-    a root that holds a dataset with other parameters.
+    Raises:
+        ValueError: an argument is out of range, or `root` has a dataset with other parameters.
     """
     spec = _checked_spec(seed=seed, train=train, test=test, size=size, frames=frames, dwell=dwell)
     workers = cores() if workers is None else _integer("workers", workers, least=1)
@@ -132,16 +133,16 @@ def generate(
 
 
 def write_video(path: Path, pixels: np.ndarray) -> None:
-    """Encode uint8 RGB frames [T, H, W, 3] (H and W even) as H.264; `path` appears only when complete."""
+    """Encode uint8 RGB frames [T, H, W, 3] (H and W even) as H.264. The file is written atomically."""
     with h264_file(path, rate=FPS, keyframe=_KEYFRAME_EVERY) as add:
         for frame in pixels:
             add(frame)
 
 
-def _make(job: _Job, alive: Alive | None = None) -> tuple[str, ...]:
-    """Make one video unless it is there; its row of truth.csv."""
+def _make(job: _Job, heartbeat: Heartbeat | None = None) -> tuple[str, ...]:
+    """Write a video unless it exists; return its row of truth.csv."""
     root, spec, split, index = job
-    # Drawn even if the file is there: truth.csv needs what is known about it, and drawing is quick.
+    # Always rendered, which is quick: truth.csv needs the ground truth.
     pixels, label, truth = render(
         index, seed=spec.seed, split=split, size=spec.size, frames=spec.frames, dwell=spec.dwell
     )
@@ -161,7 +162,7 @@ def _make(job: _Job, alive: Alive | None = None) -> tuple[str, ...]:
 
 
 def _run(jobs: list[_Job], workers: int) -> Iterator[tuple[_Job, tuple[str, ...]]]:
-    """Make the videos; yield each job with its row, in any order."""
+    """Write the videos; yield each job with its row, in any order."""
     if workers == 1:
         yield from ((job, _make(job)) for job in jobs)
         return
@@ -192,7 +193,7 @@ def _integer(name: str, value: object, *, least: int) -> int:
 
 
 def _is_complete(root: Path, spec: _Spec) -> bool:
-    """Whether `root` holds the whole dataset; a ValueError if it holds something else."""
+    """Return whether `root` has the whole dataset; raise ValueError if it has something else."""
     way_out = "give another root or delete this folder"
     for name in (MARKER, UNFINISHED):
         try:
@@ -200,13 +201,13 @@ def _is_complete(root: Path, spec: _Spec) -> bool:
         except FileNotFoundError:
             continue
         except ValueError as error:
-            raise ValueError(f"{root / name} cannot be read as a dataset's parameters; {way_out}") from error
+            raise ValueError(f"{root / name} is not a record of a dataset's parameters; {way_out}") from error
         for key, wanted in asdict(spec).items():
             if not isinstance(found, dict) or found.get(key) != wanted:
                 has = found.get(key) if isinstance(found, dict) else None
                 raise ValueError(f"{root} holds a synthetic dataset with {key}={has!r}, not {wanted!r}; {way_out}")
         return name == MARKER
-    # Without a record of the parameters, files that are here already could be anything.
+    # Files without a record of their parameters may be of any origin.
     taken = next((name for name in (*SPLITS, "train.csv", "test.csv") if (root / name).exists()), None)
     if taken is not None:
         raise ValueError(f"{root} holds {taken} but no {MARKER}: not a synthetic dataset; {way_out}")
@@ -214,12 +215,12 @@ def _is_complete(root: Path, spec: _Spec) -> bool:
 
 
 def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    with written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

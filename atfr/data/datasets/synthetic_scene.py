@@ -1,17 +1,15 @@
-"""The scenes of the built-in dataset: one object that goes through four phases in an order.
+"""Scenes of the built-in dataset: an object that goes through four phases in some order.
 
-A clip shows a textured background. At the onset an object appears; it is a disc, a square, a cross and
-a ring in some order, each exactly once, and then it is gone. The class is that order. What the eight
-orders have in common is what makes a temporal model necessary:
+A clip shows a textured background. At the onset an object appears. It is a disc, a square, a cross and a ring in some
+order, each exactly once, and then disappears. The class is the order. Only a temporal model can recognise it:
 
-- every class holds the same phases, and how long a phase lasts does not depend on the class, so a clip
-  whose frames were shuffled says nothing about it;
-- each phase comes first, second, third and last in equally many classes, so one frame says little
-  even to a model that knows the frame's time;
-- the classes are closed under reversal and so is everything that moves. Even a model that puts shuffled
-  frames back in line by following the motion is left with two classes for one clip.
+- all classes have the same phases, with durations that do not depend on the class, so shuffled frames contain no
+  information about the class;
+- each phase is first, second, third and last in equally many classes, so a single frame tells little, even with its time;
+- the set of classes and all motion are symmetric under time reversal, so a model that sorts shuffled frames by their
+  motion still confuses two classes.
 
-Time is in frames, lengths are in pixels and colours in 0..1 unless a name says otherwise.
+Times are in frames, lengths in pixels and colours in 0..1 unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -22,10 +20,10 @@ from dataclasses import dataclass
 import numpy as np
 
 PHASES: tuple[str, ...] = ("disc", "square", "cross", "ring")
-HUES: tuple[float, ...] = (0.0, 0.33, 0.62, 0.15)  # one a phase, as colorsys counts them (0..1)
+HUES: tuple[float, ...] = (0.0, 0.33, 0.62, 0.15)  # of each phase, in 0..1 as in colorsys
 
-# Disc and square are the ends and cross and ring the middle, or the reverse; each pair in both orders.
-# A class's label is its place here; the names are in alphabetical order, as lists of names are read.
+# Disc and square are at the ends and cross and ring in the middle, or the reverse; each pair in both orders.
+# The index is the label. Class names are in alphabetical order, like those read from lists.
 ORDERS: tuple[tuple[int, ...], ...] = (
     (2, 0, 1, 3), (2, 1, 0, 3), (0, 2, 3, 1), (0, 3, 2, 1),
     (3, 0, 1, 2), (3, 1, 0, 2), (1, 2, 3, 0), (1, 3, 2, 0),
@@ -34,44 +32,44 @@ CLASSES: tuple[str, ...] = tuple("-".join(PHASES[phase] for phase in order) for 
 assert list(CLASSES) == sorted(CLASSES)
 
 WINDOW = 31  # video frames spanned by a clip of 16 frames at stride 2
-MIN_DWELL = 3  # video frames: at stride 2 a phase gives one or two frames of the clip at least
-BRIEF_DWELL = 2  # the same of dwell="brief": at stride 2 exactly one frame of the clip at least
-MIN_SLACK = 6  # video frames to share out unevenly; fewer and the dwell times are all alike
+MIN_DWELL = 3  # video frames: at stride 2, a phase has at least one or two frames of the clip
+BRIEF_DWELL = 2  # MIN_DWELL for dwell="brief": at stride 2, a phase has at least one frame of the clip
+MIN_SLACK = 6  # least number of video frames to distribute unevenly over the phases
 DWELLS: tuple[str, ...] = ("uneven", "even", "brief")
 SPLITS: tuple[str, ...] = ("train", "test")
 
-CONCENTRATION = 0.3  # of the Dirichlet that shares out the slack: small means one phase takes most
-NOISE = 0.006  # standard deviation of the sensor noise, of the range of a pixel
-VISIBLE = 0.55  # mean absolute change (grey levels of 255) from which a step counts as a change
+CONCENTRATION = 0.3  # of the Dirichlet distribution of the slack; if small, one phase gets most of it
+NOISE = 0.006  # standard deviation of the sensor noise; pixels are in 0..1
+VISIBLE = 0.55  # least mean absolute change (grey levels of 255) of a visible step
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """When the phases begin (video frames); the object is visible from `starts[0]` to before `end`."""
+    """First frames of the phases. The object is visible in frames `starts[0]` to `end` - 1."""
 
     starts: tuple[int, ...]
     end: int
 
     @property
     def dwells(self) -> tuple[int, ...]:
-        """Length of each phase in frames, in the order in which they come."""
+        """Length of each phase in frames, in order."""
         bounds = (*self.starts, self.end)
         return tuple(after - before for before, after in zip(bounds, bounds[1:]))
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known about a clip because it was made."""
+    """Ground truth of a clip."""
 
     label: int
     timeline: Timeline
-    busyness: float  # 0 (still between the events) .. 1: scales all motion and the clutter
-    change: float  # mean absolute change a step, in grey levels of 255
-    changed_steps: int  # steps from one frame to the next with a visible change
+    busyness: float  # 0 (static between the events) to 1: scales motion and clutter
+    change: float  # mean absolute change per step, in grey levels of 255
+    changed_steps: int  # number of steps from one frame to the next with a visible change
 
 
 def check_scene(size: int, frames: int, dwell: str) -> None:
-    """Raise a ValueError naming the first argument that no scene can be made from."""
+    """Raise ValueError, which names the argument, if no scene can have these parameters."""
     if size < 32 or size % 2:
         raise ValueError(f"size must be an even number of pixels of at least 32, got {size}")
     longest = 2 * WINDOW - len(PHASES) * MIN_DWELL - MIN_SLACK
@@ -84,9 +82,9 @@ def check_scene(size: int, frames: int, dwell: str) -> None:
 def render(
     index: int, *, seed: int = 0, split: str = "train", size: int = 56, frames: int = 36, dwell: str = "uneven"
 ) -> tuple[np.ndarray, int, Truth]:
-    """Draw clip `index` of a split: uint8 frames [T, H, W, 3] (RGB), its label and what is true of it.
+    """Render clip `index` of a split: return RGB frames uint8 [T, H, W, 3], the label and the ground truth.
 
-    The clip depends on the arguments alone, never on other clips or on which process draws it.
+    The clip depends only on the arguments.
     """
     check_scene(size, frames, dwell)
     if split not in SPLITS:
@@ -97,7 +95,7 @@ def render(
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     label = index % len(CLASSES)
     timeline = draw_timeline(rng, frames=frames, dwell=dwell)
-    busyness = max(0.0, float(rng.uniform(-0.5, 1.0)))  # a third of the clips are still between the events
+    busyness = max(0.0, float(rng.uniform(-0.5, 1.0)))  # a third of the clips are static between the events
 
     video = _background(rng, size=size, frames=frames, busyness=busyness)
     for _ in range(rng.binomial(3, busyness)):
@@ -117,9 +115,9 @@ def render(
 
 
 def step_changes(pixels: np.ndarray) -> np.ndarray:
-    """Mean absolute change from each frame to the next, in grey levels: [T, H, W, 3] -> [T - 1].
+    """Compute the mean absolute change between successive frames in grey levels: [T, H, W, 3] -> [T - 1].
 
-    Averaged over blocks of 4 x 4 pixels first, so that noise is not taken for change.
+    Averages blocks of 4 x 4 pixels first to suppress noise.
     """
     t, h, w, c = pixels.shape
     h, w = h // 4 * 4, w // 4 * 4
@@ -128,16 +126,16 @@ def step_changes(pixels: np.ndarray) -> np.ndarray:
 
 
 def draw_timeline(rng: np.random.Generator, *, frames: int, dwell: str) -> Timeline:
-    """Choose onset and dwell times so that every window of a clip's length shows all phases.
+    """Draw onset and dwell times such that each window of a clip's length shows all phases.
 
-    All phases lie in the frames that every window shares. The dwell times are exchangeable: were the
-    first or the last phase longer on average, a count of frames would tell which phase it was.
+    All phases are within the frames that all windows share. The dwell times are exchangeable: if the first or last phase
+    were longer on average, counting frames would reveal which phase it is.
     """
     margin = frames - WINDOW
     core = frames - 2 * margin
     least = BRIEF_DWELL if dwell == "brief" else MIN_DWELL
     slack = core - len(PHASES) * least
-    absent = int(rng.integers(0, slack // 3 + 1))  # frames of the core without the object
+    absent = int(rng.integers(0, slack // 3 + 1))  # frames of the core that do not show the object
     onset = margin + int(rng.integers(0, absent + 1))
     spare = slack - absent
     if dwell != "even":
@@ -149,21 +147,21 @@ def draw_timeline(rng: np.random.Generator, *, frames: int, dwell: str) -> Timel
 
 
 def _swing(rng: np.random.Generator, frames: int, amplitude: float) -> np.ndarray:
-    """A smooth back-and-forth course over the clip, [T], within +-amplitude; reversible in law."""
+    """Draw a smooth oscillation [T] within +-amplitude; its distribution is symmetric under time reversal."""
     cycles, phase = rng.uniform(0.3, 1.5), rng.uniform(0, 2 * np.pi)
     return (amplitude * np.sin(2 * np.pi * cycles * np.arange(frames) / frames + phase)).astype(np.float32)
 
 
 def _background(rng: np.random.Generator, *, size: int, frames: int, busyness: float) -> np.ndarray:
-    """A random coloured texture that drifts as far as the clip is busy: float32 [T, H, W, 3] in 0..1."""
+    """Render a random coloured texture that drifts in proportion to `busyness`: float32 [T, H, W, 3] in 0..1."""
     ky, kx = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]
-    stretch = np.exp(rng.normal(0, 0.6))  # elongated along one axis, so that textures differ in kind
+    stretch = np.exp(rng.normal(0, 0.6))  # elongated along one axis, so that textures differ
     radius = np.hypot(ky * stretch, kx / stretch)
-    radius[0, 0] = np.inf  # no constant term: the mean colour is chosen below
+    radius[0, 0] = np.inf  # no constant term: the mean colour is added below
     falloff = radius ** -rng.uniform(1.0, 2.0)
     noise = rng.normal(size=(2, *radius.shape)) + 1j * rng.normal(size=(2, *radius.shape))
-    spectrum = noise * falloff  # [2, H, W/2+1]: two layers, each with a colour of its own
-    # A shift is a phase in the spectrum: exact below a pixel, and the texture wraps around.
+    spectrum = noise * falloff  # [2, H, W/2+1]: two layers of different colours
+    # Shift by a phase in the spectrum: exact at subpixels, and the texture wraps around.
     dy, dx = (_swing(rng, frames, 0.2 * size * busyness * rng.uniform(0, 1)) for _ in range(2))
     still = busyness == 0
     if still:
@@ -173,13 +171,13 @@ def _background(rng: np.random.Generator, *, size: int, frames: int, busyness: f
     layers = (layers / layers.std((1, 2, 3), keepdims=True)).astype(np.float32)
     tints = rng.uniform(-0.05, 0.05, (2, 3)).astype(np.float32) + rng.uniform(0.03, 0.08)
     colour = rng.uniform(0.35, 0.6) + rng.uniform(-0.06, 0.06, 3)
-    # Written out, not a matrix product: a BLAS may use other threads, and round otherwise.
+    # Not a matrix product: the rounding of a BLAS depends on its threads.
     video = sum(layer[..., None] * tint for layer, tint in zip(layers, tints)) + colour.astype(np.float32)
     return np.repeat(video, frames, axis=0) if still else video
 
 
 def _course(rng: np.random.Generator, *, size: int, frames: int, busyness: float) -> tuple[np.ndarray, ...]:
-    """Centre (y, x), relative scale and angle of something that moves, each [T]."""
+    """Draw the motion of a shape: centre (y, x), relative scale and angle, each [T]."""
     reach = 0.14 * size * busyness
     y, x = (rng.uniform(0.3, 0.7) * size + _swing(rng, frames, reach * rng.uniform(0.3, 1)) for _ in range(2))
     scale = 1 + _swing(rng, frames, 0.2 * busyness)
@@ -188,7 +186,7 @@ def _course(rng: np.random.Generator, *, size: int, frames: int, busyness: float
 
 
 def _cover(shape: str, y: np.ndarray, x: np.ndarray, scale: np.ndarray, angle: np.ndarray, size: int) -> np.ndarray:
-    """How much of each pixel a shape covers, [T, H, W] in 0..1; `scale` is its radius in pixels."""
+    """Compute the part of each pixel that a shape covers, [T, H, W] in 0..1; `scale` is its radius in pixels."""
     axis = np.arange(size, dtype=np.float32) + 0.5
     dy = axis[None, :, None] - y[:, None, None]
     dx = axis[None, None, :] - x[:, None, None]
@@ -210,12 +208,12 @@ def _cover(shape: str, y: np.ndarray, x: np.ndarray, scale: np.ndarray, angle: n
 
 
 def _paint(video: np.ndarray, cover: np.ndarray, colour: np.ndarray) -> None:
-    """Lay a colour over the frames in place: [T, H, W, 3], [T, H, W], [3]."""
+    """Blend `colour` [3] into `video` [T, H, W, 3], in place, with opacity `cover` [T, H, W]."""
     video += cover[..., None].astype(np.float32) * (colour.astype(np.float32) - video)
 
 
 def _draw_distractor(rng: np.random.Generator, video: np.ndarray, *, busyness: float) -> None:
-    """A small coloured bar that roams behind the object for a part of the clip: change that means nothing."""
+    """Draw a small coloured bar that moves behind the object in part of the clip: change without information."""
     frames, size = video.shape[:2]
     y, x, scale, angle = _course(rng, size=size, frames=frames, busyness=busyness)
     y, x = y + rng.uniform(-0.2, 0.2) * size, x + rng.uniform(-0.2, 0.2) * size
@@ -229,11 +227,11 @@ def _draw_distractor(rng: np.random.Generator, video: np.ndarray, *, busyness: f
 def _draw_object(
     rng: np.random.Generator, video: np.ndarray, *, order: tuple[int, ...], timeline: Timeline, busyness: float
 ) -> None:
-    """The object in its four phases."""
+    """Draw the object in its four phases."""
     frames, size = video.shape[:2]
     y, x, scale, angle = _course(rng, size=size, frames=frames, busyness=busyness)
     radius = scale * (0.30 - 0.15 * rng.uniform() ** 2) * size  # mostly large, down to half
-    # Drawn a phase, not a position in the order: the draw must not depend on the class.
+    # Drawn per phase, not per position in the order, so that the draw does not depend on the class.
     jitter = rng.uniform(-1, 1, (len(PHASES), 3)) * (0.04, 0.15, 0.12) + (0, 0.82, 0.85)
     for phase, start, dwell in zip(order, timeline.starts, timeline.dwells):
         during = slice(start, start + dwell)

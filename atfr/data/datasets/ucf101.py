@@ -1,14 +1,12 @@
-"""UCF101 (Soomro et al., 2012) from its official files: classInd.txt, trainlist0N.txt and testlist0N.txt."""
+"""Read UCF101 (Soomro et al., 2012) from its official files: classInd.txt, trainlist0N.txt and testlist0N.txt."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 
-from atfr.data.lists.annotations import Annotation, check_classes, find_file, labelled, open_root, read_lines, under, video_source
+from atfr.data.lists.annotations import Annotation, check_classes, find_file, open_split, read_lines, to_videos, under, video_source
 from atfr.data.types import VideoSource
-
-SPLITS = (1, 2, 3)
 
 
 def ucf101(
@@ -22,14 +20,15 @@ def ucf101(
     name: str = "ucf101",
     prepare_hint: str = "",
 ) -> VideoSource:
-    """One of the three official splits; its test videos also validate.
+    """Read one of the three official splits; its test videos are also the validation videos.
 
-    `videos` (class folders) and `annotations` (the lists) are folders, from `root` or absolute. Raises
-    FileNotFoundError for what is not there and ValueError for a list that cannot be understood.
+    `videos` (class folders) and `annotations` (the lists) are folders, relative to `root` or absolute.
+
+    Raises:
+        FileNotFoundError: a folder, list or video is missing.
+        ValueError: a list cannot be read.
     """
-    if split not in SPLITS:
-        raise ValueError(f"dataset.split is {split}, it must be 1, 2 or 3")
-    root = open_root(root, name=name, hint=prepare_hint)
+    root = open_split(root, split, name=name, hint=prepare_hint)
     files = {
         part: find_file(os.path.join(under(root, annotations), file), root=root, what=f"{part} list", name=name, hint=prepare_hint)
         for part, file in (("classes", "classInd.txt"), ("train", f"trainlist0{split}.txt"), ("test", f"testlist0{split}.txt"))
@@ -41,7 +40,7 @@ def ucf101(
         name=name,
         root=root,
         files=files,
-        videos={part: labelled(read_list(files[part], classes), videos=folder, classes=classes, file=files[part]) for part in ("train", "test")},
+        videos={part: to_videos(read_list(files[part], classes), videos=folder, classes=classes, file=files[part]) for part in ("train", "test")},
         class_names=classes,
         allow_missing=allow_missing,
         hint=prepare_hint,
@@ -50,7 +49,7 @@ def ucf101(
 
 
 def read_classes(file: str) -> tuple[str, ...]:
-    """The classes in the order of their numbers, which must count from 1: `1 ApplyEyeMakeup` a line."""
+    """Read classInd.txt: lines `1 ApplyEyeMakeup`, numbered from 1 without gaps."""
     classes = []
     for number, line in read_lines(file):
         index, _, class_name = line.partition(" ")
@@ -61,7 +60,7 @@ def read_classes(file: str) -> tuple[str, ...]:
 
 
 def read_list(file: str, classes: Sequence[str]) -> list[Annotation]:
-    """The videos of a train list, `Class/video.avi 1` a line, or of a test list, which has no numbers."""
+    """Read a train list, with lines `Class/video.avi 1`, or a test list, which has no numbers."""
     numbers = {class_name: str(index) for index, class_name in enumerate(classes, start=1)}
     videos = []
     for number, line in read_lines(file):
@@ -70,6 +69,6 @@ def read_list(file: str, classes: Sequence[str]) -> list[Annotation]:
         if "/" not in path:
             raise ValueError(f"{file}:{number}: expected 'Class/video.avi' or 'Class/video.avi 1', found {line!r}")
         if label and label.strip() != numbers.get(class_name):
-            raise ValueError(f"{file}:{number}: the number {label.strip()} is not that of the class {class_name} in classInd.txt")
+            raise ValueError(f"{file}:{number}: the number {label.strip()} is not that of class {class_name} in classInd.txt")
         videos.append(Annotation(path, class_name))
     return videos

@@ -1,4 +1,4 @@
-"""What the lists of all datasets have in common: where they lie, their lines, and which of their videos are there."""
+"""Common code of all datasets: find and read their lists, and check that their videos exist."""
 
 from __future__ import annotations
 
@@ -8,81 +8,90 @@ from dataclasses import dataclass
 from typing import Any
 
 from atfr.data.lists.checks import list_warnings
-from atfr.data.lists.existing import ExistingFiles, instead_of
+from atfr.data.lists.existing import ExistingFiles, existing_path_hint
 from atfr.data.lists.text import read_text, some
 from atfr.data.types import Video, VideoSource
 from atfr.utils.paths import expanded
 
+OFFICIAL_SPLITS = (1, 2, 3)  # of UCF101 and HMDB51
+
 
 @dataclass(frozen=True)
 class Annotation:
-    """A video as a list names it: its path from the folder of videos, and its class."""
+    """A row of a list: the path of a video relative to the folder of videos, and its class."""
 
     path: str
     class_name: str
 
 
 def open_root(root: str, *, name: str, hint: str) -> str:
-    """The absolute path of a dataset's folder; FileNotFoundError if there is none."""
+    """Return the absolute path of a dataset's root; raise FileNotFoundError if it is not a folder."""
     root = os.path.abspath(expanded(root, "dataset.root"))
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"dataset {name}: root {root} is not a folder{after(hint)}")
+        raise FileNotFoundError(f"dataset {name}: root {root} is not a folder{hint_suffix(hint)}")
     return root
 
 
+def open_split(root: str, split: int, *, name: str, hint: str) -> str:
+    """Return the root of a dataset with three official splits; raise ValueError if `split` is not 1, 2 or 3."""
+    if split not in OFFICIAL_SPLITS:
+        raise ValueError(f"dataset.split is {split}, it must be 1, 2 or 3")
+    return open_root(root, name=name, hint=hint)
+
+
 def under(root: str, folder: str) -> str:
-    """The path of a folder that is given from `root`, absolute or with `~`."""
+    """Return the path of a folder that is given relative to `root`, absolute or with `~`."""
     return os.path.join(root, expanded(folder))
 
 
 def find_file(file: str, *, root: str, what: str, name: str, hint: str) -> str:
-    """The absolute path of a file that is given relative to the working directory or to `root`.
+    """Return the absolute path of a file that is given relative to the working directory or to `root`.
 
-    Raises FileNotFoundError, which calls the file `what`.
+    Raises:
+        FileNotFoundError: there is no such file; the message calls it `what`.
     """
-    places = list(dict.fromkeys(os.path.abspath(os.path.join(start, expanded(file, what))) for start in ("", root)))
-    for place in places:
-        if os.path.isfile(place):
-            return place
-    looked = " and ".join(places)
-    raise FileNotFoundError(f"dataset {name}: the {what} {file} does not exist (looked for {looked}){after(hint)}")
+    paths = list(dict.fromkeys(os.path.abspath(os.path.join(start, expanded(file, what))) for start in ("", root)))
+    found = next(filter(os.path.isfile, paths), None)
+    if found is None:
+        raise FileNotFoundError(f"dataset {name}: the {what} {file} does not exist (looked for {' and '.join(paths)}){hint_suffix(hint)}")
+    return found
 
 
 def find_lists(lists: Mapping[str, str | None], *, root: str, name: str, hint: str) -> dict[str, str]:
-    """Find the lists of a dataset, by split; those that are None are left out. Raises ValueError if all are."""
+    """Find the lists of a dataset, by split, except those that are None; raise ValueError if all are None."""
     files = {split: find_file(file, root=root, what=f"{split} list", name=name, hint=hint) for split, file in lists.items() if file is not None}
     if not files:
         raise ValueError(f"dataset {name}: neither a train nor a test list is given")
     return files
 
 
-def after(hint: str) -> str:
-    """A hint as the end of a message."""
+def hint_suffix(hint: str) -> str:
+    """Format a hint as the end of an error message."""
     return f"; {hint}" if hint else ""
 
 
 def read_lines(file: str) -> list[tuple[int, str]]:
-    """Line numbers, from 1, and lines without the blanks around them; blank lines are left out."""
+    """Read the non-blank lines of a text file, stripped, with their line numbers from 1."""
     lines = [(number, line.strip()) for number, line in enumerate(read_text(file).split("\n"), start=1)]
     return [(number, line) for number, line in lines if line]
 
 
 def check_classes(classes: Sequence[str], num_classes: int | None, *, where: str) -> None:
-    """Raise ValueError unless there are `num_classes` classes, all of them different."""
+    """Raise ValueError if a class is repeated, or there are not `num_classes` of them (None: any number)."""
     twice = next((item for item in classes if classes.count(item) > 1), None)
     if twice is not None:
-        raise ValueError(f"{where}: class {twice!r} is there more than once")
+        raise ValueError(f"{where}: class {twice!r} appears more than once")
     if num_classes is not None and num_classes != len(classes):
-        raise ValueError(f"{where}: {len(classes)} classes, but num_classes is {num_classes}; set dataset.num_classes=null if that is meant")
+        raise ValueError(f"{where}: {len(classes)} classes, but num_classes is {num_classes}; set dataset.num_classes=null if this is intended")
 
 
 def none_of(classes: Sequence[str]) -> str:
-    """The end of a message about a class that does not exist."""
+    """Format the end of an error message about a class that does not exist."""
     return f"none of the {len(classes)} classes ({some(classes, shown=8)})"
 
 
-def labelled(annotations: Sequence[Annotation], *, videos: str, classes: Sequence[str], file: str) -> tuple[Video, ...]:
-    """Videos under the folder `videos`; ValueError for a class that is none of `classes`."""
+def to_videos(annotations: Sequence[Annotation], *, videos: str, classes: Sequence[str], file: str) -> tuple[Video, ...]:
+    """Convert annotations to videos under the folder `videos`; raise ValueError for a class that is not in `classes`."""
     ids = {class_name: index for index, class_name in enumerate(classes)}
     for item in annotations:
         if item.class_name not in ids:
@@ -104,12 +113,18 @@ def video_source(
     numbered: bool = False,
     existing: ExistingFiles | None = None,
 ) -> VideoSource:
-    """A dataset from the videos that its lists name, by split: train, val, test; each may be lacking.
+    """Build a dataset from the videos in its lists, by split (train, val, test; each is optional).
 
-    Without a val list the test list is the validation list, too. Videos that are not there are left out and named in
-    `VideoSource.missing`; without `allow_missing`, and where a list has none left, they are a FileNotFoundError. What is
-    suspicious becomes `VideoSource.warnings`: `lines` has the line number of each video, for splits where they are
-    known, and `numbered` says that the labels in the lists are ids. `existing` has the folders that were listed before.
+    Without a val list, the test videos are the validation videos. Missing videos are left out and go to
+    `VideoSource.missing`.
+
+    Args:
+        lines: the line number of each video, for splits where it is known; used in warnings.
+        numbered: the labels in the lists are class ids, not names.
+        existing: folders that were listed before.
+
+    Raises:
+        FileNotFoundError: a video is missing and `allow_missing` is False, or all videos of a list are missing.
     """
     there: dict[str, tuple[Video, ...]] = {}
     missing: dict[str, tuple[str, ...]] = {}
@@ -122,7 +137,7 @@ def video_source(
         if gone and (not allow_missing or len(gone) == len(wanted)):
             raise FileNotFoundError(
                 f"{files[split]}: {gone[0].path} does not exist ({len(gone)} of {len(wanted)} videos are missing;"
-                f" root is {root}){instead_of(gone[0].path)}{after(hint)}"
+                f" root is {root}){existing_path_hint(gone[0].path)}{hint_suffix(hint)}"
             )
         there[split] = tuple(found)
         missing[split] = tuple(video.path for video in gone)

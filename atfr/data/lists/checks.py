@@ -1,4 +1,4 @@
-"""What is suspicious about the lists of a dataset, in one line each."""
+"""Warn about lists that can be read but are probably wrong."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from atfr.data.lists.text import some, without_spelling
+from atfr.data.lists.text import normalized_name, some
 from atfr.data.types import Video
 
 Lists = Mapping[str, Sequence[Video]]  # by split
 Paths = Mapping[str, Sequence[str]]
-Place = Callable[[str, int], str]  # where the n-th video of a split is listed
+Locate = Callable[[str, int], str]  # (split, index of a video) -> "file:line" in its list
 
 
 def list_warnings(
@@ -24,21 +24,20 @@ def list_warnings(
     numbered: bool,
     is_link: Callable[[str], bool],
 ) -> tuple[str, ...]:
-    """Check the videos of all splits: those `listed`, and those of them that are `there`.
+    """Return one-line warnings about the `listed` videos of all splits and those of them that are `there` (exist).
 
-    `lines` has the line numbers of the listed videos, for splits where they are known. `numbered` says that the labels
-    in the lists are ids. `is_link` says whether the last part of a path is a symbolic link that leads somewhere.
+    `lines` and `numbered` as in `video_source`. `is_link` tells whether a path is a symbolic link to an existing file.
     """
     paths = _one_path_a_file(listed, is_link)
 
-    def place(split: str, index: int) -> str:
+    def locate(split: str, index: int) -> str:
         return f"{files[split]}:{lines[split][index]}" if split in lines else files[split]
 
     return (
         *_suspicious_classes(class_names, listed, files=files, numbered=numbered),
         *untrained_classes(class_names, there, files=files, numbered=numbered),
-        *_repeated_videos(paths, place),
-        *_two_labels(paths, listed, place, class_names),
+        *_repeated_videos(paths, locate),
+        *_two_labels(paths, listed, locate, class_names),
         *_training_videos_in_test(paths, files),
     )
 
@@ -47,8 +46,8 @@ def _suspicious_classes(class_names: Sequence[str], listed: Lists, *, files: Map
     lists = " and ".join(dict.fromkeys(files[split] for split in listed))
     if len(class_names) == 1:
         yield f"{lists}: there is only one class, {class_names[0]!r}, so every prediction is right"
-    counts = Counter(map(without_spelling, class_names))
-    alike = [name for name in class_names if counts[without_spelling(name)] > 1]
+    counts = Counter(map(normalized_name, class_names))
+    alike = [name for name in class_names if counts[normalized_name(name)] > 1]
     if alike:
         yield f"{lists}: classes differ only in case, blanks or underscores: {some(alike)}"
     if numbered:
@@ -60,7 +59,7 @@ def _counting_from_one(listed: Lists, files: Mapping[str, str]) -> Iterator[str]
     ranges = {split: (min(own), max(own)) for split, own in labels.items()}
     if min(least for least, _ in ranges.values()) == 1:
         lists = " and ".join(dict.fromkeys(files[split] for split in ranges))
-        yield f"{lists}: labels seem to count from 1: no video has label 0, with which they must begin"
+        yield f"{lists}: labels seem to count from 1: no video has label 0, which must be the first"
         return
     if "train" not in ranges:
         return
@@ -72,7 +71,7 @@ def _counting_from_one(listed: Lists, files: Mapping[str, str]) -> Iterator[str]
 
 
 def untrained_classes(class_names: Sequence[str], there: Lists, *, files: Mapping[str, str], numbered: bool = False) -> Iterator[str]:
-    """Check which classes have no training videos, and how many of the other videos are of these classes."""
+    """Warn about classes without training videos, and about test and val videos of these classes."""
     if "train" not in there:
         return
     trained = {video.label for video in there["train"]}
@@ -89,15 +88,15 @@ def untrained_classes(class_names: Sequence[str], there: Lists, *, files: Mappin
             yield f"{files[split]}: {len(labels)} of the {len(videos)} {split} videos are of classes without training videos: {names}"
 
 
-def _repeated_videos(paths: Paths, place: Place) -> Iterator[str]:
+def _repeated_videos(paths: Paths, locate: Locate) -> Iterator[str]:
     for split, own in paths.items():
         repeats = len(own) - len(set(own))
         if repeats:
             path, times = Counter(own).most_common(1)[0]
-            yield f"{place(split, own.index(path))}: {path} is listed {times} times (repeated rows of the {split} list: {repeats})"
+            yield f"{locate(split, own.index(path))}: {path} is listed {times} times (repeated rows of the {split} list: {repeats})"
 
 
-def _two_labels(paths: Paths, listed: Lists, place: Place, class_names: Sequence[str]) -> Iterator[str]:
+def _two_labels(paths: Paths, listed: Lists, locate: Locate, class_names: Sequence[str]) -> Iterator[str]:
     labels: dict[str, int] = {}
     differing: dict[str, tuple[str, int]] = {}
     for split, videos in listed.items():
@@ -106,10 +105,10 @@ def _two_labels(paths: Paths, listed: Lists, place: Place, class_names: Sequence
                 differing.setdefault(path, (split, index))
     if differing:
         path, (split, index) = next(iter(differing.items()))
-        first = next(place(split, own.index(path)) for split, own in paths.items() if path in own)
+        first = next(locate(split, own.index(path)) for split, own in paths.items() if path in own)
         one, other = class_names[labels[path]], class_names[listed[split][index].label]
         count = "1 video has" if len(differing) == 1 else f"{len(differing)} videos have"
-        yield f"{count} two labels: {path} is {one!r} in {first}, but {other!r} in {place(split, index)}"
+        yield f"{count} two labels: {path} is {one!r} in {first}, but {other!r} in {locate(split, index)}"
 
 
 def _training_videos_in_test(paths: Paths, files: Mapping[str, str]) -> Iterator[str]:
@@ -117,11 +116,11 @@ def _training_videos_in_test(paths: Paths, files: Mapping[str, str]) -> Iterator
     for split in (split for split in paths if split != "train"):
         both = [path for path in paths[split] if path in trained]
         if both:
-            yield f"{files[split]}: {len(both)} of the {len(paths[split])} {split} videos are training videos, too: {some(both, shown=1)}"
+            yield f"{files[split]}: {len(both)} of the {len(paths[split])} {split} videos are also training videos: {some(both, shown=1)}"
 
 
 def _one_path_a_file(listed: Lists, is_link: Callable[[str], bool]) -> Paths:
-    """The paths of all splits, with a single path for each file: the one that is listed first."""
+    """Replace the paths that lead to the same file by the one that is listed first."""
     folders: dict[str, str] = {}
     first: dict[str, str] = {}
 

@@ -1,17 +1,17 @@
-"""Which files exist, asked for many files at once."""
+"""Check which files exist, efficiently for many files."""
 
 from __future__ import annotations
 
 import os
 from functools import cached_property
 
-from atfr.data.lists.text import without_spelling
+from atfr.data.lists.text import normalized_name
 
 
 class ExistingFiles:
-    """The set of paths that exist: `path in ExistingFiles()`. A symbolic link whose target is missing does not exist.
+    """The set of paths that exist: `path in ExistingFiles()`. A broken symbolic link does not exist.
 
-    Lists each folder once instead of checking each file: Kinetics has 240,000, often on a network drive.
+    Lists each folder once instead of checking each file: Kinetics has 240,000 files, often on a network drive.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class ExistingFiles:
         return name in names.files or (names.may_have(name) and os.path.exists(path))
 
     def is_link(self, path: str) -> bool:
-        """Return whether the last part of a path is a symbolic link to something that exists."""
+        """Return whether a path is a symbolic link to a file that exists."""
         names, name = self._listed(path)
         return name in names.links and os.path.exists(path)
 
@@ -34,7 +34,7 @@ class ExistingFiles:
 
 
 class _Names:
-    """The names in a folder: those of symbolic links, and the others."""
+    """The names in a folder: symbolic links and other files."""
 
     def __init__(self, folder: str) -> None:
         entries = list(os.scandir(folder)) if os.path.isdir(folder) else []
@@ -42,24 +42,24 @@ class _Names:
         self.files = frozenset(entry.name for entry in entries if not entry.is_symlink())
 
     def may_have(self, name: str) -> bool:
-        """Return whether the folder may have a file that is not among `files`: a link, itself, or another spelling."""
-        return name in self.links or name in ("", ".", "..") or without_spelling(name) in self._spellings
+        """Return whether `name` may exist although it is not in `files`: a link, the folder itself, or another spelling."""
+        return name in self.links or name in ("", ".", "..") or normalized_name(name) in self._spellings
 
     @cached_property
     def _spellings(self) -> frozenset[str]:
-        """The names as file systems compare them that ignore case."""
-        return frozenset(map(without_spelling, self.files | self.links))
+        """The names without differences in case, for file systems that ignore it."""
+        return frozenset(map(normalized_name, self.files | self.links))
 
 
-def instead_of(path: str) -> str:
-    """Say what is there instead of a missing file, as the end of a message: a similar name, or the folder above. "" if nothing helps."""
+def existing_path_hint(path: str) -> str:
+    """Format the end of an error message about a missing file: a similar path that exists, or ""."""
     if os.path.islink(path):
         return f"; it is a symbolic link to {os.readlink(path)}, which does not exist"
     part, parent = path, os.path.dirname(path)
     while not os.path.isdir(parent) and parent != os.path.dirname(parent):
         part, parent = parent, os.path.dirname(parent)
-    wanted = {without_spelling(os.path.basename(part)), without_spelling(stem(part))}
-    similar = next((name for name in sorted(os.listdir(parent)) if wanted & {without_spelling(name), without_spelling(stem(name))}), None)
+    wanted = {normalized_name(os.path.basename(part)), normalized_name(stem(part))}
+    similar = next((name for name in sorted(os.listdir(parent)) if wanted & {normalized_name(name), normalized_name(stem(name))}), None)
     if similar is not None:
         return f"; there is {os.path.join(parent, similar)}"
     return "" if part == path else f"; there is {parent}, but no {os.path.basename(part)} in it"

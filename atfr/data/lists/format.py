@@ -1,8 +1,8 @@
-"""The formats that lists of videos come in.
+"""Detect and read the formats of lists of videos.
 
-    path,label        or with ; or a tab instead of the comma; csv quoting; an optional header names the columns
-    path label        PySlowFast; quotes around a path or label with blanks are optional
-    path frames label TSN and mmaction2, for folders of frames; in another order with a header, as path label frames
+    path,label         or ; or a tab instead of the comma; csv quoting; an optional header names the columns
+    path label         PySlowFast; quotes around a path or label with blanks are optional
+    path frames label  TSN and mmaction2, for folders of frames; other orders need a header, such as path label frames
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _PATH_COLUMNS = (
 )  # fmt: skip
 _LABEL_COLUMNS = ("label", "class", "class_id", "label_id", "class_name", "label_name", "classname", "category", "target", "action", "activity")
 _ORDER_HINT = "; if the columns are path, label, frames, add the header 'path label frames'"
-_ORDERED = 20  # rows from which the order of columns is checked
-_SAMPLE = 100  # rows that the format is told from
-# If a whole row follows the last separator (`d, e.mp4 1`), the separator belongs to the path.
+_ORDERED = 20  # least number of rows for checking the order of columns
+_SAMPLE = 100  # rows that the format is detected from
+# A whole row after the last separator (`d, e.mp4 1`) means that the separator belongs to the path.
 _FILE_THEN_LABEL = re.compile(r".*\.\w{2,4}[\"']?[\s,;]+\S+")
 _HEADER_WORD = re.compile(r"[A-Za-z][A-Za-z _-]*")
 
 
 class Row(NamedTuple):
-    """A video of a list: its line, and path and label as they are written."""
+    """A row of a list: its line number, and path and label as they are written."""
 
     line: int
     path: str
@@ -40,18 +40,18 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class _Format:
-    """`separator` is a blank for any number of blanks. `path` and `label` are columns of `columns`."""
+    """The format of a list. `path` and `label` are column numbers. A blank as `separator` stands for one or more."""
 
     separator: str
     columns: int = 2
     path: int = 0
     label: int = 1
-    named: bool = False  # by a header
-    frames: bool = False  # the column between path and label is a number of frames
+    named: bool = False  # a header names the columns
+    frames: bool = False  # the column between path and label is the number of frames
 
     def fields(self, line: str) -> list[str]:
         fields = _split(line, self.separator, self.columns)
-        # Several tabs may align the labels.
+        # Several tabs in a row may align the labels.
         return fields if self.named or self.separator != "\t" else [field for field in fields if field]
 
     def row(self, number: int, line: str, file: str) -> Row:
@@ -59,7 +59,7 @@ class _Format:
         enough = len(fields) > max(self.path, self.label) if self.named else len(fields) == self.columns
         if not enough or (self.frames and not (fields[1].isdecimal() and int(fields[1]) > 0)):
             expected = "'path frames label'" if self.frames else "'path,label' or 'path label'"
-            hint = "" if len(fields) < 3 else _ORDER_HINT if self.frames else "; a header that names the columns, such as path,label,group, allows more of them"
+            hint = "" if len(fields) < 3 else _ORDER_HINT if self.frames else "; for more columns, add a header that names them, such as path,label,group"
             raise ValueError(f"{file}:{number}: expected {expected}, found {line!r}{hint}")
         path, label = fields[self.path], fields[self.label]
         if not path or not label:
@@ -67,10 +67,10 @@ class _Format:
         return Row(number, path, label)
 
 
-def read_rows(file: str, there: Callable[[str], bool]) -> list[Row]:
-    """Read a list of videos. `there` says whether a path of the list exists.
+def read_rows(file: str, exists: Callable[[str], bool]) -> list[Row]:
+    """Read a list of videos. `exists` tells whether a path in the list exists.
 
-    A line that begins with `#` is a row if it reads as one and its file exists, otherwise a comment.
+    A line that begins with `#` is a row if it has the format of one and its file exists, otherwise a comment.
 
     Raises:
         ValueError: the list is empty or cannot be understood.
@@ -79,21 +79,21 @@ def read_rows(file: str, there: Callable[[str], bool]) -> list[Row]:
     plain = [(number, line) for number, line in lines if not line.startswith("#")] or lines
     if not plain:
         raise ValueError(f"{file}: the list is empty")
-    form = _format(file, plain, there)
+    form = _detect_format(file, plain, exists)
     rows = []
     for number, line in lines:
         if form.named and number == plain[0][0]:
             continue
         if not line.startswith("#"):
             rows.append(form.row(number, line, file))
-        elif (row := _hash_row(form, number, line, file)) is not None and there(row.path):
+        elif (row := _hash_row(form, number, line, file)) is not None and exists(row.path):
             rows.append(row)
     if not rows:
         raise ValueError(f"{file}: the list is empty{' (it has only a header)' if form.named else ''}")
     if form.frames and _label_before_frames([fields[1:] for _, line in plain if len(fields := form.fields(line)) == 3]):
         raise ValueError(f"{file}: the columns seem to be path, label, frames; add the header 'path label frames'")
-    if not form.named and _seems_header(rows) and not there(rows[0].path):
-        raise ValueError(f"{file}:{rows[0].line}: {plain[0][1]!r} seems to be a header: call its columns path and label, or remove the line")
+    if not form.named and _seems_header(rows) and not exists(rows[0].path):
+        raise ValueError(f"{file}:{rows[0].line}: {plain[0][1]!r} seems to be a header: name its columns path and label, or remove the line")
     return rows
 
 
@@ -105,7 +105,7 @@ def _hash_row(form: _Format, number: int, line: str, file: str) -> Row | None:
 
 
 def _label_before_frames(rows: Sequence[Sequence[str]]) -> bool:
-    """Whether (frames, label) of all rows seem to be labels from 1 and frames: the first are few and without gaps, and the second never 0."""
+    """Return whether (frames, label) seem swapped: the first are few values without gaps, the second are never 0."""
     if len(rows) < _ORDERED or not all(label.isdecimal() for _, label in rows):
         return False
     first, second = ({int(value) for value in column} for column in zip(*rows))
@@ -113,26 +113,26 @@ def _label_before_frames(rows: Sequence[Sequence[str]]) -> bool:
 
 
 def _seems_header(rows: Sequence[Row]) -> bool:
-    """Whether the first row has two words, of which the second is no label of another row."""
+    """Return whether the first row is two words, and the second is not the label of another row."""
     first, *others = rows
     words = all(_HEADER_WORD.fullmatch(field) for field in (first.path, first.label))
     return words and bool(others) and all(row.label != first.label for row in others)
 
 
-def _format(file: str, lines: Sequence[tuple[int, str]], there: Callable[[str], bool]) -> _Format:
+def _detect_format(file: str, lines: Sequence[tuple[int, str]], exists: Callable[[str], bool]) -> _Format:
     sample = [line for _, line in lines[:_SAMPLE]]
     separator = _separator(sample)
     header = [field.lower() for field in _split(sample[0], separator, None)]
     path, label = (next((header.index(name) for name in names if name in header), None) for names in (_PATH_COLUMNS, _LABEL_COLUMNS))
     if path is not None and label is not None:
         return _Format(separator, len(header), path, label, named=True)
-    if separator == " " and (columns := _blank_columns(file, lines[:_SAMPLE], there)) == 3:
+    if separator == " " and (columns := _blank_columns(file, lines[:_SAMPLE], exists)) == 3:
         return _Format(separator, columns, label=2, frames=True)
     return _Format(separator)
 
 
 def _separator(lines: Sequence[str]) -> str:
-    """The separator that most lines have between path and label; a blank if none is in half of them."""
+    """Return the separator between path and label in most lines; a blank if no other one is in half of them."""
 
     def separates(line: str, separator: str) -> bool:
         fields = _split(line, separator, None) if separator in line else ()
@@ -143,10 +143,10 @@ def _separator(lines: Sequence[str]) -> str:
     return best if 2 * counts[best] >= len(lines) else " "
 
 
-def _blank_columns(file: str, lines: Sequence[tuple[int, str]], there: Callable[[str], bool]) -> int:
-    """The number of columns in a list that is separated by blanks: 3 where a number of frames stands before the label.
+def _blank_columns(file: str, lines: Sequence[tuple[int, str]], exists: Callable[[str], bool]) -> int:
+    """Return the number of columns in a list separated by blanks: 3 if a number of frames precedes the label, or else 2.
 
-    Paths may have blanks, too, so what decides in doubt is which paths exist.
+    Paths may contain blanks, so ambiguous lists are decided by which paths exist.
     """
     numbers = [_numbers_at_end(line) for _, line in lines]
     usual = Counter(numbers).most_common(1)[0][0]
@@ -154,19 +154,19 @@ def _blank_columns(file: str, lines: Sequence[tuple[int, str]], there: Callable[
         return 2
     alike = [(number, line) for (number, line), count in zip(lines, numbers) if count == usual]
     for columns in (2, 3):
-        if any(there(_split(line, " ", columns)[0]) for _, line in alike):
+        if any(exists(_split(line, " ", columns)[0]) for _, line in alike):
             return columns
     if usual > 2:
         number, line = alike[0]
         raise ValueError(
             f"{file}:{number}: {line!r} ends in {usual} numbers; expected 'path label' or 'path frames label'"
-            " (parts of a video and several labels for one are not supported)"
+            " (parts of a video and several labels per video are not supported)"
         )
     return 3
 
 
 def _numbers_at_end(line: str) -> int:
-    """How many numbers a line ends in, not counting its first field."""
+    """Return how many numbers a line ends in, not counting its first field."""
     count = 0
     for field in reversed(line.split()[1:]):
         if not field.isdecimal():
@@ -176,13 +176,13 @@ def _numbers_at_end(line: str) -> int:
 
 
 def _split(line: str, separator: str, columns: int | None) -> list[str]:
-    """The fields of a line, at most `columns` where blanks separate them: those in front belong to the path."""
+    """Split a line into fields; at blanks into at most `columns`, where the path keeps further blanks."""
     if separator != " ":
         fields = next(csv.reader([line], delimiter=separator, skipinitialspace=True)) if '"' in line else line.split(separator)
         return [field.strip() for field in fields]
     if line[0] in "\"'" or line[-1] in "\"'":
         try:
             return shlex.split(line)
-        except ValueError:  # a lone quote is part of a name, as in "person's head"
+        except ValueError:  # a single quote is part of a name, as in "person's head"
             pass
     return line.rsplit(None, -1 if columns is None else columns - 1)

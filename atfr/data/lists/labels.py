@@ -1,4 +1,4 @@
-"""From the labels of lists to class ids, by one rule for all lists of a dataset."""
+"""Convert the labels of a dataset's lists to class ids, by one rule for all lists."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from atfr.data.lists.annotations import check_classes, none_of
 from atfr.data.lists.format import Row
 
 _ID = re.compile(r"([+-]?\d{1,18})(?:\.0*)?")
-_NO_ID = re.compile(r"[+-]?(?:\d*\.\d+|\d{19,})")  # a number, but not that of a class
+_NO_ID = re.compile(r"[+-]?(?:\d*\.\d+|\d{19,})")  # a number that is not a class id
 
 
 @dataclass(frozen=True)
 class VideoList:
-    """A list as it is written: its file, and its rows with labels still text."""
+    """A list as it is written: its file, and its rows with text labels."""
 
     file: str
     rows: Sequence[Row]
@@ -24,7 +24,7 @@ class VideoList:
 
 @dataclass(frozen=True)
 class Labels:
-    """The classes, and the class ids of the rows of each list. `numbered`: the lists have ids, not names."""
+    """The classes, and the class ids of the rows of each list. `numbered`: the labels are ids, not names."""
 
     class_names: tuple[str, ...]
     ids: Mapping[str, list[int]]
@@ -32,41 +32,41 @@ class Labels:
 
 
 def resolve_labels(lists: Mapping[str, VideoList], *, num_classes: int | None, class_names: Sequence[str] | None, name: str) -> Labels:
-    """Find the classes of a dataset and the class id of every row of its lists, by split.
+    """Find the classes of a dataset and the class id of each row of its lists, by split.
 
-    Labels are class ids if those of all lists are numbers (`2.0` is the id 2) and no class in `class_names` is called by
-    a number. Otherwise those of all lists must be names.
+    Labels are class ids if all of them are numbers (`2.0` is the id 2) and no name in `class_names` is a number.
+    Otherwise all of them must be names.
 
     Raises:
-        ValueError: some labels are names and others are numbers, or a label is none of the classes.
+        ValueError: some labels are names and others are numbers, or a label is not a class.
     """
     given = None if class_names is None else tuple(map(str, class_names))
     if given is not None:
         check_classes(given, num_classes, where=f"dataset {name}: class_names")
-    called_by_number = given is not None and any(as_id(item) is not None or _NO_ID.fullmatch(item) for item in given)
-    if not called_by_number and _all_numbers(lists):
+    names_are_numbers = given is not None and any(as_id(item) is not None or _NO_ID.fullmatch(item) for item in given)
+    if not names_are_numbers and _all_numbers(lists):
         classes = given or tuple(map(str, range(_count_ids(lists) if num_classes is None else num_classes)))
         return Labels(classes, {split: _ids(listed, len(classes)) for split, listed in lists.items()}, numbered=True)
-    classes = given or _trained_names(lists, num_classes)
+    classes = given or _training_names(lists, num_classes)
     return Labels(classes, {split: _named_ids(listed, classes) for split, listed in lists.items()}, numbered=False)
 
 
 @lru_cache(maxsize=10_000)  # a list has few different labels
 def as_id(label: str) -> int | None:
-    """The number that a label is. pandas writes a column of integers with gaps as 2.0, which is 2."""
+    """Return the class id that a label stands for, or None. pandas writes integer columns with gaps as 2.0."""
     match = _ID.fullmatch(label)
     return int(match[1]) if match else None
 
 
 def _all_numbers(lists: Mapping[str, VideoList]) -> bool:
-    """Whether the labels of all lists are ids; ValueError if only some are."""
+    """Return whether all labels are ids; raise ValueError if only some are."""
     number = name = None
     for listed in lists.values():
         for row in listed.rows:
             if as_id(row.label) is not None:
                 number = number or (listed.file, row)
             elif _NO_ID.fullmatch(row.label):
-                raise ValueError(f"{listed.file}:{row.line}: label {row.label} is no integer of up to 18 digits; if it is a name, give class_names")
+                raise ValueError(f"{listed.file}:{row.line}: label {row.label} is not an integer of up to 18 digits; if it is a name, give class_names")
             else:
                 name = name or (listed.file, row)
             if number and name:
@@ -78,7 +78,7 @@ def _all_numbers(lists: Mapping[str, VideoList]) -> bool:
 
 
 def _count_ids(lists: Mapping[str, VideoList]) -> int:
-    """One more than the largest id; ValueError if that can only be a mistake, or as many classes would fill the memory."""
+    """Return the largest id plus one; raise ValueError if this is far more than the number of different labels."""
     ids = {as_id(row.label) for listed in lists.values() for row in listed.rows}
     largest = max(ids)
     if largest > 1000 + 10 * len(ids):
@@ -90,12 +90,12 @@ def _count_ids(lists: Mapping[str, VideoList]) -> int:
     return max(largest, 0) + 1
 
 
-def _trained_names(lists: Mapping[str, VideoList], num_classes: int | None) -> tuple[str, ...]:
+def _training_names(lists: Mapping[str, VideoList], num_classes: int | None) -> tuple[str, ...]:
     if "train" not in lists:
         listed = next(iter(lists.values()))
         raise ValueError(
             f"{listed.file}:{listed.rows[0].line}: the labels are names ({listed.rows[0].label!r}), and no training list"
-            " of names says which classes there are; give class_names"
+            " of names defines the classes; give class_names"
         )
     names = tuple(sorted({row.label for row in lists["train"].rows}))
     if num_classes is not None and num_classes != len(names):
@@ -116,7 +116,7 @@ def _ids(listed: VideoList, classes: int) -> list[int]:
 
 def _named_ids(listed: VideoList, classes: Sequence[str]) -> list[int]:
     ids = {label: index for index, label in enumerate(classes)}
-    # Where classes are called by numbers, 2.0 is the class "2".
+    # If class names are numbers, 2.0 is the class "2".
     ids = {**{label: ids.get(str(number)) for label in {row.label for row in listed.rows} if (number := as_id(label)) is not None}, **ids}
     found = [ids.get(row.label) for row in listed.rows]
     if None in found:

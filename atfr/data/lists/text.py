@@ -1,4 +1,4 @@
-"""Text as people write it: files in several encodings, names in several spellings."""
+"""Read text files in several encodings, and compare names in several spellings."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _SAMPLE = 4096  # bytes that tell UTF-16 without a byte order mark
-_ASCII_SHARE = 0.2  # of the characters of such a file at least: separators, digits, endings of file names
+_ASCII_SHARE = 0.2  # least part of ASCII characters in such a file: separators, digits, file suffixes
 
 
 def read_text(file: str) -> str:
-    """Decode a file: UTF-16 or UTF-32 with a byte order mark, UTF-16 without one, otherwise UTF-8. Every line end becomes a newline.
+    """Decode a text file and convert its line ends to newlines.
 
-    Bytes that are not UTF-8 are kept as surrogate escapes, as `os.listdir` has them in file names.
+    The encoding is UTF-16 or UTF-32 with a byte order mark, UTF-16 without one, or else UTF-8. Bytes that are not UTF-8
+    become surrogate escapes, as in file names from `os.listdir`.
 
     Raises:
-        ValueError: the file does not fit its byte order mark, or has NUL bytes and is not UTF-16.
+        ValueError: the file does not match its byte order mark, or has NUL bytes and is not UTF-16.
     """
     with open(file, "rb") as stream:
         data = stream.read()
@@ -44,7 +45,7 @@ def read_text(file: str) -> str:
 def _unmarked(data: bytes) -> str:
     """Decode UTF-16 or UTF-8 without a byte order mark.
 
-    In UTF-16 one byte of each ASCII character is NUL: the second one in little-endian order, the first one in big-endian order.
+    In UTF-16, one byte of each ASCII character is NUL: the second in little-endian order, the first in big-endian order.
     """
     even, odd = (data[first:_SAMPLE:2].count(0) for first in (0, 1))
     if max(even, odd) >= _ASCII_SHARE * len(data[:_SAMPLE]) / 2 and min(even, odd) == 0 < max(even, odd):
@@ -56,10 +57,10 @@ def _unmarked(data: bytes) -> str:
 
 
 def some(names: Sequence[str], shown: int = 3) -> str:
-    """Join the first few names, with `...` for the others."""
+    """Join the first few names, and `...` if there are more."""
     return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
 
 
-def without_spelling(name: str) -> str:
-    """A name without what spellings differ in: case, blanks or underscores, composed or decomposed accents."""
+def normalized_name(name: str) -> str:
+    """Normalise what spellings of a name differ in: case, blanks or underscores, composed or decomposed accents."""
     return unicodedata.normalize("NFC", name).casefold().replace("_", " ").strip()

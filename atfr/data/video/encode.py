@@ -1,4 +1,4 @@
-"""H.264 files that are quick to train from: small, and with a keyframe never far."""
+"""Encode H.264 files that are fast to train from: small, with many keyframes."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ import av
 import numpy as np
 
 from atfr.data.types import VideoError
-from atfr.data.video.readers import AvVideo
-from atfr.utils.atomic_io import written_whole
+from atfr.data.video.av_reader import AvVideo
+from atfr.utils.atomic_io import atomic_write
 
 Add = Callable[..., None]
 
-_CRF = 20  # what is lost is hard to see
-_RATE = 25  # frames a second, where a file does not say
+_CRF = 20  # nearly lossless to the eye
+_RATE = 25  # frames per second of files of unknown rate
 
 
 @contextmanager
 def h264_file(path: Path, *, rate: Fraction | int, keyframe: int, time_base: Fraction | None = None) -> Iterator[Add]:
-    """A function `add(frame, pts=None)` for RGB frames, uint8 [H, W, 3] with even sides, that writes an mp4 file.
+    """Yield a function `add(frame, pts=None)` that writes RGB frames, uint8 [H, W, 3] with even sides, to an mp4 file.
 
-    There is a keyframe at least every `keyframe` frames. Without `time_base` (seconds) frames come `rate` a second;
-    with it each needs a `pts`, its time as a multiple of that. The file appears only when it is complete.
+    There is a keyframe at least every `keyframe` frames. Without `time_base` (seconds), frames have the constant `rate`;
+    with it, each frame needs a `pts` in units of it. The file is written atomically.
     """
-    # bitexact leaves out the encoder's version string, the only thing that is not the pictures' doing
-    with written_whole(path) as temporary, av.open(str(temporary), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+    # bitexact: without the encoder's version string, so that the bytes depend only on the frames.
+    with atomic_write(path) as temporary, av.open(str(temporary), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("libx264", rate=rate)
         stream.pix_fmt = "yuv420p"
         stream.gop_size = keyframe
         if time_base is not None:
             stream.codec_context.time_base = time_base
-        # One thread: the others encode other videos, and the bytes do not depend on the machine's cores.
+        # One thread: videos are encoded in parallel, and the bytes must not depend on the number of cores.
         stream.options = {"crf": str(_CRF), "preset": "veryfast", "bf": "0", "threads": "1", "flags": "+bitexact"}
 
         def add(pixels: np.ndarray, pts: int | None = None) -> None:
@@ -50,15 +50,16 @@ def h264_file(path: Path, *, rate: Fraction | int, keyframe: int, time_base: Fra
         container.mux(stream.encode())
 
 
-def encode(source: str, target: Path, *, short_side: int, keyframe: int, alive: Callable[[], None] = lambda: None) -> None:
-    """Write a copy of a video to `target`, as H.264 in an mp4 file whatever the name is.
+def encode(source: str, target: Path, *, short_side: int, keyframe: int, heartbeat: Callable[[], None] = lambda: None) -> None:
+    """Write a copy of a video to `target`: H.264 in mp4 format, whatever the suffix.
 
-    It has the same frames at the same times (counted from the first), upright, with the shorter side reduced to
-    `short_side` pixels but never enlarged, even sides, no sound, and a keyframe at least every `keyframe` frames. Where
-    the file's timestamps make no sense (`AvVideo.timed`) frames come at its rate. The copy takes over the time of change
-    of the original, so that `is_copied` knows it. `alive` is called after each frame.
+    The copy has the same frames at the same times from the first, upright and with even sides, and no sound. The shorter
+    side is reduced to `short_side` pixels, never enlarged. There is a keyframe at least every `keyframe` frames. Without
+    usable timestamps (`AvVideo.timed`), frames have the file's mean rate. The copy gets the modification time of the
+    original, by which `is_copied` recognises it. `heartbeat` is called after each frame.
 
-    Raises VideoError for what cannot be read, and when `target` is the original itself.
+    Raises:
+        VideoError: the video cannot be read, or `target` is the original.
     """
     if os.path.isdir(source):
         raise VideoError(source, "a folder of frames is not re-encoded")
@@ -72,20 +73,20 @@ def encode(source: str, target: Path, *, short_side: int, keyframe: int, alive: 
         for number, (pixels, pts) in enumerate(video.frames(short_side, multiple=2)):
             first = pts if number == 0 else first
             if video.timed:
-                last = max(pts - first, last + 1)  # an encoder refuses time that stands still
+                last = max(pts - first, last + 1)  # timestamps must increase
             add(pixels, last if video.timed else None)
-            alive()
+            heartbeat()
         if number < 0:
             raise VideoError(source, f"none of its {video.num_frames} frames can be decoded")
     os.utime(target, ns=(changed.st_atime_ns, changed.st_mtime_ns))
 
 
 def is_copied(source: str, target: Path) -> bool:
-    """Whether `encode` has copied `source`, as it is now, to `target`."""
+    """Return whether `encode` has copied `source` to `target`, and it has not changed since."""
     if target.is_symlink():
         return False
     try:
-        # Some file systems keep times to two seconds only.
+        # Some file systems store times in units of two seconds.
         return abs(os.stat(source).st_mtime_ns - os.stat(target).st_mtime_ns) <= 2e9
     except OSError:
         return False

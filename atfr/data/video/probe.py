@@ -1,4 +1,4 @@
-"""What a video is, and whether it can be read."""
+"""Probe videos: find out whether they can be read, and their facts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class FileState:
-    """What tells that a file has changed: its size in bytes, and the time of its last change in nanoseconds."""
+    """Size in bytes and modification time in nanoseconds, by which a change of a file is detected."""
 
     bytes: int
     mtime_ns: int
@@ -24,11 +24,11 @@ class FileState:
 
 @dataclass(frozen=True)
 class Probe:
-    """A video as it was found; the facts are None, and `reason` says why, where it cannot be read."""
+    """The result of probing a video. If it cannot be read, `reason` is set and the facts are None."""
 
-    state: FileState | None  # None: there is no such file, or no getting at it
-    frames: int | None = None  # that decode
-    fps: float | None = None  # mean rate, None also where it is not known
+    state: FileState | None  # None: the file is missing or not accessible
+    frames: int | None = None  # decodable frames
+    fps: float | None = None  # mean rate, also None if unknown
     width: int | None = None  # pixels, upright
     height: int | None = None
     quick_hash: str = ""
@@ -40,7 +40,7 @@ class Probe:
 
 
 def file_state(path: str) -> FileState | None:
-    """The state of a file, or of a folder of frames, whose size is that of its files."""
+    """Return the state of a file or a folder of frames (size: sum of its files), or None if it is not accessible."""
     try:
         found = os.stat(path)
         size = sum(entry.stat().st_size for entry in os.scandir(path)) if os.path.isdir(path) else found.st_size
@@ -50,10 +50,7 @@ def file_state(path: str) -> FileState | None:
 
 
 def probe(path: str, *, decoder: str = "pyav") -> Probe:
-    """Read the first, the middle and the last frame of a video as training would, with `decoder` first.
-
-    All that lies between them is decoded, too, so that damage anywhere is met.
-    """
+    """Read the first, middle and last frame of a video, and decode everything in between to detect damage anywhere."""
     state = file_state(path)
     announced = 0
 
@@ -63,19 +60,19 @@ def probe(path: str, *, decoder: str = "pyav") -> Probe:
         return np.array([0, num_frames // 2, num_frames - 1])
 
     try:
-        decoded = read_clip(path, pick, decoder=decoder, leap=False)
+        decoded = read_clip(path, pick, decoder=decoder, seek=False)
         key = quick_hash(path)
     except VideoError as error:
         return Probe(state, reason=error.reason)
     height, width = decoded.frames.shape[1:3]
-    # Each file has packets without a frame in some containers; a large share is a file that was cut off.
-    short = announced - decoded.num_frames
-    reason = f"only {decoded.num_frames} of {announced} frames can be decoded" if short > max(4, announced // 20) else ""
+    # Some containers have a few packets without a frame; many of them mean a truncated file.
+    missing = announced - decoded.num_frames
+    reason = f"only {decoded.num_frames} of {announced} frames can be decoded" if missing > max(4, announced // 20) else ""
     return Probe(state, decoded.num_frames, decoded.fps, width, height, key, reason)
 
 
 def quick_hash(path: str) -> str:
-    """32 hexadecimal digits (BLAKE2b) of a file's size and its first and last MiB; of a folder, of its names and sizes."""
+    """Hash a file's size and its first and last MiB (BLAKE2b, 32 hex digits); of a folder, its names and sizes."""
     digest = hashlib.blake2b(digest_size=16)
     if os.path.isdir(path):
         for name, size in sorted((os.fsencode(entry.name), entry.stat().st_size) for entry in os.scandir(path)):

@@ -1,11 +1,11 @@
-"""A limit on how long a read may take: a decoder that never comes back ends in an error that names its file.
+"""Limit how long a read may take, so that a decoder that hangs ends in an error that names its file.
 
-In the main process a read under a limit runs in a thread of its own, which is left behind when the time is up. That
-works as long as the native code lets go of the interpreter lock, as PyAV, decord's calls through ctypes and file reads
-do. Code that hangs with the lock held stops the main process, and nothing in Python can end it; in a worker it can.
+In the main process, a read under a limit runs in a separate thread, which is abandoned at the timeout. This requires that
+native code releases the interpreter lock, as PyAV, decord (through ctypes) and file reads do. Code that hangs with the lock
+held blocks the main process.
 
-A worker's read is not stopped here. The worker writes down in shared memory which file it reads, the DataLoader's
-own timeout strikes in the main process, whatever the worker holds, and the file is looked up.
+In a worker, this module only records in shared memory which file is read. The DataLoader's own timeout raises in the main
+process, which then looks up the file; this works even if the worker holds its lock.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ _NOTHING = -1.0
 
 
 class TimeLimit:
-    """For one dataset and its loader: `seconds` a read may take (0: any time), `workers` processes that read."""
+    """Time limit of a dataset's reads: `seconds` per read (0: no limit), in `workers` processes."""
 
     def __init__(self, seconds: float = 0.0, *, workers: int = 0) -> None:
         self.seconds = seconds
-        # A row a worker: the number of the video that it reads, and since when. time.monotonic is one clock for all
-        # processes of a machine.
+        # Per worker: the number of the video that it reads, and the start by time.monotonic, which all processes share.
         self._reads = torch.full((workers, 2), _NOTHING, dtype=torch.float64).share_memory_()
 
     def read(self, read: Callable[[], T], *, number: int, path: str) -> T:
-        """`read()`, which is about video `number` of the dataset, in the file `path`.
+        """Call `read()`, which reads video `number` of the dataset from the file `path`.
 
-        Raises TimeoutError, in the main process only, when it takes too long; it may then go on behind the scenes.
+        Raises:
+            TimeoutError: it takes too long (in the main process only). Its thread may continue.
         """
         worker = get_worker_info()
         if worker is None:
-            return _in_time(read, path, self.seconds) if self.seconds > 0 else read()
-        if worker.id >= len(self._reads):  # a DataLoader that was not made by `atfr.data.loader`
+            return _run_with_timeout(read, path, self.seconds) if self.seconds > 0 else read()
+        if worker.id >= len(self._reads):  # of a DataLoader that `atfr.data.loader` has not built
             return read()
         self._reads[worker.id] = torch.tensor([number, time.monotonic()], dtype=torch.float64)
         try:
@@ -48,28 +48,28 @@ class TimeLimit:
         finally:
             self._reads[worker.id, 0] = _NOTHING
 
-    def under_way(self) -> list[tuple[int, float]]:
-        """What the workers read at this moment: (number of the video, seconds so far), the longest first."""
+    def current_reads(self) -> list[tuple[int, float]]:
+        """Return the current reads of the workers: (number of the video, seconds so far), longest first."""
         reads = [(int(number), time.monotonic() - since) for number, since in self._reads.tolist() if number != _NOTHING]
         return sorted(reads, key=lambda item: -item[1])
 
 
-def _in_time(read: Callable[[], T], path: str, seconds: float) -> T:
+def _run_with_timeout(read: Callable[[], T], path: str, seconds: float) -> T:
     results: list[T] = []
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
             results.append(read())
-        except BaseException as error:  # whatever it is, it belongs to the caller
+        except BaseException as error:  # re-raised in the caller's thread
             errors.append(error)
 
-    # A daemon, so that a read that hangs cannot keep the program from ending.
+    # A daemon, so that a read that hangs does not prevent the program from exiting.
     thread = threading.Thread(target=run, name=f"read {path}", daemon=True)
     thread.start()
     thread.join(seconds)
     if errors:
         raise errors[0]
     if not results:
-        raise TimeoutError(f"cannot read {path}: no answer within {seconds:g} s, its decoder or its disk hangs; leave the file out or raise trainer.timeout_s")
+        raise TimeoutError(f"cannot read {path}: no answer within {seconds:g} s: its decoder or its disk hangs; leave the file out or raise trainer.timeout_s")
     return results[0]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from atfr.utils.atomic_io import sync, written_whole
+from atfr.utils.atomic_io import sync, atomic_write
 
 REQUIRED = ("model", "config", "choices", "class_names")
 
@@ -30,7 +30,7 @@ def save(state: dict[str, Any], path: Path, *, keep: int = 1) -> None:
     state = plain(state)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with written_whole(path, durable=True, only_writer=True) as temporary:
+        with atomic_write(path, durable=True, only_writer=True) as temporary:
             with open(temporary, "wb") as file:
                 torch.save(state, file)
             sync(temporary)  # the previous files are renamed only after this one is on the disk
