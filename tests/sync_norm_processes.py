@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Iterable
 
+import test_train
 import torch
 from torch import Tensor, nn
 
@@ -17,27 +18,14 @@ from atfr.engine.distributed import comm
 from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.distributed.sync_batchnorm import sync_batchnorm
 from atfr.engine.optim import sgd
-from atfr.engine.settings import TrainerSettings
-from atfr.engine.trainer import Trainer
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
 
 ANCHOR = SGSConfig.from_preset("reference", similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
 LEARNED = replace(ANCHOR, similarity="path", embedding="frozen", noise_floor=True)  # whose embedding has a batch norm, too
-SETTINGS = TrainerSettings(
-    output_dir=None, batch_size=6, epochs=1, max_steps=None, seed=0, accelerator="cpu", devices=None, precision="fp32", workers=0, timeout_s=0,
-    label_smoothing=0.1, clip_norm=5.0, statistics_clips=12, eval_every=1, save_every=0, log_every=1, resume=True, test=False, sync_batch_norm=True,
-)  # fmt: skip
+SETTINGS = replace(test_train.SETTINGS, batch_size=6, label_smoothing=0.1, clip_norm=5.0, statistics_clips=12, sync_batch_norm=True)
 STEPS = 20
-
-
-@dataclass
-class Batch:
-    clips: Tensor
-    labels: Tensor
-    paths: tuple[str, ...]
-    bad: tuple[str, ...] = ()
 
 
 def clips(seed: int) -> Tensor:
@@ -64,25 +52,14 @@ def losses_of(folder: Path, dist_info: DistInfo) -> list[dict[str, float]]:
     """Return what 20 steps log."""
     model = network()
 
-    def batches(epoch: int, start: int) -> Iterable[Batch]:
+    def batches(epoch: int, start: int) -> Iterable[test_train.Batch]:
         for step in range(start, STEPS):
             x, labels = clips(step)[dist_info.rank :: dist_info.world], torch.arange(6)[dist_info.rank :: dist_info.world] % 3
-            yield Batch(x, labels, ("a",) * len(x))
+            yield test_train.Batch(x, labels, ("a",) * len(x))
 
-    trainer = Trainer(
-        model=model,
-        optimizer=sgd(model, lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=True),
-        learning_rate_factor=lambda step, total: 1.0,
-        batches=batches,
-        steps_per_epoch=STEPS,
-        validate=lambda: {"top1": 0.0},
-        normalise=nn.Identity(),
-        settings=replace(SETTINGS, checkpoint_activations=dist_info.world > 1),  # which must change nothing
-        dist_info=dist_info,
-        folder=folder,
-        identity={"config": {}, "choices": {}, "class_names": []},
-    )
-    trainer.run()
+    settings = replace(SETTINGS, checkpoint_activations=dist_info.world > 1)  # which must change nothing
+    optimizer = sgd(model, lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    test_train.trainer_of(model, folder, optimizer=optimizer, batches=batches, steps_per_epoch=STEPS, settings=settings, dist_info=dist_info).run()
     assert "forward" not in model.dense_network.blocks[0].norm.__dict__, "the forward methods were not restored"
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"train"' in line] if dist_info.is_main else []
 

@@ -9,14 +9,13 @@ from typing import Any, Callable
 import numpy as np
 import pytest
 import torch
-from test_train import SETTINGS, Batch
+from test_train import SETTINGS, Batch, trainer_of
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atfr.data.transforms import Normalizer
 from atfr.engine.distributed.comm import DistInfo
-from atfr.engine.trainer import Trainer
 from atfr.models.backbones.slowfast import slowfast
 from atfr.models.backbones.x3d import x3d
 from atfr.models.packed import segments
@@ -69,19 +68,8 @@ def step_on_gpu(monkeypatch, folder: Path, model: VideoNet, **settings: object) 
         normalise = Normalizer([0.4] * 3, [0.2] * 3)
         on_gpu(model)
         on_gpu(normalise)
-        trainer = Trainer(
-            model=model,
-            optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
-            learning_rate_factor=lambda step, total: 1.0,
-            batches=lambda epoch, start: [],
-            steps_per_epoch=9,
-            validate=lambda: {},
-            normalise=normalise,
-            settings=replace(SETTINGS, log_every=10, clip_norm=1.0, ema=0.9, **settings),
-            dist_info=DistInfo(0, 1, GPU),
-            folder=folder,
-            identity={},
-        )
+        more = {"batches": lambda epoch, start: [], "steps_per_epoch": 9, "dist_info": DistInfo(0, 1, GPU)}
+        trainer = trainer_of(model, folder, normalise=normalise, settings=replace(SETTINGS, log_every=10, clip_norm=1.0, ema=0.9, **settings), **more)
         model.train()
         batch = Batch(torch.zeros(4, 3, 32, 64, 64, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), ("a",) * 4)
         assert isinstance(batch.clips, FakeTensor)

@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import SETTINGS, batch
-from torch import nn
+from test_train import SETTINGS, batch, trainer_of
 
-from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.optim import cosine
 from atfr.engine.run import checkpoint
 from atfr.engine.trainer import Trainer
@@ -29,18 +27,14 @@ def run(folder: Path, **settings: Any) -> Trainer:
     """Train for 12 steps, or to `max_steps`."""
     torch.manual_seed(0)
     model = x3d(size="tiny", num_classes=3, sgs=SGS)
-    trainer = Trainer(
-        model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
-        learning_rate_factor=lambda step, total: cosine(warmup=0.2, start_factor=0.1, end_factor=0.0)(step, total),
+    trainer = trainer_of(
+        model,
+        folder,
+        learning_rate_factor=cosine(warmup=0.2, start_factor=0.1, end_factor=0.0),
         batches=lambda epoch, start: BATCHES[start:],
         steps_per_epoch=3,
         validate=lambda: {"top1": TOP1.get(trainer.state.step, 90.0)},
-        normalise=nn.Identity(),
         settings=replace(WHOLE, **settings),
-        dist_info=DistInfo(0, 1, torch.device("cpu")),
-        folder=folder,
-        identity={"config": {}, "choices": {}, "class_names": []},
     )
     trainer.run()
     return trainer

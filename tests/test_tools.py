@@ -322,7 +322,7 @@ def test_where_no_video_of_a_split_can_be_read_the_training_so_far_is_kept(small
     for path in videos.glob("*1[01].mp4"):
         path.write_bytes(b"")
     outcome = run_tool("train", *small_job(videos, tmp_path / "run"))
-    assert outcome.code == 1 and "error: not one video of the split could be read" in outcome.err
+    assert outcome.code == 1 and "error: no video of the split could be read" in outcome.err
     assert checkpoint.load(tmp_path / "run/checkpoints/last.pt")["step"] == 2
     for path in videos.glob("*.mp4"):
         path.write_bytes(b"")

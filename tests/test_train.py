@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,21 +48,22 @@ def network() -> VideoNet:
     return VideoNet(backbone, stages={}, sgs=None)
 
 
-def train(folder: Path, batches: list[Batch], settings: TrainerSettings = SETTINGS, model: VideoNet | None = None, validate=lambda: {"top1": 0.0}) -> Trainer:
-    model = model or network()
-    trainer = Trainer(
-        model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
-        learning_rate_factor=lambda step, total: 1.0,
-        batches=lambda epoch, start: batches[start:],
-        steps_per_epoch=len(batches),
-        validate=validate,
-        normalise=nn.Identity(),
-        settings=settings,
-        dist_info=DistInfo(0, 1, torch.device("cpu")),
-        folder=folder,
-        identity={"config": {}, "choices": {}, "class_names": []},
-    )
+def trainer_of(model: VideoNet, folder: Path, *, lr: float = 0.1, **options: Any) -> Trainer:
+    """Build a trainer of one rank on the CPU, with SGD at a constant rate; `options` replace its arguments or add to them."""
+    usual = {
+        "optimizer": torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),
+        "learning_rate_factor": lambda step, total: 1.0,
+        "validate": lambda: {"top1": 0.0},
+        "normalise": nn.Identity(),
+        "settings": SETTINGS,
+        "dist_info": DistInfo(0, 1, torch.device("cpu")),
+        "identity": {"config": {}, "choices": {}, "class_names": []},
+    }
+    return Trainer(model=model, folder=folder, **{**usual, **options})
+
+
+def train(folder: Path, batches: list[Batch], settings: TrainerSettings = SETTINGS, model: VideoNet | None = None, **options: Any) -> Trainer:
+    trainer = trainer_of(model or network(), folder, batches=lambda epoch, start: batches[start:], steps_per_epoch=len(batches), settings=settings, **options)
     trainer.run()
     return trainer
 
@@ -112,7 +114,7 @@ def test_averaged_weights_are_validated_and_saved_and_training_continues_with_it
         validated.append({name: value.detach().clone() for name, value in model.state_dict().items()})
         return {"top1": 1.0}
 
-    trainer = train(tmp_path, batches, replace(SETTINGS, ema=0.15), model, validate)
+    trainer = train(tmp_path, batches, replace(SETTINGS, ema=0.15), model, validate=validate)
     average = dict(network().state_dict())
     weights = plain_loop(batches)
     for n, after in enumerate(weights):

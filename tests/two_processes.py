@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import signal
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 import torch
 from omegaconf import OmegaConf
+from test_train import SETTINGS, Batch, trainer_of
 from torch import Tensor, nn
 
 from atfr.cli import builders
@@ -17,22 +18,12 @@ from atfr.data.types import Unreadable, Video, VideoSource
 from atfr.engine.distributed import comm
 from atfr.engine.distributed.preemption import Interrupted, StopFlag
 from atfr.engine.evaluator import evaluate
-from atfr.engine.optim import sgd
 from atfr.engine.run import checkpoint
-from atfr.engine.settings import TrainerSettings
 from atfr.engine.trainer import Trainer
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
 
 ATFR = SGSConfig.from_preset("reference", similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
-
-
-@dataclass
-class Batch:
-    clips: Tensor
-    labels: Tensor
-    paths: tuple[str, ...]
-    bad: tuple[str, ...] = ()
 
 
 def network() -> nn.Module:
@@ -45,7 +36,7 @@ def clips(seed: int) -> Tensor:
     return torch.randn(4, 3, 8, 32, 32, generator=generator).cumsum(dim=2) / 4
 
 
-def trainer_of(folder: Path, dist_info: comm.DistInfo, *, broken: tuple[int, ...] = (), **changes: object) -> Trainer:
+def four_steps(folder: Path, dist_info: comm.DistInfo, *, broken: tuple[int, ...] = (), **changes: object) -> Trainer:
     """Build a trainer for four steps. At the `broken` ones a clip of rank 1 has a NaN."""
 
     def batches(epoch: int, start: int) -> Iterable[Batch]:
@@ -55,24 +46,8 @@ def trainer_of(folder: Path, dist_info: comm.DistInfo, *, broken: tuple[int, ...
                 x[3, 0, 0, 0, 0] = torch.nan
             yield Batch(x, torch.tensor([0, 1, 2, 0]), (f"clip {step}.{dist_info.rank}",) * 4)
 
-    model = network()
-    settings = TrainerSettings(
-        output_dir=str(folder), batch_size=8, epochs=1, max_steps=None, seed=0, accelerator="cpu", devices=None, precision="fp32", workers=0,
-        timeout_s=0, label_smoothing=0.0, clip_norm=None, statistics_clips=8, eval_every=1, save_every=1, log_every=10, resume=True, test=False,
-    )  # fmt: skip
-    return Trainer(
-        model=model,
-        optimizer=sgd(model, lr=0.01, momentum=0.9, weight_decay=0.0, nesterov=True),
-        learning_rate_factor=lambda step, total: 1.0,
-        batches=batches,
-        steps_per_epoch=4,
-        validate=lambda: {"top1": 0.0},
-        normalise=nn.Identity(),
-        settings=replace(settings, **changes),
-        dist_info=dist_info,
-        folder=folder,
-        identity={"config": {}, "choices": {}, "class_names": []},
-    )
+    settings = replace(SETTINGS, statistics_clips=8, save_every=1, log_every=10, **changes)
+    return trainer_of(network(), folder, lr=0.01, batches=batches, steps_per_epoch=4, settings=settings, dist_info=dist_info)
 
 
 def refused(message: str, call: Callable[[], object]) -> None:
@@ -90,7 +65,7 @@ def check_that_different_checkpoints_and_lists_are_refused_on_both(folder: Path,
     state = {"model": {}, "config": {}, "choices": {}, "class_names": [], "step": 20, "evaluated": 0, "steps_per_epoch": 4}
     if dist_info.rank == 0:
         checkpoint.save(state, folder / "checkpoints/last.pt")
-    trainer = trainer_of(folder, dist_info)
+    trainer = four_steps(folder, dist_info)
     refused(f"different checkpoints to resume from: evaluated is 0 on rank 0, missing on rank 1; {folder} must be on a disk", trainer.resume)
     refused(f"rank 1 does not see the run folder {folder}", lambda: comm.require_shared(folder, dist_info))
     videos = [Video(f"{number}.mp4", 0) for number in range(3)]
@@ -129,7 +104,7 @@ def check_that_delayed_max_returns_the_previous_result(dist_info: comm.DistInfo)
 
 
 def check_that_a_nan_on_one_rank_stops_both(folder: Path, dist_info: comm.DistInfo) -> None:
-    trainer = trainer_of(folder, dist_info)
+    trainer = four_steps(folder, dist_info)
     loss = trainer.forward_backward.loss
     trainer.forward_backward.loss = lambda logits, labels: loss(logits, labels) * (float("nan") if dist_info.rank == 1 and trainer.state.step == 2 else 1.0)
     try:
@@ -146,18 +121,18 @@ def check_that_a_nan_on_one_rank_stops_both(folder: Path, dist_info: comm.DistIn
 
 def check_that_both_ranks_skip_a_nan_in_the_features_of_one(folder: Path, dist_info: comm.DistInfo) -> None:
     """Also in the second part of an accumulated batch, and across a restart of the run."""
-    trainer = trainer_of(folder / "two", dist_info, broken=(1, 2), skip_nonfinite=2, accumulate=2)
+    trainer = four_steps(folder / "two", dist_info, broken=(1, 2), skip_nonfinite=2, accumulate=2)
     trainer.run()
     assert trainer.state.step == 4 and trainer.state.skipped == 2 and trainer.state.skipped_in_a_row == 0
     assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
     weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     assert torch.equal(*comm.gathered([weights]))
 
-    started = trainer_of(folder / "four", dist_info, broken=(1, 2, 3), skip_nonfinite=2, max_steps=3)
+    started = four_steps(folder / "four", dist_info, broken=(1, 2, 3), skip_nonfinite=2, max_steps=3)
     started.run()
     assert started.state.skipped_in_a_row == 2
     try:
-        trainer_of(folder / "four", dist_info, broken=(1, 2, 3), skip_nonfinite=2).run()
+        four_steps(folder / "four", dist_info, broken=(1, 2, 3), skip_nonfinite=2).run()
     except FloatingPointError as error:
         assert "step 4 is number 3 in a row" in str(error) and f"clip 3.{dist_info.rank}" in str(error), error
     else:

@@ -166,7 +166,10 @@ class Trainer:
                 self.log_metrics(epoch)
                 self.save(self.checkpointer.last, keep=self.settings.keep)
             if number > 0:  # the first batch of an epoch waits for the workers to start
-                self.check_data_wait(waited=data_s, total=time.perf_counter() - began)
+                self.data_wait.add(waited=data_s, total=time.perf_counter() - began)
+                # Only after log_metrics, which waits for the device: otherwise, the steps of a GPU seem to take no time.
+                if self.dist_info.is_main and self.state.step % self.settings.log_every == 0:
+                    self.data_wait.warn(self.settings)
             began = time.perf_counter()
         self.log_metrics(epoch)
 
@@ -290,15 +293,6 @@ class Trainer:
             f"loss {values['loss']:.3f} lr {values['lr']:.2g} B' {values['bins']:.1f} data {values['data_s'] * 1e3:.0f}/{values['step_s'] * 1e3:.0f} ms"
         )
         self.logger.write(step=self.state.step, epoch=epoch, split="train", values=values)
-
-    def check_data_wait(self, *, waited: float, total: float) -> None:
-        """Count a step, and warn if too much time is spent waiting for data."""
-        self.data_wait.add(waited=waited, total=total)
-        # Only at log lines, which wait for the device: between them, the steps of a GPU seem to take no time.
-        if self.dist_info.is_main and self.state.step % self.settings.log_every == 0:
-            warning = self.data_wait.warning(self.settings)
-            if warning:
-                log.warning("%s", warning)
 
     def stop_if_signalled(self, epoch: int) -> None:
         """Save and raise Interrupted if a signal came. All ranks do so after the same step, several ranks one call later."""

@@ -15,7 +15,7 @@ from test_backbones import CASES, lively, stages_of
 from test_dataset import settings
 from test_determinism import ATFR, NETWORKS
 from test_packed_backbones import NETS, backbone, built, calibrated, check_alone_and_in_batches, clips_for
-from test_train import SETTINGS, Batch
+from test_train import SETTINGS, Batch, trainer_of
 from torch import nn
 
 from atfr.data.clips import TestClips
@@ -23,7 +23,6 @@ from atfr.data.loader import test_loader
 from atfr.data.types import Video
 from atfr.engine.determinism import choose_algorithms
 from atfr.engine.distributed.comm import DistInfo
-from atfr.engine.trainer import Trainer
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
@@ -136,19 +135,8 @@ def test_the_host_waits_for_the_gpu_once_a_step_if_it_samples_and_never_if_not(t
 def check_waits(folder: Path, sampled: bool) -> None:
     seeded()
     model = x3d(size="tiny", num_classes=3, sgs=replace(ATFR, width=0.3) if sampled else None).to(GPU)
-    trainer = Trainer(
-        model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
-        learning_rate_factor=lambda step, total: 1.0,
-        batches=lambda epoch, start: [],
-        steps_per_epoch=9,
-        validate=lambda: {},
-        normalise=nn.Identity(),
-        settings=replace(SETTINGS, precision="bf16", log_every=100, clip_norm=1.0, ema=0.9),
-        dist_info=DistInfo(0, 1, torch.device(GPU)),
-        folder=folder,
-        identity={},
-    )
+    more = {"batches": lambda epoch, start: [], "steps_per_epoch": 9, "dist_info": DistInfo(0, 1, torch.device(GPU))}
+    trainer = trainer_of(model, folder, settings=replace(SETTINGS, precision="bf16", log_every=100, clip_norm=1.0, ema=0.9), **more)
     model.train()
     clips = (torch.randn(4, 3, 8, 32, 32).cumsum(dim=2) / 4).pin_memory()
     batch = Batch(clips, torch.zeros(4, dtype=torch.int64).pin_memory(), ("a",) * 4)

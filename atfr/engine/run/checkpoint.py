@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from atfr.utils.atomic_io import sync, atomic_write
+from atfr.utils.atomic_io import atomic_write, sync
 
 REQUIRED = ("model", "config", "choices", "class_names")
 
