@@ -18,7 +18,7 @@ from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, fx, nn
 
 from atfr.models.graph.packed_program import Time
-from atfr.models.packed import ops
+from atfr.models.packed import cpu, ops
 from atfr.models.packed.segments import Segments, shared_gap
 from atfr.models.sgs.layer import sample
 from atfr.models.video_net import VideoNet
@@ -139,7 +139,10 @@ class _Waste(fx.Interpreter):
             module = self.fetch_attr(node.args[0].target)
             cost = module.weight.numel() * result[0, 0, 0].numel() / 1e9
             self.convolutions.append(_Convolution(module, self.times[node.args[1].name], cost))
-        elif node.op == "call_module" and isinstance(module := self.fetch_attr(node.target), nn.Conv3d) and node.name in self.times:
+        elif (node.op == "call_module" or node.target is cpu.conv3d) and node.name in self.times:
+            module = self.fetch_attr(node.target if node.op == "call_module" else node.args[0].target)
+            if not isinstance(module, nn.Conv3d):
+                return result
             self.framewise += module.weight.numel() * result[0, 0, 0].numel() / 1e9
         elif node.target in (ops.squeeze_excitation, ops.global_pool, ops.mean):
             x = self.env[node.args[0 if node.target is ops.mean else 1]]

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from atfr.models.backbones.slowfast import Fusion
-from atfr.models.graph.packed_program import Traced
+from atfr.models.graph.tracing import Traced
 from atfr.models.sgs.layer import SGS
-from atfr.models.video_net import PREFIX, VideoNet
+from atfr.models.video_net import VideoNet
 
 FILES = {"onnx": "model.onnx", "torch_export": "model.pt2"}  # what each format is written to
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -63,7 +63,7 @@ def _one_clip(model: VideoNet) -> fx.GraphModule:
             raise ValueError(f"SGS after {layer.name!r} has no bin width yet: train the network, or set model.sgs.width")
         if layer.options.similarity == "random":
             raise ValueError("model.sgs.similarity=random cannot be exported: torch would export the drawing, not what was drawn")
-    traced = Traced(model.backbone, model.places, before_activation=next(iter(model.sgs.values())).options.before_activation)
+    traced = Traced(model.backbone, model.places, root=model, before_activation=next(iter(model.sgs.values())).options.before_activation)
     if len(traced.levels) > 1:
         behind = ", ".join(traced.cuts[cut] for cuts in traced.levels[1:] for cut in cuts)
         raise ValueError(f"a network whose SGS layers follow each other cannot be exported: {behind} samples what was sampled already")
@@ -79,7 +79,7 @@ def _one_clip(model: VideoNet) -> fx.GraphModule:
         if hasattr(module, "packed_forward"):
             _check_fusion(model, module, node.target)
             slow, fast = node.args
-            inputs = (graph.get_attr(PREFIX + node.target), copies[slow], times[slow], copies[fast], times[fast])
+            inputs = (graph.get_attr(traced.path(node)), copies[slow], times[slow], copies[fast], times[fast])
             fused = graph.call_function(_fuse, inputs)
             copies[node], times[node] = (graph.call_function(getitem, (fused, i)) for i in range(2))
         elif isinstance(module, nn.AdaptiveAvgPool3d) and module.output_size == (None, 1, 1):  # for which ONNX has no operation
@@ -87,7 +87,7 @@ def _one_clip(model: VideoNet) -> fx.GraphModule:
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             if node.op in ("call_module", "get_attr"):
-                copies[node].target = PREFIX + node.target
+                copies[node].target = traced.path(node)
         clip = copies[node] if node.op == "placeholder" else clip
         if node in traced.cuts:
             layer = graph.get_attr("sgs." + traced.cuts[node].replace(".", "_"))

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from atfr.models.graph import probing
 from atfr.models.graph.compile import compiling, require_compiler
-from atfr.models.graph.packed_program import INPUT, PackedTrunk, Time, Traced
+from atfr.models.graph.packed_program import PackedTrunk, Time
 from atfr.models.graph.probing import evaluating
 from atfr.models.graph.recompute import recomputing
-from atfr.models.packed.cpu import run_as_images
+from atfr.models.graph.tracing import INPUT, DenseNetwork, Traced
 from atfr.models.packed.registry import NoPackedForm
-from atfr.models.packed.repeatable_pools import use_repeatable_pools
 from atfr.models.packed.segments import take
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.sgs.layer import SGS, Sampled, sample
@@ -81,8 +80,6 @@ class VideoNet(nn.Module):
     def __init__(self, backbone: nn.Module, *, stages: Stages, sgs: SGSConfig | None, probe: tuple[int, int, int] = (16, 64, 64)) -> None:
         super().__init__()
         self.backbone = backbone.to(memory_format=torch.channels_last_3d)
-        run_as_images(self.backbone)
-        use_repeatable_pools(self.backbone)
         self.sgs = nn.ModuleDict()  # a layer each place, under its name with _ for .
         self.execution = "dense"
         self.times: dict[str, Time] = {}
@@ -91,25 +88,26 @@ class VideoNet(nn.Module):
         self.stages = {name: path for name, path in stages.items() if isinstance(path, str)}
         # Kept out of the module tree: the programs call the backbone's own modules, and registering
         # them would list every parameter a second time.
-        self._programs: tuple[nn.Module, ...] = (self.backbone,)
+        self._programs: tuple[nn.Module, ...] = ()
         self._training_programs: tuple[nn.Module, ...] | None = None  # see `prepare`
         self._evaluation_programs: tuple[nn.Module, ...] | None = None
         self._least: dict[tuple, tuple[int, ...]] = {}  # see `_least_alone`
         if sgs is None:
+            self._programs = (DenseNetwork(self.backbone),)
             return
         self.places = places = _resolve(sgs.places, stages, backbone)
-        traced = Traced(backbone, places, before_activation=sgs.before_activation, looks=sgs.embeds_clip)
+        traced = Traced(backbone, places, root=self, before_activation=sgs.before_activation, embeds_clip=sgs.embeds_clip)
         looking = {traced.cuts[cut] for cut in traced.levels[0]} if sgs.embeds_clip else set()
         clip = torch.zeros(1, 3, *probe, device=next(backbone.parameters()).device)
         with evaluating(self):  # so that the probe leaves the running statistics alone
-            features = traced.stem(self, PREFIX, list(traced.cuts))(clip)
+            features = traced.stem(list(traced.cuts))(clip)
         for name, x in zip(places, features):
             if not isinstance(x, Tensor) or x.dim() != 5 or x.shape[2] < 2:
                 shape = list(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
                 raise ValueError(f"model.sgs.after={name!r} gives {shape} for a clip of {probe}: SGS needs [N, C, T, H, W] with more than one feature in time")
             self.sgs[_key(name)] = SGS(clip.shape[1] if name in looking else x.shape[1], sgs, name=name)
         self._levels = [[_key(traced.cuts[cut]) for cut in cuts] for cuts in traced.levels]
-        stem = traced.stem(self, PREFIX)
+        stem = traced.stem()
         self._programs = (stem, self._trunk(traced, stem, sgs.execution, probe))
 
     def forward(self, clips: Tensor, forced: Sequence[tuple[int, ...]] | None = None) -> Prediction:
@@ -200,7 +198,7 @@ class VideoNet(nn.Module):
             raise ValueError("compute_again and compiled do not go together: the compiler chooses itself what is computed again")
         if not (compute_again or compiled):
             return
-        programs = self._programs if self.sgs else (Traced(self.backbone, {}, before_activation=False).whole(self, PREFIX),)
+        programs = self._programs if self.sgs else (Traced(self.backbone, {}).whole(),)
         if compute_again:
             self._training_programs = tuple(recomputing(program, ends=program is programs[-1]) for program in programs)
             return
@@ -231,7 +229,7 @@ class VideoNet(nn.Module):
         """The packed trunk, or the plain one where it cannot be packed; sets `execution`."""
         if execution != "bucketed":
             try:
-                packed = PackedTrunk(traced, self, PREFIX, lambda name: f"sgs.{_key(name)}")
+                packed = PackedTrunk(traced, lambda name: f"sgs.{_key(name)}")
                 for name, least in packed.least_bins().items():
                     self.sgs[_key(name)].min_bins = least
                     self.sgs[_key(name)].gap = packed.gap
@@ -246,7 +244,7 @@ class VideoNet(nn.Module):
                 log.warning("%s; this network runs bucketed: exact, slower, and not to be trained with batch norm that is not frozen", error)
         if len(self.sgs) > 1:
             raise ValueError(f"a network that cannot run packed takes one SGS layer, not {len(self.sgs)}")
-        self.execution, trunk = "bucketed", traced.plain_trunk(self, PREFIX)
+        self.execution, trunk = "bucketed", traced.plain_trunk()
         (layer,) = self.sgs.values()
         with evaluating(self):
             x, *passing = stem(torch.zeros(2, 3, *probe, device=next(self.backbone.parameters()).device))

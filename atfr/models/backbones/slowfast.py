@@ -163,7 +163,7 @@ class Fusion(nn.Module):
 
     def _released(self, slow: Tensor, slow_segments: Segments, fast: Tensor, fast_segments: Segments) -> Packed:
         fused = self.activation(self.norm(ops.conv3d(self.conv_fast_to_slow, fast, fast_segments)))
-        fused_segments = fast_segments.through(window_of(self.conv_fast_to_slow))
+        fused_segments = fast_segments.after(window_of(self.conv_fast_to_slow))
         lengths = tuple(max(pair) for pair in zip(slow_segments.lengths, fused_segments.lengths))
         parts = [_centred(x, segments.lengths, lengths) for x, segments in ((slow, slow_segments), (fused, fused_segments))]
         # Padded features have no time of their own: zeros among the Slow ones, which keep theirs.

@@ -14,16 +14,23 @@ LOOKED_AT = 64  # how many more frames than a clip has are tried, to say how man
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode and without gradients; each module's own mode comes back afterwards."""
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put all modules into training or evaluation mode, and each one back into its own afterwards."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    for module in modes:
+        module.training = training
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put all modules into evaluation mode, without gradients, and each one back into its own mode afterwards."""
+    with in_mode(model, training=False), torch.no_grad():
+        yield
 
 
 @contextmanager

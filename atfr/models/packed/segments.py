@@ -46,7 +46,7 @@ class Segments:
         """Clips that keep all their features."""
         return Segments((frames,) * clips, frames, torch.arange(frames, device=device, dtype=torch.float32).repeat(clips))
 
-    def through(self, window: Window) -> Segments:
+    def after(self, window: Window) -> Segments:
         """Behind an operation with this window; a feature's time is that of its window's centre."""
         lengths = tuple(window.out(length) for length in self.lengths)
         if min(lengths) < 1:

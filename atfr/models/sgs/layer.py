@@ -12,8 +12,8 @@ from typing import Callable, NamedTuple, Sequence
 import torch
 from torch import Tensor, nn
 
+from atfr.models.packed.deterministic_pools import needs_deterministic_pool
 from atfr.models.packed.ops import framewise_pool
-from atfr.models.packed.repeatable_pools import needs_deterministic_pool
 from atfr.models.packed.segments import Layout, Segments, shared_gap, unpadded
 from atfr.models.sgs import functional
 from atfr.models.sgs.config import SGSConfig
