@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from atfr.models.backbones.slowfast import Fusion
 from atfr.models.graph.tracing import Traced
+from atfr.models.sgs.aggregate import aggregate, mean_times
 from atfr.models.sgs.layer import SGS
 from atfr.models.video_net import VideoNet
 
@@ -106,16 +107,12 @@ def _check_fusion(model: VideoNet, module: nn.Module, path: str) -> None:
 def _keep(layer: SGS, x: Tensor, clip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Features [1, C, T, H, W] -> the kept ones [1, C, B', H, W], their times [B'], and B' [1]."""
     proposal = layer(x, None, clip)
-    _, c, t, h, w = x.shape
     bins = proposal.lengths[0].item()  # from here on a number that the compiler knows these bounds of
     torch._check(bins >= layer.min_bins)
     torch._check(bins <= proposal.weights.shape[1])
     weights = proposal.weights.narrow(1, 0, bins)  # [1, B', T]
-    member = (weights > 0).float()
-    times = (member * torch.arange(t, device=x.device)).sum(dim=2) / member.sum(dim=2).clamp(min=1)
-    frames = x.permute(0, 2, 3, 4, 1).reshape(1, t, h * w * c)
-    features = torch.bmm(weights, frames).reshape(1, bins, h, w, c).permute(0, 4, 1, 2, 3)
-    return features, times[0], proposal.lengths
+    times = mean_times(weights, torch.arange(x.shape[2], device=x.device)[None])
+    return aggregate(x, weights), times[0], proposal.lengths
 
 
 def _fuse(fusion: Fusion, slow: Tensor, slow_times: Tensor | None, fast: Tensor, fast_times: Tensor | None) -> tuple[Tensor, Tensor]:
