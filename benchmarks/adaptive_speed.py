@@ -35,7 +35,7 @@ from atfr.models.backbones.resnet3d import resnet3d
 from atfr.models.backbones.resnets import slow
 from atfr.models.backbones.x3d import x3d
 from atfr.models.flops import GflopsTable
-from atfr.models.graph.packed_program import Traced
+from atfr.models.graph.tracing import Traced
 from atfr.models.packed.segments import take
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.sgs.layer import sample
@@ -136,7 +136,7 @@ class Ways:
         bucketed.load_state_dict(model.state_dict())
         # As the source library runs it: memory in torch's default order.
         self.source = copy.deepcopy(model.dense_network).to(memory_format=torch.contiguous_format)
-        self.plain = Traced(model.dense_network, model.locations, before_activation=False).plain_trunk(model, "")
+        self.plain = Traced(model.dense_network, model.locations).plain_trunk()
         self._compiled: tuple[nn.Module, nn.Module] | None = None
 
     def runs(self, clips: Tensor, bins: tuple[int, ...], *, compiled: bool) -> dict[str, Callable[[], object]]:

@@ -24,7 +24,7 @@ import torch
 from adaptive_speed import OPTIONS, SUBJECTS, distributions
 from torch import fx, nn
 
-from atfr.models.graph.packed_program import Traced
+from atfr.models.graph.tracing import Traced
 from atfr.utils.malloc import keep_freed_memory
 
 
@@ -82,7 +82,7 @@ def table(name: str, batch: int, rounds: int) -> list[str]:
     features = model.run_stem(clips)
     frames = features[0].shape[2]
     uniform = dict(distributions(batch, frames, 1, None))["uniform"]
-    dense, whole, mixed = Timed(Traced(model.dense_network, model.locations, before_activation=False).plain_trunk(model, "")), Timed(model.packed_trunk), Timed(model.packed_trunk)
+    dense, whole, mixed = Timed(Traced(model.dense_network, model.locations).plain_trunk()), Timed(model.packed_trunk), Timed(model.packed_trunk)
     one_clip = features[0].new_zeros(1, features[0].shape[1], sum(uniform) + batch - 1, *features[0].shape[3:]).contiguous(memory_format=torch.channels_last_3d)
     stem, shared = [], []
     for _ in range(rounds + 1):

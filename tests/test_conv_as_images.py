@@ -1,4 +1,4 @@
-"""Convolutions over space or time alone, run as convolutions of images, give what torch's 3D convolution gives."""
+"""3D convolutions over space or time alone, run as 2D ones, compute what torch's 3D convolution computes."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ import itertools
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import Tensor, nn
 
-from atfr.models.packed.cpu import SpatialConv3d, TemporalConv3d, run_as_images
+from atfr.models.graph.tracing import DenseNetwork
+from atfr.models.packed.cpu import conv3d, separable
+from atfr.models.video_net import VideoNet
 
 CONVOLUTIONS = {
-    "1x1x1": (SpatialConv3d, dict(kernel_size=1)),
-    "1x1x1 strided": (SpatialConv3d, dict(kernel_size=1, stride=(1, 2, 2), bias=False)),
-    "1x3x3": (SpatialConv3d, dict(kernel_size=(1, 3, 3), padding=(0, 1, 1))),
-    "1x3x3 depthwise": (SpatialConv3d, dict(kernel_size=(1, 3, 3), padding=(0, 2, 2), dilation=(1, 2, 2), groups=4, bias=False)),
-    "3x1x1": (TemporalConv3d, dict(kernel_size=(3, 1, 1), padding=(1, 0, 0))),
-    "5x1x1 strided": (TemporalConv3d, dict(kernel_size=(5, 1, 1), stride=(2, 1, 1), padding=(3, 0, 0), bias=False)),
-    "3x1x1 depthwise": (TemporalConv3d, dict(kernel_size=(3, 1, 1), padding=(2, 0, 0), dilation=(2, 1, 1), groups=4)),
-    "1x1x1 strided in time": (TemporalConv3d, dict(kernel_size=1, stride=(3, 1, 1))),
+    "1x1x1": ("space", dict(kernel_size=1)),
+    "1x1x1 strided": ("space", dict(kernel_size=1, stride=(1, 2, 2), bias=False)),
+    "1x3x3": ("space", dict(kernel_size=(1, 3, 3), padding=(0, 1, 1))),
+    "1x3x3 depthwise": ("space", dict(kernel_size=(1, 3, 3), padding=(0, 2, 2), dilation=(1, 2, 2), groups=4, bias=False)),
+    "3x1x1": ("time", dict(kernel_size=(3, 1, 1), padding=(1, 0, 0))),
+    "5x1x1 strided": ("time", dict(kernel_size=(5, 1, 1), stride=(2, 1, 1), padding=(3, 0, 0), bias=False)),
+    "3x1x1 depthwise": ("time", dict(kernel_size=(3, 1, 1), padding=(2, 0, 0), dilation=(2, 1, 1), groups=4)),
+    "1x1x1 strided in time": ("time", dict(kernel_size=1, stride=(3, 1, 1))),
+    "1x1x1 padded in time": ("time", dict(kernel_size=1, padding=(1, 0, 0))),
 }
 
 
@@ -32,49 +35,113 @@ def test_outputs_and_gradients_are_those_of_torch(name, clips, channels_last):
     ours, given = copy.deepcopy(plain), x.clone()
     if channels_last:
         ours, given = ours.to(memory_format=torch.channels_last_3d), given.contiguous(memory_format=torch.channels_last_3d)
-    run_as_images(ours)
-    assert type(ours) is kind and list(ours.state_dict()) == list(plain.state_dict())
+    assert separable(ours) == kind
     results = []
-    for conv, clip in ((plain, x), (ours, given)):
-        out = conv(clip.requires_grad_())
+    for module, run, clip in ((plain, plain, x), (ours, lambda clip: conv3d(ours, clip), given)):
+        out = run(clip.requires_grad_())
         (out * torch.linspace(0, 1, out.numel()).view_as(out)).sum().backward()
-        results.append((out, clip.grad, *(p.grad for p in conv.parameters())))
+        results.append((out, clip.grad, *(p.grad for p in module.parameters())))
     for expected, found in zip(*results):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     if channels_last:
         assert results[1][0].is_contiguous(memory_format=torch.channels_last_3d)
 
 
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_a_small_1x1x1_convolution_of_one_clip_runs_in_one_dnn(channels_last):
+def is_slow(run, x: Tensor) -> bool:
+    """Whether this runs torch's own 3D convolution, which is slow, in place of oneDNN's."""
+    with torch.inference_mode(), torch.profiler.profile() as profile:
+        run(x)
+    return any("slow_conv" in event.key for event in profile.key_averages())
+
+
+def small_clip() -> Tensor:
+    return torch.randn(1, 24, 20, 20, 20).contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_a_small_1x1x1_convolution_of_one_clip_runs_in_one_dnn():
     """The other way is what this is there to avoid; without channels-last memory it is still taken."""
     conv = nn.Conv3d(24, 108, 1).to(memory_format=torch.channels_last_3d)
-    run_as_images(conv)
-    x = torch.randn(1, 24, 20, 20, 20)
-    x = x.contiguous(memory_format=torch.channels_last_3d) if channels_last else x
-    with torch.inference_mode(), torch.profiler.profile() as profile:
-        conv(x)
-    slow = any("slow_conv" in event.key for event in profile.key_averages())
-    assert slow != channels_last
+    assert not is_slow(lambda x: conv3d(conv, x), small_clip())
+    assert is_slow(lambda x: conv3d(conv, x), small_clip().contiguous())
 
 
-def test_what_is_over_both_or_may_do_more_than_its_name_says_stays_as_it_is():
+def test_convolutions_over_both_and_subclasses_are_left_alone():
     class Own(nn.Conv3d):
         pass
 
-    others = nn.Sequential(
+    others = (
         nn.Conv3d(2, 2, 3), nn.Conv3d(2, 2, 1, stride=2), nn.Conv3d(2, 2, 1, padding=1), nn.Conv3d(2, 2, (1, 3, 3), padding="same"),
-        nn.Conv3d(2, 2, (1, 3, 3), padding=(0, 1, 1), padding_mode="reflect"), Own(2, 2, 1),
+        nn.Conv3d(2, 2, (1, 3, 3), padding=(0, 1, 1), padding_mode="reflect"), Own(2, 2, 1), nn.Conv2d(2, 2, 1),
     )  # fmt: skip
-    before = [type(module) for module in others]
-    run_as_images(others)
-    assert [type(module) for module in others] == before
+    assert {separable(module) for module in others} == {None}
 
 
-def test_torch_fx_finds_the_3d_convolutions_in_them():
-    network = nn.Sequential(nn.Conv3d(2, 3, 1), nn.Conv3d(3, 2, (3, 1, 1))).to(memory_format=torch.channels_last_3d)
-    run_as_images(network)
-    x = torch.randn(2, 2, 4, 5, 5).contiguous(memory_format=torch.channels_last_3d)
-    traced = fx.symbolic_trace(network)
-    assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [torch.conv3d, torch.conv3d]
-    torch.testing.assert_close(traced(x), network(x))
+def test_hooks_of_a_convolution_run():
+    conv, seen = nn.Conv3d(2, 2, 1).to(memory_format=torch.channels_last_3d), []
+    x = torch.randn(1, 2, 2, 3, 3).contiguous(memory_format=torch.channels_last_3d)
+    conv.register_forward_pre_hook(lambda *_: seen.append("before"))
+    conv.register_forward_hook(lambda *_: seen.append("after"))
+    conv3d(conv, x)
+    assert seen == ["before", "after"]
+
+
+class Net(nn.Module):
+    """A network with a part that has children of its own; with `dropout` its forward reads the training mode."""
+
+    def __init__(self, dropout: bool = False) -> None:
+        super().__init__()
+        self.conv, self.block, self.dropout = nn.Conv3d(3, 24, 1), nn.Sequential(nn.Conv3d(24, 108, 1), nn.ReLU()), dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(self.conv(x)).mean((2, 3, 4))
+        return nn.functional.dropout(x, 0.5, self.training) if self.dropout else x
+
+
+def dense(**options) -> VideoNet:
+    return VideoNet(Net(**options), stages={}, sgs=None).eval()
+
+
+def clips() -> Tensor:
+    return torch.randn(1, 3, 20, 20, 20)
+
+
+def test_a_dense_networks_modules_stay_what_they_are_and_run_in_one_dnn():
+    model = dense()
+    assert [type(module) for module in model.backbone.modules()] == [Net, nn.Conv3d, nn.Sequential, nn.Conv3d, nn.ReLU]
+    assert list(model.backbone.state_dict()) == list(Net().state_dict())
+    for each in (model, copy.deepcopy(model)):
+        assert not is_slow(each, clips()) and is_slow(each.backbone, clips())
+        torch.testing.assert_close(each(x := clips()).logits, each.backbone(x))
+
+
+def test_a_copy_trains_its_own_parameters():
+    model = dense()
+    twin = copy.deepcopy(model)
+    twin(clips()).logits.sum().backward()
+    assert all(p.grad is None for p in model.parameters()) and all(p.grad is not None for p in twin.parameters())
+
+
+def test_hooks_of_a_part_of_a_dense_network_run_and_modules_put_in_its_place_later_are_used():
+    model, seen = dense(), []
+    handle = model.backbone.block.register_forward_hook(lambda *_: seen.append(1))
+    model(clips())
+    handle.remove()
+    model(clips())
+    assert seen == [1]
+    model.backbone.block[0] = nn.Conv3d(24, 5, 1)
+    assert model(clips()).logits.shape == (1, 5)
+
+
+def test_a_network_that_reads_its_mode_drops_in_training_alone():
+    model, x = dense(dropout=True), clips()
+    torch.testing.assert_close(model(x).logits, model.backbone(x))
+    assert (model.train()(x).logits == 0).any()
+
+
+def test_a_network_that_cannot_be_traced_runs_as_it_is():
+    class Untraceable(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.sum() > 0 else -x)
+
+    network = Untraceable()
+    assert DenseNetwork(network)(x := clips()).equal(network(x))

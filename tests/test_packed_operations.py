@@ -154,7 +154,7 @@ def test_a_convolution_without_padding_is_that_of_each_clip(conv, memory):
     for lengths in [(4, 3, 6, 5), (3, 3), (7,), (3, 8, 3)]:
         check(lambda x, segments: ops.conv3d(module, x, segments), module, lengths, memory)
     with pytest.raises(ValueError, match="too short for"):
-        segments_of((4, 1)).through(ops.window_of(module))
+        segments_of((4, 1)).after(ops.window_of(module))
 
 
 @pytest.mark.parametrize("memory", FORMATS)
@@ -380,7 +380,7 @@ def test_segments_behind_a_window_have_its_lengths_and_the_times_of_its_centres(
     pool = nn.Conv1d(1, 1, window.kernel, window.stride, window.padding, window.dilation)
     lengths = (9, 5, 12, 6)
     times = torch.cat([torch.rand(length).cumsum(0) * 3 for length in lengths])
-    behind = Segments(lengths, 12, times).through(window)
+    behind = Segments(lengths, 12, times).after(window)
     assert behind.lengths == tuple(pool(torch.zeros(1, 1, length)).shape[2] for length in lengths)
     assert behind.frames == pool(torch.zeros(1, 1, 12)).shape[2]
     expected = []

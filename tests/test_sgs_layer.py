@@ -9,8 +9,7 @@ import torch
 
 from atfr.models.packed.segments import Segments
 from atfr.models.sgs.config import SGSConfig
-from atfr.models.sgs.functional import sampling_weights
-from atfr.models.sgs.layer import SGS, NonFiniteFeatures, aggregate, sample
+from atfr.models.sgs.layer import SGS, NonFiniteFeatures, sample
 
 ATFR = SGSConfig.from_preset("reference", similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
 EVERY_KIND = [
@@ -37,14 +36,6 @@ def packed_features(lengths: tuple[int, ...], frames: int) -> tuple[torch.Tensor
     pieces = torch.cat([clip[:, :length] for clip, length in zip(x, lengths)], dim=1)[None]
     times = torch.cat([torch.arange(float(length)) for length in lengths])
     return pieces, Segments(lengths, frames, times), x
-
-
-def test_aggregation_equals_a_sum_over_frames_of_each_clip_in_turn():
-    x = torch.randn(3, 4, 6, 2, 5)
-    weights, lengths = sampling_weights(torch.randn(3, 6, 8), num_bins=4)
-    lengths = tuple(lengths.tolist())
-    rows = [sum(weights[n, b, t] * x[n, :, t] for t in range(6)) for n, length in enumerate(lengths) for b in range(length)]
-    torch.testing.assert_close(aggregate(x, weights, lengths)[0].transpose(0, 1), torch.stack(rows))
 
 
 @pytest.mark.parametrize("options", EVERY_KIND, ids=lambda o: o.similarity)
@@ -209,7 +200,6 @@ def test_under_autocast_the_sampling_is_the_float32_one(metric):
     x = torch.randn(4, 8, 16, 6, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         (sums,), (done,) = sample([layer], [x], [None])
-        assert aggregate(x.bfloat16(), done.weights, done.segments.lengths).dtype == torch.bfloat16
     (expected,), (plain,) = sample([layer], [x], [None])
     assert done.weights.dtype == torch.float32 and done.segments.lengths == plain.segments.lengths
     torch.testing.assert_close(done.weights, plain.weights)

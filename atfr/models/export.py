@@ -1,8 +1,9 @@
-"""A network as one file that runs without this package: torch.export's .pt2, or ONNX.
+"""Exports a network as one file that runs without this package: torch.export's .pt2, or ONNX.
 
-What is exported takes one clip of a fixed size and keeps B' a matter of the data: the clip goes
-through the network's original operations, and at each SGS layer its features become B' of them.
-One clip needs no packed forms, but for SlowFast's fusion, which depends on what was kept.
+The exported program takes one clip of a fixed size, and B' depends on the data: the clip runs through the network's
+original operations, and each SGS layer turns its features into B' of them. One clip needs no packed operations. A module
+with a `packed_forward` is called by its `one_clip_forward(self, *pairs) -> (tensor, times)`, where each pair is an input
+[1, C, B', H, W] and the times [B'] of its features.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from typing import Callable, Iterator, Mapping, NamedTuple, Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from atfr.models.backbones.slowfast import Fusion
-from atfr.models.graph.packed_program import Traced
+from atfr.models.graph.tracing import Traced
+from atfr.models.sgs.aggregate import aggregate, mean_times
 from atfr.models.sgs.layer import SGS
-from atfr.models.video_net import PREFIX, VideoNet
+from atfr.models.video_net import VideoNet
 
-FILES = {"onnx": "model.onnx", "torch_export": "model.pt2"}  # what each format is written to
+FILES = {"onnx": "model.onnx", "torch_export": "model.pt2"}
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4  # of a logit, in standard deviations of the logits
 OPSET = 18
@@ -36,13 +37,12 @@ Run = Callable[[Tensor], tuple[Tensor, Bins]]  # a clip [1, 3, T, H, W] -> logit
 class ExportableNet(nn.Module):
     """`model` for one clip: [1, 3, T, H, W] -> logits [1, classes] and B' of each SGS layer, [layers] int64.
 
-    It has the model's own modules, in evaluation mode. A dense network says T for B'. A clip whose
-    features hold a NaN or an infinity gives NaN logits, where the model itself raises.
+    It calls the model's own modules, in evaluation mode. For a dense network B' is T. A clip whose features hold a NaN or
+    an infinity gives NaN logits; the model itself raises an error.
 
     Raises:
         ValueError: naming what cannot be exported: a layer behind another one, one without a bin
-            width, the baseline `random`, or a module with a packed form of its own (but for
-            SlowFast's fusion).
+            width, the baseline `random`, or a module with a `packed_forward` and no `one_clip_forward`.
     """
 
     def __init__(self, model: VideoNet) -> None:
@@ -57,16 +57,16 @@ class ExportableNet(nn.Module):
 
 
 def _one_clip(model: VideoNet) -> fx.GraphModule:
-    """The program of a network with SGS, for one clip: see ExportableNet."""
+    """Write the program of a network with SGS for one clip."""
     for layer in model.sgs.values():
         if layer.lacks_budget or (layer.options.scale == "absolute" and layer.width.isnan()):
             raise ValueError(f"SGS after {layer.name!r} is not calibrated: train the network or call atfr.calibrate first")
         if layer.options.similarity == "random":
-            raise ValueError("model.sgs.similarity=random cannot be exported: torch would export the drawing, not what was drawn")
+            raise ValueError("model.sgs.similarity=random cannot be exported: the exported file would draw other frames")
     traced = Traced(model.dense_network, model.locations, before_activation=next(iter(model.sgs.values())).options.before_activation)
     if len(traced.levels) > 1:
         behind = ", ".join(traced.cuts[cut] for cuts in traced.levels[1:] for cut in cuts)
-        raise ValueError(f"a network whose SGS layers follow each other cannot be exported: {behind} samples what was sampled already")
+        raise ValueError(f"a network whose SGS layers follow each other cannot be exported: {behind} samples features that were sampled before")
     graph, copies, times, kept, clip = fx.Graph(), {}, {}, {}, None
     for node in traced.nodes:
         if node.op == "output":
@@ -74,82 +74,50 @@ def _one_clip(model: VideoNet) -> fx.GraphModule:
             graph.output((copies[node.args[0]], bins))
             break
         module = model.dense_network.get_submodule(node.target) if node.op == "call_module" else None
-        # The times of kept features stay as they are behind everything that does not stride along time.
+        # Only a stride over time changes the times of kept features.
         times[node] = next((times[i] for i in node.all_input_nodes if times[i] is not None), None)
         if hasattr(module, "packed_forward"):
-            _check_fusion(model, module, node.target)
-            slow, fast = node.args
-            inputs = (graph.get_attr(PREFIX + node.target), copies[slow], times[slow], copies[fast], times[fast])
-            fused = graph.call_function(_fuse, inputs)
-            copies[node], times[node] = (graph.call_function(getitem, (fused, i)) for i in range(2))
+            _check_one_clip_form(model, module, node.target)
+            pairs = [(copies[i], times[i]) for i in node.args]
+            result = graph.call_function(_one_clip_forward, (graph.get_attr(node.target), *pairs))
+            copies[node], times[node] = (graph.call_function(getitem, (result, i)) for i in range(2))
         elif isinstance(module, nn.AdaptiveAvgPool3d) and module.output_size == (None, 1, 1):  # for which ONNX has no operation
             copies[node] = graph.call_method("mean", (copies[node.args[0]], (3, 4)), {"keepdim": True})
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-            if node.op in ("call_module", "get_attr"):
-                copies[node].target = PREFIX + node.target
         clip = copies[node] if node.op == "placeholder" else clip
         if node in traced.cuts:
             layer = graph.get_attr("sgs." + traced.cuts[node].replace(".", "_"))
             result = graph.call_function(_keep, (layer, copies[node], clip))
             copies[node], times[node], kept[node] = (graph.call_function(getitem, (result, i)) for i in range(3))
-    return fx.GraphModule(model, graph, "OneClip")
+    return traced.program(graph, "OneClip", {f"sgs.{key}": layer for key, layer in model.sgs.items()})
 
 
-def _check_fusion(model: VideoNet, module: nn.Module, path: str) -> None:
-    if not isinstance(module, Fusion):
-        raise ValueError(f"{path} cannot be exported: {type(module).__name__} has a packed form of its own, which is not known here")
+def _check_one_clip_form(model: VideoNet, module: nn.Module, path: str) -> None:
+    if not hasattr(module, "one_clip_forward"):
+        raise ValueError(f"{path} cannot be exported: {type(module).__name__} has a packed_forward, but no one_clip_forward")
     if model.execution != "packed" or any(time.windows for time in model.times.values()):
-        raise ValueError(f"{path} cannot be exported: between SGS and this fusion the features are not those that were kept")
+        raise ValueError(f"{path} cannot be exported: between SGS and {type(module).__name__} an operation over time changes which features there are")
+
+
+def _one_clip_forward(module: nn.Module, *pairs: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
+    """Call a module's one-clip form; an input that was not sampled has no times yet."""
+    return module.one_clip_forward(*((x, torch.arange(x.shape[2], device=x.device, dtype=torch.float32) if times is None else times) for x, times in pairs))
 
 
 def _keep(layer: SGS, x: Tensor, clip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Features [1, C, T, H, W] -> the kept ones [1, C, B', H, W], their times [B'], and B' [1]."""
+    """Sample features [1, C, T, H, W]: the kept ones [1, C, B', H, W], their times [B'], and B' [1]."""
     proposal = layer(x, None, clip)
-    _, c, t, h, w = x.shape
-    bins = proposal.lengths[0].item()  # from here on a number that the compiler knows these bounds of
+    bins = proposal.lengths[0].item()  # a symbol, of which torch.export has to know the bounds
     torch._check(bins >= layer.min_bins)
     torch._check(bins <= proposal.weights.shape[1])
     weights = proposal.weights.narrow(1, 0, bins)  # [1, B', T]
-    member = (weights > 0).float()
-    times = (member * torch.arange(t, device=x.device)).sum(dim=2) / member.sum(dim=2).clamp(min=1)
-    frames = x.permute(0, 2, 3, 4, 1).reshape(1, t, h * w * c)
-    features = torch.bmm(weights, frames).reshape(1, bins, h, w, c).permute(0, 4, 1, 2, 3)
-    return features, times[0], proposal.lengths
-
-
-def _fuse(fusion: Fusion, slow: Tensor, slow_times: Tensor | None, fast: Tensor, fast_times: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`Fusion.packed_forward` for one clip, in operations of which no size has to be a plain number.
-
-    A pathway that is not sampled has no times. Returns the fused features and their times.
-    """
-    slow_times, fast_times = (
-        torch.arange(x.shape[2], device=x.device, dtype=torch.float32) if times is None else times for x, times in ((slow, slow_times), (fast, fast_times))
-    )
-    if fusion.rule == "released":
-        fused = fusion.activation(fusion.norm(fusion.conv_fast_to_slow(fast)))
-        length = torch.sym_max(slow.shape[2], fused.shape[2])
-        slow_times = _centred(slow_times[None, None, :, None, None], length).reshape(-1)
-        return torch.cat((_centred(slow, length), _centred(fused, length)), 1), slow_times
-    conv, end = fusion.conv_fast_to_slow, fast.shape[2]
-    (kernel, *_), (alpha, *stride) = conv.kernel_size, conv.stride
-    nearest = (slow_times[:, None] * alpha - fast_times).abs().argmin(dim=1)  # [B'_slow]
-    places = nearest[:, None] + torch.arange(-(kernel // 2), kernel - kernel // 2, device=fast.device)
-    places = torch.where((places >= 0) & (places < end), places, end)  # a feature of zeros, beyond the last one
-    windows = nn.functional.pad(fast, (0, 0, 0, 0, 0, 1)).index_select(2, places.reshape(-1))
-    fused = nn.functional.conv3d(windows, conv.weight, conv.bias, (kernel, *stride))
-    torch._check(fused.shape[2] == slow.shape[2])
-    return torch.cat((slow, fusion.activation(fusion.norm(fused))), 1), slow_times
-
-
-def _centred(x: Tensor, length: int) -> Tensor:
-    """x [1, C, T, H, W] with zero features on both sides, the odd one behind: [1, C, length, H, W]."""
-    front = (length - x.shape[2]) // 2
-    return nn.functional.pad(x, (0, 0, 0, 0, front, length - x.shape[2] - front))
+    times = mean_times(weights, torch.arange(x.shape[2], device=x.device)[None])
+    return aggregate(x, weights), times[0], proposal.lengths
 
 
 def check_format(format: str) -> None:
-    """Raise ValueError unless there is such a format and the packages that it takes are installed."""
+    """Raise ValueError unless the format exists and its packages are installed."""
     if format not in FILES:
         raise ValueError(f"format={format!r} does not exist; choose one of {', '.join(FILES)}")
     missing = [name for name in ONNX_PACKAGES if format == "onnx" and importlib.util.find_spec(name) is None]
@@ -159,13 +127,12 @@ def check_format(format: str) -> None:
 
 @torch.no_grad()
 def export(model: VideoNet, clip: Tensor, path: Path, *, format: str) -> Run:
-    """Write `model` for clips of the size of `clip` [1, 3, T, H, W] to `path`, and load what was written.
+    """Write `model` for clips of the size of `clip` [1, 3, T, H, W] to `path`, and load that file.
 
-    The model is put into evaluation mode and must lie on the CPU.
+    The model is put into evaluation mode and must be on the CPU.
 
     Raises:
-        ValueError: see `check_format` and `ExportableNet`; or torch cannot export this network,
-            with torch's reason.
+        ValueError: see `check_format` and `ExportableNet`; or torch cannot export this network, with torch's reason.
     """
     check_format(format)
     net = ExportableNet(model).eval()
@@ -201,7 +168,7 @@ def _write_onnx(net: nn.Module, clip: Tensor, path: Path) -> None:
     from onnxscript import opset18
 
     def stable_sort(x, stable=None, dim=-1, descending=False):
-        """torch.onnx has none; TopK of everything puts the first of equal values first, too."""
+        """Sort by TopK of all values, which is stable, too; torch.onnx has no stable sort."""
         size = opset18.Gather(opset18.Shape(x), opset18.Constant(value_ints=[dim]))
         return opset18.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
 
@@ -221,7 +188,7 @@ def _write_onnx(net: nn.Module, clip: Tensor, path: Path) -> None:
 
 @contextmanager
 def _quiet(*loggers: str) -> Iterator[None]:
-    """Without the lines in which these loggers tell of each constant that they fold or cannot."""
+    """Silence the messages of these loggers about constants that they fold or cannot fold."""
     levels = {name: logging.getLogger(name).level for name in loggers}
     for name in loggers:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -245,7 +212,7 @@ def _read_onnx(path: Path) -> Run:
 
 
 def _reason(error: BaseException) -> str:
-    """The line in which torch says what it cannot do: the first of the error at the bottom."""
+    """Return the first line of the error that caused this one."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line for line in re.sub(r"\x1b\[\d*m", "", str(error)).splitlines() if line.strip()]
@@ -253,7 +220,7 @@ def _reason(error: BaseException) -> str:
 
 
 class Compared(NamedTuple):
-    """One clip, run by the model and by what was exported."""
+    """One clip, run by the model and by the exported file."""
 
     name: str
     bins: Bins
@@ -277,7 +244,7 @@ def compare(model: VideoNet, run: Run, clips: Mapping[str, Tensor]) -> list[Comp
 
 
 def as_table(rows: Sequence[Compared]) -> str:
-    """A line for each clip, for people to read."""
+    """Format a line for each clip."""
     width = max(len(row.name) for row in rows)
     lines = [f"{'clip':<{width}}  B' eager  B' exported  difference (standard deviations of a logit)"]
     for row in rows:

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from atfr.models.graph import probing
 from atfr.models.graph.compile import compiling, require_compiler
-from atfr.models.graph.packed_program import INPUT, PackedTrunk, Time, Traced
+from atfr.models.graph.packed_program import PackedTrunk, Time
 from atfr.models.graph.probing import evaluating
 from atfr.models.graph.recompute import recomputing
-from atfr.models.packed.cpu import run_as_images
+from atfr.models.graph.tracing import INPUT, DenseNetwork, Traced
 from atfr.models.packed.registry import NoPackedForm
-from atfr.models.packed.repeatable_pools import use_repeatable_pools
 from atfr.models.packed.segments import take
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.sgs.layer import SGS, AtLeast, Forced, Proposal, Sampled, sample
@@ -30,7 +29,6 @@ log = logging.getLogger(__name__)
 
 Stages = Mapping[str, "str | tuple[str, ...]"]
 BatchNorm = nn.modules.batchnorm._BatchNorm
-PREFIX = ""
 TOLERANCE = 1e-3  # of the self-check, in standard deviations of the logits; a leak between clips is 0.05 and more
 
 
@@ -104,8 +102,6 @@ class VideoNet(nn.Module):
     def __init__(self, network: nn.Module, *, stages: Stages = {}, sgs: SGSConfig | None = None, probe: tuple[int, int, int] = (16, 64, 64)) -> None:
         super().__init__()
         network.to(memory_format=torch.channels_last_3d)
-        run_as_images(network)
-        use_repeatable_pools(network)
         # Its modules are registered here under their own names. The network itself is kept out of the module tree, in which
         # every parameter would have a second name, and so are the programs, which call its modules.
         self._network = (network,)
@@ -123,7 +119,7 @@ class VideoNet(nn.Module):
         self.locations: dict[str, str] = {}
         self.stage_paths = {name: path for name, path in stages.items() if isinstance(path, str)}
         self._levels: list[list[str]] = []  # keys of `sgs`
-        self._programs: tuple[nn.Module, ...] = self._network
+        self._programs: tuple[nn.Module, ...] = (DenseNetwork(network),) if sgs is None else ()
         self._training_programs: tuple[nn.Module, ...] | None = None  # see `prepare`
         self._evaluation_programs: tuple[nn.Module, ...] | None = None
         self._least: dict[tuple, tuple[int, ...]] = {}  # see `_least_alone`
@@ -133,11 +129,11 @@ class VideoNet(nn.Module):
 
     def _add_sgs(self, sgs: SGSConfig, stages: Stages, probe: tuple[int, int, int]) -> None:
         self.locations = locations = _resolve(sgs.locations, stages, self.dense_network)
-        traced = Traced(self.dense_network, locations, before_activation=sgs.before_activation, looks=sgs.embeds_clip)
+        traced = Traced(self.dense_network, locations, before_activation=sgs.before_activation, embeds_clip=sgs.embeds_clip)
         of_clip = {traced.cuts[cut] for cut in traced.levels[0]} if sgs.embeds_clip else set()
         clip = torch.zeros(1, 3, *probe, device=self._like.device)
         with evaluating(self):  # so that the probe does not update the running statistics
-            features = traced.stem(self, PREFIX, list(traced.cuts))(clip)
+            features = traced.stem(list(traced.cuts))(clip)
         channels: dict[str, int] = {}
         for name, x in zip(locations, features):
             if not isinstance(x, Tensor) or x.dim() != 5 or x.shape[2] < 2:
@@ -145,7 +141,7 @@ class VideoNet(nn.Module):
                 raise ValueError(f"model.sgs.after={name!r} gives {shape} for a clip of {probe}: SGS needs [N, C, T, H, W] with more than one feature in time")
             channels[name] = clip.shape[1] if name in of_clip else x.shape[1]
         self._levels = [[_key(traced.cuts[cut]) for cut in cuts] for cuts in traced.levels]
-        stem = traced.stem(self, PREFIX)
+        stem = traced.stem()
         if sgs.execution != "bucketed":
             try:
                 self._run_packed(traced, stem, sgs, channels, probe)
@@ -272,7 +268,7 @@ class VideoNet(nn.Module):
             raise ValueError("compute_again and compiled do not go together: the compiler chooses itself what is computed again")
         if not (compute_again or compiled):
             return
-        programs = self._programs if self.sgs else (Traced(self.dense_network, {}, before_activation=False).whole(self, PREFIX),)
+        programs = self._programs if self.sgs else (Traced(self.dense_network, {}).whole(),)
         if compute_again:
             self._training_programs = tuple(recomputing(program, ends=program is programs[-1]) for program in programs)
             return
@@ -308,10 +304,10 @@ class VideoNet(nn.Module):
 
     def _run_packed(self, traced: Traced, stem: nn.Module, sgs: SGSConfig, channels: Mapping[str, int], probe: tuple[int, int, int]) -> None:
         """Add the layers and run packed; NoPackedForm if that is not possible or fails the self-check."""
-        packed = PackedTrunk(traced, PREFIX, lambda name: f"sgs.{_key(name)}")
+        packed = PackedTrunk(traced, lambda name: f"sgs.{_key(name)}")
         norms = [m for m in self.modules() if isinstance(m, BatchNorm)]
         self._add_layers(sgs, channels, packed.least_bins(), gap=packed.gap, norms=norms)
-        trunk = packed.module(self)
+        trunk = packed.module({f"sgs.{key}": layer for key, layer in self.sgs.items()})
         self._self_check(traced, stem, packed, trunk, probe)
         self.execution, self._programs = "packed", (stem, trunk)
         self.times, self.layer_inputs = packed.times, packed.inputs
@@ -320,7 +316,7 @@ class VideoNet(nn.Module):
         """Add the layer and run the rest of the network once for each B'."""
         if len(channels) > 1:
             raise ValueError(f"a network that cannot run packed takes one SGS layer, not {len(channels)}")
-        (name,), trunk = channels, traced.plain_trunk(self, PREFIX)
+        (name,), trunk = channels, traced.plain_trunk()
         with evaluating(self):
             x, *bypassing = stem(torch.zeros(2, 3, *probe, device=self._like.device))
             least = probing.least_features(trunk, x, bypassing, name=name)

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from atfr.models.backbones.common import mended, variant
 from atfr.models.packed import ops
-from atfr.models.packed.segments import Segments, centred, take, window_of
+from atfr.models.packed.segments import Segments, take, window_of
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
 
@@ -25,6 +25,7 @@ STAGES: Mapping[str, str | tuple[str, str]] = {
 
 FUSION_RULES = ("released", "aligned")
 Packed = tuple[Tensor, Segments]
+Timed = tuple[Tensor, Tensor]  # one clip's features [1, C, B', H, W] and their times [B']
 
 
 @dataclass(frozen=True)
@@ -145,45 +146,57 @@ class Fusion(nn.Module):
         self.rule = rule
 
     def forward(self, slow: Tensor, fast: Tensor) -> Tensor:
-        fused = self.activation(self.norm(self.conv_fast_to_slow(fast)))
-        return torch.cat((slow, fused), 1)
+        return torch.cat((slow, self._activated(self.conv_fast_to_slow(fast))), 1)
 
     def packed_forward(self, slow: Packed, fast: Packed) -> Packed:
-        """The same for packed features of both pathways and their segments."""
-        run = self._released if self.rule == "released" else self._aligned
-        return run(*slow, *fast)
+        """Fuse packed features of both pathways."""
+        (slow, slow_segments), (fast, fast_segments) = slow, fast
+        if self.rule == "aligned":
+            pathways = (slow, slow_segments.times, slow_segments.owner), (fast, fast_segments.times, fast_segments.owner)
+            return self._aligned(*pathways), slow_segments
+        fused = self._activated(ops.conv3d(self.conv_fast_to_slow, fast, fast_segments))
+        lengths = slow_segments.lengths, fast_segments.after(window_of(self.conv_fast_to_slow)).lengths
+        clips = zip(slow.split(lengths[0], dim=2), slow_segments.times.split(lengths[0]), fused.split(lengths[1], dim=2))
+        features, times = zip(*(_padded(*clip) for clip in clips))
+        features = torch.cat(features, 2).contiguous(memory_format=torch.channels_last_3d)
+        return features, Segments(tuple(map(len, times)), slow_segments.frames, torch.cat(times))
 
-    def _aligned(self, slow: Tensor, slow_segments: Segments, fast: Tensor, fast_segments: Segments) -> Packed:
-        (kernel, *_), (_, *stride) = self.conv_fast_to_slow.kernel_size, self.conv_fast_to_slow.stride
-        windows = _nearest_windows(slow_segments, fast_segments, kernel)  # [M_slow, kernel], M_fast where there is nothing
-        beyond = torch.cat((fast, fast.new_zeros(1, fast.shape[1], 1, *fast.shape[3:])), 2)
+    def one_clip_forward(self, slow: Timed, fast: Timed) -> Timed:
+        """Fuse the features of one clip, whose numbers need not be known."""
+        (slow, slow_times), (fast, fast_times) = slow, fast
+        if self.rule == "released":
+            return _padded(slow, slow_times, self._activated(self.conv_fast_to_slow(fast)))
+        pathways = (slow, slow_times, torch.zeros_like(slow_times)), (fast, fast_times, torch.zeros_like(fast_times))
+        return self._aligned(*pathways), slow_times
+
+    def _activated(self, fused: Tensor) -> Tensor:
+        return self.activation(self.norm(fused))
+
+    def _aligned(self, slow: tuple[Tensor, Tensor, Tensor], fast: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Fuse packed features, given with the time and the clip of each."""
+        (slow, slow_times, slow_owner), (fast, fast_times, fast_owner) = slow, fast
+        (kernel, *_), (alpha, *stride) = self.conv_fast_to_slow.kernel_size, self.conv_fast_to_slow.stride
+        distance = (slow_times[:, None] * alpha - fast_times).abs()  # [M_slow, M_fast]
+        nearest = distance.masked_fill(slow_owner[:, None] != fast_owner, torch.inf).argmin(dim=1)
+        slots = nearest[:, None] + torch.arange(-(kernel // 2), kernel - kernel // 2, device=fast.device)  # [M_slow, kernel]
+        last = fast.shape[2] - 1
+        inside = (slots >= 0) & (slots <= last) & (fast_owner[slots.clamp(0, last)] == slow_owner[:, None])
+        slots = slots.where(inside, last + 1)  # beyond the clip: a frame of zeros
+        windows = take(nn.functional.pad(fast, (0, 0, 0, 0, 0, 1)), slots.flatten())
         # Each window by itself: as many frames as the kernel has, and steps as long.
-        fused = nn.functional.conv3d(take(beyond, windows.flatten()), self.conv_fast_to_slow.weight, self.conv_fast_to_slow.bias, (kernel, *stride))
-        return torch.cat((slow, self.activation(self.norm(fused))), 1), slow_segments
-
-    def _released(self, slow: Tensor, slow_segments: Segments, fast: Tensor, fast_segments: Segments) -> Packed:
-        fused = self.activation(self.norm(ops.conv3d(self.conv_fast_to_slow, fast, fast_segments)))
-        fused_segments = fast_segments.through(window_of(self.conv_fast_to_slow))
-        lengths = tuple(max(pair) for pair in zip(slow_segments.lengths, fused_segments.lengths))
-        parts = [_centred(x, segments.lengths, lengths) for x, segments in ((slow, slow_segments), (fused, fused_segments))]
-        # Padded features have no time of their own: zeros among the Slow ones, which keep theirs.
-        times = _centred(slow_segments.times[None, None, :, None, None], slow_segments.lengths, lengths).flatten()
-        return torch.cat(parts, 1), Segments(lengths, slow_segments.frames, times)
+        fused = nn.functional.conv3d(windows, self.conv_fast_to_slow.weight, self.conv_fast_to_slow.bias, (kernel, *stride))
+        torch._check(fused.shape[2] == slow.shape[2])  # which torch.export cannot know
+        return torch.cat((slow, self._activated(fused)), 1)
 
 
-def _nearest_windows(slow: Segments, fast: Segments, kernel: int) -> Tensor:
-    """[M_slow, kernel] packed Fast positions around the one nearest in time; M_fast beyond the clip's ends."""
-    ratio = fast.frames / slow.frames
-    distance = (slow.times[:, None] * ratio - fast.times).abs()  # [M_slow, M_fast]
-    centre = distance.masked_fill(slow.owner[:, None] != fast.owner, torch.inf).argmin(dim=1)
-    places = centre[:, None] + torch.arange(-(kernel // 2), kernel - kernel // 2, device=centre.device)
-    inside = (places >= 0) & (places < len(fast.times))
-    same = fast.owner[places.clamp(0, len(fast.times) - 1)] == slow.owner[:, None]
-    return places.where(inside & same, len(fast.times))
+def _padded(slow: Tensor, times: Tensor, fused: Tensor) -> Timed:
+    """Join the features of one clip by the released rule; padded features have no time of their own, but 0."""
+    length = torch.sym_max(slow.shape[2], fused.shape[2])
+    times = _centred(times[None, None, :, None, None], length).reshape(-1)
+    return torch.cat((_centred(slow, length), _centred(fused, length)), 1), times
 
 
-def _centred(x: Tensor, lengths: tuple[int, ...], wanted: tuple[int, ...]) -> Tensor:
-    """Clips made longer by zero features on both sides, the odd one behind: [1, C, M, H, W] -> [1, C, M', H, W]."""
-    if lengths == wanted:
-        return x
-    return take(torch.cat((x, x.new_zeros(1, x.shape[1], 1, *x.shape[3:])), 2), centred(lengths, wanted, x.device))
+def _centred(x: Tensor, length: int) -> Tensor:
+    """Pad with zero features on both sides, the odd one behind: [1, C, T, H, W] -> [1, C, length, H, W]."""
+    front = (length - x.shape[2]) // 2
+    return nn.functional.pad(x, (0, 0, 0, 0, front, length - x.shape[2] - front))

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from atfr.models.graph.packed_program import holds_no_tensor, is_sampling
 from atfr.models.graph.recompute import changed_in_place, fetched, in_pieces
+from atfr.models.graph.tracing import FUNCTIONS
 
 COMPILERS = ("g++", "clang++")
 WORTH_IT = 2  # operations in a piece, at least: one alone gains nothing
@@ -78,6 +79,8 @@ def _takes_lengths(node: fx.Node, program: fx.GraphModule) -> bool:
     """Whether an operation of a packed trunk takes or gives lengths; those that do have their module as an argument, or Segments."""
     if is_sampling(node) or holds_no_tensor(node):
         return True
+    if node.target in FUNCTIONS:
+        return False
     return any(holds_no_tensor(i) or (i.op == "get_attr" and isinstance(fetched(program, i.target), nn.Module)) for i in node.all_input_nodes)
 
 

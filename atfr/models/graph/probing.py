@@ -14,18 +14,24 @@ LOOKED_AT = 64  # how many more frames than a clip has are tried, to say how man
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode and without gradients; each module's own mode comes back afterwards."""
-    # A VideoNet shares its modules with a network that is not among them.
-    roots = (model, getattr(model, "dense_network", model))
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put all modules into training or evaluation mode, and each one back into its own afterwards."""
+    roots = (model, getattr(model, "dense_network", model))  # a VideoNet's own network is not among its modules
     modes = {module: module.training for root in roots for module in root.modules()}
-    model.eval()
+    for module in modes:
+        module.training = training
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put all modules into evaluation mode, without gradients, and each one back into its own mode afterwards."""
+    with in_mode(model, training=False), torch.no_grad():
+        yield
 
 
 @contextmanager

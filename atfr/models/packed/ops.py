@@ -21,6 +21,8 @@ from typing import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from atfr.models.packed import cpu
+from atfr.models.packed.deterministic_pools import pool3d
 from atfr.models.packed.segments import Segments, Window, boundaries, centres, layout, pack, rows_of, take, unpadded, window_of
 
 
@@ -98,12 +100,13 @@ def conv3d(module: nn.Conv3d, x: Tensor, segments: Segments) -> Tensor:
         x = take(x, centres(segments.lengths, window, x.device))
         stride = (1, *module.stride[1:])
         return nn.functional.conv3d(x, module.weight, module.bias, stride, module.padding, module.dilation, module.groups)
+    run = functools.partial(cpu.conv3d, module)
     if segments.layout is not None:
-        return _by_rows(module, x.index_fill_(2, segments.layout.gaps, 0), segments.layout.rows)
+        return _by_rows(run, x.index_fill_(2, segments.layout.gaps, 0), segments.layout.rows)
     if way == "mend":
         return _mended(module, x, segments)
-    out = as_batch(module, x, segments) if way == "batch" else None
-    return apart(module, x, segments, window) if out is None else out
+    out = as_batch(run, x, segments) if way == "batch" else None
+    return apart(run, x, segments, window) if out is None else out
 
 
 def way_of(module: nn.Conv3d, lengths: Sequence[int], device: torch.device) -> str:
@@ -152,7 +155,7 @@ def wasted(module: nn.Conv3d, lengths: Sequence[int], device: torch.device) -> f
 def _mended(module: nn.Conv3d, x: Tensor, segments: Segments) -> Tensor:
     """Run over the boundaries, and write what belongs to the first and last feature of each clip over it."""
     lasts, before, firsts, after = boundaries(segments.lengths, x.device)
-    out = module(x)
+    out = cpu.conv3d(module, x)
     conv = functools.partial(
         nn.functional.conv3d, bias=module.bias, stride=module.stride, padding=(0, *module.padding[1:]), dilation=module.dilation, groups=module.groups
     )
@@ -181,8 +184,9 @@ def _pairs(x: Tensor, one: Tensor, two: Tensor, may_lack: int, *, lacking: bool)
 def max_pool(module: nn.MaxPool3d, x: Tensor, segments: Segments) -> Tensor:
     """A max pool along time, each clip alone."""
     _check(x, segments)
-    out = as_batch(module, x, segments)
-    return apart(module, x, segments, window_of(module), fill=-torch.inf) if out is None else out
+    run = functools.partial(pool3d, module)
+    out = as_batch(run, x, segments)
+    return apart(run, x, segments, window_of(module), fill=-torch.inf) if out is None else out
 
 
 def avg_pool(module: nn.AvgPool3d, x: Tensor, segments: Segments) -> Tensor:
@@ -198,8 +202,8 @@ def _average(module: nn.AvgPool3d, x: Tensor) -> Tensor:
     window = window_of(module)
     missing = window.kernel - x.shape[2]
     if missing <= 0 or window.out(x.shape[2]) < 1:
-        return module(x)
-    return module(nn.functional.pad(x, (0, 0, 0, 0, 0, missing)))[:, :, : window.out(x.shape[2])]
+        return pool3d(module, x)
+    return pool3d(module, nn.functional.pad(x, (0, 0, 0, 0, 0, missing)))[:, :, : window.out(x.shape[2])]
 
 
 def framewise_pool(x: Tensor, grid: int) -> Tensor:

@@ -16,8 +16,6 @@ from pytorchvideo.layers.swish import Swish
 from torch import fx, nn
 
 from atfr.models.packed import ops
-from atfr.models.packed.cpu import SpatialConv3d, TemporalConv3d
-from atfr.models.packed.repeatable_pools import POOLS
 from atfr.models.packed.segments import Window, window_of
 
 FRAMEWISE_MODULES = (
@@ -50,8 +48,6 @@ def is_leaf(module: nn.Module) -> bool:
     """Whether a module has a packed form as a whole, so that tracing must not look into it."""
     if isinstance(module, (SqueezeExcitation, NonLocal, Swish)) or hasattr(module, "packed_forward"):
         return True
-    if type(module) in POOLS.values():
-        return True
     # torch's own under another name, such as torchvision's Conv3DSimple
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in (nn.Conv3d, nn.BatchNorm3d))
 
@@ -70,7 +66,7 @@ def packed_op(module: nn.Module, path: str) -> PackedOp:
         window = window_of(module)
         if window == Window(1, dilation=window.dilation):
             return PackedOp()
-        if module._forward_pre_hooks or type(module)._conv_forward not in (nn.Conv3d._conv_forward, SpatialConv3d._conv_forward, TemporalConv3d._conv_forward):
+        if module._forward_pre_hooks or type(module)._conv_forward is not nn.Conv3d._conv_forward:
             raise NoPackedForm(f"{path} behind SGS has no packed form: a convolution that makes its weight when it is called")
         if module.padding_mode != "zeros":
             raise NoPackedForm(f"{path} behind SGS has no packed form: it pads in time with {module.padding_mode}")

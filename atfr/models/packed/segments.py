@@ -46,7 +46,7 @@ class Segments:
         """Clips that keep all their features."""
         return Segments((frames,) * clips, frames, torch.arange(frames, device=device, dtype=torch.float32).repeat(clips))
 
-    def through(self, window: Window) -> Segments:
+    def after(self, window: Window) -> Segments:
         """Behind an operation with this window; a feature's time is that of its window's centre."""
         lengths = tuple(window.out(length) for length in self.lengths)
         if min(lengths) < 1:
@@ -97,7 +97,7 @@ def take(x: Tensor, places: Tensor) -> Tensor:
     frames = x.permute(0, 2, 3, 4, 1)  # [1, M, H, W, C]
     if frames.is_contiguous():  # as rows, which torch copies six times as fast as blocks of more dimensions
         rows = frames.flatten(2)[0].index_select(0, places)
-        return rows.view(1, len(places), *frames.shape[2:]).permute(0, 4, 1, 2, 3)
+        return rows.unflatten(1, frames.shape[2:])[None].permute(0, 4, 1, 2, 3)
     return x.index_select(2, places)
 
 
@@ -192,17 +192,6 @@ def boundaries(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, 
     firsts = ends[:-1]
     after = [first + 1 if length > 1 else -1 for first, length in zip(firsts, lengths[1:])]
     return tuple(_on(places, device) for places in (lasts, before, firsts, after))
-
-
-@lru_cache(maxsize=256)
-def centred(lengths: tuple[int, ...], wanted: tuple[int, ...], device: torch.device) -> Tensor:
-    """Clips made longer on both sides, the odd place behind: the feature at each place, sum(lengths) at those that are added."""
-    places, first, empty = [], 0, sum(lengths)
-    for length, longer in zip(lengths, wanted):
-        front = (longer - length) // 2
-        places += [empty] * front + list(range(first, first + length)) + [empty] * (longer - length - front)
-        first += length
-    return _on(places, device)
 
 
 @lru_cache(maxsize=256)

@@ -1,6 +1,8 @@
-"""The baselines of SGS as pure functions: bins that do not look at what a clip shows."""
+"""The baselines of SGS as pure functions: bins that do not depend on what a clip shows."""
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -42,3 +44,19 @@ def uniform_bins(num_frames: int | Tensor, num_bins: int | Tensor, length: int |
     With num_frames [N, 1]: [N, length], in which padding has the last bin."""
     time = torch.arange(length or num_frames, device=getattr(num_frames, "device", None))
     return (time * num_bins // num_frames).clamp(max=num_bins - 1)
+
+
+@lru_cache(maxsize=64)
+def uniform_weights(given: tuple[int, ...], bins: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the weights [N, B, T] that average clips of `given` frames into contiguous bins of equal size, `bins` of each.
+
+    Raises:
+        ValueError: a clip has fewer frames than bins.
+    """
+    if len(bins) != len(given) or any(not 1 <= b <= length for b, length in zip(bins, given)):
+        raise ValueError(f"clips of {given} features cannot be made to keep {bins}")
+    with torch.inference_mode(False):
+        weights = torch.zeros(len(given), max(bins), max(given))
+        for clip, (b, length) in enumerate(zip(bins, given)):
+            weights[clip, uniform_bins(length, b), torch.arange(length)] = 1
+        return (weights / weights.sum(dim=2, keepdim=True).clamp(min=1)).to(device)

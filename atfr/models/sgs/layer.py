@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from atfr.models.packed.deterministic_pools import needs_deterministic_pool
 from atfr.models.packed.ops import framewise_pool
-from atfr.models.packed.repeatable_pools import needs_deterministic_pool
-from atfr.models.packed.segments import Layout, Segments, shared_gap, unpadded
+from atfr.models.packed.segments import Segments, shared_gap, unpadded
 from atfr.models.sgs import functional
+from atfr.models.sgs.aggregate import aggregate, at_least_float32, mean_times
 from atfr.models.sgs.config import SGSConfig
+from atfr.models.sgs.fixed import uniform_weights
 from atfr.models.sgs.partition import width_keeping
 
 
@@ -199,7 +200,7 @@ class SGS(nn.Module):
                 raise ValueError(f"SGS after {self.name!r}: its {name} is on {tensor.device} and the features are on {x.device}: move the network with model.to(device)")
         with torch.autocast(x.device.type, enabled=False):
             embeds_clip = self.options.embeds_clip and clips is not None and clips is not x  # at the input they are the same
-            return self._propose(_at_least_float32(x), segments, _at_least_float32(clips) if embeds_clip else None, max(self.min_bins, min_bins))
+            return self._propose(at_least_float32(x), segments, at_least_float32(clips) if embeds_clip else None, max(self.min_bins, min_bins))
 
     def _most_bins_for(self, lengths: Sequence[int], frames: int, least: int) -> int:
         most = self.most_bins(frames, least)
@@ -217,7 +218,7 @@ class SGS(nn.Module):
             z = x.new_zeros(*(x.shape[::2][:2] if segments is None else segments.padded.shape), 1)  # [N, T, 1]
             finite = _finite_frames(x)
         else:
-            pooled = self.embedding.pool(x) if clips is None else _parts(self.embedding.pool(clips), frames)  # [N, T, ...] or [1, M, ...]
+            pooled = self.embedding.pool(x) if clips is None else _averaged_to(self.embedding.pool(clips), frames)  # [N, T, ...] or [1, M, ...]
             z = self.embedding(pooled)
             # Batch norm spreads a NaN to the z of every clip, so the clip at fault shows in what was pooled.
             finite = pooled.isfinite().all(dim=2)
@@ -313,12 +314,12 @@ class SGS(nn.Module):
 
 
 def _finite_frames(x: Tensor) -> Tensor:
-    """[N, C, T, H, W] -> [N, T] (or packed, [1, M]): one look at each value, and no copy."""
+    """Return whether all of a frame's features are finite: [N, C, T, H, W] -> [N, T] (packed: [1, M]), without a copy of x."""
     return x.detach().sum(dim=(1, 3, 4)).isfinite()
 
 
-def _parts(pooled: Tensor, count: int) -> Tensor:
-    """Means over so many equal parts of time: [N, T', D] -> [N, count, D]."""
+def _averaged_to(pooled: Tensor, count: int) -> Tensor:
+    """Average over `count` equal intervals of time: [N, T', D] -> [N, count, D]."""
     return pooled if pooled.shape[1] == count else nn.functional.adaptive_avg_pool1d(pooled.transpose(1, 2), count).transpose(1, 2)
 
 
@@ -379,10 +380,11 @@ def sample(
         weights = proposal.weights
         if ask is not None and not isinstance(ask, AtLeast):
             kept = tuple(min(ask, length) for length in start.lengths) if isinstance(ask, int) else tuple(ask)
-            weights = _uniform_weights(start.lengths, kept, x.device)
+            weights = uniform_weights(start.lengths, kept, x.device)
         # A backward pass would store the filler frames.
         gap = 0 if torch.is_grad_enabled() or any(norm.training for norm in layer.norms) else shared_gap(kept, layer.gap, x.device)
-        after = Segments(kept, start.frames, _mean_times(weights, start, kept), gap)
+        times = mean_times(weights[:, : max(kept)], start.times[start.padded]).flatten()[unpadded(kept, x.device)]  # [sum B']
+        after = Segments(kept, start.frames, times, gap)
         packed.append(aggregate(x, weights, kept, before, layout=after.layout))
         done.append(Sampled(layer.name, start.lengths, after, weights, proposal))
     return tuple(packed), tuple(done)
@@ -405,59 +407,3 @@ def _on_host(layers: Sequence[SGS], proposals: Sequence[Proposal], decided: Sequ
             raise NonFiniteFeatures(f"SGS after {layer.name!r}: the similarity embedding holds a NaN or an infinity")
         kept.append(tuple(lengths))
     return kept
-
-
-def aggregate(x: Tensor, weights: Tensor, lengths: tuple[int, ...], before: Segments | None = None, *, layout: Layout | None = None) -> Tensor:
-    """Sum each clip's frames into its kept bins and lay the clips out one after another in time.
-
-    x [N, C, T, H, W], or packed [1, C, M, H, W] as in `before`, and weights [N, B, T] (kept bins
-    first) -> [1, C, M', H, W] in channels-last memory, summed in float32 even under autocast and
-    returned in the type of x. M' = sum B', or the places of a `layout` of the clips.
-    """
-    _, c, _, h, w = x.shape
-    places = unpadded(lengths, x.device) if layout is None else unpadded(lengths, x.device).index_select(0, layout.source)
-    with torch.autocast(x.device.type, enabled=False):
-        frames = _at_least_float32(x).permute(0, 2, 3, 4, 1).flatten(2)  # [N, T, H W C] or [1, M, H W C]
-        weights = weights[:, : max(lengths)].to(frames.dtype)
-        # On CPUs a product is three times as slow as sums of the few frames of each bin. Counting and compiling see the product.
-        if x.device.type == "cpu" and not (torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling()):
-            rows = _sums(frames.flatten(0, 1), weights, places, None if before is None else before.padded)
-        else:
-            rows = torch.bmm(weights, frames if before is None else frames[0][before.padded]).flatten(0, 1)
-            if layout is not None or min(lengths) < max(lengths):
-                rows = rows.index_select(0, places)
-    return rows.to(x.dtype).view(1, -1, h, w, c).permute(0, 4, 1, 2, 3)
-
-
-def _sums(frames: Tensor, weights: Tensor, places: Tensor, padded: Tensor | None) -> Tensor:
-    """Sums of rows of frames [M, F], by weights [N, B, T] at `places` [M'] of [N B]; `padded` [N, T] says which row each frame is: [M', F]."""
-    _, bins, steps = weights.shape
-    chosen = weights.flatten(0, 1).index_select(0, places)  # [M', T]
-    place, time = chosen.nonzero(as_tuple=True)
-    frame = places.div(bins, rounding_mode="floor").index_select(0, place) * steps + time  # of [N T]
-    if padded is not None:
-        frame = padded.flatten().index_select(0, frame)
-    counts = chosen.count_nonzero(dim=1)
-    return nn.functional.embedding_bag(frame, frames, counts.cumsum(0) - counts, mode="sum", per_sample_weights=chosen[place, time])
-
-
-def _mean_times(weights: Tensor, before: Segments, kept: tuple[int, ...]) -> Tensor:
-    """[M'] the mean time of the frames that went into each kept feature."""
-    member = (weights.detach()[:, : max(kept)] > 0).float()
-    times = (member * before.times[before.padded][:, None]).sum(dim=2) / member.sum(dim=2).clamp(min=1)  # [N, longest B']
-    return times.flatten()[unpadded(kept, times.device)]
-
-
-@lru_cache(maxsize=64)
-def _uniform_weights(given: tuple[int, ...], bins: tuple[int, ...], device: torch.device) -> Tensor:
-    if len(bins) != len(given) or any(not 1 <= b <= length for b, length in zip(bins, given)):
-        raise ValueError(f"clips of {given} features cannot be made to keep {bins}")
-    with torch.inference_mode(False):
-        weights = torch.zeros(len(given), max(bins), max(given))
-        for clip, (b, length) in enumerate(zip(bins, given)):
-            weights[clip, functional.uniform_bins(length, b), torch.arange(length)] = 1
-        return (weights / weights.sum(dim=2, keepdim=True).clamp(min=1)).to(device)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
