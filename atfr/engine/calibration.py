@@ -184,8 +184,7 @@ def _set_budget(model: VideoNet, layer: SGS, shape: tuple[int, ...], gflops: flo
         z, valid = measured
 
         def cost(keep_ratio: float) -> float:
-            counts = layer.bins_for(z, valid, keep_ratio).bincount().tolist()
-            return sum(number * table.at((bins,)) for bins, number in enumerate(counts) if number) / len(z) / table.dense
+            return table.estimate(layer.bins_for(z, valid, keep_ratio).tolist()).mean() / table.dense
 
         if options.noise_floor:
             layer.calibrate(z, valid)  # of which `cost` takes the floor
