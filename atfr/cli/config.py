@@ -27,7 +27,7 @@ from atfr.cli.arguments import quote_where_needed
 from atfr.cli.command_errors import JobLog, explain, is_of_the_command, one_line_errors, quiet_at_closed_pipe, unknown_option
 from atfr.cli.home import expand_home
 from atfr.cli.suggestions import GROUPS, did_you_mean, similar
-from atfr.models.sgs.config import SGSConfig
+from atfr.models.sgs.config import PRESETS, SGSConfig
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,8 @@ def build(node: DictConfig, key: str, **extra: Any) -> Any:
         ValueError: in one line, for a key that the target does not take, one that it lacks or one
             of a wrong type (all with their full name), and whatever the target itself refuses.
     """
+    if key == "model":
+        node = with_resolved_sgs(node)
     values = OmegaConf.to_container(node, resolve=False)
     for name in _unset(values):
         raise ValueError(f"{key}.{name} is not set; add {key}.{name}=... to the command")
@@ -82,27 +84,33 @@ def check_root(config: DictConfig) -> None:
     unknown = [str(key) for key in config if key not in ROOT_KEYS]
     if unknown:
         raise ValueError(unknown_option(unknown[0], OmegaConf.masked_copy(config, [key for key in config if key in ROOT_KEYS])))
-    resolve_sgs(config)
+    if "model" in config:
+        config.model = with_resolved_sgs(config.model)
 
 
-def resolve_sgs(config: DictConfig) -> None:
-    """Replace `model.sgs` by the options of its preset with its changes, those without effect left out; null for the preset `off`.
+def with_resolved_sgs(model: DictConfig) -> DictConfig:
+    """Return `model` with the options of its preset in `sgs`, changed as given there, and without those that have no effect.
+
+    The preset `off` gives null.
 
     Raises:
         ValueError: an option has a wrong type or value, or has no effect next to the others.
     """
-    node = OmegaConf.select(config, "model.sgs")
-    if node is None or "preset" not in node:
-        return
-    given = OmegaConf.to_container(node, resolve=True)
+    if model.get("sgs") is None or "preset" not in model.sgs:
+        return model
+    given = OmegaConf.to_container(model.sgs, resolve=True)
     preset = given.pop("preset")
-    if preset == "off":
-        config.model.sgs = None
-        return
+    if preset == "???":
+        raise ValueError(f"model.sgs.preset is not set; choose one with model/sgs={', model/sgs='.join(PRESETS)}")
     given = {name: value for name, value in given.items() if value is not None}
-    _check({"_target_": SGS_CONFIG, **given}, "model.sgs")
-    options = {"_target_": SGS_CONFIG, **SGSConfig.from_preset(preset, **given).used_options()}
-    OmegaConf.update(config, "model.sgs", OmegaConf.create(options), merge=False)
+    resolved = model.copy()
+    resolved._set_parent(model._get_parent())
+    options = None
+    if preset != "off":
+        _check({"_target_": SGS_CONFIG, **given}, "model.sgs")
+        options = {"_target_": SGS_CONFIG, **SGSConfig.from_preset(preset, **given).used_options()}
+    OmegaConf.update(resolved, "sgs", options if options is None else OmegaConf.create(options), merge=False)
+    return resolved
 
 
 def warn_of_ignored(config: DictConfig) -> None:

@@ -61,9 +61,21 @@ class GflopsTable:
         return self._stem + self._by_bins[bins]
 
     def estimate(self, bins: Sequence[int]) -> np.ndarray:
-        """Return GFLOPs for each B' of a network with one layer, interpolated between those that `at` was asked for: no analysis."""
-        known = sorted((kept, cost) for (kept,), cost in self._by_bins.items())
-        return self._stem + np.interp(bins, *zip(*known))
+        """Return GFLOPs for each B' of a network with one layer, from a few analyses.
+
+        The cost is linear in the lengths that features have along the trunk, which B' determines. It is interpolated where
+        these are not known, and exact to rounding for all others unless an operation costs more than in proportion.
+        """
+        (frames,) = self.frames
+        steps = range(1, frames + 1)
+        lengths = np.array(sorted({(1,) * frames, *(time.lengths(steps) for time in self._model.times.values())}), dtype=float)  # [K, T]
+        for kept in np.linspace(self.least[0], frames, len(lengths) + 1).round().astype(int).tolist():
+            self.at((kept,))
+        known, costs = (np.array(column) for column in zip(*sorted((kept, cost) for (kept,), cost in self._by_bins.items())))
+        if len(lengths) == 1:  # bucketed
+            return self._stem + np.interp(bins, known, costs)
+        factors, *_ = np.linalg.lstsq(lengths[:, known - 1].T, costs, rcond=None)
+        return self._stem + lengths[:, np.asarray(bins) - 1].T @ factors
 
 
 def gflops(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> float:
