@@ -1,4 +1,4 @@
-"""What a sweep (`-m`) checks and notes before it hands its jobs to hydra's launcher."""
+"""Hydra callbacks that run when a sweep (`-m`) starts."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from atfr.engine.distributed.preemption import heeded
 
 
 class NeedsSlurm(Callback):
-    """Ends a sweep of SLURM jobs with one line on a machine without SLURM, where submitit has a traceback."""
+    """Exit with one line if a sweep of SLURM jobs starts on a machine without SLURM, where submitit prints a traceback."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         if not config.hydra.launcher._target_.endswith(".SlurmLauncher"):
             return
         for number in heeded():
-            signal.signal(number, signal.SIG_DFL)  # this process only waits for the jobs, and has nothing to save
+            signal.signal(number, signal.SIG_DFL)  # this process only waits for the jobs and has nothing to save
         if shutil.which("srun") is None:
             print("error: hydra/launcher=slurm needs SLURM, and there is no srun on this machine: start the sweep where sbatch works, or leave the launcher out", file=sys.stderr)
             sys.exit(1)
 
 
 class TellsWhatIsSwept(Callback):
-    """Puts the keys that have several values into the environment of each job, wherever that runs, for the name of its folder."""
+    """Pass the keys that have several values to each job through its environment, for the name of its folder."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         arguments = [*(f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()), *config.hydra.overrides.task]
