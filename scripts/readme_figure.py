@@ -23,11 +23,8 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
+import atfr
 from atfr.data.datasets.synthetic_scene import render
-from atfr.engine.calibration import calibrate_width
-from atfr.engine.flops import GflopsTable
-from atfr.models.backbones.x3d import x3d
-from atfr.models.sgs.config import SGSConfig
 
 FRAMES, SIDE = 13, 160  # the clip that X3D-S was published with
 COLORS = plt.get_cmap("tab10").colors
@@ -42,14 +39,13 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=32, help="clips to calibrate on (default: %(default)s)")
     arguments = parser.parse_args()
     shown = shown_clips()
-    sgs = SGSConfig(after="stem", before_activation=False, similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", embed_from="clip", cost_exponent=0.5, target=6.2 / 13)
-    model = x3d(size="S", num_classes=400, sgs=sgs).eval()
-    calibrate_width(model, lambda: [as_input(np.stack([whole(video(index)) for index in range(arguments.clips)]))])
+    model = atfr.create_model("x3d_s", num_classes=400, sgs="atfr").eval()
+    atfr.calibrate(model, as_input(np.stack([whole(video(index)) for index in range(arguments.clips)])), gflops=0.5)
     with torch.inference_mode():
-        prediction = model(as_input(np.stack(list(shown.values()))))
-    bins = prediction.sampled[0].assignment.numpy()
-    table = GflopsTable(model, (3, FRAMES, SIDE, SIDE))
-    draw(shown, bins, [table.at(kept) for kept in prediction.bins], table.dense, arguments.output)
+        clips = as_input(np.stack(list(shown.values())))
+        _, sampling = model(clips, return_sampling=True)
+        _, dense = atfr.create_model("x3d_s", num_classes=400).eval()(clips[:1], return_sampling=True)
+    draw(shown, sampling.layers[0].assignment.numpy(), sampling.gflops.tolist(), dense.gflops.item(), arguments.output)
 
 
 def shown_clips() -> dict[str, np.ndarray]:
