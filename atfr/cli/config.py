@@ -34,7 +34,7 @@ FULL_ERROR = "HYDRA_FULL_ERROR"  # 1: hydra raises errors instead of printing th
 
 # Keys of a group that other code reads and the group's target does not take.
 SHARED_KEYS = {"model": ("clip", "clips", "weights"), "dataset": ("clip", "manifest")}
-# The keys at the top of a config.
+# What a config has at its top.
 ROOT_KEYS = ("dataset", "model", "optimizer", "schedule", "trainer", "experiment", "init_from", "checkpoint", "format", "json", "num_classes", "budgets", "refresh_batch_norm")
 
 

@@ -37,7 +37,7 @@ from atfr.engine.distributed.preemption import FROM_BATCH_SYSTEM, ONE_TOLD, TRY_
 from atfr.engine.run.run_lock import run_lock
 from atfr.engine.settings import TrainerSettings
 
-PARENT, ERRORS = "ATFR_PARENT", "ATFR_ERRORS"  # set for started processes: their parent, and the folder where each has a file, with its error if it failed
+PARENT, ERRORS = "ATFR_PARENT", "ATFR_ERRORS"  # a started process's parent, and the folder of its file: empty, or why it failed
 TOLD = "told"  # the file there with the signal that came
 
 
@@ -54,7 +54,7 @@ def on_every_process(
 ) -> None:
     """Call `work` on every process with its ranks, after all have connected and compared their configs.
 
-    With several processes, an error exits its process immediately with code 1, so that the launcher stops the others. A
+    An error in one of several ends its process at once, with exit code 1, so that its launcher ends the others. A
     signal ends the program at once, as `interruption.end` does, except where `work` looks at the flag itself.
 
     Args:
@@ -194,7 +194,7 @@ def pass_on_signals(folder: Path) -> list[int]:
         processes = _files(folder)
         for path in processes:
             with suppress(ProcessLookupError):
-                os.kill(int(path.name), number)  # the second signal exits it immediately
+                os.kill(int(path.name), number)  # which ends it at once, if it is the second
         if not processes and number not in FROM_BATCH_SYSTEM and time.monotonic() - first > ONE_TOLD:
             os._exit(128 + number)
 
@@ -229,5 +229,5 @@ def answer_to_the_parent() -> None:
         sys.exit(1)
     folder = Path(os.environ[ERRORS])
     (folder / str(os.getpid())).touch()
-    with suppress(FileNotFoundError, ValueError):  # ValueError: the file is being written, and its writer will see ours
+    with suppress(FileNotFoundError, ValueError):  # ValueError: it is being written, and its writer will see our file
         os.kill(os.getpid(), int((folder / TOLD).read_text()))

@@ -22,7 +22,7 @@ class NeedsSlurm(Callback):
         if not config.hydra.launcher._target_.endswith(".SlurmLauncher"):
             return
         for number in heeded():
-            signal.signal(number, signal.SIG_DFL)  # this process only waits for the jobs and has nothing to save
+            signal.signal(number, signal.SIG_DFL)  # this process only waits for the jobs, and has nothing to save
         if shutil.which("srun") is None:
             print("error: hydra/launcher=slurm needs SLURM, and there is no srun on this machine: start the sweep where sbatch works, or leave the launcher out", file=sys.stderr)
             sys.exit(1)
