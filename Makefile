@@ -2,18 +2,18 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test fast-test lint
+.PHONY: quickstart test test-all lint
 
 # Sets up, generates the built-in dataset, trains a tiny X3D with SGS on it, and tests the best checkpoint.
 quickstart: $(INSTALLED)
 	$(VENV)/bin/python tools/train.py
 
-# Sets up and runs all tests; `make fast-test` leaves out those that train for minutes.
+# Runs the main tests; `make test-all` also runs those that train for minutes.
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup
-
-fast-test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "not slow"
+
+test-all: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -1,6 +1,6 @@
 """The table of all backbones with SGS behind res2: cost, exactness and speed of packed execution.
 
-    python benchmarks/backbones.py [--models x3d slow ...] [--batch 4] [--output docs/backbones.md]
+    python benchmarks/backbones.py [--models x3d slow ...] [--batch 4] [--output docs/results.md]
 
 Each network runs the clip it was published with. Written into the file between two marks.
 

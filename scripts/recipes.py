@@ -2,7 +2,7 @@
 
     python scripts/recipes.py --output docs/recipes.md
 
-A recipe is a file with a line `# Source: ...`. Each is composed with the network and the dataset that it names itself.
+A recipe is a file with a line `# Source: ...`. Each is composed with the network and the dataset that it names.
 """
 
 from __future__ import annotations
@@ -18,42 +18,56 @@ from atfr.cli.recipe import CONFIGS, recipes
 COLUMNS = ("`experiment=`", "network", "from", "clip", "batch", "rate", "epochs", "warm-up", "schedule", "decay", "views x crops", "source")
 TEXT = """# Training recipes
 
-Made by `python scripts/recipes.py --output docs/recipes.md` from `configs/experiment/`, where each value has its source beside it.
+`python scripts/recipes.py --output docs/recipes.md` makes this page from `configs/experiment/`, where the source of each value is beside it.
 
-```
-python tools/train.py dataset=kinetics400 model=slowfast dataset.root=/data/k400            # experiment=slowfast/kinetics400, as published
-python tools/train.py dataset=kinetics400 model=slowfast_sgs dataset.root=...               # the same with SGS
-python tools/train.py experiment=base/pyslowfast model=i3d dataset=kinetics600 ...          # a recipe of one's own choice
+## Choose a recipe
+
+```bash
+python tools/train.py dataset=kinetics400 model=slowfast dataset.root=/data/k400        # experiment=slowfast/kinetics400, as published
+python tools/train.py dataset=kinetics400 model=slowfast_sgs dataset.root=/data/k400    # the same with SGS
+python tools/train.py experiment=base/pyslowfast model=i3d dataset=kinetics600 dataset.root=/data/k600    # a recipe of your choice
+python tools/train.py experiment=base/pyslowfast dataset=videolist model=x3d_sgs dataset.root=DIR dataset.train=train.csv dataset.test=test.csv
 python tools/train.py -m dataset=ucf101 model=x3d_sgs model.weights=X3D_S.pyth dataset.split=1,2,3
 ```
 
-Without `experiment=` the recipe NETWORK/DATASET_SIZE or NETWORK/DATASET runs. Where there is none: on another Kinetics set that of
-Kinetics-400, on UCF101 and HMDB51 finetune/DATASET, on Something-Something base/pyslowfast_ssv2. Recipes that start from
-Kinetics weights run with `model.weights=FILE` or `init_from=RUN`; without these the network's recipe for Kinetics-400 runs, from scratch.
-`optimizer=` or `schedule=` on the command line replaces the recipe's, with all of its options.
+A command that chooses a dataset and no `experiment` uses the recipe NETWORK/DATASET_SIZE or NETWORK/DATASET, and prints it. Where none was
+published, it uses the nearest:
 
-Warm-up and milestones are in epochs here, and shares of all steps in the files, so `trainer.epochs=100` stretches all of them. The rate is
-for the global batch beside it. With another batch, scale it alike (Goyal et al., 2017): with `trainer.batch_size=32` where 64 goes with
-0.1, `optimizer.lr=0.05`; `trainer.accumulate` keeps a batch that is too large for the memory. Batch norm sees what one process has of
-it at a time, and with `trainer.sync_batch_norm=true`, as in torchvision's recipes, what all have. All train with SGD and momentum 0.9,
-and plain cross entropy.
+- on another Kinetics dataset, the recipe for Kinetics-400;
+- on UCF101 and HMDB51, finetune/DATASET;
+- on Something-Something, base/pyslowfast_ssv2.
+
+A recipe that starts from Kinetics weights needs `model.weights=FILE` or `init_from=RUN`. Without these the network's recipe for Kinetics-400 is
+used, from scratch. Options on the command line win over the recipe; `optimizer=` or `schedule=` replaces the whole group, and `~experiment`
+leaves the recipe out.
+
+## Change the batch or the number of epochs
+
+The table gives warm-up and milestones in epochs. The files give them as fractions of all steps, so `trainer.epochs=100` scales them. The
+learning rate belongs to the global batch beside it; with another batch, scale it linearly (Goyal et al., 2017): `optimizer.lr=0.05` with
+`trainer.batch_size=32` where the table has 0.1 and 64. `trainer.accumulate` keeps a batch that does not fit into memory. Batch norm uses the
+clips that one process runs at a time, or those of all processes with `trainer.sync_batch_norm=true`, as in the recipes of torchvision.
+
+All recipes use SGD with momentum 0.9 and cross entropy.
+
+## The recipes
 
 """
 NOTES = """
-What differs from the sources, everywhere:
+## Differences from the sources
 
-- Biases and norms have no weight decay. In PySlowFast biases do, in torchvision and MMAction2 all parameters do.
-- An epoch is one clip of each video. Where a source's epoch has more, `epochs` has as many clips as its run.
-- The crops of a test are as large as those in training. PySlowFast and MMAction2 crop the whole short side.
-- Precise batch norm (PySlowFast's has 200 batches a GPU) takes `trainer.statistics_clips` clips, also where a source has running averages.
-- Frames keep their aspect ratio. Torchvision and VMZ resize to 128 x 171, torchvision's S3D to 256 x 256.
-- `trainer.precision` is left at `auto`.
+- Biases and norms have no weight decay. In PySlowFast biases have it; in torchvision and MMAction2 all parameters do.
+- An epoch is one clip of each video. Where an epoch of the source has more, `epochs` is larger, so that the number of clips is the same.
+- Test crops have the size of training crops. PySlowFast and MMAction2 crop the whole short side.
+- Precise batch norm uses `trainer.statistics_clips` clips (in PySlowFast 200 batches on each GPU), also where a source has running averages.
+- Frames keep their aspect ratio. torchvision and VMZ resize to 128 x 171, S3D of torchvision to 256 x 256.
+- `trainer.precision` is `auto`.
 
-The sources: [PySlowFast](https://github.com/facebookresearch/SlowFast), whose files also made pytorchvideo's model zoo;
+Sources: [PySlowFast](https://github.com/facebookresearch/SlowFast), whose files also made the model zoo of pytorchvideo;
 [torchvision](https://github.com/pytorch/vision); [MMAction2](https://github.com/open-mmlab/mmaction2);
-[VMZ](https://github.com/facebookresearch/VMZ); SGS is the [release](https://github.com/SimilarityGuidedSampling/Similarity-Guided-Sampling)
-of its paper's authors, which has no file for X3D, R(2+1)D, Something-Something, UCF101 or HMDB51. For networks and datasets that are not in
-the table no recipe was published, or none was found.
+[VMZ](https://github.com/facebookresearch/VMZ). SGS is the
+[release](https://github.com/SimilarityGuidedSampling/Similarity-Guided-Sampling) of the authors of the paper, which has no file for X3D, R(2+1)D,
+Something-Something, UCF101 or HMDB51. For other networks and datasets no published recipe was found.
 """
 
 
@@ -64,7 +78,7 @@ def main() -> None:
 
 
 def document() -> str:
-    """The whole of docs/recipes.md."""
+    """Return the text of docs/recipes.md."""
     rows = [COLUMNS, tuple("---" for _ in COLUMNS), *(row(name, source) for name, source in recipes().items())]
     return TEXT + "".join(f"| {' | '.join(cells)} |\n" for cells in rows) + NOTES
 
@@ -94,7 +108,7 @@ def row(name: str, source: str) -> tuple[str, ...]:
 
 
 def _composed(name: str) -> tuple[DictConfig, str]:
-    """A recipe's config, and the name of its network."""
+    """Compose a recipe; return the config and the name of its network."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("train", [f"experiment={name}"], return_hydra_config=True)
     return config, config.hydra.runtime.choices["model"]

@@ -187,9 +187,8 @@ def test_every_published_run_can_be_run_again():
 def test_the_documents_say_what_the_published_rows_say():
     groups = claim_report.grouped(claim_rows.saved())
     for document, name, text in (
-        (claim_report.DOCUMENT, "verdict", claim_report.headline(groups)),
-        (claim_report.README, "verdict", claim_report.headline(groups)),
-        (claim_report.DOCUMENT, "report", claim_report.body(groups)),
+        (claim_report.RESULTS, "verdict", claim_report.headline(groups)),
+        (claim_report.DETAILS, "report", claim_report.body(groups)),
     ):
         assert f"<!-- claim.py: {name} -->\n{text}\n<!-- claim.py: end of {name} -->" in document.read_text(), f"{document}: run studies/claim/claim.py --report-only"
 
@@ -294,11 +293,11 @@ def report_in(tmp_path, monkeypatch):
     """Makes the report of runs with these top-1, in a folder where nothing was reported yet: (method, seed) -> top-1."""
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
-    for folder in ("docs", "benchmarks/results", "data/claim/uneven"):
+    for folder in ("docs", "studies/claim", "data/claim/uneven"):
         Path(folder).mkdir(parents=True)
     verdict, text = (f"<!-- claim.py: {name} -->\nold\n<!-- claim.py: end of {name} -->\n" for name in ("verdict", "report"))
-    claim_report.DOCUMENT.write_text(f"before\n{verdict}{text}after\n")
-    claim_report.README.write_text(verdict)
+    claim_report.RESULTS.write_text(verdict)
+    claim_report.DETAILS.write_text(f"before\n{text}after\n")
     Path("data/claim/uneven/truth.csv").write_text("path,change\ntest/x/a.mp4,0.1\ntest/y/b.mp4,0.5\n")
 
     def report(found):
@@ -316,7 +315,7 @@ def report_in(tmp_path, monkeypatch):
             if seed == 0:  # a run from before times were measured has none
                 (folder / "speed.json").write_text('{"time_of_dense": 0.6}')
         claim_report.report(Path("runs"))
-        return claim_report.DOCUMENT.read_text()
+        return claim_report.DETAILS.read_text()
 
     return report
 
@@ -327,7 +326,7 @@ def test_a_report_holds_every_run_and_means_over_seeds(report_in):
     assert "| atfr-0.4 |  | 2 | 92.0 ± 2.0 | 92.0 | 0.500 | 0.60 | 4.0 (2-6) of 16 | 1.00, 0.90 | 1.0, 12.0 |" in text
     assert len(claim_rows.ROWS.read_text().splitlines()) == 3 and claim_report.PLOT.stat().st_size > 1000
     assert claim_rows.saved()[0].histogram == "2:1 6:1"
-    assert "old" not in claim_report.README.read_text()
+    assert "old" not in claim_report.RESULTS.read_text()
 
 
 def test_a_report_from_few_runs_keeps_the_rows_that_others_found(report_in):

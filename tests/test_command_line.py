@@ -191,8 +191,8 @@ def test_the_name_of_a_sweeps_job_begins_with_what_tells_it_from_the_others(tmp_
 
 
 @pytest.mark.parametrize("more", [[], ["dataset.root=/a b"]])
-def test_the_runs_of_the_official_splits_are_found_as_the_readme_says(tmp_path, monkeypatch, more):
-    pattern = re.search(r"mean_over_splits.py runs/sweep/(\S+)", (ROOT / "README.md").read_text())[1]
+def test_the_runs_of_the_official_splits_are_found_as_the_documentation_says(tmp_path, monkeypatch, more):
+    pattern = re.search(r"mean_over_splits.py runs/sweep/(\S+)", (ROOT / "docs/datasets.md").read_text())[1]
     assert len(fnmatch.filter(sweep_folders(tmp_path, monkeypatch, "dataset=ucf101", "dataset.split=1,2,3", *more), pattern)) == 3
 
 

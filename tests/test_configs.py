@@ -16,7 +16,7 @@ from atfr.models.backbones.x3d import SIZES
 from atfr.models.sgs.config import SGSConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-README = (CONFIGS.parent / "README.md").read_text()
+MANY_GPUS = (CONFIGS.parent / "docs/many-gpus.md").read_text()
 
 
 def composed(*overrides, name="train"):
@@ -85,9 +85,9 @@ def test_what_no_training_chooses_composes_too(path):
         assert config.dataset._target_.startswith("atfr.data.")
 
 
-def test_the_sweep_of_the_readme_composes_and_its_dense_networks_are_built_without_a_layer():
+def test_the_sweep_of_the_documentation_composes_and_its_dense_networks_are_built_without_a_layer():
     pytest.importorskip("submitit")
-    (command,) = [line for line in README.splitlines() if "hydra/launcher=slurm" in line]
+    (command,) = [line for line in MANY_GPUS.splitlines() if "hydra/launcher=slurm" in line]
     words = [word.partition("=") for word in command.split("#")[0].split() if "=" in word]
     assert ("model", "=", "x3d_sgs,x3d") in words and ("model.sgs.num_bins", "=", "4,8,13") in words
     jobs = list(itertools.product(*([f"{key}={value}" for value in values.split(",")] for key, _, values in words)))

@@ -10,7 +10,7 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 OPENING, CLOSING, QUOTES = "([{", ")]}", "'\""
-TOP_PATHS = ("init_from", "checkpoint", "root", "output")  # without a dot in their name, which a config group has neither
+TOP_PATHS = ("init_from", "checkpoint", "root", "output")  # paths at the top of a config; no config group has these names
 
 
 def is_override(argument: str) -> bool:
@@ -22,22 +22,22 @@ def is_sweep(arguments: list[str]) -> bool:
 
 
 def quote_where_needed(arguments: list[str]) -> list[str]:
-    """The arguments, in a form that hydra parses.
+    """Quote the values that hydra cannot parse.
 
-    What hydra parses already stays as it is, with one exception: a path with commas is one value where it exists, or where the
-    command is no sweep. With `-m`, the values of a comma list are quoted one by one.
+    Other arguments stay unchanged, with one exception: a path with commas is one value if it exists, or if the command is not a
+    sweep. With `-m`, the values of a comma list are quoted one by one.
     """
     sweep = is_sweep(arguments)
     return [_quoted_argument(argument, sweep) if is_override(argument) and not argument.startswith("~") else argument for argument in arguments]
 
 
 def quoted(text: str) -> str:
-    """The text as one quoted string of hydra's grammar."""
+    """Quote a text as one string of hydra's grammar."""
     return QuotedString(text, Quote.single).with_quotes()
 
 
 def parse(argument: str) -> Override | None:
-    """The override that an argument gives; None where hydra cannot parse it."""
+    """Parse an argument; None if hydra cannot."""
     try:
         return OverridesParser.create().parse_override(argument)
     except (HydraException, ValueError):
@@ -45,14 +45,14 @@ def parse(argument: str) -> Override | None:
 
 
 def value_text(override: Override) -> str:
-    """The text of a value that is no sweep, without its quotes."""
+    """Return the value of an override that is not a sweep as text without quotes."""
     value = override.value()
     return value if isinstance(value, str) else override.get_value_element_as_str()
 
 
 def _quoted_argument(argument: str, sweep: bool) -> str:
     key, _, value = argument.partition("=")
-    if key.startswith("hydra.") and value.startswith("~"):  # hydra expands no ~; in our options it is done by atfr.utils.paths
+    if key.startswith("hydra.") and value.startswith("~"):  # hydra does not expand ~; our own options are expanded by atfr.cli.home
         argument = f"{key}={os.path.expanduser(value)}"
         value = argument.partition("=")[2]
     value, override = value.strip(), parse(argument)

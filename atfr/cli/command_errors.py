@@ -29,28 +29,28 @@ NULL_CHOICE = "Config group override must be a string"  # hydra's, of GROUP=null
 
 
 class JobFailed(RuntimeError):
-    """A job of a sweep failed, and its error, which this has as its text, has been printed."""
+    """A job of a sweep failed. Its error is the text of this exception and has been printed."""
 
 
 def as_text(error: Exception) -> str:
-    """What to print of an error: one line if it is something that the user can mend, otherwise the traceback.
+    """Format an error: one line if the user can fix it, otherwise the traceback.
 
     With ATFR_TRACEBACK=1 in the environment it is always the traceback.
     """
-    mendable = isinstance(error, (ValueError, OSError, FloatingPointError, VideoError, OmegaConfBaseException))
+    fixable = isinstance(error, (ValueError, OSError, FloatingPointError, VideoError, OmegaConfBaseException))
     hint = ""
     if type(error) is RuntimeError and str(error).startswith("DataLoader"):
         hint = "; a video may be stuck or memory short: see trainer.timeout_s and trainer.workers"
     elif isinstance(error, torch.OutOfMemoryError):
         hint = "; run a batch in parts with trainer.accumulate=2 or more, set trainer.checkpoint_activations=true, or lower trainer.batch_size"
-    if os.environ.get("ATFR_TRACEBACK") == "1" or not (mendable or hint):
+    if os.environ.get("ATFR_TRACEBACK") == "1" or not (fixable or hint):
         return "".join(traceback.format_exception(error)).rstrip()
     return f"error: {' '.join(str(error).split())}{hint}"
 
 
 @dataclass
 class JobLog:
-    """The jobs of a sweep that this process ran, and why some of them failed."""
+    """The number of jobs of a sweep that this process ran, and the failed ones with their reasons."""
 
     count: int = 0
     failed: list[str] = field(default_factory=list)
@@ -60,19 +60,19 @@ class JobLog:
         self.failed.append(f"#{HydraConfig.get().job.num} {' '.join(overrides)} ({reason})")
 
     def end(self) -> None:
-        """Exit with code 1 and one line if any failed."""
+        """Exit with code 1 and one line if any job failed."""
         if self.failed:
             print(f"error: {len(self.failed)} of {self.count} jobs failed: {'; '.join(self.failed)}", file=sys.stderr, flush=True)
             sys.exit(1)
 
 
 def one_line_errors(main: Callable[[DictConfig], None], jobs: JobLog | None = None) -> Callable[[DictConfig], None]:
-    """End a program with exit code 1, and with one line on what its user can mend; a sweep goes on with its next job."""
+    """Turn errors of `main` into exit code 1 and, if the user can fix them, one line. A sweep continues with its next job."""
     jobs = jobs or JobLog()
 
     @functools.wraps(main)
     def guarded(config: DictConfig) -> None:
-        alone = "SUBMITIT_EXECUTOR" in os.environ  # submitit runs each job of a sweep in processes of its own
+        alone = "SUBMITIT_EXECUTOR" in os.environ  # submitit runs each job of a sweep in its own processes
         sweep = not alone and in_sweep()
         jobs.count += 1
         try:
@@ -87,7 +87,7 @@ def one_line_errors(main: Callable[[DictConfig], None], jobs: JobLog | None = No
             if not printed:
                 print(text, file=sys.stderr, flush=True)
             if not sweep:
-                # Submitit would take an exception for a job that ended well.
+                # Submitit would report a job that raises as successful.
                 sys.exit(1)
             jobs.add_failure(text.splitlines()[-1].removeprefix("error: "))
 
@@ -96,7 +96,7 @@ def one_line_errors(main: Callable[[DictConfig], None], jobs: JobLog | None = No
 
 @contextmanager
 def quiet_at_closed_pipe() -> Iterator[None]:
-    """End without a message where whoever read the output is gone, as in `tools/flops.py ... | head -1`."""
+    """Exit silently if the reader of the output has closed it, as in `tools/flops.py ... | head -1`."""
     try:
         try:
             yield
@@ -109,7 +109,7 @@ def quiet_at_closed_pipe() -> Iterator[None]:
 
 
 def output_is_closed() -> bool:
-    """Return whether stdout or stderr is a pipe that nobody reads any more, and redirect it to /dev/null."""
+    """Return whether stdout or stderr is a pipe without a reader, and redirect it to /dev/null."""
     closed = [stream.fileno() for stream in (sys.stdout, sys.stderr) if _has_no_reader(stream)]
     for descriptor in closed:
         null = os.open(os.devnull, os.O_WRONLY)
@@ -133,11 +133,11 @@ def is_of_the_command(error: Exception) -> bool:
 
 
 def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
-    """In one line, why hydra makes no config of the arguments."""
+    """Explain in one line why hydra cannot compose a config from the arguments."""
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         options = list(error.options)
-        if group.startswith("experiment"):  # whose files are in folders
+        if group.startswith("experiment"):  # its files are in subfolders
             group, _, name = error.missing_cfg_file.partition("/")
             options = suggestions.choices(group)
         meant = did_you_mean(similar(name, options))
@@ -159,7 +159,7 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
 
 
 def unknown_option(name: str, config: DictConfig) -> str:
-    """One line on an option that does not exist: the ones that may be meant, or those beside it."""
+    """Explain in one line that an option does not exist, with similar options or those of the same group."""
     meant = similar_options(name, config)
     if meant:
         return f"{name} is not an option{did_you_mean(meant)}"

@@ -1,4 +1,4 @@
-"""From a composed Hydra config to objects: checked key by key, built by `_target_`.
+"""Build objects from a composed Hydra config, and check every key against the signature of its `_target_`.
 
 Only the programs in tools/ use this; models, data and engine take plain values.
 """
@@ -31,9 +31,9 @@ from atfr.models.sgs.config import PRESETS, SGSConfig
 
 log = logging.getLogger(__name__)
 
-FULL_ERROR = "HYDRA_FULL_ERROR"  # at 1 hydra raises an error instead of printing what it makes of it
+FULL_ERROR = "HYDRA_FULL_ERROR"  # 1: hydra raises errors instead of printing them
 
-# Keys of a group that others read, and that its own target does not take.
+# Keys of a group that other code reads and the group's target does not take.
 SHARED_KEYS = {"model": ("clip", "clips", "weights"), "dataset": ("clip", "manifest")}
 SGS_CONFIG = f"{SGSConfig.__module__}.{SGSConfig.__qualname__}"
 # What a config has at its top.
@@ -44,8 +44,8 @@ def build(node: DictConfig, key: str, **extra: Any) -> Any:
     """Call the `_target_` of the config node at `key` with the node's values and `extra`.
 
     Raises:
-        ValueError: in one line, for a key that the target does not take, one that it lacks or one
-            of a wrong type (all with their full name), and whatever the target itself refuses.
+        ValueError: a key is unknown, missing or of a wrong type (the message has its full name), or the target
+            raises it.
     """
     if key == "model":
         node = with_resolved_sgs(node)
@@ -69,7 +69,7 @@ def _unset(values: dict[str, Any]) -> list[str]:
 
 
 def take_dry_run(config: DictConfig) -> bool:
-    """Remove `dry_run`, which is not part of the experiment, from a config and return its value."""
+    """Remove `dry_run` from a config, because it is not part of the experiment, and return its value."""
     with open_dict(config):
         value = config.pop("dry_run", False)
     if not isinstance(value, bool):
@@ -114,21 +114,21 @@ def with_resolved_sgs(model: DictConfig) -> DictConfig:
 
 
 def warn_of_ignored(config: DictConfig) -> None:
-    """Say in one line that the command's `model.sgs.*` are for nothing, where they are; a config composed without a command has none."""
+    """Warn in one line if the command sets `model.sgs.*` for a dense network, which ignores it."""
     if not HydraConfig.initialized():
         return
     given = [override for override in HydraConfig.get().overrides.task if override.lstrip("+").startswith("model.sgs.")]
     if given and config.model.get("sgs") is None:
         name = HydraConfig.get().runtime.choices.get("model")
-        log.warning("model=%s does not sample: %s ignored, and jobs of a sweep that differ only in it are one experiment", name, ", ".join(given))
+        log.warning("model=%s does not sample: %s ignored, and jobs of a sweep that differ only in it are duplicates", name, ", ".join(given))
 
 
 def _check(values: dict[str, Any], key: str, given: typing.Collection[str] = ()) -> None:
-    """Compare a node's values with the signature of its target, and those of nested targets."""
+    """Raise ValueError unless the values of a node fit the signature of its target, and those of nested targets theirs."""
     target = _target(values["_target_"], key)
     try:
         hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except (NameError, TypeError):  # a function of somebody else's, whose hints cannot be read
+    except (NameError, TypeError):  # a third-party function with unreadable hints
         hints = {}
     parameters = inspect.signature(target).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -180,7 +180,7 @@ def _readable(hint: Any) -> str:
 
 
 def choices() -> dict[str, str]:
-    """Which file was chosen of each config group, for the checkpoint to remember."""
+    """Return the chosen file of each config group, to be recorded in the checkpoint."""
     return {group: choice for group, choice in HydraConfig.get().runtime.choices.items() if not group.startswith("hydra") and choice}
 
 
@@ -189,11 +189,13 @@ def program(
     arguments: Callable[[list[str]], list[str]] = list,
     otherwise: Callable[[list[str]], list[str] | None] = lambda given: None,
 ) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
-    """Make `main(config)` of a file beside configs/ a program of this config; what its user can mend is said in one line.
+    """Decorate `main(config)` of a file in tools/ or scripts/ as a program that composes this config.
+
+    Errors that the user can fix are printed in one line.
 
     Args:
-        arguments: what to make of the command line before hydra reads it.
-        otherwise: what to try where hydra composes no config from these; None: nothing.
+        arguments: changes the command line before hydra reads it.
+        otherwise: returns another command line to try if hydra cannot compose the first, or None.
     """
 
     def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
@@ -214,7 +216,7 @@ def program(
             sys.argv[1:] = arguments(quote_where_needed(sys.argv[1:]))
             ours = os.environ.get(FULL_ERROR) != "1"
             if ours:
-                os.environ[FULL_ERROR] = "1"  # until main begins: of a command that gives no config hydra prints up to 30 lines
+                os.environ[FULL_ERROR] = "1"  # until main begins, because hydra prints up to 30 lines if it cannot compose a config
             try:
                 with quiet_at_closed_pipe():
                     try:

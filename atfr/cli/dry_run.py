@@ -1,4 +1,4 @@
-"""What a training would do, printed before anything of it is done (`dry_run=true`)."""
+"""Print what a training would do, without doing it (`dry_run=true`)."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ HIDDEN = ("_target_", "_partial_", "clips", "prepare_hint")  # internal keys
 
 
 def print_plan(config: DictConfig, settings: TrainerSettings, *, folder: Path) -> None:
-    """Print the options and where each comes from, the launch, the network's costs and the data; do nothing else.
+    """Print the options and where each comes from, the processes, the network's cost and the data.
 
     Raises:
-        ValueError, OSError: what would end the training at its start, such as a dataset that is not there.
+        ValueError, OSError: an error that would end the training at its start, such as a missing dataset.
     """
     cpu = DistInfo(0, 1, torch.device("cpu"))
     source, problem = None, None
@@ -47,7 +47,7 @@ def print_plan(config: DictConfig, settings: TrainerSettings, *, folder: Path) -
     except NotGenerated as error:
         problem = None if config.dataset.make is not False else error
     except (ValueError, OSError) as error:
-        problem = error  # what can be said without the data comes first
+        problem = error  # raised after printing all that does not depend on the data
     num_classes = len(source.class_names) if source else OmegaConf.select(config, "dataset.num_classes") or 400
     _print_section("options", options_table(config))
     _print_section("launch", _aligned({**launch_facts(settings), "run folder": str(folder)}))
@@ -69,7 +69,7 @@ def _aligned(facts: Mapping[str, str]) -> Iterator[str]:
 
 
 def network_table(config: DictConfig, num_classes: int, settings: TrainerSettings) -> list[str]:
-    """Lines about the network: how it runs, and each stage's output, parameters and GFLOPs."""
+    """Return lines about the network: how it runs, and the output, parameters and GFLOPs of each stage."""
     clip = builders.clip_settings(config)
     model = builders.build_model(config, num_classes=num_classes, dist_info=DistInfo(0, 1, torch.device("cpu")))
     check_start(config, model, clip, settings)
@@ -83,11 +83,11 @@ def network_table(config: DictConfig, num_classes: int, settings: TrainerSetting
 
 
 def check_start(config: DictConfig, model: VideoNet, clip: ClipSettings, settings: TrainerSettings) -> None:
-    """Raise ValueError or OSError for what a training refuses before its first step."""
+    """Raise the ValueError or OSError that a training would raise before its first step."""
     build(config.optimizer, "optimizer", model=model)
     build(config.schedule, "schedule")
     processes = world_size(settings)
-    TrainSampler(1, seed=0, global_batch=settings.batch_size, world=processes)  # refuses a batch of fewer clips than processes
+    TrainSampler(1, seed=0, global_batch=settings.batch_size, world=processes)  # raises if a batch has fewer clips than processes
     builders.check_batch_norm(model, clip, settings, DistInfo(0, processes, torch.device("cpu")))
     start = builders.weights_given(config)
     if start is not None and not start[1].is_file():
@@ -95,13 +95,13 @@ def check_start(config: DictConfig, model: VideoNet, clip: ClipSettings, setting
 
 
 def world_size(settings: TrainerSettings) -> int:
-    """How many processes would train, over all machines."""
-    place = read_launch_env(os.environ)
-    return place.world if place.launcher != "none" else processes_to_start(settings.accelerator, settings.devices)
+    """Return the number of processes that would train, on all machines."""
+    launch = read_launch_env(os.environ)
+    return launch.world if launch.launcher != "none" else processes_to_start(settings.accelerator, settings.devices)
 
 
 def options_table(config: DictConfig) -> Iterator[str]:
-    """Lines of `key  value  where it comes from`, for every option that a user may set."""
+    """Yield lines of `key  value  source` for every option that a user may set."""
     sources = value_sources()
     values = {key: value for key, value in flat(OmegaConf.to_container(config, resolve=True)).items() if _is_shown(key)}
     raw = flat(OmegaConf.to_container(config, resolve=False))
@@ -151,17 +151,17 @@ def _below(key: str, sources: Mapping[str, str]) -> list[str]:
 
 
 def launch_facts(settings: TrainerSettings) -> dict[str, str]:
-    """How many processes would run, where, on what, and what each has of a batch."""
-    place = read_launch_env(os.environ)
+    """Return the processes, their device, and how the batch is split among them."""
+    launch = read_launch_env(os.environ)
     world = world_size(settings)
     gpus = torch.cuda.device_count() if settings.accelerator != "cpu" else 0
     device = torch.device("cuda" if gpus else "cpu")
     names = torch.cuda.get_device_name(0) if gpus else f"CPU, {torch.get_num_threads()} threads"
-    started = {"none": "this command", "torchrun": "torchrun", "srun": "srun"}[place.launcher]
+    started = {"none": "this command", "torchrun": "torchrun", "srun": "srun"}[launch.launcher]
     precision = str(precision_dtype(settings.precision, device)).removeprefix("torch.")
     share = -(-settings.batch_size // world)
     return {
-        "processes": f"{world}, started by {started}" + (f", meeting at {place.address}:{place.port}" if place.address else ""),
+        "processes": f"{world}, started by {started}" + (f", rendezvous at {launch.address}:{launch.port}" if launch.address else ""),
         "device": f"{names}; {precision}",
         "batch": f"{settings.batch_size} clips, {share} a process" + (f" in {settings.accumulate} parts" if settings.accumulate > 1 else ""),
         "workers": f"{settings.workers} loader processes for each process",
@@ -169,7 +169,7 @@ def launch_facts(settings: TrainerSettings) -> dict[str, str]:
 
 
 def data_facts(source: VideoSource) -> dict[str, str]:
-    """How many videos and classes there are."""
+    """Return the numbers of videos and classes."""
     facts = {
         "dataset": f"{source.name}, {len(source.class_names)} classes; root {source.notes.get('root', '')}",
         "videos": ", ".join(f"{len(getattr(source, split))} {split}" for split in ("train", "val", "test")),
@@ -179,7 +179,7 @@ def data_facts(source: VideoSource) -> dict[str, str]:
 
 
 def step_facts(videos: int, config: DictConfig, settings: TrainerSettings) -> dict[str, str]:
-    """How many optimizer steps so many training videos make, and what a test video gets."""
+    """Return the optimizer steps for this number of training videos, and the views of a test video."""
     clip = config.dataset.clip
     facts = {"test": f"{clip.views} views x {clip.crops} crops a video" if settings.test else "none (trainer.test=false)"}
     if not videos:

@@ -10,7 +10,7 @@ NOT_PATHS = ("class_names",)
 
 
 def expand_home(config: DictConfig | ListConfig, name: str = "") -> None:
-    """Expand `~` in every value of a config that begins with it, so that all path options treat it alike."""
+    """Expand `~` in every value of a config that begins with it, so that all path options accept it."""
     for key in list(config) if isinstance(config, DictConfig) else range(len(config)):
         if key in NOT_PATHS or OmegaConf.is_missing(config, key) or OmegaConf.is_interpolation(config, key):
             continue

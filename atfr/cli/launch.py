@@ -1,7 +1,7 @@
-"""Do a program's work on every process: those that a launcher started, or some that this one starts.
+"""Run a program's work on every process of a launcher, or start the processes.
 
-Without a launcher, `trainer.devices` processes (null: one for each GPU that torch sees) are started on
-this machine by torch's elastic launcher. They run the same program with the same overrides.
+Without a launcher, torch's elastic launcher starts `trainer.devices` processes (null: one for each visible GPU) on
+this machine. They run the same program with the same overrides.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ def on_every_process(
     where: str,
     alone: bool = False,
 ) -> None:
-    """Call `work` on every process with its ranks, after they have joined and compared their configs.
+    """Call `work` on every process with its ranks, after all have connected and compared their configs.
 
     An error in one of several ends its process at once, with exit code 1, so that its launcher ends the others. A
     signal ends the program at once, as `preemption.end` does, except where `work` checks the flag itself.
 
     Args:
         program: the file to run in the processes that are started here.
-        folder: where the results go, which in a sweep depends on more than a process's overrides.
-        where: what the program does, to be said when a signal ends it.
-        alone: refuse to work in a folder in which another job works (`run_lock`).
+        folder: the run folder, which in a sweep does not follow from the overrides of a process alone.
+        where: what the program is doing, for the message when a signal ends it.
+        alone: raise an error if another job works in the folder (`run_lock`).
     """
 
     def with_lock(dist_info: DistInfo) -> None:
@@ -95,7 +95,7 @@ def _on_every_process(work: Callable[[DistInfo], None], config: DictConfig, sett
             sys.exit(CLOSED_PIPE)
         if read_launch_env(os.environ).launcher == "none":
             raise
-        # Nor does it leave the group, for which it might wait for ever.
+        # Leaving the process group could wait forever, so exit without it.
         text = as_text(error)
         if comm.is_others_fault(error) and os.environ.get("ATFR_TRACEBACK") != "1":
             reason = str(error).strip().splitlines()
@@ -110,10 +110,10 @@ def _on_every_process(work: Callable[[DistInfo], None], config: DictConfig, sett
 
 
 def processes_to_start(accelerator: str, devices: int | None) -> int:
-    """How many processes are to be started here; 1: none, this one does the work, alone or among those of a launcher.
+    """Return how many processes to start here; 1 if this process does the work, alone or under a launcher.
 
     Raises:
-        ValueError: an impossible `accelerator` or number of `devices`.
+        ValueError: `accelerator` or `devices` is impossible.
     """
     if devices is not None and devices < 1:
         raise ValueError(f"trainer.devices={devices} must be at least 1, or null for every GPU")
@@ -128,17 +128,17 @@ def processes_to_start(accelerator: str, devices: int | None) -> int:
 
 
 def start_processes(count: int, program: str, folder: Path, *, on_gpus: bool) -> None:
-    """Run the program in `count` processes of this machine; the first one's error ends all of them, and is printed once."""
+    """Run the program in `count` processes on this machine. The first error stops all of them and is printed once."""
     hydra = HydraConfig.get()
-    # A job of a sweep is not what the command line says, and the same overrides alone would be another run folder.
+    # A job of a sweep has its own overrides, and these alone would give another run folder.
     arguments = [*hydra.overrides.task, f"trainer.output_dir={quoted(str(folder))}"] if in_sweep() else sys.argv[1:]
     before, handlers, disabled = dict(os.environ), {s: signal.getsignal(s) for s in signal.valid_signals()}, logging.root.manager.disable
     with tempfile.TemporaryDirectory(prefix="atfr-") as logs, tempfile.TemporaryDirectory(prefix="atfr-") as errors:
         os.environ.update({PARENT: str(os.getpid()), ERRORS: errors})
-        if not on_gpus:  # where one ends, torch logs a stack of frames for each that was talking to it; NCCL's log says what is nowhere else
+        if not on_gpus:  # when a process exits, torch logs a stack for each of its peers. With GPUs keep it: NCCL reports errors only there
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
-        logging.disable(logging.CRITICAL)  # torch's own account of a failure, which is longer than ours
+        logging.disable(logging.CRITICAL)  # torch's report of a failure, which is longer than ours
         passed_on = pass_on_signals(Path(errors))
         try:
             elastic_launch(
@@ -152,7 +152,7 @@ def start_processes(count: int, program: str, folder: Path, *, on_gpus: bool) ->
                     local_addr="localhost",
                     max_restarts=0,
                     logs_specs=DefaultLogsSpecs(log_dir=logs),
-                    signals_to_handle="SIGQUIT",  # the others would leave the processes 30 s to save
+                    signals_to_handle="SIGQUIT",  # for other signals the launcher gives the processes only 30 s to save
                 ),
                 sys.executable,
             )(program, *arguments)
@@ -165,7 +165,7 @@ def start_processes(count: int, program: str, folder: Path, *, on_gpus: bool) ->
             text = first_error(Path(errors), error)
             print(text, file=sys.stderr, flush=True)
             if in_sweep() and "SUBMITIT_EXECUTOR" not in os.environ:
-                raise JobFailed(text) from None  # the sweep's other jobs still run
+                raise JobFailed(text) from None  # the other jobs of the sweep still run
             sys.exit(1)
         except SignalException as stopped:
             sys.exit(128 + stopped.sigval)
@@ -179,7 +179,7 @@ def start_processes(count: int, program: str, folder: Path, *, on_gpus: bool) ->
 
 
 def pass_on_signals(folder: Path) -> list[int]:
-    """From now on the signals that mean "stop soon" go to the started processes, each of which has a file there; those that came.
+    """Forward stop signals to the started processes, each of which has a file in the folder; return the list of received signals.
 
     A process that has none yet finds the signal in the file `SIGNAL_FILE`.
     """
@@ -204,7 +204,7 @@ def pass_on_signals(folder: Path) -> list[int]:
 
 
 def first_error(folder: Path, error: ChildFailedError) -> str:
-    """The first process's error; the others' follow from it. One that was killed left none, and SIGTERM came after it."""
+    """Return the error of the process that failed first. A killed process leaves no error; SIGTERM is the launcher stopping the rest."""
     killed = [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM]
     said = sorted((path for path in _files(folder) if path.stat().st_size), key=lambda path: path.stat().st_mtime_ns)
     if said and not killed:
@@ -219,13 +219,13 @@ def _files(folder: Path) -> list[Path]:
 
 
 def answer_to_the_parent() -> None:
-    """Have the kernel kill this process as soon as the one that started it is gone, however that ended, and tell that one of it."""
+    """Let the kernel kill this process when its parent exits, and create the file that tells the parent about it."""
     if PARENT not in os.environ:
         return
     if sys.platform.startswith("linux"):
         set_parent_death_signal = 1  # of prctl(2)
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != int(os.environ[PARENT]):  # it was gone before that
+    if os.getppid() != int(os.environ[PARENT]):  # the parent had already exited
         sys.exit(1)
     folder = Path(os.environ[ERRORS])
     (folder / str(os.getpid())).touch()

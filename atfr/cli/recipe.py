@@ -1,7 +1,7 @@
-"""The training recipe that a command runs when it chooses a dataset and no experiment.
+"""Find the training recipe for a command that chooses a dataset and no experiment.
 
-A recipe is a file of `configs/experiment/`, named NETWORK/DATASET or NETWORK/DATASET_SIZE. Its comments say where its values
-come from (`# Source: ...`) and, where not all sizes of the network were published so, for which they hold (`# Sizes: ...`).
+A recipe is a file of `configs/experiment/`, named NETWORK/DATASET or NETWORK/DATASET_SIZE. Its comments give the source of its
+values (`# Source: ...`) and, if they were not published for all sizes of the network, the sizes (`# Sizes: ...`).
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from atfr.cli.suggestions import CONFIGS
 
 EXPERIMENTS = CONFIGS / "experiment"
 SOURCE, SIZES = "# Source: ", "# Sizes: "
-UNPUBLISHED = "not published"  # how the source of a recipe of ours begins
+UNPUBLISHED = "not published"  # the start of the source of our own recipes
 SHORT_NAMES = {"something_something_v2": "ssv2"}
 KINETICS = ("kinetics400", "kinetics600", "mini_kinetics")
-ADDED = "ATFR_RECIPE"  # in the environment: the experiment that `with_experiment` has put into the command line
+ADDED = "ATFR_RECIPE"  # environment variable: the experiment that `with_experiment` added to the command line
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A file of `configs/experiment/`, without its suffix, and where its values come from."""
+    """A file of `configs/experiment/`, without its suffix, and the source of its values."""
 
     name: str
-    source: str  # "" for a file without one, such as those of base/
+    source: str  # "" if the file has none, as in base/
     published: bool  # for this network, of this size, on this dataset
 
 
 @dataclass(frozen=True)
 class Announcement:
-    """Lines to print before anything else, and lines to print once it is known that the command can run."""
+    """Lines to print first, and lines to print once the command is known to run."""
 
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
@@ -73,8 +73,8 @@ def find_recipe(*, model: str, size: str | None, dataset: str) -> Recipe | None:
         dataset: a file of `configs/dataset/`.
 
     Returns:
-        None for the built-in dataset with a network that has no recipe for it, and for `videolist`: no recipe can say
-        how long to train on private videos.
+        None for the built-in dataset if the network has no recipe for it, and for `videolist`, because the number of
+        epochs depends on the user's videos.
     """
     network, short = model.removesuffix("_sgs"), SHORT_NAMES.get(dataset, dataset)
     exact = _first(f"{network}/{short}_{size}", f"{network}/{short}")
@@ -96,13 +96,13 @@ def _first(*names: str) -> str | None:
 
 
 def with_recipe(config: DictConfig) -> tuple[DictConfig, Announcement]:
-    """Compose the config anew with the recipe of its network and dataset, where the command chooses no experiment.
+    """Compose the config again with the recipe of its network and dataset, unless the command chooses an experiment.
 
-    What the command line sets wins over the recipe: a single option, or a whole group such as `optimizer=adamw`.
-    `~experiment` there means no recipe.
+    The command line wins over the recipe: a single option, or a whole group such as `optimizer=adamw`.
+    `~experiment` means no recipe.
 
     Returns:
-        The config, and what to say about its recipe.
+        The config, and the lines to print about its recipe.
 
     Raises:
         ValueError: the command line and the recipe do not fit together.
@@ -117,7 +117,7 @@ def with_recipe(config: DictConfig) -> tuple[DictConfig, Announcement]:
         nearest = "" if chosen["dataset"] == "synthetic" else "; experiment=base/pyslowfast is the nearest"
         line = f"recipe: none for {chosen['model']} on {chosen['dataset']}{nearest}; from the defaults of configs/: {_summary(config)}"
         return config, Announcement(after=(line,))
-    # The network and the dataset once more, since the recipe's file names its own.
+    # Repeat the network and the dataset, because the recipe's file chooses its own.
     overrides = [f"experiment={recipe.name}", *(f"{group}={choice}" for group, choice in chosen.items()), *given]
     try:
         composed = compose(hydra.job.config_name, overrides, return_hydra_config=True)
@@ -131,12 +131,12 @@ def with_recipe(config: DictConfig) -> tuple[DictConfig, Announcement]:
                 composed[group] = config[group]  # as it is without the recipe, whose values are of another choice
     expand_home(composed)
     if composed.get("init_from") is not None and not is_given("model.weights", given):
-        composed.model.weights = None  # the command says what to start from
+        composed.model.weights = None  # init_from replaces the recipe's weights
     return composed, Announcement(before=(*_lines(composed, recipe, chosen, given), *note))
 
 
 def _startable(recipe: Recipe | None, config: DictConfig, model: str, given: Sequence[str]) -> tuple[Recipe | None, tuple[str, ...]]:
-    """Replace a recipe that starts from pretrained weights, where there are none, by the network's own from scratch; lines that say so."""
+    """Replace a recipe that needs pretrained weights, if there are none, by the network's recipe from scratch; return it and lines to print."""
     if recipe is None:
         return None, ()
     weights = _alone(recipe).model.get("weights")
@@ -149,10 +149,10 @@ def _startable(recipe: Recipe | None, config: DictConfig, model: str, given: Seq
 
 
 def with_experiment(arguments: list[str]) -> list[str] | None:
-    """Add the recipe's experiment to a command that hydra cannot compose without it, such as one that sets an option of its schedule.
+    """Add the recipe's experiment to a command that sets an option which only exists with the recipe, such as one of its schedule.
 
     Returns:
-        None where the command has a recipe of its own, is a sweep, or there is none.
+        None if the command chooses an experiment, is a sweep, or has no recipe.
     """
     overrides = {override.key_or_group: override for override in map(parse, arguments) if override is not None}
     if "experiment" in overrides or is_sweep(arguments):
@@ -173,17 +173,17 @@ def _default_size(model: str) -> str | None:
 
 
 def _own_overrides(overrides: Sequence[str]) -> list[str]:
-    """A command's overrides without the experiment that `with_experiment` added."""
+    """Return a command's overrides without the experiment that `with_experiment` added."""
     return [override for override in overrides if override != f"experiment={os.environ.get(ADDED)}"]
 
 
 def is_given(key: str, overrides: Sequence[str]) -> bool:
-    """Return whether a command's overrides set, add or delete this very key."""
+    """Return whether a command's overrides set, add or delete this key."""
     return any(override.lstrip("+~").partition("=")[0] == key for override in overrides)
 
 
 def require_weights(config: DictConfig) -> None:
-    """Raise ValueError where a recipe starts from pretrained weights and the command does not say which."""
+    """Raise ValueError if the recipe needs pretrained weights and the command gives none."""
     weights = config.model.get("weights")
     if weights is None or is_given("model.weights", HydraConfig.get().overrides.task) or Path(weights).exists():
         return
@@ -192,7 +192,7 @@ def require_weights(config: DictConfig) -> None:
 
 
 def _remember(choices: DictConfig, overrides: list[str]) -> None:
-    """Put the choices of the recipe, which a checkpoint records, and the command's own overrides into HydraConfig."""
+    """Write the recipe's choices, which a checkpoint records, and the command's own overrides into HydraConfig."""
     hydra = HydraConfig.get()
     for node, key, value in ((hydra.runtime, "choices", choices), (hydra.overrides, "task", overrides)):
         OmegaConf.set_readonly(node, False)
@@ -227,5 +227,5 @@ def _summary(config: DictConfig) -> str:
 
 
 def _alone(recipe: Recipe) -> DictConfig:
-    """The config of the recipe without anything from the command."""
+    """Compose the recipe without the overrides of the command."""
     return compose("train", [f"experiment={recipe.name}"])

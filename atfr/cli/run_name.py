@@ -13,21 +13,20 @@ from hydra.types import RunMode
 from atfr.cli.arguments import parse, value_text
 from atfr.engine.run.run_dir import PATHS
 
-SWEPT = "ATFR_SWEPT"  # in a job's environment: the keys with several values in its sweep, separated by commas; see atfr.cli.sweep
+SWEPT = "ATFR_SWEPT"  # environment variable of a job: the comma-separated keys that have several values in its sweep; see atfr.cli.sweep
 LONGEST = 100  # letters of a name
 
 
 def in_sweep() -> bool:
-    """Whether this is a job of a sweep (`-m`)."""
+    """Return whether this is a job of a sweep (`-m`)."""
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def run_folder(output_dir: str | None, *, under: str = "") -> Path:
-    """`trainer.output_dir`, or a folder under runs/ (and there under `under`) named after the command's overrides.
+    """Return `trainer.output_dir`, or a folder under runs/ (and there under `under`) named after the command's overrides.
 
-    The name is the same for the same command, in whatever order its overrides are, so that running it again resumes; it has no
-    date. It leaves out where the data lie: of a list, it has the file's name without its folder. In a sweep the overrides that
-    differ between its jobs come first, whole.
+    The name has no date and does not depend on the order of the overrides, so that the same command resumes. It leaves out the
+    folders of the data; a list appears with its file name. In a sweep the overrides that differ between the jobs come first.
     """
     if output_dir is not None:
         return Path(output_dir)
@@ -39,13 +38,13 @@ def run_folder(output_dir: str | None, *, under: str = "") -> Path:
 
 
 def swept_part(overrides: list[str]) -> list[str]:
-    """The overrides of a job that differ between the jobs of its sweep; all, where these are not known."""
+    """Return the overrides that differ between the jobs of a sweep, or all if this is not known."""
     swept = os.environ.get(SWEPT)
     return overrides if swept is None else [override for override in overrides if _key(override) in swept.split(",")]
 
 
 def folder_name(overrides: list[str]) -> str:
-    """A name that neither a shell nor hydra wants quoted, with a hash where letters had to go."""
+    """Return a folder name that needs no quotes in a shell or in hydra; if characters were replaced or cut, it ends with a hash."""
     full = ",".join(overrides)
     name = re.sub(r"[^\w.+-]+", "_", full.replace("=", "-"), flags=re.ASCII)[:LONGEST] or "default"
     if len(full) > LONGEST or re.search(r"[^\w.+=,-]", full, flags=re.ASCII):
@@ -54,7 +53,7 @@ def folder_name(overrides: list[str]) -> str:
 
 
 def _without_folder(override: str) -> str:
-    """The override with the name of its file or folder alone, where it says where data lie."""
+    """Reduce the path of an override that locates data to its last part."""
     key, _, value = override.partition("=")
     return f"{key}={os.path.basename(value)}" if key.lstrip("+") in PATHS and not value.startswith("[") else override
 
@@ -64,7 +63,7 @@ def _key(override: str) -> str:
 
 
 def _plain(override: str) -> str:
-    """The override without quotes round its value."""
+    """Return the override without quotes around its value."""
     parsed = parse(override)
     if parsed is None or parsed.value_type is None or parsed.is_sweep_override() or parsed.is_delete():
         return override

@@ -1,4 +1,4 @@
-"""Find the option or choice that a mistyped one was meant to be."""
+"""Suggest options and choices for mistyped ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from atfr.cli.arguments import is_override, parse, value_text
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 GROUPS = ("dataset", "model", "model/sgs", "optimizer", "schedule", "trainer", "experiment")
-DERIVED = ("model.clip", "model.clips")  # what dataset.clip takes from the model, which is changed there
+DERIVED = ("model.clip", "model.clips")  # defaults of dataset.clip, where users change them
 CLOSE = 0.8  # difflib's ratio
 
 
@@ -24,7 +24,7 @@ def did_you_mean(names: list[str]) -> str:
 
 
 def similar(name: str, names: Iterable[str]) -> list[str]:
-    """Up to three of the names, the closest first; only those that differ in case or separators alone, where there are any."""
+    """Return up to three similar names, the closest first. Names that differ only in case or separators exclude all others."""
     by_letters: dict[str, list[str]] = {}
     for other in names:
         by_letters.setdefault(_letters(other), []).append(other)
@@ -33,7 +33,7 @@ def similar(name: str, names: Iterable[str]) -> list[str]:
 
 
 def similar_options(name: str, config: DictConfig) -> list[str]:
-    """Options of a config, and config groups, that `name` may stand for: those called alike, wherever they are, or spelled alike."""
+    """Return options and config groups that `name` may mean: the same name in another group, or a similar spelling."""
     options = [*option_names(config), *(group for group in GROUPS if group.split("/")[0] in config or (group == "experiment" and "trainer" in config))]
     parent, _, last = name.replace("/", ".").rpartition(".")
     siblings = {option.replace("/", ".").rpartition(".")[2]: option for option in options if option.replace("/", ".").rpartition(".")[0] == parent}
@@ -48,7 +48,7 @@ def similar_options(name: str, config: DictConfig) -> list[str]:
 
 
 def option_names(config: DictConfig, prefix: str = "") -> list[str]:
-    """The full names of a config's options."""
+    """Return the full names of a config's options."""
     found: list[str] = []
     for key in config:
         name = f"{prefix}{key}"
@@ -60,14 +60,14 @@ def option_names(config: DictConfig, prefix: str = "") -> list[str]:
 
 
 def choices(group: str) -> list[str]:
-    """The names of a group's files, those in folders of `experiment` among them."""
+    """Return the names of a group's files; for `experiment` with their subfolders."""
     folder = CONFIGS / group
     files = folder.rglob("*.yaml") if group == "experiment" else folder.glob("*.yaml")
     return sorted(name for name in (str(path.relative_to(folder).with_suffix("")) for path in files) if not name.startswith("base/"))
 
 
 def composed(config_name: str, arguments: list[str]) -> DictConfig:
-    """A program's config with the groups that the arguments choose, without their other overrides."""
+    """Compose a program's config with the groups that the arguments choose, without their other overrides."""
     given = [(parse(argument), argument) for argument in arguments if is_override(argument)]
     chosen = [
         argument
@@ -78,7 +78,7 @@ def composed(config_name: str, arguments: list[str]) -> DictConfig:
         for tried in (chosen, [argument for argument in chosen if argument.startswith("dataset=")]):
             try:
                 return compose(config_name, tried)
-            except HydraException:  # choices that do not fit together, or a group that this program does not have
+            except HydraException:  # incompatible choices, or a group that this program does not have
                 continue
     return OmegaConf.create()
 

@@ -1,4 +1,4 @@
-"""What a sweep (`-m`) checks and notes before it hands its jobs to hydra's launcher."""
+"""Hydra callbacks that run when a sweep (`-m`) starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from atfr.engine.distributed.preemption import handled_signals
 
 
 class NeedsSlurm(Callback):
-    """Ends a sweep of SLURM jobs with one line on a machine without SLURM, where submitit has a traceback."""
+    """Exit with one line if a sweep of SLURM jobs starts on a machine without SLURM, where submitit prints a traceback."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         if not config.hydra.launcher._target_.endswith(".SlurmLauncher"):
@@ -29,7 +29,7 @@ class NeedsSlurm(Callback):
 
 
 class TellsWhatIsSwept(Callback):
-    """Puts the keys that have several values into the environment of each job, wherever that runs, for the name of its folder."""
+    """Pass the keys that have several values to each job through its environment, for the name of its folder."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         arguments = [*(f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()), *config.hydra.overrides.task]

@@ -1,4 +1,4 @@
-"""The study of docs/claim.md: does sampling halve the GFLOPs at no loss of accuracy, and does it beat what costs the same?
+"""The study of docs/results.md: does sampling halve the GFLOPs at no loss of accuracy, and does it beat what costs the same?
 
     python studies/claim/claim.py --published                         # the runs of studies/claim/rows.csv again, then the report
     python studies/claim/claim.py --networks x3d --data uneven --methods dense atfr-0.4 uniform-6 --seeds 0 1 2
@@ -10,7 +10,7 @@ A run is one of tools/train.py or tools/calibrate.py under runs/claim/DATA-NETWO
 on where it stopped, one that is done is left alone. Each seed trains a dense network first; every other run of
 that seed starts from its weights, and has the same number of further epochs, the dense one as well.
 Results go into studies/claim/rows.csv, in the place of those of the same run that it has; the report of all that it has
-into docs/claim.md and README.md (between their marks) and docs/claim.png.
+into docs/results.md and studies/claim/README.md (between their marks) and docs/claim.png.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How many phases of the built-in clips a layer leaves a feature of their own, with no network at all: what any z could gain.
 
-    python studies/claim/claim_cuts.py         # a minute; writes its table into docs/claim.md, between its marks
+    python studies/claim/claim_cuts.py         # a minute; writes its table into studies/claim/README.md, between its marks
 
 The class of a built-in video is the order of its four phases. A phase has a feature of its own where a bin holds frames
 of that phase alone. Our layers' bins are cut by the pixels that networks see, at a width calibrated on training videos.
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from claim import ROOT, config_of
-from claim_report import DOCUMENT, fill
+from claim_report import DETAILS, fill
 from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
@@ -60,7 +60,7 @@ def main() -> None:
     for name in layers:
         cells = (f" {kept:.1f} | {100 * phases:.1f} | {100 * clips:.1f} |" for kept, phases, clips in (found[name, data] for data in DATA))
         lines.append(f"| {name} |{''.join(cells)}")
-    fill(DOCUMENT, "cuts", "\n".join(lines), script="claim_cuts.py")
+    fill(DETAILS, "cuts", "\n".join(lines), script="claim_cuts.py")
     print("\n".join(lines))
 
 

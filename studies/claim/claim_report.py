@@ -12,7 +12,7 @@ from claim_rows import ROWS, Row, updated
 
 from atfr.utils.atomic_io import write_text
 
-DOCUMENT, README, PLOT = Path("docs/claim.md"), Path("README.md"), Path("docs/claim.png")
+RESULTS, DETAILS, PLOT = Path("docs/results.md"), Path("studies/claim/README.md"), Path("docs/claim.png")
 OURS = ("atfr", "features", "input")  # the preset's layer, the same by what the sampled features show, and the same on the clips themselves
 FIXED = ("uniform", "stride", "random", "input-uniform", "input-stride")  # what keeps equally many features of all clips
 ONE = "one seed against"  # what `relation` says of it
@@ -27,11 +27,10 @@ def report(runs: Path) -> None:
         return
     groups = grouped(rows)
     text, verdict_text = body(groups), headline(groups)
-    fill(DOCUMENT, "verdict", verdict_text)
-    fill(README, "verdict", verdict_text)
-    fill(DOCUMENT, "report", text)
+    fill(RESULTS, "verdict", verdict_text)
+    fill(DETAILS, "report", text)
     plot(groups)
-    print(f"{text}\n{verdict_text}\n{len(rows)} rows in {ROWS}; table in {DOCUMENT}, plot in {PLOT}")
+    print(f"{text}\n{verdict_text}\n{len(rows)} rows in {ROWS}; verdict in {RESULTS}, tables in {DETAILS}, plot in {PLOT}")
 
 
 def fill(document: Path, name: str, text: str, *, script: str = "claim.py") -> None:
@@ -45,11 +44,11 @@ def fill(document: Path, name: str, text: str, *, script: str = "claim.py") -> N
 
 
 def body(groups: Groups) -> str:
-    """What the document says of all data and networks, in figures."""
+    """Return the verdicts on all data and networks, and the table of every method."""
     rows = [row for members in groups.values() for row in members]
     names = sorted({row.data for row in rows})
     commits = ", ".join(sorted({row.commit[:8] for row in rows if row.commit}))
-    lines = [*(line for data in names for line in verdict(data, groups)), "", f"![top-1 over GFLOPs]({PLOT.name})", "", f"{len(rows)} results of commits {commits}.", ""]
+    lines = [*(line for data in names for line in verdict(data, groups)), "", f"{len(rows)} results of commits {commits}.", ""]
     return "\n".join([*lines, *(line for data in names for line in table(data, groups))])
 
 
