@@ -22,7 +22,7 @@ from atfr.engine.distributed import comm
 from atfr.engine.distributed.sync_batchnorm import batch_norms, sync_batchnorm
 from atfr.engine.settings import TrainerSettings
 from atfr.models.graph.probing import evaluating
-from atfr.models.sgs.layer import SGS, Proposal, Sampled
+from atfr.models.sgs.layer import Proposal, Sampled
 from atfr.models.video_net import VideoNet
 
 KEEP_ALL = 2**31 - 1  # an upper limit that no clip reaches
@@ -116,8 +116,7 @@ def calibrate(
     with evaluating(model):
         done = [model(batch.to(_device(model)), return_sampling=True)[1] for batch in batches]
     table = model.gflops_table(tuple(batches[0].shape[1:]))
-    costs = [table.at(bins) for sampling in done for bins in sampling.bins]
-    return sum(costs) / len(costs) / table.dense
+    return table.estimate([bins for sampling in done for bins in sampling.bins]).mean() / table.dense
 
 
 def _first_clips(model: VideoNet, clips: Tensor | Iterable[Any], most: int) -> list[Tensor]:
@@ -164,33 +163,37 @@ def _calibrate_level(model: VideoNet, level: int, batches: Iterable[Tensor], *, 
             if not any(layer.tracks_width for layer in layers):
                 break  # baselines depend on the shape alone
             seen.append(_proposals(model, level, clips.to(_device(model))))
-    for i, layer in enumerate(layers):
-        measured = _gathered([proposals[i] for proposals in seen]) if layer.tracks_width else None
-        _set_budget(model, layer, shape, gflops, measured)
-        if measured is not None:
-            layer.calibrate(*measured)
+    measured = [_gathered([proposals[i] for proposals in seen]) if layer.tracks_width else None for i, layer in enumerate(layers)]
+    _set_budget(model, level, shape, gflops, measured)
+    for layer, clips_of_layer in zip(layers, measured):
+        if clips_of_layer is not None:
+            layer.calibrate(*clips_of_layer)
 
 
-def _set_budget(model: VideoNet, layer: SGS, shape: tuple[int, ...], gflops: float | None, measured: tuple[Tensor, Tensor] | None) -> None:
-    """Set the layer's keep ratio from the budget: `gflops`, or that of its options."""
-    options = layer.options
-    if gflops is None and options.keep_ratio is not None and options.gflops_range is None:
-        layer.set_budget(options.keep_ratio)
+def _set_budget(model: VideoNet, level: int, shape: tuple[int, ...], gflops: float | None, measured: list[tuple[Tensor, Tensor] | None]) -> None:
+    """Set the keep ratio of the layers of a level from the budget: `gflops`, or that of their options."""
+    layers = model.levels[level]
+    options = layers[0].options  # the same for all layers
+    budget = options.gflops if gflops is None else gflops
+    if budget is None and options.gflops_range is None:
+        for layer in layers:
+            layer.set_budget(options.keep_ratio)
         return
     table = model.gflops_table(shape)
-    budget = options.gflops if gflops is None else gflops
-    ratio = options.keep_ratio if budget is None else keep_ratio_for(table, budget, whole=layer.is_baseline)
-    if measured is not None and budget is not None and len(model.sgs) == 1:  # several layers have too many pairs of B' to count
-        z, valid = measured
+    ratio = options.keep_ratio if budget is None else keep_ratio_for(table, budget, whole=options.is_baseline)
+    if budget is not None and len(model.levels) == 1 and None not in measured:
 
         def cost(keep_ratio: float) -> float:
-            return table.estimate(layer.bins_for(z, valid, keep_ratio).tolist()).mean() / table.dense
+            kept = [layer.bins_for(z, valid, keep_ratio).tolist() for layer, (z, valid) in zip(layers, measured)]
+            return table.estimate(list(zip(*kept))).mean() / table.dense
 
         if options.noise_floor:
-            layer.calibrate(z, valid)  # of which `cost` takes the floor
+            for layer, clips in zip(layers, measured):
+                layer.calibrate(*clips)  # `cost` uses the floor
         ratio = refined(ratio, budget, cost)
     keep_range = None if options.gflops_range is None else tuple(keep_ratio_for(table, share) for share in options.gflops_range)
-    layer.set_budget(ratio, keep_range)
+    for layer in layers:
+        layer.set_budget(ratio, keep_range)
 
 
 def _gathered(proposals: Sequence[Proposal]) -> tuple[Tensor, Tensor]:

@@ -60,22 +60,32 @@ class GflopsTable:
             self._by_bins[bins] = gflops(_Trunk(self._model, bins), self._features)
         return self._stem + self._by_bins[bins]
 
-    def estimate(self, bins: Sequence[int]) -> np.ndarray:
-        """Return GFLOPs for each B' of a network with one layer, from a few analyses.
+    def estimate(self, bins: Sequence[tuple[int, ...]]) -> np.ndarray:
+        """Return GFLOPs for each B' like `at`, from a few analyses for all of them together.
 
-        The cost is linear in the lengths that features have along the trunk, which B' determines. It is interpolated where
-        these are not known, and exact to rounding for all others unless an operation costs more than in proportion.
+        The cost is linear in the lengths that features have along the trunk, which B' determines. So this is exact but for
+        rounding and for operations whose cost is not in proportion to the length (non-local blocks, a layer behind another).
         """
-        (frames,) = self.frames
-        steps = range(1, frames + 1)
-        lengths = np.array(sorted({(1,) * frames, *(time.lengths(steps) for time in self._model.times.values())}), dtype=float)  # [K, T]
-        for kept in np.linspace(self.least[0], frames, len(lengths) + 1).round().astype(int).tolist():
-            self.at((kept,))
-        known, costs = (np.array(column) for column in zip(*sorted((kept, cost) for (kept,), cost in self._by_bins.items())))
-        if len(lengths) == 1:  # bucketed
-            return self._stem + np.interp(bins, known, costs)
-        factors, *_ = np.linalg.lstsq(lengths[:, known - 1].T, costs, rcond=None)
-        return self._stem + lengths[:, np.asarray(bins) - 1].T @ factors
+        if not self._model.times:  # bucketed, with one layer: the lengths are not known
+            known = np.linspace(self.least[0], self.frames[0], 5).round().astype(int)
+            return np.interp([kept for (kept,) in bins], known, [self.at((kept,)) for kept in known.tolist()])
+        names = [layer.name for layer in self._model.sgs.values()]
+        profiles = {(names.index(time.source), time.lengths(range(1, self.frames[names.index(time.source)] + 1))) for time in self._model.times.values()}
+        terms = sorted(profiles)  # (layer, lengths by B' - 1)
+
+        def row(kept: tuple[int, ...]) -> list[float]:
+            return [1.0, *(lengths[kept[layer] - 1] for layer, lengths in terms)]
+
+        known = list(self._by_bins)
+        for layer, (least, frames, depth) in enumerate(zip(self.least, self.frames, self.depths)):
+            others = [f if d < depth else low for f, low, d in zip(self.frames, self.least, self.depths)]
+            for kept in (frames, *range(least, frames)):  # as many as determine the terms
+                example = (*others[:layer], kept, *others[layer + 1 :])
+                rows = np.array([row(other) for other in (*known, example)])
+                if np.linalg.matrix_rank(rows) > (np.linalg.matrix_rank(rows[:-1]) if known else 0):
+                    known.append(example)
+        factors, *_ = np.linalg.lstsq(np.array([row(kept) for kept in known]), np.array([self.at(kept) for kept in known]), rcond=None)
+        return np.array([row(kept) for kept in bins]) @ factors
 
 
 def gflops(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> float:

@@ -101,18 +101,10 @@ class VideoNet(nn.Module):
 
     def __init__(self, network: nn.Module, *, stages: Stages = {}, sgs: SGSConfig | None = None, probe: tuple[int, int, int] = (16, 64, 64)) -> None:
         super().__init__()
-        network.to(memory_format=torch.channels_last_3d)
-        # Its modules are registered here under their own names. The network itself is kept out of the module tree, in which
-        # every parameter would have a second name, and so are the programs, which call its modules.
-        self._network = (network,)
-        self._parameters, self._buffers = network._parameters, network._buffers
-        self._non_persistent_buffers_set = network._non_persistent_buffers_set
-        for name, module in network._modules.items():
-            if hasattr(self, name):
-                raise ValueError(f"the network has a module {name!r}, a name that VideoNet uses itself: rename that module")
-            self.add_module(name, module)
+        for tensor in (*network.parameters(), *network.buffers()):
+            if tensor.dim() == 5:  # `network.to` fails for a 2D convolution
+                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last_3d)
         self._recipe = (stages, sgs, probe)
-        self.sgs = nn.ModuleDict()
         self.execution = "dense"
         self.times: dict[str, Time] = {}
         self.layer_inputs: dict[str, Time] = {}
@@ -124,6 +116,16 @@ class VideoNet(nn.Module):
         self._evaluation_programs: tuple[nn.Module, ...] | None = None
         self._least: dict[tuple, tuple[int, ...]] = {}  # see `_least_alone`
         self._tables: dict[tuple[int, ...], GflopsTable] = {}  # by clip shape
+        # The network's modules are registered here under their own names. The network itself is kept out of the module tree,
+        # in which every parameter would have a second name, and so are the programs, which call its modules.
+        self._network = (network,)
+        self._parameters, self._buffers = network._parameters, network._buffers
+        self._non_persistent_buffers_set = network._non_persistent_buffers_set
+        for name, module in network._modules.items():
+            if name == "sgs" or hasattr(self, name):
+                raise ValueError(f"the network has a module {name!r}, a name that VideoNet uses itself: rename that module")
+            self.add_module(name, module)
+        self.sgs = nn.ModuleDict()
         if sgs is not None:
             self._add_sgs(sgs, stages, probe)
 
