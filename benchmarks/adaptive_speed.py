@@ -35,7 +35,7 @@ from atfr.models.backbones.r2plus1d import r2plus1d
 from atfr.models.backbones.resnet3d import resnet3d
 from atfr.models.backbones.resnets import slow
 from atfr.models.backbones.x3d import x3d
-from atfr.models.graph.tracing import Traced
+from atfr.models.graph.tracing import DenseNetwork, Traced
 from atfr.models.packed.segments import take
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.sgs.layer import sample
@@ -136,6 +136,7 @@ class Ways:
         bucketed.load_state_dict(model.state_dict())
         # As the source library runs it: memory in torch's default order.
         self.source = copy.deepcopy(model.backbone).to(memory_format=torch.contiguous_format)
+        self.dense = DenseNetwork(model.backbone)
         self.plain = Traced(model.backbone, model.places, root=model).plain_trunk()
         self._compiled: tuple[nn.Module, nn.Module] | None = None
 
@@ -145,7 +146,7 @@ class Ways:
             features = model.stem(clips)
         contiguous = clips.contiguous()
         runs: dict[str, Callable[[], object]] = {
-            "dense": lambda: model.backbone(clips),
+            "dense": lambda: self.dense(clips),
             "source layout": lambda: self.source(contiguous),
             "padded": lambda: self._padded(clips, forced),
             "bucketed": lambda: self.bucketed(clips, forced),
@@ -154,7 +155,7 @@ class Ways:
         }
         if compiled:
             if self._compiled is None:
-                self._compiled = torch.compile(model.backbone), torch.compile(model.packed_trunk, dynamic=True)
+                self._compiled = torch.compile(Traced(model.backbone, {}).whole()), torch.compile(model.packed_trunk, dynamic=True)
             dense, trunk = self._compiled
             runs["dense compiled"] = lambda: dense(clips)
             runs["packed compiled"] = lambda: trunk(*model.stem(clips), forced)

@@ -157,9 +157,9 @@ class _Waste(fx.Interpreter):
         gap = shared_gap(bins[self.names[0]], self.gap, self.device)
         if gap:  # all of the trunk runs on its places
             shared = Segments(bins[self.names[0]], self.frames[0], torch.zeros(0), gap)
-            total = (shared.places - sum(shared.lengths)) * (self.framewise + sum(c.gflops for c in self.convolutions))
+            total = (shared.num_slots - sum(shared.lengths)) * (self.framewise + sum(c.gflops for c in self.convolutions))
         else:
-            total = sum(c.gflops * ops.wasted(c.module, c.time.lengths(bins[c.time.source]), self.device) for c in self.convolutions if c.time.source in bins)
+            total = sum(c.gflops * ops.extra_outputs(c.module, c.time.lengths(bins[c.time.source]), self.device) for c in self.convolutions if c.time.source in bins)
         for name, frames in zip(self.names, self.frames):
             time = self.inputs.get(name)
             given = (frames,) * len(batch) if time is None else time.lengths(bins[time.source]) if time.source in bins else bins[name]
