@@ -35,7 +35,7 @@ from atfr.models.backbones.resnet3d import resnet3d
 from atfr.models.backbones.resnets import slow
 from atfr.models.backbones.x3d import x3d
 from atfr.models.flops import GflopsTable
-from atfr.models.graph.tracing import Traced
+from atfr.models.graph.tracing import DenseNetwork, Traced
 from atfr.models.packed.segments import take
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.sgs.layer import sample
@@ -136,6 +136,7 @@ class Ways:
         bucketed.load_state_dict(model.state_dict())
         # As the source library runs it: memory in torch's default order.
         self.source = copy.deepcopy(model.dense_network).to(memory_format=torch.contiguous_format)
+        self.dense = DenseNetwork(model.dense_network)
         self.plain = Traced(model.dense_network, model.locations).plain_trunk()
         self._compiled: tuple[nn.Module, nn.Module] | None = None
 
@@ -145,7 +146,7 @@ class Ways:
             features = model.run_stem(clips)
         contiguous = clips.contiguous()
         runs: dict[str, Callable[[], object]] = {
-            "dense": lambda: model.dense_network(clips),
+            "dense": lambda: self.dense(clips),
             "source layout": lambda: self.source(contiguous),
             "padded": lambda: self._padded(clips, forced),
             "bucketed": lambda: self.bucketed(clips, forced),
@@ -154,7 +155,7 @@ class Ways:
         }
         if compiled:
             if self._compiled is None:
-                self._compiled = torch.compile(model.dense_network), torch.compile(model.packed_trunk, dynamic=True)
+                self._compiled = torch.compile(Traced(model.dense_network, {}).whole()), torch.compile(model.packed_trunk, dynamic=True)
             dense, trunk = self._compiled
             runs["dense compiled"] = lambda: dense(clips)
             runs["packed compiled"] = lambda: trunk(*model.run_stem(clips), forced)

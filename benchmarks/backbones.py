@@ -26,6 +26,7 @@ from torch import nn
 
 from atfr.cli import builders
 from atfr.engine.distributed.comm import DistInfo
+from atfr.models.graph.tracing import DenseNetwork
 from atfr.models.video_net import VideoNet
 from atfr.utils.malloc import keep_freed_memory
 
@@ -87,8 +88,9 @@ def measured(name: str, size: str | None, *, batch: int, rounds: int) -> Row:
         tuple(least + (frames - least) * i // max(batch - 1, 1) for i in range(batch)) for least, frames in zip(table.least, table.frames)
     ]
     clips = torch.randn(batch, 3, clip.frames, clip.crop_size, clip.crop_size).contiguous(memory_format=torch.channels_last_3d)
+    dense = DenseNetwork(model.dense_network)
     with torch.inference_mode():
-        runs = {"dense": lambda: model.dense_network(clips), "packed": lambda: model(clips, forced)}
+        runs = {"dense": lambda: dense(clips), "packed": lambda: model(clips, forced)}
         once = timed(runs, rounds=1, device=clips.device)["dense"]
         times = timed(runs, rounds=max(rounds, min(round(ENOUGH_S / once), 30)), device=clips.device)
         error = alone_error(model, clips[:4], [bins[:4] for bins in forced])

@@ -94,7 +94,7 @@ def test_the_functions_of_pytorchvideos_hub_run_packed_with_their_published_head
 def test_a_network_that_runs_on_no_fewer_features_than_all_is_refused_naming_what_needs_them():
     block = video.mvit.MSBlockConfig(1, 16, 16, (3, 3, 3), (3, 3, 3), (1, 1, 1), (1, 2, 2))
     small = functools.partial(video.mvit.MViT, (64, 64), 8, [block, block])
-    with pytest.raises(ValueError, match=r"after='conv_proj': what follows runs on all 4 features and on no fewer, so sample at a later place. With one less, .* in pos_encoding says: The size of tensor"):
+    with pytest.raises(ValueError, match=r"after='conv_proj': what follows runs on all 4 features and on no fewer, so sample at a later location. With one less, .* in pos_encoding says: The size of tensor"):
         custom(
             backbone=functools.partial(small, residual_pool=False, residual_with_cls_embed=False, rel_pos_embed=False, proj_after_attn=False),
             num_classes=CLASSES,
@@ -135,7 +135,7 @@ def test_bucketed_clips_keep_as_many_features_as_the_rest_can_run_on():
 
 def test_bucketed_clips_never_keep_a_number_that_the_rest_cannot_run_on():
     assert toy(Unpacked((1, 3, 4, 6, 7, 8))).sgs["first"].min_bins == 6
-    with pytest.raises(ValueError, match="runs on all 8 features and on no fewer, so sample at a later place. With one less, .*require.* in second says: 7 features will not do"):
+    with pytest.raises(ValueError, match="runs on all 8 features and on no fewer, so sample at a later location. With one less, .*require.* in second says: 7 features will not do"):
         toy(Unpacked((2, 4, 6, 8)))
 
 

@@ -611,7 +611,7 @@ class Standardised(nn.Conv3d):
         return super()._conv_forward(x, weight / weight.norm(), bias)
 
 
-def test_a_convolution_that_makes_its_weight_when_it_is_called_is_not_packed():
+def test_a_convolution_that_computes_its_weight_in_each_call_is_not_packed():
     """Packed, it would be run with the weight that lies there, alone and in a batch alike."""
     sizes = (8, 8, (3, 1, 1), 1, (1, 0, 0))
 
@@ -624,7 +624,7 @@ def test_a_convolution_that_makes_its_weight_when_it_is_called_is_not_packed():
         net = toy(conv)
         assert net.execution == "bucketed"
         check_forced(net)
-        with pytest.raises(ValueError, match="makes its weight when it is called"):
+        with pytest.raises(ValueError, match="computes its weight in each call"):
             toy(conv, execution="packed")
 
 

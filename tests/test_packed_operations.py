@@ -83,7 +83,7 @@ def check_nothing_leaks(run: Callable[[Tensor, Segments], Tensor], module: nn.Mo
 
 
 class Conv(NamedTuple):
-    way: str  # for clips of different length
+    method: str  # for clips of different length
     kernel: tuple[int, int, int]
     stride: tuple[int, int, int] = (1, 1, 1)
     padding: tuple[int, int, int] = (0, 0, 0)
@@ -96,9 +96,9 @@ class Conv(NamedTuple):
 
 
 CONVS = [
-    Conv("pick", (1, 1, 1), (2, 1, 1)),
-    Conv("pick", (1, 3, 3), (3, 2, 2), (0, 1, 1), bias=False),
-    Conv("pick", (1, 3, 3), (2, 1, 1), (0, 2, 2), (2, 2, 2), groups=4),
+    Conv("subsample", (1, 1, 1), (2, 1, 1)),
+    Conv("subsample", (1, 3, 3), (3, 2, 2), (0, 1, 1), bias=False),
+    Conv("subsample", (1, 3, 3), (2, 1, 1), (0, 2, 2), (2, 2, 2), groups=4),
     Conv("gaps", (3, 1, 1), padding=(1, 0, 0)),
     Conv("gaps", (5, 1, 1), padding=(2, 0, 0), bias=False),
     Conv("gaps", (7, 1, 1), padding=(3, 0, 0)),
@@ -134,7 +134,7 @@ UNPADDED = [Conv("gaps", (2, 1, 1), (2, 1, 1)), Conv("gaps", (3, 2, 2)), Conv("g
 
 def identify(conv: Conv) -> str:
     sizes = " ".join("".join(map(str, size)) for size in conv[1:5])
-    return f"{conv.way} {sizes} {conv.groups}"
+    return f"{conv.method} {sizes} {conv.groups}"
 
 
 @pytest.mark.parametrize("memory", FORMATS)
@@ -143,7 +143,7 @@ def test_a_convolution_is_that_of_each_clip(conv, memory):
     module = conv.module()
     for lengths in LENGTHS:
         uneven = len(set(lengths)) > 1
-        assert ops.way_of(module, lengths, CPU) == (conv.way if uneven or conv.way == "pick" else "batch")
+        assert ops.method_of(module, lengths, CPU) == (conv.method if uneven or conv.method == "subsample" else "batch")
         check(lambda x, segments: ops.conv3d(module, x, segments), module, lengths, memory)
 
 
@@ -158,10 +158,10 @@ def test_a_convolution_without_padding_is_that_of_each_clip(conv, memory):
 
 
 @pytest.mark.parametrize("memory", FORMATS)
-@pytest.mark.parametrize("way", ["mend", "gaps"])
-def test_all_ways_of_one_convolution_agree(monkeypatch, way, memory):
-    """What runs on GPUs is not what runs on CPUs; here each way is taken by force."""
-    monkeypatch.setattr(ops, "way_of", lambda *_: way)
+@pytest.mark.parametrize("method", ["repair", "gaps"])
+def test_all_methods_of_one_convolution_agree(monkeypatch, method, memory):
+    """GPUs and CPUs choose different ones."""
+    monkeypatch.setattr(ops, "method_of", lambda *_: method)
     module = nn.Conv3d(4, 8, (3, 1, 1), padding=(1, 0, 0))
     for lengths in LENGTHS:
         if len(lengths) > 1:
@@ -170,8 +170,8 @@ def test_all_ways_of_one_convolution_agree(monkeypatch, way, memory):
 
 @pytest.mark.parametrize("memory", FORMATS)
 @pytest.mark.parametrize("sizes", [{"padding": 1}, {"padding": 1, "stride": (1, 2, 2), "bias": False}, {"padding": 1, "groups": 4}])
-def test_boundaries_that_are_mended_are_those_of_each_clip(monkeypatch, sizes, memory):
-    monkeypatch.setattr(ops, "way_of", lambda *_: "mend")
+def test_boundaries_that_are_repaired_are_those_of_each_clip(monkeypatch, sizes, memory):
+    monkeypatch.setattr(ops, "method_of", lambda *_: "repair")
     module = nn.Conv3d(4, 8, 3, **sizes)
     for lengths in LENGTHS:
         if len(lengths) > 1:
@@ -179,19 +179,19 @@ def test_boundaries_that_are_mended_are_those_of_each_clip(monkeypatch, sizes, m
 
 
 @pytest.mark.parametrize("conv", CONVS, ids=identify)
-def test_what_a_convolution_computes_in_vain_is_what_wasted_says(conv):
+def test_extra_outputs_of_a_convolution_are_those_that_it_computes(conv):
     module = conv.module()
     computed = []
     module.register_forward_hook(lambda module, inputs, output: computed.append(len(output) * output.shape[2]))
     lengths = (4, 1, 6, 2)
-    wasted = ops.wasted(module, lengths, CPU)
-    out = ops.apart(module, clips_of(lengths), segments_of(lengths), ops.window_of(module))
-    if conv.way == "gaps":
-        assert computed == [out.shape[2] + wasted]
+    extra = ops.extra_outputs(module, lengths, CPU)
+    out = ops.with_gaps(module, clips_of(lengths), segments_of(lengths), ops.window_of(module))
+    if conv.method == "gaps":
+        assert computed == [out.shape[2] + extra]
     else:
-        assert wasted == 0
+        assert extra == 0
     if module.kernel_size[0] == 3 and module.stride[0] == module.padding[0] == module.dilation[0] == 1:
-        assert ops.wasted(module, lengths, torch.device("cuda")) == 4  # two outputs of two taps at each of three boundaries
+        assert ops.extra_outputs(module, lengths, torch.device("cuda")) == 4  # two outputs of two taps at each of three boundaries
 
 
 @pytest.mark.parametrize("window", [Window(3, padding=1), Window(5, padding=2), Window(3, 2, 1), Window(7, 4, 3), Window(3, padding=2, dilation=2), Window(2, 2)], ids=str)
@@ -339,7 +339,7 @@ def test_a_segment_mean_is_that_of_each_clip(lengths, memory):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     # Given back to each feature of its clip.
     repeated = torch.cat([mean.expand(-1, length, 1, 1) for mean, length in zip(alone, lengths)], dim=1)[None]
-    torch.testing.assert_close(ops.spread(alone, segments), repeated)
+    torch.testing.assert_close(ops.repeat_per_feature(alone, segments), repeated)
 
 
 def test_a_segment_mean_of_half_precision_is_added_in_single():

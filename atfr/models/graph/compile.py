@@ -1,8 +1,8 @@
-"""Programs whose operations on tensors alone are compiled, and nothing of which is compiled anew for clips that keep other B'.
+"""Compiles the length-independent parts of a program; a new B' never recompiles.
 
-What takes lengths (the sampling, and the packed operations that look along time) depends on them in Python, and stays
-as it is. Between them lie pieces that see tensors only, in which the number of features, or of clips, is a symbol. (On one CPU
-thread there are two graphs of each: torch chooses another convolution for fewer than 16 images.)
+Operations that take lengths (the sampling, and packed operations over time) depend on them in Python and are not compiled.
+The pieces between them take tensors only, in which the number of features or of clips is symbolic. (On one CPU thread
+there are two graphs of each: torch chooses another convolution for fewer than 16 images.)
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from atfr.models.graph.recompute import changed_in_place, fetched, in_pieces
 from atfr.models.graph.tracing import FUNCTIONS
 
 COMPILERS = ("g++", "clang++")
-WORTH_IT = 2  # operations in a piece, at least: one alone gains nothing
+MIN_OPERATIONS = 2  # in a piece: one alone gains nothing
 
 
 def compiling(program: fx.GraphModule, *, backend: str | Callable = "inductor") -> fx.GraphModule:
-    """The same program with its pieces compiled when they are first run, once each for training and evaluation."""
-    groups = [group for group in tensor_runs(program) if len(group) >= WORTH_IT]
+    """Return the same program with pieces that are compiled in their first run, once each for training and evaluation."""
+    groups = [group for group in tensor_runs(program) if len(group) >= MIN_OPERATIONS]
     return in_pieces(program, groups, lambda piece: Compiled(piece, backend))
 
 
@@ -37,11 +37,11 @@ class Compiled(nn.Module):
         self.run = torch.compile(piece, backend=backend)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        if not all(isinstance(x, Tensor) for x in inputs):  # sizes, of a network that computes with them
+        if not all(isinstance(x, Tensor) for x in inputs):  # sizes, in a network that computes with them
             return self.piece(*inputs)
         varying = [2 if _is_packed(x) else 0 for x in inputs]
         if any(x.shape[d] == 1 for x, d in zip(inputs, varying)):
-            return self.piece(*inputs)  # the compiler takes a size of one for a constant, and would compile others anew
+            return self.piece(*inputs)  # torch.compile treats a size of one as constant, and would recompile for others
         inputs = [_plain(x) if _is_packed(x) else x for x in inputs]
         for x, d in zip(inputs, varying):
             torch._dynamo.mark_dynamic(x, d)
@@ -53,17 +53,17 @@ def _is_packed(x: Tensor) -> bool:
 
 
 def _plain(x: Tensor) -> Tensor:
-    """Packed features in channels-last memory, as if they had just been made: no copy where they are in it already.
+    """Return packed features in channels-last memory whose strides and base depend on the shape alone; a copy only from another memory format.
 
-    The compiler looks at all strides, of which that of a dimension of one is arbitrary, and at the tensor that a view is
-    of, which depends on how the clips were packed. Here both follow from the shape: autograd does not know this view as one.
+    torch.compile guards on all strides, of which that of a dimension of size one is arbitrary, and on the base of a view,
+    which depends on how the clips were packed. Autograd does not know the result as a view.
     """
     frames = x.permute(0, 2, 3, 4, 1).contiguous()  # [1, M, H, W, C]
     return torch.ops.aten._unsafe_view(frames, frames.shape).permute(0, 4, 1, 2, 3)
 
 
 def tensor_runs(program: fx.GraphModule) -> list[list[fx.Node]]:
-    """The longest runs of operations, one after another, that see tensors only."""
+    """Return the longest runs of consecutive operations that take tensors only."""
     groups: list[list[fx.Node]] = [[]]
     for node in program.graph.nodes:
         if node.op in ("get_attr", "output"):
@@ -76,7 +76,7 @@ def tensor_runs(program: fx.GraphModule) -> list[list[fx.Node]]:
 
 
 def _takes_lengths(node: fx.Node, program: fx.GraphModule) -> bool:
-    """Whether an operation of a packed trunk takes or gives lengths; those that do have their module as an argument, or Segments."""
+    """Return whether an operation of a packed trunk takes or returns lengths; these have a module or Segments as an argument."""
     if is_sampling(node) or holds_no_tensor(node):
         return True
     if node.target in FUNCTIONS:
@@ -85,7 +85,7 @@ def _takes_lengths(node: fx.Node, program: fx.GraphModule) -> bool:
 
 
 def require_compiler() -> None:
-    """Raise ValueError, in one line, where nothing can be compiled."""
+    """Raise ValueError without a C++ compiler."""
     wanted = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
     if not any(shutil.which(name) for name in wanted):
         raise ValueError(f"trainer.compile=true needs a C++ compiler, and there is no {' or '.join(wanted)} on this machine: install one, or set CXX")

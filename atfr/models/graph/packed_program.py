@@ -156,7 +156,7 @@ class PackedTrunk:
             raise NoPackedForm(f"{node.name!r} ({node.target}) behind SGS has no packed form: it may mix the features of different clips")
         self._check_joined(node, sampled)
         substitutes = {
-            i: self.graph.call_function(ops.spread, (self.values[i].node, sampled[0].segments))
+            i: self.graph.call_function(ops.repeat_per_feature, (self.values[i].node, sampled[0].segments))
             for i in node.all_input_nodes
             if self.values[i].per_clip
         }

@@ -1,4 +1,4 @@
-"""What a network can run on, found out by running it: used at its building, and to explain a failure."""
+"""Finds the inputs that a network can run on by trial runs, for building it and for error messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Collection, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, fx, nn
 
-LOOKED_AT = 64  # how many more frames than a clip has are tried, to say how many a network needs
+MAX_MORE_FRAMES = 64  # tried beyond those of a clip, to name the number that a network needs
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_hooks(model: nn.Module) -> Iterator[None]:
-    """Run modules without the forward hooks that are registered on them, which would take a trial for a batch."""
+    """Disable the modules' forward hooks, for which a trial run is no batch."""
     hooks = [(module, module._forward_hooks, module._forward_pre_hooks) for module in model.modules()]
     for module, *_ in hooks:
         module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
@@ -48,10 +48,10 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
 
 
 def check_clip(network: nn.Module, frames: int, height: int, width: int) -> None:
-    """Run the network on the shape of one clip, on no device where that will do.
+    """Run the network on the shape of one clip, on the meta device if possible.
 
     Raises:
-        ValueError: it cannot, with the least number of frames that it can run on.
+        ValueError: it fails; names the least number of frames that it can run on.
     """
     with evaluating(network):
         if _without_values(network, frames, height, width) is None:
@@ -60,7 +60,7 @@ def check_clip(network: nn.Module, frames: int, height: int, width: int) -> None
             _run(network, frames, height, width)
         except ValueError:
             raise
-        except Exception as error:  # of whatever type the operation that stumbled has
+        except Exception as error:  # of any type, from any operation
             least = _least_frames(network, frames, height, width)
             if least is None:
                 raise ValueError(f"this network cannot run on clips of {frames} frames of {height} x {width} pixels: {first_line(error)}") from error
@@ -68,20 +68,20 @@ def check_clip(network: nn.Module, frames: int, height: int, width: int) -> None
 
 
 def check_devices(model: nn.Module) -> None:
-    """Raise ValueError, naming an example of each, where parameters and buffers lie on several devices."""
+    """Raise ValueError, naming one of each, if parameters and buffers are on several devices."""
     found: dict[torch.device, str] = {}
     for name, tensor in _tensors(model).items():
         found.setdefault(tensor.device, name)
     if len(found) > 1:
-        places = " and ".join(f"{name} on {device}" for device, name in found.items())
-        raise ValueError(f"parts of the network lie on different devices, {places}: move all of it with model.to(device)")
+        examples = " and ".join(f"{name} on {device}" for device, name in found.items())
+        raise ValueError(f"parts of the network lie on different devices, {examples}: move all of it with model.to(device)")
 
 
 def least_features(trunk: fx.GraphModule, x: Tensor, passing: Sequence[Tensor], *, name: str) -> int:
-    """The fewest features behind layer `name` such that the plain trunk runs on that many, and on any more up to those of x.
+    """Return the least number of features behind layer `name` from which the plain trunk runs on every number up to that of x.
 
     Raises:
-        ValueError: it needs all of them; names the module where it fails on fewer.
+        ValueError: it needs all; names the module that fails on fewer.
     """
     for length in range(x.shape[2], 0, -1):
         steps = _Steps(trunk)
@@ -90,18 +90,18 @@ def least_features(trunk: fx.GraphModule, x: Tensor, passing: Sequence[Tensor], 
             if rows == len(x):
                 continue
             reason = f"{rows} rows come out of {len(x)} clips"
-        except Exception as error:  # of whatever type the operation that stumbled has
+        except Exception as error:  # of any type, from any operation
             reason = first_line(error)
         if length == x.shape[2]:
-            raise ValueError(f"model.sgs.after={name!r}: what follows does not run behind SGS, at {steps.place}: {reason}")
+            raise ValueError(f"model.sgs.after={name!r}: what follows does not run behind SGS, at {steps.location}: {reason}")
         if length == x.shape[2] - 1:
-            raise ValueError(f"model.sgs.after={name!r}: what follows runs on all {length + 1} features and on no fewer, so sample at a later place. With one less, {steps.place} says: {reason}")
+            raise ValueError(f"model.sgs.after={name!r}: what follows runs on all {length + 1} features and on no fewer, so sample at a later location. With one less, {steps.location} says: {reason}")
         return length + 1
     return 1
 
 
 def least_for_batch_norm(programs: Sequence[nn.Module], layers: Sequence[nn.Module], norms: Mapping[nn.Module, str], clip: Tensor) -> tuple[int, ...]:
-    """For each SGS layer, the fewest features of a batch of one clip that give each batch norm more than one value a channel.
+    """Return the least B' of each SGS layer for one clip alone with which each batch norm gets more than one value per channel.
 
     Args:
         programs: the stem and the packed trunk, or the network alone if it has no layers.
@@ -113,7 +113,7 @@ def least_for_batch_norm(programs: Sequence[nn.Module], layers: Sequence[nn.Modu
     stem, *trunk = programs
 
     def starved(most: Sequence[int]) -> str | None:
-        """The name of a batch norm with one value where each layer keeps up to so many features."""
+        """Return the name of a batch norm with one value per channel if each layer keeps at most these numbers."""
         with _fewest_values(norms) as values:
             features = stem(clip)
             sampled = trunk[0](*features, list(most))[1] if layers else ()
@@ -139,7 +139,7 @@ def least_for_batch_norm(programs: Sequence[nn.Module], layers: Sequence[nn.Modu
 
 @contextmanager
 def _fewest_values(norms: Collection[nn.Module]) -> Iterator[dict[nn.Module, int]]:
-    """Record the fewest values a channel that each of these batch norms is given."""
+    """Record the fewest values per channel in an input of each batch norm."""
     fewest: dict[nn.Module, int] = {}
 
     def record(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -155,18 +155,18 @@ def _fewest_values(norms: Collection[nn.Module]) -> Iterator[dict[nn.Module, int
 
 
 class _Steps(fx.Interpreter):
-    """Remembers where in the network it is."""
+    """Records the current location in the network."""
 
-    place = "its input"
+    location = "its input"
 
     def run_node(self, node: fx.Node) -> Any:
         stack = node.meta.get("nn_module_stack")
-        self.place = f"{node.name!r} in {next(reversed(stack.values()))[0]}" if stack else repr(node.name)
+        self.location = f"{node.name!r} in {next(reversed(stack.values()))[0]}" if stack else repr(node.name)
         return super().run_node(node)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
+    """Return the first line of an error's text, or its type if it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -180,7 +180,7 @@ def _run(network: nn.Module, frames: int, height: int, width: int) -> None:
 
 
 def _without_values(network: nn.Module, frames: int, height: int, width: int) -> Exception | None:
-    """What the network raises on the shape of a clip alone. It says nothing of one that looks at values."""
+    """Return the error of the network on the meta device; a network that reads values fails there, too."""
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in _tensors(network).items()}
     clip = torch.empty(1, 3, frames, height, width, device="meta", dtype=next(network.parameters()).dtype)
     try:
@@ -191,5 +191,5 @@ def _without_values(network: nn.Module, frames: int, height: int, width: int) ->
 
 
 def _least_frames(network: nn.Module, frames: int, height: int, width: int) -> int | None:
-    tried = range(frames + 1, frames + LOOKED_AT + 1)
+    tried = range(frames + 1, frames + MAX_MORE_FRAMES + 1)
     return next((t for t in tried if _without_values(network, t, height, width) is None), None)

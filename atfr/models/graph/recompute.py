@@ -1,9 +1,8 @@
-"""A program in pieces, and pieces whose activations are computed again in the backward pass.
+"""Splits a program into pieces, and recomputes the activations of pieces in the backward pass.
 
-The memory of training is mostly activations that the forward pass keeps for the backward pass. A piece
-keeps its inputs alone, and runs once more when the backward pass comes to it (Chen et al., "Training
-deep nets with sublinear memory cost", 2016). Nothing else may differ from running it once: dropout draws
-the same numbers, running statistics are updated once, and the sampling is in no piece.
+Most memory of training is activations that the forward pass saves for the backward pass. A piece saves its inputs alone,
+and runs again in the backward pass (Chen et al., "Training deep nets with sublinear memory cost", 2016). The result must be
+that of running it once: dropout draws the same numbers, running statistics are updated once, and no piece samples.
 """
 
 from __future__ import annotations
@@ -18,35 +17,35 @@ from torch.utils.checkpoint import checkpoint
 from atfr.models.graph.packed_program import holds_no_tensor, is_sampling
 from atfr.models.packed import ops
 
-LONGEST = 12  # operations in a piece of a network that has no blocks to cut it at
+MAX_OPERATIONS = 12  # in a piece of a network without blocks
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
 def recomputing(program: fx.GraphModule, *, ends: bool) -> fx.GraphModule:
-    """The same program, with blocks whose activations are computed again.
+    """Return the same program with blocks whose activations are recomputed.
 
     Args:
-        ends: the loss follows on it. Its last block then keeps its activations, which are the first to be needed.
+        ends: the loss follows. The last block then saves its activations, which are needed first.
     """
     groups = blocks(program)
     return in_pieces(program, groups[:-1] if ends else groups, Recomputed)
 
 
 class Recomputed(nn.Module):
-    """Runs a piece without keeping what is inside, and once more in the backward pass."""
+    """Runs a piece without saving its activations, and again in the backward pass."""
 
     def __init__(self, piece: fx.GraphModule) -> None:
         super().__init__()
         self.piece = piece
 
     def forward(self, *inputs: Any) -> Any:
-        return checkpoint(self.piece, *inputs, use_reentrant=False, context_fn=lambda: (ops.nothing_made_again(), self._second_time()))
+        return checkpoint(self.piece, *inputs, use_reentrant=False, context_fn=lambda: (ops.no_recomputation(), self._in_backward()))
 
     @contextmanager
-    def _second_time(self) -> Iterator[None]:
-        """Batch norms have updated their running statistics already: now they update copies."""
+    def _in_backward(self) -> Iterator[None]:
+        """Let batch norms update copies of their running statistics, which the forward pass has updated."""
         norms = [m for m in self.piece.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.track_running_stats]
-        with ops.nothing_made_again(), ExitStack() as stack:
+        with ops.no_recomputation(), ExitStack() as stack:
             for norm in norms:
                 own = dict(norm._buffers)
                 stack.callback(norm._buffers.update, own)
@@ -55,7 +54,7 @@ class Recomputed(nn.Module):
 
 
 def in_pieces(program: fx.GraphModule, groups: Sequence[Sequence[fx.Node]], wrap: Callable[[fx.GraphModule], nn.Module]) -> fx.GraphModule:
-    """The program with each group of operations that follow each other run as one module, which `wrap` makes of the group's own program."""
+    """Return the program with each group of consecutive operations as one module, `wrap(program of the group)`."""
     last = {group[-1]: group for group in groups}
     grouped = {node for group in groups for node in group}
     graph, copies, modules = fx.Graph(), {}, {}
@@ -75,7 +74,7 @@ def in_pieces(program: fx.GraphModule, groups: Sequence[Sequence[fx.Node]], wrap
 
 
 def _own_program(program: fx.GraphModule, group: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node], fx.GraphModule]:
-    """What a group reads, what others read of it, and a program from the one to the other, which is a tuple."""
+    """Return a group's inputs, its outputs that other operations read, and the program from inputs to the tuple of outputs."""
     members = set(group)
     read = list(dict.fromkeys(i for node in group for i in node.all_input_nodes if i not in members))
     inputs = [i for i in read if i.op != "get_attr"]
@@ -89,18 +88,18 @@ def _own_program(program: fx.GraphModule, group: Sequence[fx.Node]) -> tuple[lis
 
 
 def fetched(root: nn.Module, path: str) -> Any:
-    """The module, parameter or buffer with this name."""
+    """Return the module, parameter or buffer with this name."""
     return operator.attrgetter(path)(root)
 
 
 def blocks(program: fx.GraphModule) -> list[list[fx.Node]]:
-    """Groups of operations, each from a place where few values are alive to the next: in residual networks their blocks.
+    """Group operations between points where few values are alive: the blocks of residual networks.
 
-    No group has the sampling in it, nor changes in place what was made outside of it: it could not run twice.
+    No group samples, or changes in place a value from outside: it could not run twice.
     """
     nodes = [node for node in program.graph.nodes if node.op not in ("get_attr", "output")]
-    place = {node: i for i, node in enumerate(nodes)}
-    last_use = [max((place.get(user, len(nodes)) for user in node.users), default=i) for i, node in enumerate(nodes)]
+    index = {node: i for i, node in enumerate(nodes)}
+    last_use = [max((index.get(user, len(nodes)) for user in node.users), default=i) for i, node in enumerate(nodes)]
     values = [i for i, node in enumerate(nodes) if not holds_no_tensor(node)]
     alive = [sum(v <= i < last_use[v] for v in values) for i in range(len(nodes))] + [0]
     changed = [changed_in_place(node, program) for node in nodes]
@@ -111,14 +110,14 @@ def blocks(program: fx.GraphModule) -> list[list[fx.Node]]:
             groups.append([])
             continue
         group.append(node)
-        at_an_end = alive[i] < alive[i + 1] or (alive[i] == 1 and len(group) >= LONGEST)
+        at_an_end = alive[i] < alive[i + 1] or (alive[i] == 1 and len(group) >= MAX_OPERATIONS)
         if at_an_end and not any(other in group for other in changed[i + 1 :]):
             groups.append([])
     return [group for group in groups if group]
 
 
 def changed_in_place(node: fx.Node, program: fx.GraphModule) -> fx.Node | None:
-    """The value that an operation writes over, if it does."""
+    """Return the value that an operation changes in place, if any."""
     if node.op == "call_module":
         changes = getattr(fetched(program, node.target), "inplace", False)
     elif node.op == "call_method":

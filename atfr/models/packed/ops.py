@@ -1,12 +1,11 @@
 """Packed execution: clips of different length run together, each as if it were alone.
 
-The kept features of all clips stand one after another in time, [1, C, M = sum B', H, W], with the
-lengths beside them in `Segments`. Framewise operations (1x1x1 and spatial convolutions, batch
-norm, activations, residual sums) run as they are, so batch statistics see no padding. An operation
-that looks along time is replaced by one of the functions below.
+The kept features of all clips are concatenated in time, [1, C, M = sum B', H, W], and `Segments` holds their lengths.
+Framewise operations (1x1x1 and spatial convolutions, batch norm, activations, residual sums) run as they are, so batch
+statistics see no padding. An operation over time is replaced by one of the functions below.
 
-In evaluation the sampling may leave gaps between clips that all operations behind it share
-(`segments.shared_gap`). What is in them is arbitrary, and nothing of a clip depends on it.
+In evaluation the sampling may leave gaps between clips that all operations behind it share (`segments.shared_gap`). The
+contents of gaps are undefined, and no output of a clip depends on them.
 
 In channels-last memory a frame is one contiguous block, so moving frames is a copy of blocks.
 """
@@ -26,37 +25,37 @@ from atfr.models.packed.deterministic_pools import pool3d
 from atfr.models.packed.segments import Segments, Window, boundaries, centres, layout, pack, rows_of, take, unpadded, window_of
 
 
-def apart(run: Callable[[Tensor], Tensor], x: Tensor, segments: Segments, window: Window, *, fill: float = 0.0) -> Tensor:
-    """`run`, an operation with this window along time, on each clip of x alone: [1, C, M, H, W] -> [1, C', M', ...].
+def with_gaps(run: Callable[[Tensor], Tensor], x: Tensor, segments: Segments, window: Window, *, fill: float = 0.0) -> Tensor:
+    """Apply `run`, an operation with this window over time, to each clip of x alone: [1, C, M, H, W] -> [1, C', M', ...].
 
-    Clips are parted by gaps of `fill` as wide as the operation's padding, in rows (`segments.rows_of`).
+    Clips are laid out in rows (`segments.rows_of`) with gaps of `fill` between them, as wide as the operation's padding.
     """
     plan = layout(segments.lengths, window, x.device)
     if not (torch.is_grad_enabled() and x.requires_grad):
-        spaced = take(x, plan.source).index_fill_(2, plan.gaps, fill)
-        return take(_by_rows(run, spaced, plan.rows), plan.kept)
-    spaced = take(x, plan.source).index_fill(2, plan.gaps, fill)
-    with nullcontext() if _KEEPING.get() else _made_again(spaced, x, lambda: take(x.detach(), plan.source).index_fill_(2, plan.gaps, fill)):
-        out = _by_rows(run, spaced, plan.rows)
+        padded = take(x, plan.source).index_fill_(2, plan.gaps, fill)
+        return take(_by_rows(run, padded, plan.rows), plan.kept)
+    padded = take(x, plan.source).index_fill(2, plan.gaps, fill)
+    with nullcontext() if _DISABLED.get() else _recomputed(padded, x, lambda: take(x.detach(), plan.source).index_fill_(2, plan.gaps, fill)):
+        out = _by_rows(run, padded, plan.rows)
     return take(out, plan.kept)
 
 
-_KEEPING: ContextVar[bool] = ContextVar("keeping", default=False)
+_DISABLED: ContextVar[bool] = ContextVar("recomputation disabled", default=False)
 
 
 @contextmanager
-def nothing_made_again() -> Iterator[None]:
-    """Meanwhile operations leave it to their caller what is kept for the backward pass."""
-    before = _KEEPING.set(True)
+def no_recomputation() -> Iterator[None]:
+    """Disable the operations' own recomputation; the outer checkpoint decides what is saved."""
+    before = _DISABLED.set(True)
     try:
         yield
     finally:
-        _KEEPING.reset(before)
+        _DISABLED.reset(before)
 
 
-def _made_again(spaced: Tensor, x: Tensor, make: Callable[[], Tensor]) -> torch.autograd.graph.saved_tensors_hooks:
-    """Have the backward pass of what runs in this context make `spaced` anew from x, which is kept anyhow, instead of keeping both."""
-    storage, version = spaced.untyped_storage().data_ptr(), x._version
+def _recomputed(padded: Tensor, x: Tensor, make: Callable[[], Tensor]) -> torch.autograd.graph.saved_tensors_hooks:
+    """Recompute `padded` from x in the backward pass instead of saving both."""
+    storage, version = padded.untyped_storage().data_ptr(), x._version
 
     def pack(tensor: Tensor) -> Tensor | tuple:
         if tensor.untyped_storage().data_ptr() != storage:
@@ -74,7 +73,7 @@ def _made_again(spaced: Tensor, x: Tensor, make: Callable[[], Tensor]) -> torch.
 
 
 def _by_rows(run: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-    """`run` on x [1, C, rows L, H, W] as a batch of its rows: [1, C', rows L', ...]; no copies in channels-last memory."""
+    """Apply `run` to the rows of x as a batch: [1, C, rows L, H, W] -> [1, C', rows L', ...]; without copies in channels-last memory."""
     if rows == 1:
         return run(x)
     frames = x.permute(0, 2, 3, 4, 1)  # [1, rows L, H, W, C]
@@ -82,10 +81,7 @@ def _by_rows(run: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
 
 
 def as_batch(run: Callable[[Tensor], Tensor], x: Tensor, segments: Segments) -> Tensor | None:
-    """The same for clips of one length, which need no gaps: in channels-last memory they are a batch as they are.
-
-    None where that is not so.
-    """
+    """Apply `run` to clips of one length as a batch, without a copy; return None for other clips or another memory format."""
     n = len(segments.lengths)
     if n > 1 and (len(set(segments.lengths)) > 1 or not x.permute(0, 2, 3, 4, 1).is_contiguous()):
         return None
@@ -93,47 +89,46 @@ def as_batch(run: Callable[[Tensor], Tensor], x: Tensor, segments: Segments) -> 
 
 
 def conv3d(module: nn.Conv3d, x: Tensor, segments: Segments) -> Tensor:
-    """A convolution along time in which no clip sees its neighbours: [1, C, M, H, W] -> [1, C', M', ...]."""
+    """Convolve each clip alone: [1, C, M, H, W] -> [1, C', M', ...]."""
     _check(x, segments)
-    way, window = way_of(module, segments.lengths, x.device), window_of(module)
-    if way == "pick":
+    method, window = method_of(module, segments.lengths, x.device), window_of(module)
+    if method == "subsample":
         x = take(x, centres(segments.lengths, window, x.device))
         stride = (1, *module.stride[1:])
         return nn.functional.conv3d(x, module.weight, module.bias, stride, module.padding, module.dilation, module.groups)
     run = functools.partial(cpu.conv3d, module)
     if segments.layout is not None:
         return _by_rows(run, x.index_fill_(2, segments.layout.gaps, 0), segments.layout.rows)
-    if way == "mend":
-        return _mended(module, x, segments)
-    out = as_batch(run, x, segments) if way == "batch" else None
-    return apart(run, x, segments, window) if out is None else out
+    if method == "repair":
+        return _repaired(module, x, segments)
+    out = as_batch(run, x, segments) if method == "batch" else None
+    return with_gaps(run, x, segments, window) if out is None else out
 
 
-def way_of(module: nn.Conv3d, lengths: Sequence[int], device: torch.device) -> str:
-    """How `conv3d` runs clips of these lengths, by what costs least.
+def method_of(module: nn.Conv3d, lengths: Sequence[int], device: torch.device) -> str:
+    """Return the cheapest method for `conv3d` to run clips of these lengths.
 
-    - pick: a kernel of one feature that skips features: nothing to part.
+    - subsample: a kernel of one feature with a stride: select the features first.
     - batch: clips of one length are a batch.
-    - mend: not on CPUs, where gaps are faster, a kernel of three features runs over the boundaries
-      between clips as if there were none, and the two outputs at each boundary are computed again:
-      less to move, and no copy of the input to keep for the backward pass.
-    - gaps: clips are parted by zeros.
+    - repair: not on CPUs, where gaps are faster. A kernel of three features runs across the boundaries between clips, and
+      the two outputs at each boundary are computed again. It moves less, and saves no copy of the input for the backward pass.
+    - gaps: zeros between the clips.
     """
     window = window_of(module)
     if window.kernel == 1 and window.padding == 0:
-        return "pick"
+        return "subsample"
     if len(set(lengths)) == 1:
         return "batch"
     if device.type != "cpu" and window == Window(3, padding=1):
-        return "mend"
+        return "repair"
     return "gaps"
 
 
 def gap_for(module: nn.Conv3d) -> int | None:
-    """The gap between clips that this convolution needs to run on a layout that others share.
+    """Return the gap between clips that this convolution needs in a layout shared with other operations.
 
-    None where it changes the lengths, or where what it costs to move the features is little beside the
-    convolution, so that gaps in all other operations would cost more: a dense one over time.
+    None: it changes the lengths; or it has one group and costs much more than moving its features, so that the gaps would
+    cost the other operations more than they save here.
     """
     window = window_of(module)
     if window.stride != 1 or window.out(1) != 1 or module.groups == 1:
@@ -141,64 +136,64 @@ def gap_for(module: nn.Conv3d) -> int | None:
     return window.padding
 
 
-def wasted(module: nn.Conv3d, lengths: Sequence[int], device: torch.device) -> float:
-    """Output positions that `conv3d` computes beyond those of its clips."""
-    way, window = way_of(module, lengths, device), window_of(module)
-    if way == "mend":
-        return 2 * 2 / 3 * (len(lengths) - 1)  # two outputs a boundary, of two taps each
-    if way != "gaps":
+def extra_outputs(module: nn.Conv3d, lengths: Sequence[int], device: torch.device) -> float:
+    """Return the number of output features that `conv3d` computes beyond those of its clips."""
+    method, window = method_of(module, lengths, device), window_of(module)
+    if method == "repair":
+        return 2 * 2 / 3 * (len(lengths) - 1)  # two outputs at each boundary, of two taps each
+    if method != "gaps":
         return 0
-    long, rows = rows_of(tuple(lengths), window)
-    return len(rows) * window.out(long) - sum(window.out(length) for length in lengths)
+    length, rows = rows_of(tuple(lengths), window)
+    return len(rows) * window.out(length) - sum(map(window.out, lengths))
 
 
-def _mended(module: nn.Conv3d, x: Tensor, segments: Segments) -> Tensor:
-    """Run over the boundaries, and write what belongs to the first and last feature of each clip over it."""
+def _repaired(module: nn.Conv3d, x: Tensor, segments: Segments) -> Tensor:
+    """Convolve across the boundaries between clips, then overwrite the first and last output of each clip."""
     lasts, before, firsts, after = boundaries(segments.lengths, x.device)
     out = cpu.conv3d(module, x)
     conv = functools.partial(
         nn.functional.conv3d, bias=module.bias, stride=module.stride, padding=(0, *module.padding[1:]), dilation=module.dilation, groups=module.groups
     )
-    # Two features each, as a batch: a last one with the one before it, a first one with the one after.
+    # A batch of two features each: a last one with the one before it, a first one with the one after it.
     single = 1 in segments.lengths
-    x_last, x_first = _pairs(x, before, lasts, 0, lacking=single), _pairs(x, firsts, after, 1, lacking=single)
+    x_last, x_first = _pairs(x, before, lasts, neighbour=0, single=single), _pairs(x, firsts, after, neighbour=1, single=single)
     frames = out.permute(0, 2, 3, 4, 1).contiguous()  # [1, M, H, W, C'], a copy only if not channels-last
     rows = frames.flatten(2)[0]
-    for places, pairs, taps in ((lasts, x_last, module.weight[:, :, :2]), (firsts, x_first, module.weight[:, :, 1:])):
-        mended = conv(pairs, taps).permute(0, 2, 3, 4, 1).reshape(len(places), -1)
-        rows.index_copy_(0, places, mended.to(rows.dtype))
+    for slots, pairs, taps in ((lasts, x_last, module.weight[:, :, :2]), (firsts, x_first, module.weight[:, :, 1:])):
+        repaired = conv(pairs, taps).permute(0, 2, 3, 4, 1).reshape(len(slots), -1)
+        rows.index_copy_(0, slots, repaired.to(rows.dtype))
     return frames.permute(0, 4, 1, 2, 3)
 
 
-def _pairs(x: Tensor, one: Tensor, two: Tensor, may_lack: int, *, lacking: bool) -> Tensor:
-    """Frames [n, C, 2, H, W]; zeros where the neighbour (`may_lack` says which of both) is -1."""
-    places = torch.stack((one, two), dim=1)  # [n, 2]
-    frames = take(x, places.flatten().clamp(min=0))[0].unflatten(1, (len(one), 2)).transpose(0, 1)  # [n, C, 2, H, W]
-    if not lacking:
+def _pairs(x: Tensor, one: Tensor, two: Tensor, *, neighbour: int, single: bool) -> Tensor:
+    """Take frames in pairs, [n, C, 2, H, W]; with `single` clips the one at index `neighbour` is zeros where its slot is -1."""
+    slots = torch.stack((one, two), dim=1)  # [n, 2]
+    frames = take(x, slots.flatten().clamp(min=0))[0].unflatten(1, (len(one), 2)).transpose(0, 1)  # [n, C, 2, H, W]
+    if not single:
         return frames
-    absent = torch.zeros_like(places, dtype=torch.bool)
-    absent[:, may_lack] = places[:, may_lack] < 0
-    return frames.masked_fill(absent[:, None, :, None, None], 0)  # whatever another clip's frame there holds
+    absent = torch.zeros_like(slots, dtype=torch.bool)
+    absent[:, neighbour] = slots[:, neighbour] < 0
+    return frames.masked_fill(absent[:, None, :, None, None], 0)  # not a product: another clip's frame may hold a NaN
 
 
 def max_pool(module: nn.MaxPool3d, x: Tensor, segments: Segments) -> Tensor:
-    """A max pool along time, each clip alone."""
+    """Max-pool each clip alone."""
     _check(x, segments)
     run = functools.partial(pool3d, module)
     out = as_batch(run, x, segments)
-    return apart(run, x, segments, window_of(module), fill=-torch.inf) if out is None else out
+    return with_gaps(run, x, segments, window_of(module), fill=-torch.inf) if out is None else out
 
 
 def avg_pool(module: nn.AvgPool3d, x: Tensor, segments: Segments) -> Tensor:
-    """An average pool along time that counts its zero padding, each clip alone."""
+    """Average-pool each clip alone, counting the zero padding."""
     _check(x, segments)
     run = functools.partial(_average, module)
     out = as_batch(run, x, segments)
-    return apart(run, x, segments, window_of(module)) if out is None else out
+    return with_gaps(run, x, segments, window_of(module)) if out is None else out
 
 
 def _average(module: nn.AvgPool3d, x: Tensor) -> Tensor:
-    """Torch refuses fewer features than the kernel has, even where the padding makes up for them: so zeros are added here."""
+    """Pad a short input with zeros: torch refuses fewer features than the kernel has, even with enough padding."""
     window = window_of(module)
     missing = window.kernel - x.shape[2]
     if missing <= 0 or window.out(x.shape[2]) < 1:
@@ -207,15 +202,15 @@ def _average(module: nn.AvgPool3d, x: Tensor) -> Tensor:
 
 
 def framewise_pool(x: Tensor, grid: int) -> Tensor:
-    """Each frame averaged over grid x grid cells: [N, C, T, H, W] -> [N, T, C g g].
+    """Average each frame over grid x grid cells: [N, C, T, H, W] -> [N, T, C g g].
 
-    Large cells of equal size in channels-last memory are summed over their rows and then over their columns, each
-    over blocks of memory, which takes a half to a seventh of the time of torch's pooling.
+    Large cells of equal size in channels-last memory are summed over rows first, then over columns, in
+    a half to a seventh of the time of torch's pooling.
     """
     images = x.transpose(1, 2).flatten(0, 1)  # [N T, C, H, W]
     height, width = images.shape[2:]
     large = height % grid == width % grid == 0 and min(height, width) >= 4 * grid > 4
-    if not large or torch.jit.is_tracing() or not images.is_contiguous(memory_format=torch.channels_last):  # counting sees the pooling
+    if not large or torch.jit.is_tracing() or not images.is_contiguous(memory_format=torch.channels_last):  # FLOPs are counted on the pooling
         return nn.functional.adaptive_avg_pool2d(images, grid).reshape(x.shape[0], x.shape[2], -1)
     rows, columns = height // grid, width // grid
     channels_last = images.permute(0, 2, 3, 1)  # [N T, H, W, C]
@@ -225,7 +220,7 @@ def framewise_pool(x: Tensor, grid: int) -> Tensor:
 
 
 def segment_mean(x: Tensor, segments: Segments) -> Tensor:
-    """Each clip's mean over time and space: [1, C, M, H, W] -> [N, C, 1, 1, 1]."""
+    """Average each clip over time and space: [1, C, M, H, W] -> [N, C, 1, 1, 1]."""
     _check(x, segments)
     frames = framewise_pool(x, 1)[0].to(torch.promote_types(x.dtype, torch.float32))  # [M, C]
     if segments.layout is not None:
@@ -235,42 +230,42 @@ def segment_mean(x: Tensor, segments: Segments) -> Tensor:
 
 
 def global_pool(module: nn.Module, x: Tensor, segments: Segments) -> Tensor:
-    """A head's global average pool: leaves the packed layout for one value a clip."""
+    """Run a head's global average pool: [1, C, M, H, W] -> [N, C, 1, 1, 1]."""
     return segment_mean(x, segments)
 
 
 def mean(x: Tensor, segments: Segments, *, keepdim: bool) -> Tensor:
-    """`x.mean(dim=(2, 3, 4))` of each clip: [N, C], or [N, C, 1, 1, 1] with keepdim."""
+    """Compute `x.mean(dim=(2, 3, 4))` of each clip: [N, C], or [N, C, 1, 1, 1] with keepdim."""
     means = segment_mean(x, segments)
     return means if keepdim else means.flatten(1)
 
 
-def spread(values: Tensor, segments: Segments) -> Tensor:
-    """One value a clip for each of its features, and any in gaps: [N, C, 1, 1, 1] -> [1, C, M, 1, 1]."""
+def repeat_per_feature(values: Tensor, segments: Segments) -> Tensor:
+    """Repeat one value of each clip for all of its features: [N, C, 1, 1, 1] -> [1, C, M, 1, 1]; undefined in gaps."""
     owner = segments.owner if segments.layout is None else segments.owner.index_select(0, segments.layout.source)
     return values[:, :, 0, 0, 0].index_select(0, owner).t()[None, :, :, None, None]
 
 
 def squeeze_excitation(module: nn.Module, x: Tensor, segments: Segments) -> Tensor:
-    """fvcore's SqueezeExcitation with one excitation a clip."""
-    return x * spread(module.block(segment_mean(x, segments)), segments)
+    """Run fvcore's SqueezeExcitation with one excitation for each clip."""
+    return x * repeat_per_feature(module.block(segment_mean(x, segments)), segments)
 
 
 def non_local(module: nn.Module, x: Tensor, segments: Segments) -> Tensor:
-    """pytorchvideo's NonLocal, in which a position attends to its own clip only."""
+    """Run pytorchvideo's NonLocal; a position attends to its own clip only."""
     _check(x, segments)
     pooled = x if module.pool is None else module.pool(x)
 
     def clips(values: Tensor) -> Tensor:  # [1, C, M, H, W] -> [N, longest H W, C]
         rows = values[0].permute(1, 2, 3, 0).flatten(1, 2)  # [M, H W, C]
         padded = rows.index_select(0, segments.padded.flatten()).reshape(len(segments.lengths), -1, rows.shape[2])
-        return padded.masked_fill(missing(values)[:, :, None], 0)  # whatever another clip's feature there holds
+        return padded.masked_fill(missing(values)[:, :, None], 0)  # not a product: another clip's feature may hold a NaN
 
     def missing(values: Tensor) -> Tensor:  # [N, longest H W]: whether a clip has no such position
         area = values.shape[3] * values.shape[4]
         return torch.arange(max(segments.lengths) * area, device=x.device) >= segments.counts[:, None] * area
 
-    theta, phi, g = clips(module.conv_theta(x)), clips(module.conv_phi(pooled)), clips(module.conv_g(pooled))
+    theta, phi, g = (clips(cpu.conv3d(conv, y)) for conv, y in ((module.conv_theta, x), (module.conv_phi, pooled), (module.conv_g, pooled)))
     absent, counts = missing(pooled), segments.counts * (pooled.shape[3] * pooled.shape[4])
     affinity = theta @ phi.transpose(1, 2)
     if module.instantiation == "softmax":
@@ -278,10 +273,10 @@ def non_local(module: nn.Module, x: Tensor, segments: Segments) -> Tensor:
     else:
         affinity = affinity / counts[:, None, None]
     mixed = (affinity @ g).reshape(-1, *x.shape[3:], g.shape[2]).index_select(0, unpadded(segments.lengths, x.device))  # [M, H, W, C]
-    out = module.conv_out(mixed[None].permute(0, 4, 1, 2, 3))
+    out = cpu.conv3d(module.conv_out, mixed[None].permute(0, 4, 1, 2, 3))
     return x + (out if module.norm is None else module.norm(out))
 
 
 def _check(x: Tensor, segments: Segments) -> None:
-    if x.shape[2] != segments.places:
-        raise AssertionError(f"packed length {x.shape[2]} is not {segments.places}, the sum of {segments.lengths} and of gaps")
+    if x.shape[2] != segments.num_slots:
+        raise AssertionError(f"packed length {x.shape[2]} is not {segments.num_slots}, the sum of {segments.lengths} and of gaps")

@@ -1,6 +1,6 @@
-"""Which packed form each module and function has; what is not known here is refused by name.
+"""The packed form of each module and function; those that are not known here are refused by name.
 
-A module of your own gets one by a method `packed_forward(self, *pairs) -> (tensor, Segments)`,
+Your own module gets one by a method `packed_forward(self, *pairs) -> (tensor, Segments)`,
 where each pair is the packed tensor and the Segments of one input.
 """
 
@@ -38,14 +38,14 @@ class NoPackedForm(ValueError):
 class PackedOp(NamedTuple):
     """How an operation runs on packed features."""
 
-    run: Callable | None = None  # (module, x, segments) -> x; None: as it is
+    run: Callable | None = None  # (module, x, segments) -> x; None: the module itself
     window: Window = Window(1)  # along time
-    per_clip: bool = False  # it leaves one value a clip
-    gap: int | None = 0  # between clips, that it needs to keep them apart as it stands; None: it cannot run on a layout with gaps
+    per_clip: bool = False  # returns one value for each clip
+    gap: int | None = 0  # between clips, that it needs in a shared layout; None: it cannot run with gaps
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module has a packed form as a whole, so that tracing must not look into it."""
+    """Return whether a module has a packed form of its own, so that it must be a leaf of the traced graph."""
     if isinstance(module, (SqueezeExcitation, NonLocal, Swish)) or hasattr(module, "packed_forward"):
         return True
     # torch's own under another name, such as torchvision's Conv3DSimple
@@ -53,10 +53,10 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def packed_op(module: nn.Module, path: str) -> PackedOp:
-    """The packed form of a leaf module.
+    """Return the packed form of a leaf module.
 
     Raises:
-        NoPackedForm: it has none; says which module it is and why.
+        NoPackedForm: it has none; names the module and the reason.
     """
     if isinstance(module, FRAMEWISE_MODULES):
         return PackedOp()
@@ -67,7 +67,7 @@ def packed_op(module: nn.Module, path: str) -> PackedOp:
         if window == Window(1, dilation=window.dilation):
             return PackedOp()
         if module._forward_pre_hooks or type(module)._conv_forward is not nn.Conv3d._conv_forward:
-            raise NoPackedForm(f"{path} behind SGS has no packed form: a convolution that makes its weight when it is called")
+            raise NoPackedForm(f"{path} behind SGS has no packed form: a convolution that computes its weight in each call")
         if module.padding_mode != "zeros":
             raise NoPackedForm(f"{path} behind SGS has no packed form: it pads in time with {module.padding_mode}")
         return PackedOp(ops.conv3d, window, gap=ops.gap_for(module))
@@ -97,7 +97,7 @@ def _pool_form(module: nn.MaxPool3d | nn.AvgPool3d, path: str) -> PackedOp:
 
 
 def is_framewise(node: fx.Node) -> bool:
-    """Whether a function or method treats every feature by itself."""
+    """Return whether a function or method computes each feature from that feature alone."""
     if node.op == "call_method":
         return node.target in FRAMEWISE_METHODS
     if node.target is torch.cat:
@@ -106,7 +106,7 @@ def is_framewise(node: fx.Node) -> bool:
 
 
 def mean_over_clip(node: fx.Node) -> bool | None:
-    """For a mean over time and space: whether it keeps the dimensions. None for anything else."""
+    """Return whether a mean over time and space keeps the dimensions; None for any other operation."""
     if node.target not in ("mean", torch.mean) or not isinstance(dims := argument(node, 1, "dim", ()), (tuple, list)):
         return None
     if {d % 5 for d in dims} != {2, 3, 4}:
@@ -114,6 +114,6 @@ def mean_over_clip(node: fx.Node) -> bool | None:
     return bool(argument(node, 2, "keepdim", False))
 
 
-def argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
-    """An argument of a traced call, wherever it was given."""
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+def argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
+    """Return an argument of a traced call, given by position or by name."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)

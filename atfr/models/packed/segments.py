@@ -1,7 +1,6 @@
-"""How packed clips follow each other in time: their lengths, and where each feature goes.
+"""The layout of packed clips in time: their lengths, and the slot of each feature.
 
-Plans of where to move features are made on the host from the lengths alone and cached by them, so
-that the many operations of one batch share a few.
+Index tensors are computed on the host from the lengths and cached by them, so that the operations of a batch share them.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 
 class Window(NamedTuple):
-    """What an operation sees along time, in features."""
+    """The window of an operation over time, in features."""
 
     kernel: int
     stride: int = 1
@@ -24,18 +23,18 @@ class Window(NamedTuple):
     dilation: int = 1
 
     def out(self, length: int) -> int:
-        """How many features come out of `length`; below 1 where the input is too short."""
+        """Return the number of outputs for `length` inputs; below 1 where the input is too short."""
         return (length + 2 * self.padding - self.dilation * (self.kernel - 1) - 1) // self.stride + 1
 
 
 @dataclass(frozen=True)
 class Segments:
-    """How the clips of a packed tensor follow each other in time; lengths are explicit, never inferred."""
+    """The clips of a packed tensor in the order in which they are concatenated; lengths are explicit, never inferred."""
 
     lengths: tuple[int, ...]
-    frames: int  # T: how many features a clip has here where none is dropped
+    frames: int  # T: the number of features of a clip that keeps all
     times: Tensor  # [sum B'] float32: each feature's time, in dense features
-    gap: int = 0  # so many places of arbitrary content part the clips (`shared_gap`); 0: one follows on the other
+    gap: int = 0  # number of filler frames between clips (`shared_gap`), contents undefined
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:
@@ -43,11 +42,11 @@ class Segments:
 
     @staticmethod
     def whole(clips: int, frames: int, device: torch.device) -> Segments:
-        """Clips that keep all their features."""
+        """Return the segments of clips that keep all features."""
         return Segments((frames,) * clips, frames, torch.arange(frames, device=device, dtype=torch.float32).repeat(clips))
 
     def after(self, window: Window) -> Segments:
-        """Behind an operation with this window; a feature's time is that of its window's centre."""
+        """Return the segments after an operation with this window; an output's time is that of its window's centre."""
         lengths = tuple(window.out(length) for length in self.lengths)
         if min(lengths) < 1:
             raise ValueError(f"clips of {self.lengths} features are too short for {window}")
@@ -56,12 +55,12 @@ class Segments:
 
     @property
     def layout(self) -> Layout | None:
-        """Where the features are if gaps part the clips; None if not."""
+        """The slots of the features if there are gaps between clips, else None."""
         return layout(self.lengths, Window(2 * self.gap + 1, padding=self.gap), self.times.device) if self.gap else None
 
     @property
-    def places(self) -> int:
-        """M: how many places the packed tensor has along time."""
+    def num_slots(self) -> int:
+        """M: the packed tensor's size in time."""
         return sum(self.lengths) if self.layout is None else len(self.layout.source)
 
     @property
@@ -71,7 +70,7 @@ class Segments:
 
     @property
     def padded(self) -> Tensor:
-        """[N, longest] int64: which feature each clip's are; 0 where it has no more."""
+        """[N, longest] int64: the indices of each clip's features, then 0."""
         return _padded(self.lengths, self.times.device)
 
     @property
@@ -81,71 +80,71 @@ class Segments:
 
 
 def window_of(module: nn.Module) -> Window:
-    """The temporal window of a convolution or pool."""
+    """Return the window over time of a convolution or pool."""
     sizes = [getattr(module, name, 1) for name in ("kernel_size", "stride", "padding", "dilation")]
     return Window(*(size if isinstance(size, int) else size[0] for size in sizes))
 
 
 def pack(x: Tensor) -> Tensor:
-    """Clips that keep all their features, one after another: [N, C, T, H, W] -> [1, C, N T, H, W]."""
+    """Concatenate clips in time: [N, C, T, H, W] -> [1, C, N T, H, W]."""
     n, c, t, h, w = x.shape
     return x.permute(0, 2, 3, 4, 1).reshape(1, n * t, h, w, c).permute(0, 4, 1, 2, 3)
 
 
-def take(x: Tensor, places: Tensor) -> Tensor:
-    """The frames of x [1, C, M, H, W] at `places` [K]: [1, C, K, H, W], in the same memory format."""
+def take(x: Tensor, slots: Tensor) -> Tensor:
+    """Select the frames of x [1, C, M, H, W] at `slots` [K]: [1, C, K, H, W], in the same memory format."""
     frames = x.permute(0, 2, 3, 4, 1)  # [1, M, H, W, C]
     if frames.is_contiguous():  # as rows, which torch copies six times as fast as blocks of more dimensions
-        rows = frames.flatten(2)[0].index_select(0, places)
+        rows = frames.flatten(2)[0].index_select(0, slots)
         return rows.unflatten(1, frames.shape[2:])[None].permute(0, 4, 1, 2, 3)
-    return x.index_select(2, places)
+    return x.index_select(2, slots)
 
 
 class Layout(NamedTuple):
-    """Clips in rows of one length, parted within a row by gaps: a batch for an operation along time."""
+    """Clips in rows of one length, with gaps between the clips of a row: a batch for an operation over time."""
 
     rows: int
-    source: Tensor  # [M] the feature at each place, row after row; places of no clip name any
-    gaps: Tensor  # the places of no clip
-    kept: Tensor  # [M'] the operation's outputs that belong to a clip, in the clips' order
+    source: Tensor  # [M] the feature in each slot, row after row; any feature in a gap
+    gaps: Tensor  # the slots of the gaps
+    kept: Tensor  # [M'] the slots of the operation's outputs that belong to a clip, in the clips' order
 
 
 @lru_cache(maxsize=1024)
 def layout(lengths: tuple[int, ...], window: Window, device: torch.device) -> Layout:
-    """The rows of `rows_of`, for an operation with this window."""
-    long, rows = rows_of(lengths, window)
+    """Lay out the rows of `rows_of` for an operation with this window."""
+    row_length, rows = rows_of(lengths, window)
     firsts = [0, *itertools.accumulate(lengths)]
-    source, filled, kept = [0] * (len(rows) * long), [False] * (len(rows) * long), [range(0)] * len(lengths)
+    source, filled, kept = [0] * (len(rows) * row_length), [False] * (len(rows) * row_length), [range(0)] * len(lengths)
     for row, clips in enumerate(rows):
         for clip, start in clips:
-            begin = row * long + start
+            begin = row * row_length + start
             source[begin : begin + lengths[clip]] = range(firsts[clip], firsts[clip + 1])
             filled[begin : begin + lengths[clip]] = [True] * lengths[clip]
-            first = row * window.out(long) + start // window.stride
+            first = row * window.out(row_length) + start // window.stride
             kept[clip] = range(first, first + window.out(lengths[clip]))
-    gaps = [place for place, full in enumerate(filled) if not full]
-    return Layout(len(rows), _on(source, device), _on(gaps, device), _on([place for clip in kept for place in clip], device))
+    gaps = [slot for slot, full in enumerate(filled) if not full]
+    return Layout(len(rows), _on(source, device), _on(gaps, device), _on([slot for clip in kept for slot in clip], device))
 
 
 @lru_cache(maxsize=1024)
 def rows_of(lengths: tuple[int, ...], window: Window) -> tuple[int, list[list[tuple[int, int]]]]:
-    """The length of the rows, and for each row its clips with where they start in it.
+    """Return the length of the rows, and the (clip, start) pairs of each row.
 
-    Within a row a gap as wide as the window's padding follows each clip but the last, whose gap is the
-    operation's own padding, and each clip starts at a multiple of the stride. Clips fill rows longest first,
-    each going where it leaves least (best-fit decreasing); of the lengths of row that hold the longest
-    clip alone or with one other, and of one row of all, the one with the fewest places is taken.
+    A gap as wide as the window's padding follows each clip of a row but the last, which the operation itself pads, and each
+    clip starts at a multiple of the stride. Clips are packed longest first into the fullest row that holds them (best-fit
+    decreasing). Candidates for the row length hold the longest clip alone, with one other, or all clips; the one with the
+    fewest slots is chosen.
     """
     blocks = [-(-max(n + window.padding, (window.out(n) - 1) * window.stride + 1) // window.stride) * window.stride for n in lengths]
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     longest = order[0]
     candidates = {lengths[longest], *(blocks[longest] + length for length in set(lengths)), sum(blocks[i] for i in order[:-1]) + lengths[order[-1]]}
     best: tuple[int, list[list[tuple[int, int]]]] | None = None
-    for long in sorted(candidates, reverse=True):  # of equals the one with the most rows, which more threads can share
+    for row_length in sorted(candidates, reverse=True):  # of equals the one with the most rows, for more threads
         rows: list[list[tuple[int, int]]] = []
         used: list[int] = []
         for clip in order:
-            fitting = [row for row, end in enumerate(used) if end + lengths[clip] <= long]
+            fitting = [row for row, end in enumerate(used) if end + lengths[clip] <= row_length]
             if fitting:
                 row = max(fitting, key=used.__getitem__)
             else:
@@ -154,27 +153,27 @@ def rows_of(lengths: tuple[int, ...], window: Window) -> tuple[int, list[list[tu
                 used.append(0)
             rows[row].append((clip, used[row]))
             used[row] += blocks[clip]
-        if best is None or len(rows) * long <= best[0] * len(best[1]):
-            best = long, rows
+        if best is None or len(rows) * row_length <= best[0] * len(best[1]):
+            best = row_length, rows
     return best
 
 
 def shared_gap(lengths: tuple[int, ...], gap: int, device: torch.device) -> int:
-    """The gap to leave between clips once, at the sampling, for all that looks along time behind it; 0: none.
+    """Return the gap that the sampling leaves between clips for all operations over time behind it; 0: none.
 
-    A gap costs every operation its places; without it each convolution along time moves the features
-    of all clips twice. Measured for X3D on CPUs (`benchmarks/where_time_goes.py`), the gaps are the
-    cheaper while they are less than a quarter of the features. Clips of one length need none.
+    Every operation computes the slots of the gaps; without them each convolution over time moves the features of all clips
+    twice. For X3D on CPUs (`benchmarks/where_time_goes.py`) gaps are cheaper while they are less than a quarter of the
+    features. Clips of one length need none.
     """
     if not gap or device.type != "cpu" or len(set(lengths)) == 1:
         return 0
-    long, rows = rows_of(lengths, Window(2 * gap + 1, padding=gap))
-    return gap if 4 * (long * len(rows) - sum(lengths)) <= sum(lengths) else 0
+    row_length, rows = rows_of(lengths, Window(2 * gap + 1, padding=gap))
+    return gap if 4 * (row_length * len(rows) - sum(lengths)) <= sum(lengths) else 0
 
 
 @lru_cache(maxsize=1024)
 def centres(lengths: tuple[int, ...], window: Window, device: torch.device) -> Tensor:
-    """[M'] the packed feature at the centre of each output's window."""
+    """Return the packed feature at the centre of each output's window, [M']."""
     middle, first, shift = [], 0, window.dilation * (window.kernel - 1) // 2 - window.padding
     for length in lengths:
         middle += [first + min(max(i * window.stride + shift, 0), length - 1) for i in range(window.out(length))]
@@ -184,14 +183,14 @@ def centres(lengths: tuple[int, ...], window: Window, device: torch.device) -> T
 
 @lru_cache(maxsize=256)
 def boundaries(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The last feature of each clip but the last and the one before it; the first of each but the first
-    and the one after it; -1 where the clip has no such neighbour."""
+    """Return the slots of the last feature of each clip but the last and of the feature before it, and of the first
+    feature of each clip but the first and of the feature after it; -1 where the clip has no such neighbour."""
     ends = list(itertools.accumulate(lengths))
     lasts = [end - 1 for end in ends[:-1]]
     before = [end - 2 if length > 1 else -1 for end, length in zip(ends, lengths[:-1])]
     firsts = ends[:-1]
     after = [first + 1 if length > 1 else -1 for first, length in zip(firsts, lengths[1:])]
-    return tuple(_on(places, device) for places in (lasts, before, firsts, after))
+    return tuple(_on(slots, device) for slots in (lasts, before, firsts, after))
 
 
 @lru_cache(maxsize=256)
@@ -210,7 +209,7 @@ def _padded(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=256)
 def unpadded(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """[M] int64: where each packed position lies in [N, longest], flattened."""
+    """Return the index of each packed feature in [N, longest], flattened: [M] int64."""
     return _on([clip * max(lengths) + i for clip, length in enumerate(lengths) for i in range(length)], device)
 
 
@@ -220,8 +219,8 @@ def _counts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _on(values: Sequence, device: torch.device) -> Tensor:
-    """Integers on the device, without making the host wait for it."""
-    with torch.inference_mode(False):  # a tensor made in inference mode could not serve a training step later
+    """Copy integers to the device without making the host wait for it."""
+    with torch.inference_mode(False):  # the cache serves training steps, too
         if device.type != "cuda":
             return torch.tensor(values, dtype=torch.int64, device=device)  # of no values, too
         return torch.tensor(values, dtype=torch.int64).pin_memory().to(device, non_blocking=True)

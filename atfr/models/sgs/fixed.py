@@ -11,7 +11,7 @@ BASELINES = ("uniform", "stride", "random", "none")
 
 
 def baseline(similarity: str, frames: Tensor, *, num_frames: int, num_bins: int) -> tuple[Tensor, Tensor]:
-    """Bins and weights (0 or 1), both [N, T], that depend on nothing but each clip's frames [N].
+    """Return bins and weights (0 or 1), both [N, T], that depend on the number of frames [N] of each clip alone.
 
     uniform: min(B, T) contiguous bins of equal size; stride: the middle frame of each of these;
     random: min(B, T) distinct frames, the same for all clips of this length; none: every frame.
@@ -31,7 +31,7 @@ def baseline(similarity: str, frames: Tensor, *, num_frames: int, num_bins: int)
 
 
 def _random_frames(num_frames: int, num_bins: int) -> Tensor:
-    """[T + 1, T]: row n says which min(B, n) frames are drawn from a clip of n, always the same."""
+    """Return [T + 1, T], in which row n selects min(B, n) frames of a clip of n, the same in every call."""
     chosen = torch.zeros(num_frames + 1, num_frames, dtype=torch.long)
     for n in range(1, num_frames + 1):
         generator = torch.Generator().manual_seed(n)
@@ -40,8 +40,10 @@ def _random_frames(num_frames: int, num_bins: int) -> Tensor:
 
 
 def uniform_bins(num_frames: int | Tensor, num_bins: int | Tensor, length: int | None = None) -> Tensor:
-    """[T] bin of each frame when T frames are cut into num_bins contiguous bins of equal size (+-1).
-    With num_frames [N, 1]: [N, length], in which padding has the last bin."""
+    """Return the bin of each frame, [T], in a cut of T frames into contiguous bins of equal size (+-1).
+
+    With num_frames [N, 1]: [N, length], in which padding is in the last bin.
+    """
     time = torch.arange(length or num_frames, device=getattr(num_frames, "device", None))
     return (time * num_bins // num_frames).clamp(max=num_bins - 1)
 

@@ -2,18 +2,15 @@
 
 Fayyaz et al., "3D CNNs with Adaptive Temporal Feature Resolutions", CVPR 2021, section 3.
 
-Each of a clip's T frames has an embedding z_t in a small similarity space. Frames that are alike
-fall into the same bin, a bin's output is the weighted sum of its frames, and empty bins are
-dropped: a clip keeps B' <= min(B, T) features. What "alike" means:
+Each of a clip's T frames has an embedding z_t in a small similarity space. Similar frames share a bin, a bin's output is
+the weighted sum of its frames, and empty bins are dropped: a clip keeps B' <= min(B, T) features. Similar are frames that are
 
 - `distance_to_mean` (the paper's released code): equally far from the clip's mean embedding.
-- `magnitude` (the paper's text): embeddings of equal length |z_t|.
-- `path`: close along the clip's path through similarity space, so that bins are contiguous in time.
-- `anchor`: frames are taken in time order and a new bin opens when a frame is farther than `width`
-  from the running mean of the open bin: contiguous bins, and noise does not add up.
-- `partition`: the cut into contiguous bins that leaves least variance within them, at a price a bin
-  (see `partition.py`).
-- `uniform`, `stride`, `random`, `none`: baselines that do not look at the embeddings.
+- `magnitude` (the paper's text): of equal embedding length |z_t|.
+- `path`: close along the clip's path through similarity space; bins are contiguous in time.
+- `anchor`: consecutive and within `width` of the running mean of their bin; noise does not add up.
+- `partition`: consecutive and together in the cut with the least variance within bins, at a price per bin (see `partition.py`).
+- `uniform`, `stride`, `random`, `none`: baselines that do not use the embeddings.
 
 The first three give a scalar d_t, which is cut into bins relative to each clip's largest
 (scale=relative) or by one width for all clips (scale=absolute).
@@ -31,7 +28,7 @@ from torch import Tensor
 from atfr.models.sgs.fixed import BASELINES, baseline, uniform_bins
 from atfr.models.sgs.partition import best_cuts, bin_counts, partition_bins
 
-SEGMENTING = ("anchor", "partition")  # cut the clip into contiguous bins; no frame has a position inside its bin
+SEGMENTING = ("anchor", "partition")  # cut a clip into contiguous bins, in which frames have no position
 SIMILARITIES = ("distance_to_mean", "magnitude", "path", *SEGMENTING, *BASELINES)
 METRICS = ("l2", "l1", "cosine", "mahalanobis")
 KERNELS = ("linear", "linear_normalized", "delta", "delta_normalized", "mean")
@@ -39,8 +36,8 @@ SCALES = ("relative", "absolute")
 EDGES = ("released", "inclusive")
 ORDERS = ("similarity", "time")
 
-TINY = 1e-12  # keeps a square root's gradient and a division finite where all frames are identical
-LOST = 1e-3  # a clip whose frames together weigh less than this has lost its content
+TINY = 1e-12  # keeps the gradient of a square root and a division finite for identical frames
+LOST = 1e-3  # total weight of a clip's frames below which its content is lost
 
 
 def sampling_weights(
@@ -59,12 +56,11 @@ def sampling_weights(
     noise_floor: float | Tensor = 0.0,
     cost_exponent: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Weights with which each clip's frames are summed into its kept bins.
+    """Compute the weights that sum each clip's frames into its kept bins.
 
-    The defaults are the `reference` preset: the released code, number for number but for one
-    deviation. A clip whose frames together weigh less than 1e-3 (with the released edges frames
-    equally far from the mean all lie on the outer edge of the last bin and weigh 1.2e-7) would
-    vanish: the bins of such a clip are summed with the mean kernel.
+    The defaults are the `reference` preset, which equals the released code but for one deviation: where all frames of a clip
+    together weigh less than 1e-3, its bins are summed with the mean kernel, since the clip would vanish. (With the released
+    edges, frames equally far from the mean are all on the outer edge of the last bin, where a frame weighs 1.2e-7.)
 
     Args:
         z: [N, T, D] embeddings of the frames. Half precision is computed in float32.
@@ -76,7 +72,7 @@ def sampling_weights(
         valid: [N] int64, how many of the T frames of each clip exist; the rest is padding and has
             no influence. On the host it costs no synchronisation with the device.
         min_bins: a clip that would keep fewer is cut into this many contiguous bins: of equal size, or
-            with `partition` those that leave least variance.
+            with `partition` those with the least variance.
         noise_floor: path only, taken off the length of each step (see `median_step`).
         cost_exponent: partition only, how far a bin's price grows with the clip's own change (0 to 1).
 
@@ -115,8 +111,8 @@ def sampling_weights(
 def check_choices(similarity: str, metric: str, kernel: str, scale: str, edges: str, order: str) -> None:
     """Raise ValueError, naming the choice and what is possible, unless the six fit together.
 
-    Not looked at where it is of no use: metric by `magnitude`; metric, edges and order by the
-    baselines; edges by scale=absolute.
+    Choices without effect are ignored: metric for `magnitude`; metric, edges and order for the baselines; edges for
+    scale=absolute.
     """
     names, chosen = ("similarity", "metric", "kernel", "scale", "edges", "order"), (similarity, metric, kernel, scale, edges, order)
     for name, value, possible in zip(names, chosen, (SIMILARITIES, METRICS, KERNELS, SCALES, EDGES, ORDERS)):
@@ -135,7 +131,7 @@ def check_choices(similarity: str, metric: str, kernel: str, scale: str, edges: 
 
 
 def _check_values(z, num_bins, similarity, scale, width, min_bins, noise_floor, cost_exponent) -> None:
-    """Refuse impossible values; a width or floor in a tensor is not looked at, which could synchronise."""
+    """Refuse impossible values; those of a width or floor in a tensor are not read, which would wait for the device."""
     if z.dim() != 3 or not z.is_floating_point():
         raise ValueError(f"z must be a floating point [N, T, D] tensor, not {z.dtype} {tuple(z.shape)}")
     if not isinstance(num_bins, (int, torch.SymInt)) or num_bins < 1:
@@ -158,8 +154,8 @@ def _check_values(z, num_bins, similarity, scale, width, min_bins, noise_floor, 
 
 
 def _existing_frames(z: Tensor, valid: Tensor | None, least: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z, at least float32, 0 in padding and spoilt clips; which frames exist [N, T] and how many [N];
-    and which clips are spoilt by a NaN or an infinity [N]."""
+    """Return z, in float32 at least and 0 in padding and spoilt clips; the mask [N, T] and the number [N] of the frames that
+    exist; and which clips hold a NaN or an infinity [N]."""
     num_clips, num_frames = z.shape[:2]
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     if valid is None:
@@ -179,7 +175,7 @@ def _existing_frames(z: Tensor, valid: Tensor | None, least: int = 1) -> tuple[T
 
 
 def distances(z: Tensor, mask: Tensor, *, similarity: str, metric: str, noise_floor: float | Tensor = 0.0) -> Tensor:
-    """d_t of the frames that exist, 0 for padding: z [N, T, D] (padding 0), mask [N, T] -> [N, T]."""
+    """Return d_t of the frames that exist, 0 for padding: z [N, T, D] (padding 0), mask [N, T] -> [N, T]."""
     if similarity == "distance_to_mean":
         distance = distance_to_mean(z, metric, mask)
     elif similarity == "magnitude":
@@ -192,7 +188,7 @@ def distances(z: Tensor, mask: Tensor, *, similarity: str, metric: str, noise_fl
 
 
 def distance_to_mean(z: Tensor, metric: str, mask: Tensor) -> Tensor:
-    """Distance of each frame from its clip's mean embedding: [N, T, D] -> [N, T].
+    """Return each frame's distance from its clip's mean embedding: [N, T, D] -> [N, T].
 
     As in the released code 1e-6 is added to each component of the difference (l2, l1), cosine is
     1 - cos, and mahalanobis is the squared distance under the clip's covariance (divisor T - 1).
@@ -206,7 +202,7 @@ def distance_to_mean(z: Tensor, metric: str, mask: Tensor) -> Tensor:
     if metric == "l1":
         return (mean - z + 1e-6).abs().sum(dim=2)
     if metric == "cosine":
-        # Not a difference from 1, of which nothing but rounding is left where frames are alike.
+        # Not 1 - cos, which is rounding errors for similar frames.
         one, other = _norm(mean)[:, :, None], _norm(z)[:, :, None]
         apart = (mean / one - z / other).square().sum(dim=2) / 2
         return apart.masked_fill(((one <= TINY) | (other <= TINY))[:, :, 0], 1)  # a vector of no length has no direction
@@ -216,7 +212,7 @@ def distance_to_mean(z: Tensor, metric: str, mask: Tensor) -> Tensor:
 
 
 def step_lengths(z: Tensor, metric: str) -> Tensor:
-    """Length of the step into each frame but the first: [N, T, D] -> [N, T - 1]."""
+    """Return the length of the step into each frame but the first: [N, T, D] -> [N, T - 1]."""
     if metric == "l2":
         return _norm(z.diff(dim=1))
     if metric == "l1":
@@ -230,26 +226,26 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def positions(distance: Tensor, *, num_bins: int, edges: str = "released", width: float | Tensor | None = None) -> Tensor:
-    """s_t in [0, 2B] of distances [N, T]: bin b is centred on 2b + 1.
+    """Return the positions s_t in [0, 2B] of distances [N, T]; bin b is centred on 2b + 1.
 
-    With a width 2 d_t / width, and beyond the centre of the last bin a frame counts as on it.
-    Without, scaled by the clip's largest: `released` puts the farthest frame on the outer edge of
-    the last bin, where a linear kernel gives it no weight; `inclusive` on that bin's centre.
+    With a width they are 2 d_t / width, clamped to the centre of the last bin. Without, they are scaled by the clip's largest
+    distance: `released` puts the farthest frame on the outer edge of the last bin, where a linear kernel gives it no weight;
+    `inclusive` puts it on that bin's centre.
     """
     if width is not None:
         return (2 * distance / width).clamp(max=2 * num_bins - 1)
     reach = 2 * num_bins if edges == "released" else 2 * num_bins - 1
     position = distance * reach / distance.amax(dim=1, keepdim=True).clamp(min=TINY)
-    return position.clamp(max=reach)  # rounded above it, the farthest frame would not count in its bin
+    return position.clamp(max=reach)  # a position rounded above it is in no bin
 
 
 def bins_of(position: Tensor, num_bins: int) -> Tensor:
-    """The one bin in which each position lies (a NaN: in the first): [N, T] -> int64 [N, T]."""
+    """Return the bin of each position (of a NaN: the first): [N, T] -> int64 [N, T]."""
     return (position.detach() / 2).floor().nan_to_num(0).clamp(0, num_bins - 1).long()
 
 
 class _Inside(torch.autograd.Function):
-    """1 for every position; its true gradient is 0, and the released code passes +1 instead."""
+    """Returns 1 for every position, with the gradient 1 of the released code in place of the true 0."""
 
     @staticmethod
     def forward(ctx, position: Tensor) -> Tensor:
@@ -261,14 +257,14 @@ class _Inside(torch.autograd.Function):
 
 
 def kernel_weights(position: Tensor, bins: Tensor, kernel: str) -> Tensor:
-    """Weights [N, T] in a frame's own bin, not yet normalised: max(0, 1 + 1e-7 - |s - mu_b|) if linear, else 1."""
+    """Return the weight of each frame in its bin before normalisation, [N, T]: max(0, 1 + 1e-7 - |s - mu_b|) if linear, else 1."""
     if kernel.startswith("linear"):
         return (1 + 1e-7 - (position - (2 * bins + 1)).abs()).clamp(min=0)
     return _Inside.apply(position) if kernel.startswith("delta") else torch.ones_like(position)
 
 
 def anchor_bins(z: Tensor, *, width: float | Tensor, num_bins: int) -> Tensor:
-    """Contiguous bins in time order, one scan over T with the batch as one tensor: [N, T] int64.
+    """Return contiguous bins, [N, T] int64, from one scan over T for the whole batch.
 
     A new bin opens when the root mean square difference between a frame and the running mean of
     the open bin exceeds `width`; once B bins are open, the last one takes all frames that follow.
@@ -285,16 +281,16 @@ def anchor_bins(z: Tensor, *, width: float | Tensor, num_bins: int) -> Tensor:
 
 
 def _members(bins: Tensor, mask: Tensor, rows: int) -> Tensor:
-    """[N, rows, T]: whether a frame exists and lies in the bin."""
+    """Return whether each frame exists and is in the bin: [N, rows, T]."""
     return (bins[:, None] == torch.arange(rows, device=bins.device)[:, None]) & mask[:, None]
 
 
 def _complete(
     bins: Tensor, weights: Tensor, mask: Tensor, frames: Tensor, *, rows: int, kernel: str, min_bins: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise weights [N, T], and see to it that no clip is lost or keeps fewer than min_bins.
+    """Normalise weights [N, T]; use the mean kernel for lost clips and uniform bins for clips with fewer than min_bins.
 
-    Returns the bins [N, T] and weights after that, and the members [N, rows, T] of the bins.
+    Returns the bins [N, T], the weights [N, T], and the members [N, rows, T] of the bins.
     """
     member = _members(bins, mask, rows)
     averaged = ((weights.detach() * mask).sum(dim=1) < LOST)[:, None]  # [N, 1]
@@ -312,7 +308,7 @@ def _complete(
 def compact(member: Tensor, weights: Tensor, *, order: str) -> tuple[Tensor, Tensor]:
     """Drop the empty bins: (members [N, B, T], weights [N, T]) -> (matrix [N, B, T], lengths [N]).
 
-    `similarity` keeps the order of the bins, `time` orders them by the mean time of their frames.
+    `order`: "similarity" keeps the order of the bins, "time" sorts them by the mean time of their frames.
     """
     counts, member = member.sum(dim=2), member.to(weights.dtype)  # [N, B], [N, B, T]
     rank = torch.arange(member.shape[1], device=weights.device, dtype=weights.dtype).expand_as(counts)
@@ -335,10 +331,10 @@ def calibrated_width(
     noise_floor: float = 0.0,
     cost_exponent: float = 0.0,
 ) -> float:
-    """The widest width for which the clips z [N, T, D] keep `mean_bins` bins on average.
+    """Return the largest width at which the clips z [N, T, D] keep `mean_bins` bins on average.
 
-    The mean does not exceed what was asked for unless even one bin for each clip does; if no
-    width reaches it, the one that keeps most is returned.
+    The mean never exceeds `mean_bins`, unless that is below one bin a clip. If no width reaches it, the width that keeps most
+    is returned.
 
     Raises:
         ValueError: as `sampling_weights`; or z holds a NaN or an infinity.
@@ -350,10 +346,10 @@ def calibrated_width(
         least, _ = best_cuts(z, frames, num_bins=num_bins)
         distance = least[:, :1] ** ((1 - cost_exponent) / 2)  # a higher price than E_1 opens no second bin
     elif similarity == "anchor":
-        distance = z.square().mean(dim=2).sqrt()  # no two frames are farther apart than twice the largest
+        distance = z.square().mean(dim=2).sqrt()  # twice the largest norm bounds the distance of two frames
     else:
         distance = distances(z, mask, similarity=similarity, metric=metric, noise_floor=noise_floor)
-    high = 4 * float(distance.amax()) + TINY  # wide enough for one bin a clip
+    high = 4 * float(distance.amax()) + TINY  # gives one bin a clip
     if spoilt.any() or not math.isfinite(high):
         raise ValueError("the embeddings to calibrate an sgs width on hold a NaN or an infinity")
 
@@ -367,7 +363,7 @@ def calibrated_width(
         return _members(bins, mask, num_bins).any(dim=2).sum(dim=1).double().mean().item()
 
     most = 0.0, high
-    for _ in range(120):  # from the wide end: at small widths B' falls again, as frames crowd into the last bin
+    for _ in range(120):  # from large widths: at small ones B' falls again, as many frames share the last bin
         low = high / 2**0.25
         mean = mean_at(low)
         if mean > mean_bins:
@@ -375,14 +371,14 @@ def calibrated_width(
         most, high = max(most, (mean, low)), low
     else:
         return most[1]
-    for _ in range(11):  # to 1e-4 and no closer: B' changes where a frame lies exactly a width away, and rounding must not decide
+    for _ in range(11):  # to 1e-4: closer, rounding would decide B' of frames that are exactly a width away
         middle = (low + high) / 2
         low, high = (middle, high) if mean_at(middle) > mean_bins else (low, middle)
     return high
 
 
 def median_step(z: Tensor, metric: str = "l2", valid: Tensor | None = None) -> float:
-    """The (lower) median length of all clips' steps, 0 if there are none: a noise floor for `path`."""
+    """Return the (lower) median length of all clips' steps, 0 without steps: a noise floor for `path`."""
     check_choices("path", metric, "mean", "absolute", "released", "similarity")
     z, mask, _, spoilt = _existing_frames(z.detach(), valid)
     if spoilt.any():

@@ -1,11 +1,9 @@
-"""The best cut of a clip into contiguous bins: `similarity=partition` of SGS, as pure functions.
+"""The optimal cut of a clip into contiguous bins: `similarity=partition` of SGS, as pure functions.
 
-A cut into k bins leaves the variance within them: the sum over frames of the squared distance to
-their bin's mean. E_k is the least that k contiguous bins can leave, found exactly by dynamic
-programming (Fisher, "On grouping for maximum homogeneity", 1958). Every bin has a price, and a
-clip keeps the k that minimises E_k + price x k: where a greedy scan opens a bin at the first frame
-that differs enough, this weighs all cuts against each other, so that a gradual change does not
-spend bins and a short moment that nothing else explains keeps its own.
+The cost of a cut is the variance within its bins: the sum over frames of the squared distance to the bin's mean. E_k is the
+least cost of k contiguous bins, found exactly by dynamic programming (Fisher, "On grouping for maximum homogeneity", 1958).
+Every bin has a price, and a clip keeps the k that minimises E_k + price x k. A greedy scan opens a bin at the first frame
+that differs enough; this compares all cuts, so that a gradual change takes few bins and a short event keeps its own.
 """
 
 from __future__ import annotations
@@ -17,13 +15,13 @@ from torch import Tensor
 def partition_bins(
     z: Tensor, frames: Tensor, *, width: float | Tensor, num_bins: int, min_bins: int = 1, cost_exponent: float = 0.0
 ) -> Tensor:
-    """Bin of each frame, [N, T] int64; whatever lies behind a clip's `frames` [N] is in its last bin.
+    """Return the bin of each frame, [N, T] int64; padding beyond a clip's `frames` [N] is in its last bin.
 
     Args:
-        z: [N, T, D] float32 or float64, 0 where there is no frame.
-        width, cost_exponent: the price of a bin is width^2 x (E_1)^cost_exponent, with distances as root mean
-            squares over D. 0: the same price for all clips, so that B' follows how much a clip
-            changes; 1: B' follows how its change is spread in time, whatever the amount.
+        z: [N, T, D] float32 or float64, 0 in padding.
+        width, cost_exponent: the price of a bin is width^2 x (E_1)^cost_exponent, with distances as root mean squares
+            over D. At 0 all clips have the same price, and B' depends on the amount of change; at 1 B' depends on how the
+            change is distributed over time, not on its amount.
         num_bins, min_bins: bounds of B'; a clip never has more bins than frames.
     """
     least, cuts = best_cuts(z.detach(), frames, num_bins=num_bins)
@@ -31,9 +29,9 @@ def partition_bins(
 
 
 def best_cuts(z: Tensor, frames: Tensor, *, num_bins: int) -> tuple[Tensor, Tensor]:
-    """E_k of each clip, [N, B] (infinite for more bins than frames), and the cuts that reach it.
+    """Return E_k of each clip, [N, B] (infinite for more bins than frames), and the cuts with these costs.
 
-    cuts[n, t, k]: where the last of k bins begins in the best cut of the first t frames of clip n.
+    cuts[n, t, k] is the first frame of the last bin in the best cut of the first t frames of clip n into k bins.
     """
     costs, steps = within_costs(z, frames), z.shape[1]
     least = z.new_full((len(z), steps + 1, num_bins + 1), torch.inf)
@@ -47,13 +45,12 @@ def best_cuts(z: Tensor, frames: Tensor, *, num_bins: int) -> tuple[Tensor, Tens
 
 
 def within_costs(z: Tensor, frames: Tensor) -> Tensor:
-    """[N, T + 1, T + 1]: at s < t the variance left by frames s..t-1 in one bin; else infinite.
+    """Return [N, T + 1, T + 1]: at s < t the variance within one bin of frames s..t-1; else infinite.
 
-    Mean square over D, summed over the frames: sum |z|^2 - |sum z|^2 / count, from sums of the Gram
-    matrix over blocks.
+    It is the mean square over D, summed over the frames: sum |z|^2 - |sum z|^2 / count, from block sums of the Gram matrix.
     """
     n, steps, dim = z.shape
-    rounding = 1e-6 * z.square().sum(dim=(1, 2)) / dim  # below it a difference is none: frames may be alike but for it
+    rounding = 1e-6 * z.square().sum(dim=(1, 2)) / dim  # differences below it are rounding errors of equal frames
     z = z - z.sum(dim=1, keepdim=True) / frames[:, None, None]
     gram = z @ z.transpose(1, 2) / dim
     squares, blocks = z.new_zeros(n, steps + 1), z.new_zeros(n, steps + 1, steps + 1)
@@ -68,17 +65,17 @@ def within_costs(z: Tensor, frames: Tensor) -> Tensor:
 
 
 def bin_counts(least: Tensor, *, width: float | Tensor, min_bins: int = 1, cost_exponent: float = 0.0) -> Tensor:
-    """[N] int64: the number of bins with the least E_k + price x k, of E_k [N, B]; `min_bins` at least."""
+    """Return the number of bins, at least `min_bins`, with the least E_k + price x k: E_k [N, B] -> [N] int64."""
     price = width**2 * (least[:, :1] if cost_exponent == 1 else least[:, :1] ** cost_exponent if cost_exponent else 1.0)
     number = torch.arange(1, least.shape[1] + 1, device=least.device, dtype=least.dtype)
     return (least + price * number)[:, min_bins - 1 :].argmin(dim=1) + min_bins
 
 
 def width_keeping(z: Tensor, frames: Tensor, *, num_bins: int, mean_bins: float, cost_exponent: float = 0.0) -> Tensor:
-    """The least width, but for 1e-4 of it, at which these clips keep at most `mean_bins` bins on average: a scalar, no wait for the device.
+    """Return the least width, to 1e-4, at which these clips keep at most `mean_bins` bins on average: a scalar, without a wait for the device.
 
-    A clip keeps more than k bins below the price max over j > k of min over i <= k of (E_i - E_j) / (j - i),
-    so the prices of all clips in order say how many bins are kept at each. For z and frames see `partition_bins`.
+    A clip keeps more than k bins at any price below max over j > k of min over i <= k of (E_i - E_j) / (j - i). The sorted
+    thresholds of all clips give the number of bins at each price. For z and frames see `partition_bins`.
     """
     least, _ = best_cuts(z, frames, num_bins=num_bins)
     number = torch.arange(least.shape[1], device=z.device)
@@ -93,7 +90,7 @@ def width_keeping(z: Tensor, frames: Tensor, *, num_bins: int, mean_bins: float,
 
 
 def bins_of_cuts(cuts: Tensor, counts: Tensor, frames: Tensor) -> Tensor:
-    """[N, T]: the bins of the best cut into counts[n] bins, read from its end to its beginning."""
+    """Return the bins, [N, T], of the best cut of each clip into counts[n] bins, traced back from its last bin."""
     steps, most = cuts.shape[1] - 1, min(cuts.shape[1], cuts.shape[2]) - 1
     clip, time = torch.arange(len(cuts), device=cuts.device), torch.arange(steps, device=cuts.device)
     left = (counts[:, None] - torch.arange(most, device=cuts.device)).clamp(min=0)  # [N, most] bins not yet read
