@@ -38,7 +38,7 @@ from atfr.models.flops import GflopsTable
 from atfr.models.graph.tracing import DenseNetwork, Traced
 from atfr.models.packed.segments import take
 from atfr.models.sgs.config import SGSConfig
-from atfr.models.sgs.layer import sample
+from atfr.models.sgs.sampling import sample
 from atfr.models.video_net import VideoNet
 from atfr.utils.malloc import keep_freed_memory
 

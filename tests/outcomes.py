@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from atfr.models.sgs.layer import Forced, Sampled
+from atfr.models.sgs.sampling import Forced, Sampled
 from atfr.models.video_net import VideoNet
 
 

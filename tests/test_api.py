@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -248,8 +249,11 @@ def test_options_of_a_preset_are_checked():
 
 @pytest.mark.slow
 def test_the_wheel_works_in_an_environment_without_the_repository(tmp_path):
-    wheels = tmp_path / "wheels"
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(wheels), str(ROOT)], check=True)
+    source, wheels = tmp_path / "source", tmp_path / "wheels"
+    shutil.copytree(ROOT / "atfr", source / "atfr", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(wheels), str(source)], check=True)
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
     # The dependencies are this environment's; the package itself is the wheel's.
     python = tmp_path / "env" / "bin" / "python"

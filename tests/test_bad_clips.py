@@ -13,7 +13,7 @@ from atfr.models.backbones.resnets import c2d, i3d
 from atfr.models.backbones.torchvision3d import s3d
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
-from atfr.models.sgs.layer import NonFiniteFeatures
+from atfr.models.sgs.sampling import NonFiniteFeatures
 from atfr.models.video_net import VideoNet
 
 

@@ -14,7 +14,7 @@ from atfr.models.backbones.slowfast import slowfast
 from atfr.models.backbones.torchvision3d import s3d
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
-from atfr.models.sgs.layer import NonFiniteFeatures
+from atfr.models.sgs.sampling import NonFiniteFeatures
 
 FEATURES = SGSConfig.from_preset("reference", similarity="partition", kernel="mean", scale="absolute", width=0.6, order="time", embedding="pooled", before_activation=False, after="stem")
 CLIP = replace(FEATURES, embed_from="clip")

@@ -20,7 +20,7 @@ from atfr.models.backbones.slowfast import slowfast
 from atfr.models.backbones.x3d import x3d
 from atfr.models.graph.recompute import Recomputed
 from atfr.models.sgs.config import SGSConfig
-from atfr.models.sgs.layer import NonFiniteFeatures
+from atfr.models.sgs.sampling import NonFiniteFeatures
 from atfr.models.video_net import VideoNet
 
 ATFR = SGSConfig.from_preset("reference", similarity="partition", kernel="mean", scale="absolute", width=0.6, order="time", embedding="pooled", before_activation=False, after="stem")

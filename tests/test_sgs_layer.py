@@ -9,7 +9,8 @@ import torch
 
 from atfr.models.packed.segments import Segments
 from atfr.models.sgs.config import SGSConfig
-from atfr.models.sgs.layer import SGS, NonFiniteFeatures, sample
+from atfr.models.sgs.layer import SGS
+from atfr.models.sgs.sampling import NonFiniteFeatures, sample
 
 ATFR = SGSConfig.from_preset("reference", similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
 EVERY_KIND = [

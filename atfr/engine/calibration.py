@@ -22,7 +22,8 @@ from atfr.engine.distributed import comm
 from atfr.engine.distributed.sync_batchnorm import batch_norms, sync_batchnorm
 from atfr.engine.settings import TrainerSettings
 from atfr.models.graph.probing import evaluating
-from atfr.models.sgs.layer import Proposal, Sampled
+from atfr.models.sgs.layer import Proposal
+from atfr.models.sgs.sampling import Sampled
 from atfr.models.video_net import VideoNet
 
 KEEP_ALL = 2**31 - 1  # an upper limit that no clip reaches

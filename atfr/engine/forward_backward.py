@@ -14,7 +14,7 @@ from atfr.data.types import ClipBatch
 from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.optim import clip_gradients
 from atfr.engine.settings import TrainerSettings, precision_dtype
-from atfr.models.sgs.layer import NonFiniteFeatures, Sampled
+from atfr.models.sgs.sampling import NonFiniteFeatures, Sampled
 from atfr.models.video_net import Sampling
 
 

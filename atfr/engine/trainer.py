@@ -31,7 +31,7 @@ from atfr.engine.run.metric_logger import MetricLogger
 from atfr.engine.run.profiler import profiler
 from atfr.engine.run.run_dir import way_out
 from atfr.engine.settings import TrainerSettings
-from atfr.models.sgs.layer import NonFiniteFeatures
+from atfr.models.sgs.sampling import NonFiniteFeatures
 from atfr.models.video_net import VideoNet
 from atfr.utils.progress import StepProgress, watched
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
@@ -16,18 +15,19 @@ from atfr.models.graph.compile import compiling, require_compiler
 from atfr.models.graph.packed_program import PackedTrunk, Time
 from atfr.models.graph.probing import evaluating
 from atfr.models.graph.recompute import recomputing
-from atfr.models.graph.tracing import INPUT, DenseNetwork, Traced
+from atfr.models.graph.tracing import DenseNetwork, Traced
+from atfr.models.locations import Stages, resolve
 from atfr.models.packed.registry import NoPackedForm
 from atfr.models.packed.segments import take
 from atfr.models.sgs.config import SGSConfig
-from atfr.models.sgs.layer import SGS, AtLeast, Forced, Proposal, Sampled, sample
+from atfr.models.sgs.layer import SGS, Proposal
+from atfr.models.sgs.sampling import AtLeast, Forced, Sampled, sample
 
 if TYPE_CHECKING:
     from atfr.models.flops import GflopsTable
 
 log = logging.getLogger(__name__)
 
-Stages = Mapping[str, "str | tuple[str, ...]"]
 BatchNorm = nn.modules.batchnorm._BatchNorm
 TOLERANCE = 1e-3  # of the self-check, in standard deviations of the logits; a leak between clips is 0.05 and more
 
@@ -130,7 +130,7 @@ class VideoNet(nn.Module):
             self._add_sgs(sgs, stages, probe)
 
     def _add_sgs(self, sgs: SGSConfig, stages: Stages, probe: tuple[int, int, int]) -> None:
-        self.locations = locations = _resolve(sgs.locations, stages, self.dense_network)
+        self.locations = locations = resolve(sgs.locations, stages, self.dense_network)
         traced = Traced(self.dense_network, locations, before_activation=sgs.before_activation, embeds_clip=sgs.embeds_clip)
         of_clip = {traced.cuts[cut] for cut in traced.levels[0]} if sgs.embeds_clip else set()
         clip = torch.zeros(1, 3, *probe, device=self._like.device)
@@ -160,7 +160,7 @@ class VideoNet(nn.Module):
         """Return the logits [N, classes] of clips [N, 3, T, H, W]; with `return_sampling`, also what the SGS layers did.
 
         Args:
-            forced: replaces the layers' decisions, see `sgs.layer.sample`.
+            forced: replaces the layers' decisions, see `sgs.sampling.sample`.
 
         Raises:
             ValueError: clips of another shape or on another device than the network, or too short for the layers behind
@@ -387,35 +387,6 @@ def _rebuilt(kind: type[VideoNet], network: nn.Module, recipe: tuple, layers: nn
     model.sgs.train(training)
     model.training = training
     return model
-
-
-def _resolve(names: Sequence[str], stages: Stages, network: nn.Module) -> dict[str, str]:
-    """{layer name: module path} of the locations that `sgs.after` names."""
-    locations: dict[str, str] = {}
-    for name in names:
-        target = stages.get(name, name)
-        if isinstance(target, tuple):
-            found = _resolve(target, stages, network)
-        else:
-            try:
-                network.get_submodule(target)
-            except AttributeError:
-                if target != INPUT:
-                    raise ValueError(f"model.sgs.after={name!r} is not a stage of this network; {_possible(target, stages, network)}") from None
-            found = {name: target}
-        for twice in found.keys() & locations.keys():
-            raise ValueError(f"model.sgs.after names the same location twice: {twice}")
-        locations.update(found)
-    return locations
-
-
-def _possible(path: str, stages: Stages, network: nn.Module) -> str:
-    """What there is in place of a path that does not exist: stages or top modules, and the paths most like it."""
-    near = difflib.get_close_matches(path, [name for name, _ in network.named_modules() if name], n=5)
-    like = f", such as {', '.join(near)}" if near else ""
-    if stages:
-        return f"choose one or a list of {', '.join((INPUT, *stages))}, or the path of a module{like}"
-    return f"choose {INPUT}, the path of a module or a list of them; there are {', '.join(dict(network.named_children()))} and what is in them{like}"
 
 
 def _key(name: str) -> str:

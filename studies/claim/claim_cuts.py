@@ -24,7 +24,8 @@ from atfr.cli.config import build
 from atfr.data.datasets.synthetic_scene import PHASES, render
 from atfr.data.temporal_sampling import uniform_views
 from atfr.data.transforms import Normalizer, test_crops
-from atfr.models.sgs.layer import SGS, sample
+from atfr.models.sgs.layer import SGS
+from atfr.models.sgs.sampling import sample
 
 VIDEOS = 400  # of each split
 DATA = ("uneven", "even")  # files of configs/experiment/claim

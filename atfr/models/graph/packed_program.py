@@ -17,7 +17,7 @@ from atfr.models.graph.tracing import Traced
 from atfr.models.packed import ops, registry
 from atfr.models.packed.registry import NoPackedForm
 from atfr.models.packed.segments import Segments, Window
-from atfr.models.sgs.layer import Forced, sample
+from atfr.models.sgs.sampling import Forced, sample
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class PackedTrunk:
         """Return the program with the SGS layers {path: layer}.
 
         It maps (the frontier, forced) to (the network's output, one row a clip; a tuple of Sampled, one a layer in the
-        order of the cuts). For `forced` see `sgs.layer.sample`.
+        order of the cuts). For `forced` see `sgs.sampling.sample`.
         """
         return self.traced.program(self.graph, "PackedTrunk", layers)
 
