@@ -21,6 +21,7 @@ from atfr.models.graph import probing
 from atfr.models.packed import cpu, deterministic_pools, registry
 
 TORCH = str(Path(torch.__file__).parent)
+FUNCTIONS = (cpu.conv3d, deterministic_pools.pool3d)  # that take a module and its input
 INPUT = "input"  # the location before all modules: the clips themselves are sampled
 
 
@@ -105,17 +106,15 @@ class Traced:
 
     def copy(self, graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
         """Copy a node into a program's graph; `copies` are those of its inputs."""
-        if node.op != "call_module":
-            copied = graph.node_copy(node, copies.__getitem__)
-            copied.target = self.path(node) if node.op == "get_attr" else node.target
-            return copied
-        function = _function_of(self.network.get_submodule(node.target))
-        if function is None or len(node.args) != 1 or node.kwargs:
-            copied = graph.node_copy(node, copies.__getitem__)
+        if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
+            function = _function_of(self.network.get_submodule(node.target))
+            if function is not None:
+                arguments = graph.get_attr(self.path(node)), copies[node.args[0]]
+                return graph.create_node("call_function", function, arguments, name=node.name)
+        copied = graph.node_copy(node, copies.__getitem__)
+        if node.op in ("call_module", "get_attr"):
             copied.target = self.path(node)
-            return copied
-        module = graph.get_attr(self.path(node))
-        return graph.create_node("call_function", function, (module, copies[node.args[0]]), name=node.name)
+        return copied
 
     def path(self, node: fx.Node) -> str:
         """The path in `root` of the module, parameter or buffer that a node uses."""
@@ -127,9 +126,6 @@ def _function_of(module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | N
     if cpu.separable(module):
         return cpu.conv3d
     return deterministic_pools.pool3d if type(module) in deterministic_pools.POOLS else None
-
-
-FUNCTIONS = (cpu.conv3d, deterministic_pools.pool3d)  # of a module and one tensor
 
 
 class DenseNetwork(nn.Module):
@@ -188,23 +184,24 @@ def _trace(network: nn.Module) -> tuple[list[fx.Node], dict[str, fx.Node]]:
                     f"torch.fx cannot trace {type(network).__name__}, which SGS, trainer.checkpoint_activations and trainer.compile need: {probing.first_line(error)} at {line}; write that without Python's range, if, int"
                     " or unpacking of tensors and their sizes, or give the module a packed_forward (atfr/models/packed/registry.py): it is then a leaf of the graph"
                 ) from error
-    for node in _differing(*graphs):
+    different = _first_difference(*graphs)
+    if different is not None:
         raise ValueError(
-            f"torch.fx traces {type(network).__name__} differently for training and evaluation, at {node.name!r}, so SGS, trainer.checkpoint_activations and trainer.compile cannot use it:"
+            f"torch.fx traces {type(network).__name__} differently for training and evaluation, at {different.name!r}, so SGS, trainer.checkpoint_activations and trainer.compile cannot use it:"
             " where its forward reads self.training, use a module (nn.Dropout for nn.functional.dropout)"
         )
     return graphs[-1], tracer.outputs
 
 
-def _differing(one: Sequence[fx.Node], other: Sequence[fx.Node]) -> list[fx.Node]:
-    """Return the first node of `one` that `other` does not have in its place, if any."""
+def _first_difference(one: Sequence[fx.Node], other: Sequence[fx.Node]) -> fx.Node | None:
+    """Return the first node of one graph that differs from the other's, if any."""
     index = {node: str(i) for nodes in (one, other) for i, node in enumerate(nodes)}
 
     def content(node: fx.Node) -> tuple:
         target = "" if node.op == "get_attr" else node.target  # constants have other names in each trace
         return node.op, target, str(fx.map_arg(node.args, index.__getitem__)), str(fx.map_arg(node.kwargs, index.__getitem__))
 
-    return [a for a, b in zip(one, other) if content(a) != content(b)][:1]
+    return next((a for a, b in zip(one, other) if content(a) != content(b)), None)
 
 
 class _LeafTracer(fx.Tracer):
