@@ -149,6 +149,31 @@ class Untraceable(Toy):
         return super().forward(x)
 
 
+class Dropping(Toy):
+    """Drops half of all values in training, by a module of its own or in the network's forward."""
+
+    def __init__(self, by_module: bool) -> None:
+        super().__init__(nn.Identity())
+        self.drop, self.by_module = Drop(), by_module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.drop(x) if self.by_module else nn.functional.dropout(x, 0.5, self.training))
+
+
+class Drop(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5, self.training)
+
+
+def test_a_module_that_reads_its_mode_runs_in_each_and_a_network_that_does_is_refused():
+    options = dict(stages={}, sgs=SGSConfig(**{**ATFR, "after": "first"}), probe=(8, 8, 8))
+    net, clips = VideoNet(Dropping(True), **options), torch.randn(2, 3, 8, 8, 8)
+    torch.testing.assert_close(net.eval().stem(clips)[0], net.backbone.first(clips))
+    assert not torch.allclose(net.train().stem(clips)[0], net.backbone.first(clips))
+    with pytest.raises(ValueError, match="traces Dropping differently for training and evaluation, at 'dropout'.*use a module"):
+        VideoNet(Dropping(False), **options)
+
+
 @pytest.mark.parametrize(
     "looks, reason",
     [

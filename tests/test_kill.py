@@ -19,8 +19,7 @@ STEPS = 24
 MORE = ("trainer.epochs=12", "trainer.save_every=1", "trainer.eval_every=6", "trainer.test=false", "trainer.mixup=0.8", "trainer.accumulate=2", "trainer.ema=0.9")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes, kills", [(1, 12), (2, 8)])
+@pytest.mark.parametrize("processes, kills", [(1, 3), pytest.param(1, 12, marks=pytest.mark.slow), pytest.param(2, 8, marks=pytest.mark.slow)])
 def test_a_training_that_is_killed_repeatedly_ends_with_exactly_the_same_weights(small_videos, tmp_path, processes, kills):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert set(Job("train", *small_job(small_videos, whole, *MORE), processes=processes).wait()) == {0}

@@ -19,7 +19,7 @@ from test_kill import logged
 
 from atfr.engine.run import checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]  # together in one process: one cluster
+pytestmark = pytest.mark.xdist_group("slurm")  # together in one process: one cluster
 BATCH = "scripts/slurm/train.sbatch"
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")
 LAUNCHER = ("hydra/launcher=slurm", "hydra.launcher.nodes=2", "hydra.launcher.gpus_per_node=null", "hydra.launcher.tasks_per_node=1", "hydra.launcher.cpus_per_task=1")
@@ -102,6 +102,7 @@ def test_jobs_on_two_nodes_that_have_to_stop_are_queued_again_and_end_with_the_s
         torch.testing.assert_close(checkpoint.load(folder / "checkpoints/last.pt")["model"], undisturbed, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_jobs_that_fail_say_why_and_so_does_the_sweep_of_one_that_does(cluster, small_videos, tmp_path):
     output = tmp_path / "output.txt"
     broken = overrides(small_videos, tmp_path / "job", "optimizer._target_=launched_parts.failing_optimizer", "+optimizer.kind=mistake")

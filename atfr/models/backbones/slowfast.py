@@ -152,29 +152,30 @@ class Fusion(nn.Module):
         """Fuse packed features of both pathways."""
         (slow, slow_segments), (fast, fast_segments) = slow, fast
         if self.rule == "aligned":
-            pathways = (slow, slow_segments.times, slow_segments.owner), (fast, fast_segments.times, fast_segments.owner)
-            return self._aligned(*pathways), slow_segments
+            fused = self._aligned(slow_segments.times, slow_segments.owner, fast, fast_segments.times, fast_segments.owner)
+            return torch.cat((slow, fused), 1), slow_segments
         fused = self._activated(ops.conv3d(self.conv_fast_to_slow, fast, fast_segments))
         lengths = slow_segments.lengths, fast_segments.after(window_of(self.conv_fast_to_slow)).lengths
-        clips = zip(slow.split(lengths[0], dim=2), slow_segments.times.split(lengths[0]), fused.split(lengths[1], dim=2))
+        clips = zip(slow.split(lengths[0], dim=2), slow_segments.times.split(lengths[0]), fused.split(lengths[1], dim=2), *lengths)
         features, times = zip(*(_padded(*clip) for clip in clips))
         features = torch.cat(features, 2).contiguous(memory_format=torch.channels_last_3d)
-        return features, Segments(tuple(map(len, times)), slow_segments.frames, torch.cat(times))
+        return features, Segments(tuple(map(max, *lengths)), slow_segments.frames, torch.cat(times))
 
     def one_clip_forward(self, slow: Timed, fast: Timed) -> Timed:
         """Fuse the features of one clip, whose numbers need not be known."""
         (slow, slow_times), (fast, fast_times) = slow, fast
         if self.rule == "released":
-            return _padded(slow, slow_times, self._activated(self.conv_fast_to_slow(fast)))
-        pathways = (slow, slow_times, torch.zeros_like(slow_times)), (fast, fast_times, torch.zeros_like(fast_times))
-        return self._aligned(*pathways), slow_times
+            fused = self._activated(self.conv_fast_to_slow(fast))
+            return _padded(slow, slow_times, fused, slow.shape[2], fused.shape[2])
+        fused = self._aligned(slow_times, torch.zeros_like(slow_times), fast, fast_times, torch.zeros_like(fast_times))
+        torch._check(fused.shape[2] == slow.shape[2])  # torch.export cannot know it
+        return torch.cat((slow, fused), 1), slow_times
 
     def _activated(self, fused: Tensor) -> Tensor:
         return self.activation(self.norm(fused))
 
-    def _aligned(self, slow: tuple[Tensor, Tensor, Tensor], fast: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Fuse packed features, given with the time and the clip of each."""
-        (slow, slow_times, slow_owner), (fast, fast_times, fast_owner) = slow, fast
+    def _aligned(self, slow_times: Tensor, slow_owner: Tensor, fast: Tensor, fast_times: Tensor, fast_owner: Tensor) -> Tensor:
+        """Convolve packed Fast features around the one nearest in time to each Slow one, of the same clip (`owner`)."""
         (kernel, *_), (alpha, *stride) = self.conv_fast_to_slow.kernel_size, self.conv_fast_to_slow.stride
         distance = (slow_times[:, None] * alpha - fast_times).abs()  # [M_slow, M_fast]
         nearest = distance.masked_fill(slow_owner[:, None] != fast_owner, torch.inf).argmin(dim=1)
@@ -184,19 +185,16 @@ class Fusion(nn.Module):
         slots = slots.where(inside, last + 1)  # beyond the clip: a frame of zeros
         windows = take(nn.functional.pad(fast, (0, 0, 0, 0, 0, 1)), slots.flatten())
         # Each window by itself: as many frames as the kernel has, and steps as long.
-        fused = nn.functional.conv3d(windows, self.conv_fast_to_slow.weight, self.conv_fast_to_slow.bias, (kernel, *stride))
-        torch._check(fused.shape[2] == slow.shape[2])  # which torch.export cannot know
-        return torch.cat((slow, self._activated(fused)), 1)
+        conv = self.conv_fast_to_slow
+        return self._activated(nn.functional.conv3d(windows, conv.weight, conv.bias, (kernel, *stride)))
 
 
-def _padded(slow: Tensor, times: Tensor, fused: Tensor) -> Timed:
-    """Join the features of one clip by the released rule; padded features have no time of their own, but 0."""
-    length = torch.sym_max(slow.shape[2], fused.shape[2])
-    times = _centred(times[None, None, :, None, None], length).reshape(-1)
-    return torch.cat((_centred(slow, length), _centred(fused, length)), 1), times
+def _padded(slow: Tensor, times: Tensor, fused: Tensor, slow_length: int, fused_length: int) -> Timed:
+    """Join the features of one clip by the released rule: zeros on both sides of the shorter input, the odd one behind.
 
-
-def _centred(x: Tensor, length: int) -> Tensor:
-    """Pad with zero features on both sides, the odd one behind: [1, C, T, H, W] -> [1, C, length, H, W]."""
-    front = (length - x.shape[2]) // 2
-    return nn.functional.pad(x, (0, 0, 0, 0, front, length - x.shape[2] - front))
+    Padded features have no time of their own, but 0.
+    """
+    length = torch.sym_max(slow_length, fused_length)
+    (front, back), fused_sides = ((rest // 2, rest - rest // 2) for rest in (length - slow_length, length - fused_length))
+    slow, fused = nn.functional.pad(slow, (0, 0, 0, 0, front, back)), nn.functional.pad(fused, (0, 0, 0, 0, *fused_sides))
+    return torch.cat((slow, fused), 1), nn.functional.pad(times, (front, back))

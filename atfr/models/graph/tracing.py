@@ -22,6 +22,7 @@ from atfr.models.graph import probing
 from atfr.models.packed import cpu, deterministic_pools, registry
 
 TORCH = str(Path(torch.__file__).parent)
+FUNCTIONS = (cpu.conv3d, deterministic_pools.pool3d)  # that take a module and its input
 INPUT = "input"  # the location before all modules: the clips themselves are sampled
 
 
@@ -123,9 +124,6 @@ def _function_of(module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | N
     return deterministic_pools.pool3d if type(module) in deterministic_pools.POOLS else None
 
 
-FUNCTIONS = (cpu.conv3d, deterministic_pools.pool3d)  # of a module and one tensor
-
-
 class DenseNetwork(nn.Module):
     """Runs a network without sampling, by its program where that computes the same in a better way.
 
@@ -182,23 +180,24 @@ def _trace(network: nn.Module) -> tuple[list[fx.Node], dict[str, fx.Node]]:
                     f"torch.fx cannot trace {type(network).__name__}, which SGS, trainer.checkpoint_activations and trainer.compile need: {probing.first_line(error)} at {line}; write that without Python's range, if, int"
                     " or unpacking of tensors and their sizes, or give the module a packed_forward (atfr/models/packed/registry.py): it is then a leaf of the graph"
                 ) from error
-    for node in _differing(*graphs):
+    different = _first_difference(*graphs)
+    if different is not None:
         raise ValueError(
-            f"torch.fx traces {type(network).__name__} differently for training and evaluation, at {node.name!r}, so SGS, trainer.checkpoint_activations and trainer.compile cannot use it:"
+            f"torch.fx traces {type(network).__name__} differently for training and evaluation, at {different.name!r}, so SGS, trainer.checkpoint_activations and trainer.compile cannot use it:"
             " where its forward reads self.training, use a module (nn.Dropout for nn.functional.dropout)"
         )
     return graphs[-1], tracer.outputs
 
 
-def _differing(one: Sequence[fx.Node], other: Sequence[fx.Node]) -> list[fx.Node]:
-    """Return the first node of `one` that `other` does not have in its place, if any."""
+def _first_difference(one: Sequence[fx.Node], other: Sequence[fx.Node]) -> fx.Node | None:
+    """Return the first node of one graph that differs from the other's, if any."""
     index = {node: str(i) for nodes in (one, other) for i, node in enumerate(nodes)}
 
     def content(node: fx.Node) -> tuple:
         target = "" if node.op == "get_attr" else node.target  # constants have other names in each trace
         return node.op, target, str(fx.map_arg(node.args, index.__getitem__)), str(fx.map_arg(node.kwargs, index.__getitem__))
 
-    return [a for a, b in zip(one, other) if content(a) != content(b)][:1]
+    return next((a for a, b in zip(one, other) if content(a) != content(b)), None)
 
 
 class _LeafTracer(fx.Tracer):
