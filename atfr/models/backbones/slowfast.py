@@ -148,9 +148,9 @@ class Fusion(nn.Module):
     def forward(self, slow: Tensor, fast: Tensor) -> Tensor:
         return torch.cat((slow, self._activated(self.conv_fast_to_slow(fast))), 1)
 
-    def packed_forward(self, slow: Packed, fast: Packed) -> Packed:
+    def packed_forward(self, slow_pathway: Packed, fast_pathway: Packed) -> Packed:
         """Fuse packed features of both pathways."""
-        (slow, slow_segments), (fast, fast_segments) = slow, fast
+        (slow, slow_segments), (fast, fast_segments) = slow_pathway, fast_pathway
         if self.rule == "aligned":
             pathways = (slow, slow_segments.times, slow_segments.owner), (fast, fast_segments.times, fast_segments.owner)
             return self._aligned(*pathways), slow_segments
@@ -161,9 +161,9 @@ class Fusion(nn.Module):
         features = torch.cat(features, 2).contiguous(memory_format=torch.channels_last_3d)
         return features, Segments(tuple(map(len, times)), slow_segments.frames, torch.cat(times))
 
-    def one_clip_forward(self, slow: Timed, fast: Timed) -> Timed:
+    def one_clip_forward(self, slow_pathway: Timed, fast_pathway: Timed) -> Timed:
         """Fuse the features of one clip, whose numbers need not be known."""
-        (slow, slow_times), (fast, fast_times) = slow, fast
+        (slow, slow_times), (fast, fast_times) = slow_pathway, fast_pathway
         if self.rule == "released":
             return _padded(slow, slow_times, self._activated(self.conv_fast_to_slow(fast)))
         pathways = (slow, slow_times, torch.zeros_like(slow_times)), (fast, fast_times, torch.zeros_like(fast_times))
@@ -172,9 +172,9 @@ class Fusion(nn.Module):
     def _activated(self, fused: Tensor) -> Tensor:
         return self.activation(self.norm(fused))
 
-    def _aligned(self, slow: tuple[Tensor, Tensor, Tensor], fast: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def _aligned(self, slow_pathway: tuple[Tensor, Tensor, Tensor], fast_pathway: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Fuse packed features, given with the time and the clip of each."""
-        (slow, slow_times, slow_owner), (fast, fast_times, fast_owner) = slow, fast
+        (slow, slow_times, slow_owner), (fast, fast_times, fast_owner) = slow_pathway, fast_pathway
         (kernel, *_), (alpha, *stride) = self.conv_fast_to_slow.kernel_size, self.conv_fast_to_slow.stride
         distance = (slow_times[:, None] * alpha - fast_times).abs()  # [M_slow, M_fast]
         nearest = distance.masked_fill(slow_owner[:, None] != fast_owner, torch.inf).argmin(dim=1)
