@@ -41,7 +41,8 @@ def print_plan(config: DictConfig, settings: TrainerSettings, *, folder: Path) -
         ValueError, OSError: an error that would end the training at its start, such as a missing dataset.
     """
     cpu = DistInfo(0, 1, torch.device("cpu"))
-    source, problem = None, None
+    source = None
+    problem: ValueError | OSError | None = None
     try:
         source = builders.load_source(config, cpu, make=False)
     except NotGenerated as error:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from atfr.data.types import VideoSource
 from atfr.data.video.probe import FileState, Probe
@@ -142,16 +142,15 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], dict[str, Probe]]:
     return settings, probes
 
 
-def _open(path: Path, mode: str) -> TextIO:
+def _open(path: Path, mode: Literal["r", "w", "a"]) -> TextIO:
     # File names need not be UTF-8; surrogateescape keeps their bytes.
     return open(path, mode, newline="", encoding="utf-8", errors="surrogateescape")
 
 
 def _row(video: ListedVideo, probe: Probe) -> tuple[Any, ...]:
-    missing = probe.state is None
     seconds = f"{probe.frames / probe.fps:.3f}" if probe.frames and probe.fps else ""
-    state = ("", "") if missing else (probe.state.bytes, probe.state.mtime_ns)
-    status = "good" if probe.good else "missing" if missing else "bad"
+    state = ("", "") if probe.state is None else (probe.state.bytes, probe.state.mtime_ns)
+    status = "good" if probe.good else "missing" if probe.state is None else "bad"
     facts = probe.frames, probe.fps and f"{probe.fps:.6g}", probe.width, probe.height, seconds
     return (video.path, video.label, video.split, *facts, *state, probe.quick_hash, status, probe.reason)
 

@@ -54,13 +54,13 @@ class TrainTransform:
         self,
         *,
         crop_size: int,
-        short_side: tuple[int, int],
-        scale: tuple[float, float] | None = None,
+        short_side: Sequence[int],
+        scale: Sequence[float] | None = None,
         flip: float = 0.5,
-        randaugment: tuple[int, int] | None = None,
-        color_jitter: tuple[float, float, float, float] | None = None,
+        randaugment: Sequence[int] | None = None,
+        color_jitter: Sequence[float] | None = None,
         erasing: float | None = None,
-        fill: tuple[int, int, int] = (0, 0, 0),
+        fill: Sequence[int] = (0, 0, 0),
     ) -> None:
         self.short_side = short_side
         self.resized_crop = scale is not None

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -33,7 +33,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_each(work: Callable[[Any, Heartbeat], T], items: Iterable[Any], *, processes: int, timeout_s: float) -> Iterator[Outcome[T]]:
+def run_each(work: Callable[[Any, Heartbeat], T], items: Iterable[Any], *, processes: int, timeout_s: float) -> Generator[Outcome[T], None, None]:
     """Call `work(item, heartbeat)` for each item in `processes` spawned processes; yield outcomes in any order.
 
     `work` and the items must be picklable. An exception of `work` becomes the reason of its outcome. A process that

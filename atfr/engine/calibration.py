@@ -176,23 +176,27 @@ def _set_budget(model: VideoNet, level: int, shape: tuple[int, ...], gflops: flo
     layers = model.levels[level]
     options = layers[0].options  # the same for all layers
     budget = options.gflops if gflops is None else gflops
-    if budget is None and options.gflops_range is None:
-        for layer in layers:
-            layer.set_budget(options.keep_ratio)
-        return
-    table = model.gflops_table(shape)
-    ratio = options.keep_ratio if budget is None else keep_ratio_for(table, budget, whole=options.is_baseline)
-    if budget is not None and len(model.levels) == 1 and None not in measured:
+    known = [clips for clips in measured if clips is not None]
+    if budget is None:
+        assert options.keep_ratio is not None  # an SGSConfig that follows a budget has one of the two
+        ratio = options.keep_ratio
+    else:
+        table = model.gflops_table(shape)
+        ratio = keep_ratio_for(table, budget, whole=options.is_baseline)
+        if len(model.levels) == 1 and len(known) == len(layers):
 
-        def cost(keep_ratio: float) -> float:
-            kept = [layer.bins_for(z, valid, keep_ratio).tolist() for layer, (z, valid) in zip(layers, measured)]
-            return table.estimate(list(zip(*kept))).mean() / table.dense
+            def cost(keep_ratio: float) -> float:
+                kept = [layer.bins_for(z, valid, keep_ratio).tolist() for layer, (z, valid) in zip(layers, known)]
+                return table.estimate(list(zip(*kept))).mean() / table.dense
 
-        if options.noise_floor:
-            for layer, clips in zip(layers, measured):
-                layer.calibrate(*clips)  # `cost` uses the floor
-        ratio = refined(ratio, budget, cost)
-    keep_range = None if options.gflops_range is None else tuple(keep_ratio_for(table, share) for share in options.gflops_range)
+            if options.noise_floor:
+                for layer, clips in zip(layers, known):
+                    layer.calibrate(*clips)  # `cost` uses the floor
+            ratio = refined(ratio, budget, cost)
+    keep_range: tuple[float, float] | None = None
+    if options.gflops_range is not None:
+        low, high = (keep_ratio_for(model.gflops_table(shape), share) for share in options.gflops_range)
+        keep_range = low, high
     for layer in layers:
         layer.set_budget(ratio, keep_range)
 

@@ -76,7 +76,8 @@ def evaluate(
     """
     model.eval()
     own = Evaluation()
-    common = -comm.largest(-len(loader)) if stop else 0  # batches that all ranks have; some may have one more
+    # Batches that all ranks have; some may have one more. With `stop`, the loader has a length.
+    common = -comm.largest(-len(loader)) if stop else 0  # type: ignore[arg-type]
     for number, batch in enumerate(watched(loader, title, unit="batch", shown=dist_info.is_main)):
         if number < common and number % STOP_EVERY == 0:
             comm.stop_together(stop, f"during the {title}")

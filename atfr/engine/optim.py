@@ -50,7 +50,8 @@ def groups(model: nn.Module, *, lr: float, weight_decay: float, head_lr: float |
             raise ValueError("optimizer.head_lr is set, but the network has no classification layer; set it to null")
         head = set(layers[-1].parameters())
     found = []
-    for factor, members in ((1.0, [p for p in model.parameters() if p not in head]), (head_lr, [p for p in model.parameters() if p in head])):
+    head_factor = 1.0 if head_lr is None else head_lr
+    for factor, members in ((1.0, [p for p in model.parameters() if p not in head]), (head_factor, [p for p in model.parameters() if p in head])):
         if members:
             decayed = [p for p in members if p.requires_grad and p.dim() > 1]
             others = [p for p in members if p.requires_grad and p.dim() <= 1]

@@ -348,7 +348,7 @@ class Trainer:
         state, path = self.checkpointer.load_last() if self.settings.resume and self.checkpointer.last.exists() else (None, None)
         found = {"file": str(path), **({key: state[key] for key in ("step", "evaluated", "steps_per_epoch")} if state else {})}
         comm.require_same(found, of="checkpoints to resume from", remedy=f"{self.folder} must be on a disk that all machines share")
-        if state is None:
+        if state is None or path is None:
             return
         self.identity = checked_identity(state, self.identity, of=path, way_out=way_out(self.folder), warn=self.dist_info.is_main)
         if state["class_names"] != self.identity["class_names"] or state["steps_per_epoch"] != self.steps_per_epoch:

@@ -67,7 +67,10 @@ def _one_clip(model: VideoNet) -> fx.GraphModule:
     if len(traced.levels) > 1:
         behind = ", ".join(traced.cuts[cut] for cuts in traced.levels[1:] for cut in cuts)
         raise ValueError(f"a network whose SGS layers follow each other cannot be exported: {behind} samples features that were sampled before")
-    graph, copies, times, kept, clip = fx.Graph(), {}, {}, {}, None
+    graph, clip = fx.Graph(), None
+    copies: dict[fx.Node, fx.Node] = {}
+    times: dict[fx.Node, fx.Node | None] = {}  # None: of all frames
+    kept: dict[fx.Node, fx.Node] = {}
     for node in traced.nodes:
         if node.op == "output":
             bins = graph.call_function(torch.cat, ([kept[cut] for cut in traced.cuts],))

@@ -33,12 +33,15 @@ class GflopsTable:
         depths: how many layers lie in front of each layer.
     """
 
-    def __init__(self, model: VideoNet, clip_shape: tuple[int, int, int, int]) -> None:
+    def __init__(self, model: VideoNet, clip_shape: tuple[int, ...]) -> None:
         # fvcore traces in Python; a copy on the CPU leaves the model, its device and its mode alone.
         self._model = copy.deepcopy(model).cpu().eval()
         clip = torch.zeros(1, *clip_shape)
         self.dense = gflops(self._model.dense_network, clip)
-        self.frames = self.most = self.least = self.depths = ()
+        self.frames: tuple[int, ...] = ()
+        self.most: tuple[int, ...] = ()
+        self.least: tuple[int, ...] = ()
+        self.depths: tuple[int, ...] = ()
         self._by_bins: dict[tuple[int, ...], float] = {}
         if not model.sgs:
             return
@@ -67,8 +70,8 @@ class GflopsTable:
         rounding and for operations whose cost is not in proportion to the length (non-local blocks, a layer behind another).
         """
         if not self._model.times:  # bucketed, with one layer: the lengths are not known
-            known = np.linspace(self.least[0], self.frames[0], 5).round().astype(int)
-            return np.interp([kept for (kept,) in bins], known, [self.at((kept,)) for kept in known.tolist()])
+            steps = np.linspace(self.least[0], self.frames[0], 5).round().astype(int)
+            return np.interp([kept for (kept,) in bins], steps, [self.at((kept,)) for kept in steps.tolist()])
         names = [layer.name for layer in self._model.sgs.values()]
         profiles = {(names.index(time.source), time.lengths(range(1, self.frames[names.index(time.source)] + 1))) for time in self._model.times.values()}
         terms = sorted(profiles)  # (layer, lengths by B' - 1)

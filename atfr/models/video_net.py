@@ -204,7 +204,7 @@ class VideoNet(nn.Module):
         self.dense_network.train(mode)
         return self
 
-    def gflops_table(self, clip_shape: tuple[int, int, int, int]) -> GflopsTable:
+    def gflops_table(self, clip_shape: tuple[int, ...]) -> GflopsTable:
         """Return the table of GFLOPs by B' of clips (3, T, H, W), made at the first call."""
         from atfr.models.flops import GflopsTable  # which needs a finished VideoNet
 
@@ -279,7 +279,7 @@ class VideoNet(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VideoNet:
         copied = memo[id(self)] = self.__class__.__new__(self.__class__)
-        fresh = {"_training_programs": None, "_evaluation_programs": None, "_tables": {}}
+        fresh: dict[str, Any] = {"_training_programs": None, "_evaluation_programs": None, "_tables": {}}
         copied.__dict__.update(copy.deepcopy({**self.__dict__, **fresh}, memo))
         return copied
 
@@ -335,7 +335,8 @@ class VideoNet(nn.Module):
             raise ValueError("bucketed execution would give batch norm the statistics of one bucket after the other: freeze it, or make the network packable")
         packed, sampled = sample(list(self.sgs.values()), [x], [None], forced, (*passing, x)[0])  # the clip is the first to pass
         lengths = torch.tensor(sampled[0].segments.lengths)
-        starts, logits = lengths.cumsum(0) - lengths, {}
+        starts = lengths.cumsum(0) - lengths
+        logits: dict[int, Tensor] = {}
         for length in lengths.unique().tolist():
             clips = (lengths == length).nonzero()[:, 0]
             places = (starts[clips, None] + torch.arange(length)).flatten().to(x.device)
@@ -371,7 +372,7 @@ class VideoNet(nn.Module):
         for cuts in traced.levels:
             for name in (traced.cuts[cut] for cut in cuts):
                 least, time = self.sgs[_key(name)].min_bins, packed.inputs.get(name)
-                given = frames.get(name) or (time.lengths(forced[time.source]) if time.source in forced else (least,) * 3)
+                given = frames.get(name) or (time.lengths(forced[time.source]) if time is not None and time.source in forced else (least,) * 3)
                 if min(given) < least:
                     raise ValueError(f"model.sgs.after={name!r}: what follows needs at least {least} features, and there are {min(given)}")
                 forced[name] = (given[0], least, (least + given[2] + 1) // 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -33,7 +33,7 @@ def watched(
     """
     if not shown:
         return items
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     if on_terminal():
         return tqdm(items, desc=title, unit=unit, total=total, initial=initial, leave=leave, smoothing=0.05)

@@ -7,7 +7,7 @@ import os
 from atfr.data.lists.annotations import Annotation, check_classes, hint_suffix, open_split, read_lines, to_videos, under, video_source
 from atfr.data.types import VideoSource
 
-_PARTS = {"0": None, "1": "train", "2": "test"}  # 0: not in this split
+_PARTS: dict[str, str | None] = {"0": None, "1": "train", "2": "test"}  # 0: not in this split
 
 
 def hmdb51(
@@ -66,6 +66,7 @@ def read_split(folder: str, split: int) -> dict[str, list[Annotation]]:
             video, _, part = line.rpartition(" ")
             if part not in _PARTS or not video:
                 raise ValueError(f"{file}:{number}: expected 'VIDEO 0', 'VIDEO 1' or 'VIDEO 2', found {line!r}")
-            if _PARTS[part] is not None:
-                parts[_PARTS[part]].append(Annotation(f"{class_name}/{video.strip()}", class_name))
+            chosen = _PARTS[part]
+            if chosen is not None:
+                parts[chosen].append(Annotation(f"{class_name}/{video.strip()}", class_name))
     return parts

@@ -72,7 +72,7 @@ def kinetics(
     files = find_lists({"train": train, "val": val, "test": test}, root=root, name=name, hint=prepare_hint)
     if class_names is None and classes is not None:
         class_names = read_classes(find_file(classes, root=root, what="list of classes", name=name, hint=prepare_hint))
-    common = {"root": root, "class_names": class_names, "num_classes": num_classes, "allow_missing": allow_missing, "name": name}
+    common: dict[str, Any] = {"root": root, "class_names": class_names, "num_classes": num_classes, "allow_missing": allow_missing, "name": name}
     if not any(is_official(file) for file in files.values()):
         return path_source(files, **common, strip_prefix=strip_prefix, hint=prepare_hint, locate=partial(locate_paths, root))[0]
     if strip_prefix is not None:

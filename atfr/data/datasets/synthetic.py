@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -173,7 +174,7 @@ def _run(jobs: list[_Job], workers: int) -> Iterator[tuple[_Job, tuple[str, ...]
             yield job, row
 
 
-def _checked_spec(**parameters: object) -> _Spec:
+def _checked_spec(**parameters: Any) -> _Spec:
     counts = {
         name: _integer(name, parameters[name], least=least)
         for name, least in (("seed", 0), ("train", 1), ("test", 1), ("size", 1), ("frames", 1))
@@ -182,7 +183,8 @@ def _checked_spec(**parameters: object) -> _Spec:
     return _Spec(version=VERSION, dwell=parameters["dwell"], **counts)
 
 
-def _integer(name: str, value: object, *, least: int) -> int:
+def _integer(name: str, value: Any, *, least: int) -> int:
+    number: int | None
     try:
         number = operator.index(value)
     except TypeError:

@@ -50,7 +50,7 @@ def ucf101(
 
 def read_classes(file: str) -> tuple[str, ...]:
     """Read classInd.txt: lines `1 ApplyEyeMakeup`, numbered from 1 without gaps."""
-    classes = []
+    classes: list[str] = []
     for number, line in read_lines(file):
         index, _, class_name = line.partition(" ")
         if index != str(len(classes) + 1) or not class_name:

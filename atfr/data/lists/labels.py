@@ -79,7 +79,7 @@ def _all_numbers(lists: Mapping[str, VideoList]) -> bool:
 
 def _count_ids(lists: Mapping[str, VideoList]) -> int:
     """Return the largest id plus one; raise ValueError if this is far more than the number of different labels."""
-    ids = {as_id(row.label) for listed in lists.values() for row in listed.rows}
+    ids = {number for listed in lists.values() for row in listed.rows if (number := as_id(row.label)) is not None}  # all labels are ids
     largest = max(ids)
     if largest > 1000 + 10 * len(ids):
         file, row = next((listed.file, row) for listed in lists.values() for row in listed.rows if as_id(row.label) == largest)
@@ -107,7 +107,7 @@ def _training_names(lists: Mapping[str, VideoList], num_classes: int | None) -> 
 
 
 def _ids(listed: VideoList, classes: int) -> list[int]:
-    ids = [as_id(row.label) for row in listed.rows]
+    ids = [number for row in listed.rows if (number := as_id(row.label)) is not None]  # all labels are ids
     if min(ids) < 0 or max(ids) >= classes:
         row = next(row for row, number in zip(listed.rows, ids) if not 0 <= number < classes)
         raise ValueError(f"{listed.file}:{row.line}: label {row.label} is outside the {classes} classes (0 to {classes - 1})")
@@ -117,9 +117,8 @@ def _ids(listed: VideoList, classes: int) -> list[int]:
 def _named_ids(listed: VideoList, classes: Sequence[str]) -> list[int]:
     ids = {label: index for index, label in enumerate(classes)}
     # If class names are numbers, 2.0 is the class "2".
-    ids = {**{label: ids.get(str(number)) for label in {row.label for row in listed.rows} if (number := as_id(label)) is not None}, **ids}
-    found = [ids.get(row.label) for row in listed.rows]
-    if None in found:
-        row = listed.rows[found.index(None)]
-        raise ValueError(f"{listed.file}:{row.line}: label {row.label!r} is {none_of(classes)}")
-    return found
+    ids = {**{row.label: ids[str(number)] for row in listed.rows if (number := as_id(row.label)) is not None and str(number) in ids}, **ids}
+    for row in listed.rows:
+        if row.label not in ids:
+            raise ValueError(f"{listed.file}:{row.line}: label {row.label!r} is {none_of(classes)}")
+    return [ids[row.label] for row in listed.rows]

@@ -31,10 +31,13 @@ def read_text(file: str) -> str:
     with open(file, "rb") as stream:
         data = stream.read()
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), None)
-    try:
-        text = _unmarked(data) if encoding is None else data.decode(encoding, errors="surrogateescape" if encoding == "utf-8-sig" else "strict")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: begins with the byte order mark of {encoding.upper()}, but is not {encoding.upper()} ({error.reason})") from None
+    if encoding is None:
+        text = _unmarked(data)
+    else:
+        try:
+            text = data.decode(encoding, errors="surrogateescape" if encoding == "utf-8-sig" else "strict")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: begins with the byte order mark of {encoding.upper()}, but is not {encoding.upper()} ({error.reason})") from None
     text = io.IncrementalNewlineDecoder(None, translate=True).decode(text, final=True)
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1

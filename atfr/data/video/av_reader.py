@@ -192,7 +192,8 @@ class AvVideo:
         if self.index.exact:
             return True
         # The keyframe is displayed after all packets before it in the file, and after later packets with an earlier pts.
-        return None not in seen and self.index.position(seen[0]) == key.packet + sum(pts < seen[0] for pts in seen)
+        known = [pts for pts in seen if pts is not None]
+        return len(known) == len(seen) and self.index.position(known[0]) == key.packet + sum(pts < known[0] for pts in known)
 
     def _decode(self, container: Any, stream: Any, *, packet: int, seen: list[int | None] | None = None) -> Iterator[Any]:
         """Decode from the container's position, which is packet number `packet`; append the pts of the packets to `seen`."""

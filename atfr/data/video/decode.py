@@ -105,8 +105,8 @@ def _read(open_video: Callable[[str], Reader], path: str, picks: tuple[Pick, Pic
 def _pick_and_read(video: Reader, picks: tuple[Pick, PickByTime | None], short_side: int | None, seek: bool) -> Decoded:
     pick, pick_by_time = picks
     times = video.times if pick_by_time else None
-    num_frames = video.num_frames
-    for attempt in (1, 2):
+    num_frames, again = video.num_frames, True
+    while True:
         picked = pick(num_frames, video.fps) if pick_by_time is None or times is None else pick_by_time(times[:num_frames])
         wanted = np.asarray(picked, dtype=np.int64)
         if wanted.size == 0 or wanted.min() < 0 or wanted.max() >= num_frames:
@@ -116,7 +116,6 @@ def _pick_and_read(video: Reader, picks: tuple[Pick, PickByTime | None], short_s
             return Decoded(np.stack([frames[index] for index in wanted.tolist()]), video.name, num_frames, video.fps)
         if end == 0:
             raise VideoError(video.path, f"none of its {video.num_frames} frames can be decoded")
-        if attempt == 2 or num_frames - end <= max(_MISSING_FRAMES, _MISSING_PART * num_frames):
-            break
-        num_frames = end
-    return Decoded(np.stack([frames[min(index, end - 1)] for index in wanted.tolist()]), video.name, end, video.fps)
+        if not again or num_frames - end <= max(_MISSING_FRAMES, _MISSING_PART * num_frames):
+            return Decoded(np.stack([frames[min(index, end - 1)] for index in wanted.tolist()]), video.name, end, video.fps)
+        num_frames, again = end, False

@@ -68,12 +68,13 @@ def encode(source: str, target: Path, *, short_side: int, keyframe: int, heartbe
     video = AvVideo(source)
     changed = os.stat(source)
     rate = Fraction(video.fps or _RATE).limit_denominator(1001)
-    number = first = last = -1
+    number = last = -1
+    first: int | None = None
     with h264_file(target, rate=rate, keyframe=keyframe, time_base=video.time_base if video.timed else None) as add:
         for number, (pixels, pts) in enumerate(video.frames(short_side, multiple=2)):
             first = pts if number == 0 else first
             if video.timed:
-                last = max(pts - first, last + 1)  # timestamps must increase
+                last = last + 1 if pts is None or first is None else max(pts - first, last + 1)  # timestamps must increase
             add(pixels, last if video.timed else None)
             heartbeat()
         if number < 0:

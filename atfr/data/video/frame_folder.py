@@ -85,6 +85,8 @@ class FrameFolder:
         for position in wanted:
             picture, size = self._open(self.files[position], short_side, size)
             pictures.append(picture)
+        if size is None:
+            return {}, None  # no frame is wanted
         alike = len({picture.shape for picture in pictures}) == 1  # otherwise images differ in size
         groups = [pictures] if alike else [[picture] for picture in pictures]
         return dict(zip(wanted, (frame for group in groups for frame in resized(np.stack(group), size)))), None

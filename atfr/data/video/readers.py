@@ -19,9 +19,12 @@ class Reader(Protocol):
 
     name: str  # of the library
     path: str
-    index: FrameIndex | None  # origin of the following three; a read that finds it wrong replaces it
     num_frames: int  # expected
     fps: float | None  # mean rate; None: unknown
+
+    @property
+    def index(self) -> FrameIndex | None:
+        """The origin of `num_frames`, `fps` and `times`; a read that finds it wrong replaces it."""
 
     @property
     def times(self) -> np.ndarray | None:

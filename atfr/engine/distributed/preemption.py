@@ -150,14 +150,13 @@ def _watch() -> None:
 
 def end(error: Interrupted, *, is_main: bool) -> None:
     """Print the message and end the program: with 0 if it is a SLURM job that was requeued, else with TRY_AGAIN."""
-    job = os.environ.get("SLURM_JOB_ID")
     # After a TERM the job was cancelled, or SLURM itself requeues it.
-    requeue = job is not None and error.signal in FROM_BATCH_SYSTEM
+    job = os.environ.get("SLURM_JOB_ID") if error.signal in FROM_BATCH_SYSTEM else None
     if is_main:
-        print(f"{error}; {'the job is requeued' if requeue else 'run the same command again to continue'}", file=sys.stderr, flush=True)
-        if requeue:
+        print(f"{error}; {'the job is requeued' if job is not None else 'run the same command again to continue'}", file=sys.stderr, flush=True)
+        if job is not None:
             done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
             if done.returncode:
                 print(f"error: scontrol requeue {job}: {done.stderr.strip()}; run the same command again to continue", file=sys.stderr, flush=True)
                 sys.exit(TRY_AGAIN)
-    sys.exit(0 if requeue else TRY_AGAIN)
+    sys.exit(TRY_AGAIN if job is None else 0)

@@ -12,10 +12,9 @@ from typing import Any, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from atfr.engine.distributed import comm
-
-BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 def batch_norms(model: nn.Module) -> list[BatchNorm]:

@@ -64,7 +64,8 @@ def plain(value: Any, *, tensor: Callable[[Tensor], Tensor] = lambda tensor: ten
         return members if isinstance(value, list) else tuple(members)
     if value is None or isinstance(value, (torch.dtype, torch.device)):
         return value
-    for kind in (bool, int, float, complex, str, bytes):
+    kinds: tuple[type[Any], ...] = (bool, int, float, complex, str, bytes)
+    for kind in kinds:
         if isinstance(value, kind):
             return kind(value)  # also of a subclass
     raise TypeError(f"{name} in a checkpoint is of type {type(value).__name__}, which could not be read back")

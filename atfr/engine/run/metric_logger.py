@@ -31,14 +31,14 @@ class MetricLogger:
         self._file = open(self.metrics, "ab", buffering=0)  # unbuffered: a line that could not be written is not tried again
         # TensorBoard can only remove all values from a step on. Those that stay are written again.
         first = min(step, evaluated) + 1
-        self._writer = SummaryWriter(str(self.tensorboard), purge_step=first)
+        self._writer = writer = SummaryWriter(str(self.tensorboard), purge_step=first)
         for entry in kept:
             if entry["step"] >= first:
-                self._add_scalars(entry.pop("step"), entry.pop("split"), {name: value for name, value in entry.items() if name != "epoch"})
+                _add_scalars(writer, entry.pop("step"), entry.pop("split"), {name: value for name, value in entry.items() if name != "epoch"})
 
     def write(self, *, step: int, epoch: int, split: str, values: Mapping[str, float]) -> None:
         """Log values measured after `step` optimizer steps, in the (0-based) `epoch`. Does nothing before `open`."""
-        if self._file is None:
+        if self._file is None or self._writer is None:
             return
         # JSON has no infinity, which a gradient norm may be under fp16 loss scaling.
         plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -47,17 +47,13 @@ class MetricLogger:
         except OSError as error:
             reason = f"{self.metrics} could not be written ({error.strerror}); make room and run the same command again"
             raise OSError(reason) from error
-        self._add_scalars(step, split, values)
+        _add_scalars(self._writer, step, split, values)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
         if self._writer is not None:
             self._writer.close()
-
-    def _add_scalars(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(f"{split}/{name}", math.nan if value is None else value, step)
 
     def _keep_until(self, **last: int) -> list[dict[str, Any]]:
         """Remove the entries after the last step of each split; return the others."""
@@ -74,3 +70,8 @@ class MetricLogger:
                 continue  # the last line of a run that was killed
         write_text(self.metrics, "".join(kept))
         return entries
+
+
+def _add_scalars(writer: SummaryWriter, step: int, split: str, values: Mapping[str, float | None]) -> None:
+    for name, value in values.items():
+        writer.add_scalar(f"{split}/{name}", math.nan if value is None else value, step)

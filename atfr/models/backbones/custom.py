@@ -51,7 +51,7 @@ def custom(
     if softmax and logits.min() >= 0 and torch.allclose(logits.sum(dim=1), torch.ones(2)):
         network.set_submodule(softmax, nn.Identity())
         log.info("model.backbone: %s, a softmax, is left out: the losses here take logits", softmax)
-    return VideoNet(network.train(), stages={}, sgs=sgs, probe=tuple(probe))
+    return VideoNet(network.train(), stages={}, sgs=sgs, probe=(probe[0], probe[1], probe[2]))
 
 
 def _watched(network: nn.Module, probe: tuple[int, ...], num_classes: int) -> tuple[list[str], str | None, Tensor]:

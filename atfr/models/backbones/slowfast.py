@@ -148,9 +148,9 @@ class Fusion(nn.Module):
     def forward(self, slow: Tensor, fast: Tensor) -> Tensor:
         return torch.cat((slow, self._activated(self.conv_fast_to_slow(fast))), 1)
 
-    def packed_forward(self, slow: Packed, fast: Packed) -> Packed:
+    def packed_forward(self, slow_pathway: Packed, fast_pathway: Packed) -> Packed:
         """Fuse packed features of both pathways."""
-        (slow, slow_segments), (fast, fast_segments) = slow, fast
+        (slow, slow_segments), (fast, fast_segments) = slow_pathway, fast_pathway
         if self.rule == "aligned":
             fused = self._aligned(slow_segments.times, slow_segments.owner, fast, fast_segments.times, fast_segments.owner)
             return torch.cat((slow, fused), 1), slow_segments
@@ -161,9 +161,9 @@ class Fusion(nn.Module):
         features = torch.cat(features, 2).contiguous(memory_format=torch.channels_last_3d)
         return features, Segments(tuple(map(max, *lengths)), slow_segments.frames, torch.cat(times))
 
-    def one_clip_forward(self, slow: Timed, fast: Timed) -> Timed:
+    def one_clip_forward(self, slow_pathway: Timed, fast_pathway: Timed) -> Timed:
         """Fuse the features of one clip, whose numbers need not be known."""
-        (slow, slow_times), (fast, fast_times) = slow, fast
+        (slow, slow_times), (fast, fast_times) = slow_pathway, fast_pathway
         if self.rule == "released":
             fused = self._activated(self.conv_fast_to_slow(fast))
             return _padded(slow, slow_times, fused, slow.shape[2], fused.shape[2])

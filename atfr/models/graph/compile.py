@@ -42,7 +42,7 @@ class Compiled(nn.Module):
         varying = [2 if _is_packed(x) else 0 for x in inputs]
         if any(x.shape[d] == 1 for x, d in zip(inputs, varying)):
             return self.piece(*inputs)  # torch.compile treats a size of one as constant, and would recompile for others
-        inputs = [_plain(x) if _is_packed(x) else x for x in inputs]
+        inputs = tuple(_plain(x) if _is_packed(x) else x for x in inputs)
         for x, d in zip(inputs, varying):
             torch._dynamo.mark_dynamic(x, d)
         return self.run(*inputs)

@@ -89,9 +89,9 @@ class PackedTrunk:
                 self.graph.erase_node(next(n for n in reversed(self.graph.nodes) if n.op == "output"))
                 self.graph.output((result, tuple(self.done[cut] for cut in traced.cuts)))
             else:
-                self.values[node] = self._write(node)
-                if self.values[node].time is not None:
-                    self.times[self.values[node].node.name] = self.values[node].time
+                value = self.values[node] = self._write(node)
+                if value.time is not None:
+                    self.times[value.node.name] = value.time
 
     def module(self, layers: Mapping[str, nn.Module]) -> fx.GraphModule:
         """Return the program with the SGS layers {path: layer}.
@@ -115,14 +115,15 @@ class PackedTrunk:
     @property
     def gap(self) -> int:
         """The gap between clips that serves all operations of the trunk; 0 if none needs one, or if one of them cannot run with gaps."""
-        if len(self.traced.cuts) > 1 or None in self.gaps:
+        known = [gap for gap in self.gaps if gap is not None]
+        if len(self.traced.cuts) > 1 or len(known) < len(self.gaps):
             return 0
-        return max(self.gaps, default=0)
+        return max(known, default=0)
 
     def _sample(self, cuts: list[fx.Node]) -> None:
         """Sample the features of these nodes together; nodes behind them read what was kept."""
         names = [self.traced.cuts[cut] for cut in cuts]
-        self.inputs.update({name: self.values[cut].time for name, cut in zip(names, cuts) if self.values[cut].time})
+        self.inputs.update({name: time for name, cut in zip(names, cuts) if (time := self.values[cut].time) is not None})
         layers = tuple(self.graph.get_attr(self.layer_path(name)) for name in names)
         features = tuple(self.values[cut].node for cut in cuts)
         segments = tuple(self.values[cut].segments for cut in cuts)
@@ -141,20 +142,21 @@ class PackedTrunk:
     def _write(self, node: fx.Node) -> Value:
         inputs = [self.values[i] for i in node.all_input_nodes]
         sampled = [value for value in inputs if value.time is not None]
+        times = [value.time for value in inputs if value.time is not None]
         if not sampled:
             return Value(self._copy(node), per_clip=any(value.per_clip for value in inputs))
         if node.op == "call_module":
             module = self.traced.network.get_submodule(node.target)
             if hasattr(module, "packed_forward"):
                 return self._write_own(node)
-            return self._write_module(node, registry.packed_op(module, node.target), sampled[0])
+            return self._write_module(node, registry.packed_op(module, node.target), sampled[0], times[0])
         keepdim = registry.mean_over_clip(node)
         if keepdim is not None:
             (value,) = sampled
             return Value(self.graph.call_function(ops.mean, (value.node, value.segments), {"keepdim": keepdim}), per_clip=True)
         if not registry.is_framewise(node):
             raise NoPackedForm(f"{node.name!r} ({node.target}) behind SGS has no packed form: it may mix the features of different clips")
-        self._check_joined(node, sampled)
+        self._check_joined(node, times)
         substitutes = {
             i: self.graph.call_function(ops.repeat_per_feature, (self.values[i].node, sampled[0].segments))
             for i in node.all_input_nodes
@@ -162,7 +164,7 @@ class PackedTrunk:
         }
         return Value(self._copy(node, substitutes), sampled[0].time, sampled[0].segments)
 
-    def _write_module(self, node: fx.Node, form: registry.PackedOp, value: Value) -> Value:
+    def _write_module(self, node: fx.Node, form: registry.PackedOp, value: Value, time: Time) -> Value:
         self.gaps.append(form.gap)
         if form.run is None:
             return Value(self._copy(node), value.time, value.segments)
@@ -173,7 +175,7 @@ class PackedTrunk:
         if form.window.stride == 1 and form.window.out(1) == 1:
             return Value(result, value.time, value.segments)
         segments = self.graph.call_function(Segments.after, (value.segments, form.window))
-        return Value(result, Time(value.time.source, (*value.time.windows, form.window)), segments)
+        return Value(result, Time(time.source, (*time.windows, form.window)), segments)
 
     def _write_own(self, node: fx.Node) -> Value:
         """Write a module that has a `packed_forward`, whose output may have other lengths than its inputs."""
@@ -191,16 +193,16 @@ class PackedTrunk:
         out, segments = (self.graph.call_function(operator.getitem, (result, i)) for i in range(2))
         return Value(out, Time(node.name), segments)
 
-    def _check_joined(self, node: fx.Node, sampled: list[Value]) -> None:
+    def _check_joined(self, node: fx.Node, times: list[Time]) -> None:
         for i in node.all_input_nodes:
             value = self.values[i]
             if value.time is None and not value.per_clip and i.op != "get_attr":
                 raise ValueError(
                     f"SGS cannot be put behind {', '.join(self.traced.cuts.values())}: {node.name!r} also needs {i.name!r} from before it, which keeps all frames"
                 )
-        for value in sampled[1:]:
-            if not value.time.fits(sampled[0].time):
-                raise ValueError(f"{node.name!r} joins features that were sampled in different ways, behind {sampled[0].time.source} and {value.time.source}")
+        for time in times[1:]:
+            if not time.fits(times[0]):
+                raise ValueError(f"{node.name!r} joins features that were sampled in different ways, behind {times[0].source} and {time.source}")
 
     def _copy(self, node: fx.Node, substitutes: Mapping[fx.Node, fx.Node] = {}) -> fx.Node:
         copies = {i: substitutes.get(i, self.values[i].node) for i in node.all_input_nodes}

@@ -57,7 +57,9 @@ def in_pieces(program: fx.GraphModule, groups: Sequence[Sequence[fx.Node]], wrap
     """Return the program with each group of consecutive operations as one module, `wrap(program of the group)`."""
     last = {group[-1]: group for group in groups}
     grouped = {node for group in groups for node in group}
-    graph, copies, modules = fx.Graph(), {}, {}
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    modules: dict[str, nn.Module] = {}
     for node in program.graph.nodes:
         if node in last:
             inputs, outputs, piece = _own_program(program, last[node])

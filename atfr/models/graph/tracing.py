@@ -80,7 +80,8 @@ class Traced:
         for node in reversed(self.nodes):
             if node in needed:
                 needed.update(node.all_input_nodes)
-        graph, copies = fx.Graph(), {}
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
         for node in self.nodes:
             if node in needed or node.op == "placeholder":
                 copies[node] = self.copy(graph, node, copies)
@@ -89,7 +90,8 @@ class Traced:
 
     def whole(self) -> fx.GraphModule:
         """Write the program of the network without sampling: clips -> its output."""
-        graph, copies = fx.Graph(), {}
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
         for node in self.nodes:
             copies[node] = self.copy(graph, node, copies)
         return self.program(graph, "Network")
@@ -150,15 +152,15 @@ class DenseNetwork(nn.Module):
         return type(self), (self.network,)
 
     def forward(self, clips: Tensor) -> Any:
-        return (self.program if self._prefers_program(clips) else self.network)(clips)
+        return self._preferred(clips)(clips)
 
-    def _prefers_program(self, clips: Tensor) -> bool:
+    def _preferred(self, clips: Tensor) -> nn.Module:
         if self.program is None or torch.compiler.is_compiling():
-            return False
+            return self.network
         if clips.device.type != "cpu" and not torch.are_deterministic_algorithms_enabled():
-            return False
+            return self.network
         replaced = any(getattr(parent, name, None) is not child for parent, name, child in self._children)
-        return not replaced and not any(map(cpu.has_hooks, self._inlined))
+        return self.network if replaced or any(map(cpu.has_hooks, self._inlined)) else self.program
 
 
 def _trace(network: nn.Module) -> tuple[list[fx.Node], dict[str, fx.Node]]:

@@ -59,4 +59,5 @@ def _from_images(images: Tensor, clips: int) -> Tensor:
 
 
 def _triple(size: int | tuple[int, int, int]) -> tuple[int, int, int]:
-    return (size,) * 3 if isinstance(size, int) else tuple(size)
+    frames, height, width = (size, size, size) if isinstance(size, int) else size
+    return frames, height, width

@@ -139,8 +139,8 @@ def rows_of(lengths: tuple[int, ...], window: Window) -> tuple[int, list[list[tu
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     longest = order[0]
     candidates = {lengths[longest], *(blocks[longest] + length for length in set(lengths)), sum(blocks[i] for i in order[:-1]) + lengths[order[-1]]}
-    best: tuple[int, list[list[tuple[int, int]]]] | None = None
-    for row_length in sorted(candidates, reverse=True):  # of equals the one with the most rows, for more threads
+    packed: list[tuple[int, list[list[tuple[int, int]]]]] = []
+    for row_length in candidates:
         rows: list[list[tuple[int, int]]] = []
         used: list[int] = []
         for clip in order:
@@ -153,9 +153,8 @@ def rows_of(lengths: tuple[int, ...], window: Window) -> tuple[int, list[list[tu
                 used.append(0)
             rows[row].append((clip, used[row]))
             used[row] += blocks[clip]
-        if best is None or len(rows) * row_length <= best[0] * len(best[1]):
-            best = row_length, rows
-    return best
+        packed.append((row_length, rows))
+    return min(packed, key=lambda found: (found[0] * len(found[1]), found[0]))  # of equals the one with the most rows, for more threads
 
 
 def shared_gap(lengths: tuple[int, ...], gap: int, device: torch.device) -> int:

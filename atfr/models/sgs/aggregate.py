@@ -22,7 +22,7 @@ def aggregate(x: Tensor, weights: Tensor, lengths: tuple[int, ...] | None = None
         M' = sum B', or the slots of `layout`.
     """
     slots = None if lengths is None else unpadded(lengths, x.device)  # [M'] of the N B rows
-    if layout is not None:
+    if slots is not None and layout is not None:
         slots = slots.index_select(0, layout.source)
     with torch.autocast(x.device.type, enabled=False):
         frames = at_least_float32(x).permute(0, 2, 3, 4, 1).flatten(2)  # [N, T, H W C] or [1, M, H W C]
