@@ -8,7 +8,7 @@ row per video. With dataset.manifest=FILE, training leaves out the bad videos.
 With encode=true, OUTPUT gets H.264 copies with the names of the originals (in mp4 format, whatever the suffix) and the
 lists, so that it can be used as dataset.root; the manifest is that of the copies. Videos that cannot be encoded become
 links to the originals.
-The same command continues an interrupted run, and probes only videos that have changed or were bad.
+Run the same command again to continue an interrupted run. It probes only videos that have changed or were bad.
 Options: configs/prepare.yaml.
 """
 
@@ -148,5 +148,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("stopped by SIGINT; run the same command to continue", file=sys.stderr)
+        print("stopped by SIGINT; run the same command again to continue", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -22,8 +22,8 @@ from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
 
-ANCHOR = SGSConfig.from_preset("reference", similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
-LEARNED = replace(ANCHOR, similarity="path", embedding="frozen", noise_floor=True)  # whose embedding has a batch norm, too
+ATFR = SGSConfig.from_preset("atfr", keep_ratio=0.5)
+PATH = SGSConfig.from_preset("atfr", similarity="path", embedding="frozen", embed_from="features", noise_floor=True, keep_ratio=0.5)  # its embedding has a batch norm
 SETTINGS = replace(test_train.SETTINGS, batch_size=6, label_smoothing=0.1, clip_norm=5.0, statistics_clips=12, sync_batch_norm=True)
 STEPS = 20
 
@@ -34,7 +34,7 @@ def clips(seed: int) -> Tensor:
     return torch.randn(6, 3, 8, 32, 32, generator=generator).cumsum(dim=2) / 4 * torch.linspace(0.2, 2, 6)[:, None, None, None, None]
 
 
-def network(options: SGSConfig = ANCHOR) -> VideoNet:
+def network(options: SGSConfig = ATFR) -> VideoNet:
     torch.manual_seed(0)
     return x3d(size="tiny", num_classes=3, dropout=0.0, sgs=options)
 
@@ -101,7 +101,7 @@ def check_layer(rank: int) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    cases = [(options, untrained) for options in (ANCHOR, LEARNED) for untrained in (True, False)]
+    cases = [(options, untrained) for options in (ATFR, PATH) for untrained in (True, False)]
     # Before there is a group: alone.
     expected = [statistics_of(options, 0, 1, untrained=untrained) for options, untrained in cases]
     dist_info = comm.start(accelerator="cpu", devices=None)

@@ -13,60 +13,85 @@ import pytest
 from run_tools import run_tool, small_job
 
 from atfr.cli import builders
-from atfr.engine.budgets import set_share, share_for
+from atfr.engine.budgets import keep_ratio_for, refined
 from atfr.engine.distributed.preemption import TRY_AGAIN
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
 
-ATFR = dict(similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
-
 
 @dataclass
 class Table:
-    """Costs by a formula: a fixed part, and the rest in proportion to ceil(B' / step)."""
+    """Costs by a formula: a fixed part, and the rest in proportion to ceil(B' / step), mean over the layers."""
 
     fixed: float
     step: int = 1
     frames: tuple[int, ...] = (16,)
-    least: tuple[int, ...] = (1,)
+    depths: tuple[int, ...] = (0,)
     dense: float = 2.0
 
+    @property
+    def least(self) -> tuple[int, ...]:
+        return (1,) * len(self.frames)
+
+    @property
+    def most(self) -> tuple[int, ...]:
+        return self.frames
+
     def at(self, bins: tuple[int, ...]) -> float:
-        stairs = -(-bins[0] // self.step) * self.step / 16
-        return self.dense * (self.fixed + (1 - self.fixed) * stairs)
+        stairs = [-(-kept // self.step) * self.step / frames for kept, frames in zip(bins, self.frames)]
+        return self.dense * (self.fixed + (1 - self.fixed) * sum(stairs) / len(stairs))
 
 
-def test_the_share_of_a_budget_solves_the_cost_for_the_mean_number_of_features():
-    assert share_for(Table(0.2), 0.5, whole=False) == pytest.approx(6 / 16)
-    assert share_for(Table(0.2), 0.52, whole=False) == pytest.approx((0.52 - 0.2) / 0.8)
-    assert share_for(Table(0.2), 1.0, whole=False) == 1
+def test_the_keep_ratio_of_a_budget_solves_the_cost_for_the_mean_number_of_features():
+    assert keep_ratio_for(Table(0.2), 0.5) == pytest.approx(6 / 16)
+    assert keep_ratio_for(Table(0.2), 0.52) == pytest.approx((0.52 - 0.2) / 0.8)
+    assert keep_ratio_for(Table(0.2), 1.0) == 1
 
 
 def test_a_baseline_keeps_the_most_features_that_do_not_exceed_the_budget():
-    assert share_for(Table(0.2), 0.52, whole=True) == 6 / 16
-    assert share_for(Table(0.0, step=4), 0.6, whole=True) == 8 / 16  # 5 to 8 features cost the same half
+    assert keep_ratio_for(Table(0.2), 0.52, whole=True) == 6 / 16
+    assert keep_ratio_for(Table(0.0, step=4), 0.6, whole=True) == 8 / 16  # 5 to 8 features cost the same half
+
+
+def test_layers_side_by_side_keep_one_ratio_and_a_layer_behind_another_keeps_it_of_what_that_one_kept():
+    assert keep_ratio_for(Table(0.2, frames=(32, 8), depths=(0, 0)), 0.5) == pytest.approx(6 / 16)
+    golden = (5**0.5 - 1) / 2  # r + r^2 = 1
+    assert keep_ratio_for(Table(0.0, frames=(64, 64), depths=(0, 1)), 0.5) == pytest.approx(golden, abs=1 / 64)
 
 
 def test_a_budget_below_the_cost_of_one_feature_is_refused_with_that_cost():
     with pytest.raises(ValueError, match=r"budget of 0.2 x dense.*one feature a clip costs 0.250 x dense"):
-        share_for(Table(0.2), 0.2, whole=False)
+        keep_ratio_for(Table(0.2), 0.2)
 
 
-def test_only_layers_whose_features_follow_a_target_take_a_share():
-    def model(**options):
-        return x3d(size="tiny", num_classes=2, sgs=SGSConfig.from_preset("reference", **{**ATFR, **options}))
+def test_a_keep_ratio_is_refined_to_what_the_clips_themselves_cost():
+    assert refined(0.4, 0.25, lambda ratio: ratio**2) == pytest.approx(0.5, abs=0.4 / 2**8)
+    assert refined(0.9, 0.25, lambda ratio: ratio**2) == pytest.approx(0.5, abs=0.6 / 2**8)
+    assert refined(0.4, 0.25, lambda ratio: 0.2) == pytest.approx(0.6)  # every ratio near it is cheap enough
 
-    for options in ({"width": 0.3}, {"similarity": "distance_to_mean", "scale": "relative"}, {"similarity": "none", "scale": "relative"}):
-        with pytest.raises(ValueError, match="has no B' to aim at"):
-            set_share(model(**options), 0.5)
-    with pytest.raises(ValueError, match="do not follow each other"):
-        set_share(model(after=["stem", "res3"]), 0.5)
-    uniform = model(similarity="uniform", scale="relative", num_bins=4)
-    set_share(uniform, 0.75)
-    assert uniform.sgs["res2"].most_bins(16) == 12
-    adaptive = model()
-    set_share(adaptive, 0.75)
-    assert adaptive.sgs["res2"].options.target == 0.75 and adaptive.sgs["res2"].most_bins(16) == 16
+
+@pytest.mark.parametrize(
+    "preset, options, decides",
+    [
+        ("atfr", {"width": 0.3}, "width"),
+        ("reference", {}, "similarity=distance_to_mean, scale=relative"),
+        ("identity", {}, "similarity=none"),
+        ("uniform", {"num_bins": 4}, "num_bins"),
+    ],
+)
+def test_a_layer_that_follows_no_budget_takes_none_and_says_what_decides_instead(preset, options, decides):
+    (layer,) = x3d(size="tiny", num_classes=2, sgs=SGSConfig.from_preset(preset, **options)).sgs.values()
+    with pytest.raises(ValueError, match=f"follows no budget, since its {decides}"):
+        layer.set_budget(0.5)
+
+
+def test_a_baseline_keeps_its_keep_ratio_at_once_and_an_adaptive_layer_up_to_all_features():
+    (uniform,) = x3d(size="tiny", num_classes=2, sgs=SGSConfig.from_preset("uniform")).sgs.values()
+    uniform.set_budget(0.75)
+    assert uniform.most_bins(16) == 12
+    (adaptive,) = x3d(size="tiny", num_classes=2, sgs=SGSConfig()).sgs.values()
+    adaptive.set_budget(0.75)
+    assert adaptive.keep_ratio == 0.75 and adaptive.most_bins(16) == 16
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +146,7 @@ def test_ctrl_c_in_a_calibration_keeps_the_budgets_that_are_done_and_other_weigh
         return run_views(*arguments, title=title, **more)
 
     monkeypatch.setattr(builders, "run_views", told)
-    job = small_job(small_videos, tmp_path / "run", "model=x3d_sgs", "model.sgs.after=stem", "budgets=[0.8,0.6]")
+    job = small_job(small_videos, tmp_path / "run", "model=x3d_sgs", "model/sgs=uniform", "dataset.clip.frames=4", "budgets=[0.8,0.6]")
     weights = tmp_path / "moved.pt"
     outcome = run_tool("calibrate", *job, f"model.weights={dense}")
     assert outcome.code == TRY_AGAIN and outcome.err == "stopped by SIGINT in the calibration; run the same command again to continue\n"
@@ -134,7 +159,7 @@ def test_ctrl_c_in_a_calibration_keeps_the_budgets_that_are_done_and_other_weigh
 
 
 def test_a_training_and_a_calibration_do_not_take_each_others_folder(small_videos, dense, tmp_path):
-    job = small_job(small_videos, tmp_path, "model=x3d_sgs", f"model.weights={dense}", "trainer.max_steps=1", "trainer.test=false")
+    job = small_job(small_videos, tmp_path, "model=x3d_sgs", f"model.weights={dense}", "model.sgs.keep_ratio=0.5", "dataset.clip.frames=4", "trainer.max_steps=1", "trainer.test=false")
     assert run_tool("train", *job).code == 0
     config = (tmp_path / "config.yaml").read_text()
     outcome = run_tool("calibrate", *job, "budgets=[0.9]")
@@ -145,10 +170,10 @@ def test_a_training_and_a_calibration_do_not_take_each_others_folder(small_video
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["model=x3d", "model.weights=DENSE"], "this model does not sample"),
-        (["model.weights=null"], "model.weights is not set"),
+        (["model=x3d", "model.weights=DENSE"], "model=x3d has no SGS layer to calibrate"),
+        (["model.weights=null"], "set model.weights or init_from"),
         (["model.weights=DENSE", "budgets=[1.5]"], "must be shares of the dense GFLOPs"),
-        (["model.weights=DENSE", "model.sgs.width=0.3", "budgets=[0.9]"], "has no B' to aim at"),
+        (["model.weights=DENSE", "model.sgs.width=0.3", "budgets=[0.9]"], "follows no budget, since its width"),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused_in_one_line(arguments, message, small_videos, dense, tmp_path):

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from atfr.cli.config import build
+from atfr.cli.config import check_root
 from atfr.data.datasets.synthetic import render, write_video
 from atfr.data.video.decode import read_clip
+from atfr.models.sgs.config import SGSConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "studies" / "claim"))
 import claim  # noqa: E402
@@ -167,13 +169,33 @@ def test_every_method_has_a_start_that_exists_and_a_command_with_its_seed():
         assert [name for name, _ in others] == asked * (method.tool == "train"), name
 
 
-def test_every_method_has_options_that_fit():
+def test_every_method_has_options_of_the_layer_that_have_an_effect():
     for name, method in claim.METHODS.items():
         words = list(claim.Job(method.networks[0], "uneven", name, 0).commands().values())[0][2:]
-        with initialize_config_dir(str(claim.ROOT / "configs"), version_base="1.3"):
-            config = compose(method.tool, [word for word in words if not word.startswith("trainer.")])
+        given = {override.key_or_group: override.value() for override in OverridesParser.create().parse_overrides(words)}
+        options = {key.removeprefix("model.sgs."): value for key, value in given.items() if key.startswith("model.sgs.")}
         if method.after:
-            assert build(config.model.sgs, "model.sgs").after == method.after, name
+            assert SGSConfig.from_preset(given["model/sgs"], **options).after == method.after, name  # refuses what has no effect
+        else:
+            assert not options, name
+
+
+@pytest.mark.parametrize("name", ["dense", "drawn-0.36", "early-0.37", "untrained-atfr"])
+def test_the_command_of_a_method_composes(name):
+    method = claim.METHODS[name]
+    words = list(claim.Job(method.networks[0], "uneven", name, 0).commands().values())[0][2:]
+    with initialize_config_dir(str(claim.ROOT / "configs"), version_base="1.3"):
+        config = compose(method.tool, [word for word in words if not word.startswith("trainer.")])
+    check_root(config)
+    assert (config.model.sgs and config.model.sgs.after) == method.after
+
+
+def test_the_layers_of_the_table_of_cuts_keep_what_their_names_say():
+    clips = torch.randn(8, 3, 16, 32, 32).cumsum(dim=2)
+    seen = claim_cuts.Clips(clips, torch.arange(16).expand(8, 16) // 3)
+    for name in ("atfr-0.4", "path-0.4", "uniform-7"):
+        found = claim_cuts.found_by(claim_cuts.layer(*claim_cuts.LAYERS[name]), seen, seen)
+        assert found.kept == pytest.approx({"uniform-7": 7}.get(name, 6.4), abs=0.5), name
 
 
 def test_every_published_run_can_be_run_again():

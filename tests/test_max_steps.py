@@ -20,7 +20,7 @@ from atfr.models.sgs.config import SGSConfig
 BATCHES = [replace(whole, clips=whole.clips[:4, :, ::2], labels=whole.labels[:4], paths=whole.paths[:4]) for whole in map(batch, range(3))]
 WHOLE = replace(SETTINGS, batch_size=4, epochs=4, eval_every=2, statistics_clips=8)
 TOP1 = {6: 30.0, 12: 20.0}  # where a validation is due; at any other step it would be the best of all
-SGS = SGSConfig.from_preset("reference", similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled")
+SGS = SGSConfig.from_preset("atfr", keep_ratio=0.5)
 
 
 def run(folder: Path, **settings: Any) -> Trainer:

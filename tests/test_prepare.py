@@ -191,7 +191,7 @@ def test_a_run_that_was_cut_off_goes_on_with_what_is_new_or_changed(tmp_path):
     assert [Manifest(tmp_path, settings).knows(name, state) for name in names] == [True, True, True, False]  # bad: looked at again
 
 
-@pytest.mark.parametrize("number,code,said", [(signal.SIGKILL, -9, ""), (signal.SIGINT, 130, "stopped by SIGINT; run the same command to continue\n")])
+@pytest.mark.parametrize("number,code,said", [(signal.SIGKILL, -9, ""), (signal.SIGINT, 130, "stopped by SIGINT; run the same command again to continue\n")])
 def test_a_run_that_is_killed_or_ended_by_ctrl_c_goes_on_where_it_stopped(tmp_path, number, code, said):
     root, output = tmp_path / "root", tmp_path / "copies"
     root.mkdir()

@@ -38,7 +38,7 @@ def test_every_network_has_a_recipe_for_kinetics_and_so_does_the_papers_for_mini
 def test_a_recipe_is_the_same_with_and_without_sgs_and_its_shares_are_whole_epochs(name):
     dense, model = composed(f"experiment={name}", *(["model=x3d"] if name.startswith("finetune/") else []))
     sampled, _ = composed(f"experiment={name}", f"model={model}_sgs")
-    assert dense["model"].pop("sgs")["_target_"] == "atfr.cli.config.nothing" and sampled["model"].pop("sgs")["num_bins"] is None
+    assert dense["model"].pop("sgs")["preset"] == "off" and sampled["model"].pop("sgs")["preset"] == "atfr"
     assert sampled == dense
     epochs, schedule = dense["trainer"]["epochs"], dense["schedule"]
     for share in (schedule["warmup"], *schedule.get("milestones", ())):
@@ -47,7 +47,7 @@ def test_a_recipe_is_the_same_with_and_without_sgs_and_its_shares_are_whole_epoc
 
 def test_the_papers_layer_can_be_chosen_with_a_recipe():
     config, _ = composed("experiment=resnet3d/mini_kinetics", "model=resnet3d_sgs", "model/sgs=reference")
-    assert config["model"]["sgs"]["kernel"] == "linear" and config["optimizer"]["lr"] == 0.1 and config["dataset"]["name"] == "mini_kinetics"
+    assert config["model"]["sgs"]["preset"] == "reference" and config["optimizer"]["lr"] == 0.1 and config["dataset"]["name"] == "mini_kinetics"
 
 
 def test_fine_tuning_without_weights_is_refused_in_one_line(tmp_path):

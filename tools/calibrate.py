@@ -1,13 +1,13 @@
-"""Put SGS into a network that is already trained, without training it, and report accuracy by GFLOPs.
+"""Put SGS into a trained network without training it, and measure its accuracy at several budgets.
 
     python tools/calibrate.py model=x3d_sgs model.weights=X3D_S.pyth dataset=kinetics400 dataset.root=/data/k400
     python tools/calibrate.py ... model/sgs=uniform              # a baseline at the same GFLOPs
     python tools/calibrate.py ... init_from=RUN budgets=[0.3,0.5,0.8]
 
-For each budget (mean GFLOPs over dense) the bin width is chosen on `trainer.statistics_clips` training
-clips, and the test videos are run. Writes calibration.json, a list with one entry a budget, and for each
-budget checkpoints/budget-B.pt, which tools/test.py and tools/export.py take. The same command run again
-goes on where it stopped.
+For each budget (mean GFLOPs of a clip over those of the dense network) this calibrates the SGS layers on
+`trainer.statistics_clips` training clips and runs the test videos. It writes calibration.json, a list with one entry
+per budget, and a checkpoint per budget, checkpoints/budget-B.pt, for tools/test.py and tools/export.py.
+Run the same command again to continue a calibration that was stopped.
 """
 
 from __future__ import annotations
@@ -55,20 +55,23 @@ def main(config: DictConfig) -> None:
         raise ValueError(f"budgets={budgets} must be shares of the dense GFLOPs, above 0 and at most 1, in a list such as [0.4,0.6]")
     budgets = [float(budget) for budget in budgets]
     if builders.weights_given(config) is None:
-        raise ValueError("model.weights is not set, nor init_from: it names the trained network that SGS is put into")
+        raise ValueError("set model.weights or init_from to the trained network that SGS is put into")
     folder, stop = run_folder(settings.output_dir, under="calibrated"), listen()
     work = partial(calibrate_and_test, config, settings, budgets=budgets, folder=folder, recipe=recipe)
     on_every_process(work, config, settings, program=__file__, folder=folder, alone=True, stop=stop, where="in the calibration")
 
 
 def calibrate_and_test(config: DictConfig, settings: TrainerSettings, dist_info: comm.DistInfo, budgets: list[float], folder: Path, recipe: Announcement) -> None:
+    """Calibrate and test at each budget that is not in calibration.json, on this rank."""
     if dist_info.is_main:
-        say(recipe.before[:1])  # its clip and views are used here
+        say(recipe.before[:1])  # only the recipe's clip and views are used here
     clip, source = builders.clip_settings(config), builders.load_source(config, dist_info, make=False)
     builders.require_videos(source, "train", "test")
     model = builders.build_model(config, num_classes=len(source.class_names), dist_info=dist_info, seed=settings.seed, pretrained=True)
     if not model.sgs:
-        raise ValueError("this model does not sample, so there is nothing to calibrate: choose its twin, model=NAME_sgs")
+        raise ValueError(f"model={choices().get('model')} has no SGS layer to calibrate: choose model=NAME_sgs")
+    for layer in model.sgs.values():
+        layer.set_budget(1.0)  # raises for a layer that follows no budget, before the work begins
     path = folder / "calibration.json"
     done = {entry["budget"]: entry for entry in json.loads(path.read_text())} if path.exists() else {}
     files = contents(source, builders.weights_given(config))
@@ -77,9 +80,9 @@ def calibrate_and_test(config: DictConfig, settings: TrainerSettings, dist_info:
     missing = [budget for budget in budgets if budget not in done]
     table = builders.gflops_table(model, clip) if missing else None
     for budget in missing:
-        keep_ratio_for(table, budget)  # raises for one that cannot be met, before the work begins
+        keep_ratio_for(table, budget)  # raises for a budget that cannot be met, before the work begins
     plain = OmegaConf.to_container(config, resolve=True)
-    del plain["budgets"]  # other budgets of the same network are no other experiment
+    del plain["budgets"]  # more budgets of the same network belong to the same experiment
     if dist_info.is_main:
         claim_folder(folder, plain, "calibration", resume=settings.resume)
         builders.report_missing(source, folder)
@@ -95,7 +98,7 @@ def calibrate_and_test(config: DictConfig, settings: TrainerSettings, dist_info:
             )
             saved = folder / "checkpoints" / f"budget-{budget:g}.pt"
             protocol = builders.protocol(config, model, clip, source, settings, dist_info, checkpoint=saved)
-            with comm.main_first(dist_info):  # the others wait: counting a network's GFLOPs may take long
+            with comm.main_first(dist_info):  # counting GFLOPs may take long, and the other ranks wait
                 if dist_info.is_main:
                     done[budget] = {"budget": budget, "contents": files, **metrics.summarise(evaluation, table, protocol=protocol)}
                     checkpoint.save(state_of(model, plain, budget, source), saved)
@@ -105,7 +108,7 @@ def calibrate_and_test(config: DictConfig, settings: TrainerSettings, dist_info:
 
 
 def state_of(model: VideoNet, plain: dict[str, Any], budget: float, source: VideoSource) -> dict[str, Any]:
-    """What tools/test.py needs to run the network as it is now."""
+    """Return what tools/test.py needs to run the network as it is calibrated now."""
     sgs = {**plain["model"]["sgs"], "gflops": budget, "keep_ratio": None}
     config = {**plain, "init_from": None, "model": {**plain["model"], "weights": None, "sgs": sgs}}
     return {"model": model.state_dict(), "config": config, "choices": choices(), "class_names": list(source.class_names)}

@@ -23,7 +23,7 @@ from atfr.models.flops import CONVENTION, GflopsTable
 @program("flops")
 def main(config: DictConfig) -> None:
     if is_given("dataset", HydraConfig.get().overrides.task):
-        config, _ = with_recipe(config)  # what a training on this dataset takes
+        config, _ = with_recipe(config)  # the clip that a training on this dataset takes
     check_root(config)
     clip = builders.clip_settings(config)
     classes = 400 if config.num_classes is None else config.num_classes
@@ -45,7 +45,7 @@ def main(config: DictConfig) -> None:
 
 
 def ladder(table: GflopsTable) -> list[tuple[int, ...]]:
-    """Every B' from the least to the most; of several layers, all in the same proportion."""
+    """Return every B' from the least to the most; several layers rise together, in proportion."""
     steps = max((most - least for most, least in zip(table.most, table.least)), default=-1)
     return [
         tuple(least + (most - least) * i // max(steps, 1) for most, least in zip(table.most, table.least)) for i in range(steps + 1)

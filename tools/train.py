@@ -6,8 +6,8 @@
     python tools/train.py ... trainer.devices=2            # two ranks; the default is one per GPU
     python tools/train.py ... init_from=RUN trainer.output_dir=OTHER   # start from the weights of another run
 
-torchrun, srun and submitit may start the ranks instead. A run that was stopped resumes with the same command. Options:
-configs/train.yaml.
+torchrun, srun and submitit may start the ranks instead. Run the same command again to continue a run that was stopped.
+Options: configs/train.yaml.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What tools/train.py and tools/test.py have in common: data, network and testing from a config."""
+"""Build the data and the network from a config, and test the network, for the programs in tools/."""
 
 from __future__ import annotations
 
@@ -30,16 +30,21 @@ from atfr.models.video_net import VideoNet
 from atfr.utils.atomic_io import write_text
 from atfr.utils.printable import printable
 
-# Options of `dataset.clip` that concern training only, or speed only. All others are part of a test's protocol.
+# Options of `dataset.clip` that only affect training or speed. All others belong to a test's protocol.
 NOT_OF_A_TEST = ("train_short_side", "train_scale", "flip", "randaugment", "color_jitter", "erasing", "cache")
 SYNTHETIC = "atfr.data.datasets.synthetic.synthetic"  # the dataset that can be generated
 
 
 def load_source(config: DictConfig, dist_info: DistInfo, *, make: bool = True) -> VideoSource:
-    """The dataset's videos, the same on all processes, without those for training that `dataset.manifest` knows to be bad.
+    """Return the dataset's videos, without the training videos that `dataset.manifest` lists as bad.
 
-    The main process comes first, since it may have to generate them: `make` says whether it does so where `dataset.make` is
-    null. It prints the warnings about the lists.
+    Rank 0 runs first, because it may have to generate the videos. It prints the warnings about the lists.
+
+    Args:
+        make: the value of `dataset.make` where it is null: whether the built-in dataset may be generated.
+
+    Raises:
+        ValueError: the ranks have different videos or classes.
     """
     extra = {} if make or config.dataset.get("make") is not None or config.dataset._target_ != SYNTHETIC else {"make": False}
     with comm.main_first(dist_info):
@@ -73,13 +78,13 @@ def require_videos(source: VideoSource, *splits: str) -> None:
 
 
 def report_missing(source: VideoSource, folder: Path) -> None:
-    """Say in one line how many listed videos are not there, and name all of them in `missing_SPLIT.txt`."""
+    """Print how many listed videos do not exist, and write their names to `missing_SPLIT.txt`."""
     for split, videos in source.missing.items():
         path = folder / f"missing_{split}.txt"
         path.unlink(missing_ok=True)
         if not videos:
             continue
-        # A list may name files whose names are not UTF-8; they are written back as the bytes they came from.
+        # File names need not be UTF-8; surrogateescape writes the bytes that were read.
         write_text(path, "".join(f"{video}\n" for video in videos), errors="surrogateescape")
         listed = len(videos) + source.notes["videos"][split]
         shown = ", ".join(videos[:3]) + (", ..." if len(videos) > 3 else "")
@@ -97,19 +102,20 @@ def say_what_chooses_the_epoch(source: VideoSource, config: DictConfig, settings
 
 
 def clip_settings(config: DictConfig) -> ClipSettings:
-    """`dataset.clip`, checked."""
+    """Return `dataset.clip`, with its values checked."""
     node = OmegaConf.create({"_target_": "atfr.data.clips.ClipSettings", **OmegaConf.to_container(config.dataset.clip, resolve=True)})
     return build(node, "dataset.clip")
 
 
 def build_model(config: DictConfig, *, num_classes: int, dist_info: DistInfo, seed: int = 0, pretrained: bool = False) -> VideoNet:
-    """The network of `model`, initialised from the seed, on this process's device.
+    """Build the network of `model` on this rank's device, with weights drawn from the seed.
 
-    With `pretrained` the weights of `model.weights` or `init_from`, if one is set, are loaded into it, and the
-    main process prints what came of them. A network whose own checkpoint is read next needs none.
+    Args:
+        pretrained: load the weights of `model.weights` or `init_from`, if one is set; rank 0 prints a report. Not needed
+            where a checkpoint is loaded next.
 
     Raises:
-        ValueError: options that do not fit, or clips of `dataset.clip` that the network cannot run on.
+        ValueError: options do not fit, or the network cannot run on clips of `dataset.clip`.
     """
     if dist_info.is_main:
         warn_of_ignored(config)
@@ -131,7 +137,7 @@ def build_model(config: DictConfig, *, num_classes: int, dist_info: DistInfo, se
 
 
 def check_batch_norm(model: VideoNet, clip: ClipSettings, settings: TrainerSettings, dist_info: DistInfo) -> None:
-    """Raise ValueError if a process runs clips one by one and they are too small for batch norm in training."""
+    """Raise ValueError if a rank trains on single clips that are too small for the statistics of batch norm."""
     if settings.sync_batch_norm and dist_info.world > 1:
         return
     shares = {settings.batch_size // dist_info.world, -(-settings.batch_size // dist_info.world)}
@@ -140,7 +146,7 @@ def check_batch_norm(model: VideoNet, clip: ClipSettings, settings: TrainerSetti
 
 
 def weights_given(config: DictConfig) -> tuple[str, Path] | None:
-    """The option that names the weights to start from, and their file; of a run folder, its best checkpoint.
+    """Return the option that names the weights to start from, and their file; for a run folder, its best checkpoint.
 
     Raises:
         ValueError: both options are set.
@@ -154,10 +160,10 @@ def weights_given(config: DictConfig) -> tuple[str, Path] | None:
 
 
 def weights_file(value: str, option: str) -> Path:
-    """The file that an option names: the value, or of a run folder its best checkpoint.
+    """Return the file that an option names: the value, or the best checkpoint of a run folder.
 
     Raises:
-        ValueError: the value is a folder without one; names the checkpoints that are there.
+        ValueError: the value is a folder without a best checkpoint; the message lists the checkpoints in it.
     """
     path = Path(str(value))
     if not path.is_dir():
@@ -171,11 +177,12 @@ def weights_file(value: str, option: str) -> Path:
 
 
 def gflops_table(model: VideoNet, clip: ClipSettings) -> GflopsTable:
+    """Return the table of GFLOPs by B' for the clips of `dataset.clip`."""
     return model.gflops_table((3, clip.frames, clip.crop_size, clip.crop_size))
 
 
 def train_batches(source: VideoSource, clip: ClipSettings, settings: TrainerSettings, dist_info: DistInfo) -> tuple[int, Callable[[int, int], Iterable[Any]]]:
-    """Steps an epoch, and `batches(epoch, n)`: this process's training batches of an epoch from its n-th on."""
+    """Return the number of steps per epoch, and `batches(epoch, n)`: this rank's training batches of an epoch from the n-th on."""
     labels = [video.label for video in source.train] if settings.class_balanced else None
     sampler = TrainSampler(
         len(source.train), seed=settings.seed, global_batch=settings.batch_size, rank=dist_info.rank, world=dist_info.world, labels=labels
@@ -203,7 +210,7 @@ def train_batches(source: VideoSource, clip: ClipSettings, settings: TrainerSett
 def run_views(
     model: VideoNet, videos: Sequence[Video], clip: ClipSettings, *, views: int, crops: int, settings: TrainerSettings, dist_info: DistInfo, title: str, stop: StopFlag | None = None
 ) -> Evaluation:
-    """Evaluate `views` x `crops` clips of each video, over all processes."""
+    """Evaluate `views` x `crops` clips of each video on all ranks."""
     loader = test_loader(
         TestClips(videos, clip, views=views, crops=crops),
         batch_size=dist_info.share(settings.batch_size),
@@ -230,7 +237,7 @@ def test_and_report(
     checkpoint: Path,
     stop: StopFlag | None = None,
 ) -> None:
-    """Test with all views; write `results.json`, `predictions.csv` and the config of the test, and print the table."""
+    """Test with all views, write `results.json`, `predictions.csv` and `test_config.yaml`, and print the table."""
     evaluation = run_views(model, source.test, clip, views=clip.views, crops=clip.crops, settings=settings, dist_info=dist_info, title="test", stop=stop)
     if not dist_info.is_main:
         return
@@ -248,7 +255,7 @@ def test_and_report(
 def protocol(
     config: DictConfig, model: VideoNet, clip: ClipSettings, source: VideoSource, settings: TrainerSettings, dist_info: DistInfo, *, checkpoint: Path
 ) -> dict[str, Any]:
-    """What was tested and how, as `results.json` has it: every option that changes predictions."""
+    """Return what was tested and how, for `results.json`: every option that changes predictions."""
     return {
         **{field.name: getattr(clip, field.name) for field in fields(clip) if field.name not in NOT_OF_A_TEST},
         **({"stride": None} if clip.sampling == "segments" else {}),

@@ -1,6 +1,6 @@
-"""What the programs that start from a checkpoint share: its own config, this command's overrides, its network.
+"""Config and network of a checkpoint, for the programs that start from one.
 
-The config is the one that the checkpoint was trained with; what the command line gives changes it.
+The config is the one that the checkpoint was trained with, changed by the overrides of the command line.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from atfr.models.video_net import VideoNet
 from atfr.utils.paths import expanded
 
 BUDGETS = ("model.sgs.gflops", "model.sgs.keep_ratio", "model.sgs.gflops_range")
-OF_THE_COMMAND = ("checkpoint", "format")  # keys that say what to do with the network, and are not its config's
+OF_THE_COMMAND = ("checkpoint", "format")  # keys of the command, which are not part of the checkpoint's config
 
-read = functools.cache(checkpoint.load)  # needed twice: to compose the config, and for the weights
+read = functools.cache(checkpoint.load)  # read twice: to compose the config, and for the weights
 
 
 def results_folder(path: Path, output_dir: str | None) -> Path:
-    """Where the results go: trainer.output_dir, or the run folder; in a sweep, a folder for each job."""
+    """Return the folder for results: trainer.output_dir, or the run folder; in a sweep, a folder in it for each job."""
     if output_dir is None and path.parent.name != "checkpoints":
         raise ValueError(f"checkpoint {path} is in no run folder's checkpoints/; add trainer.output_dir=... for the results")
     folder = Path(output_dir) if output_dir is not None else path.parent.parent
@@ -40,7 +40,7 @@ def results_folder(path: Path, output_dir: str | None) -> Path:
 
 
 def with_overrides(state: dict[str, Any], composed: DictConfig) -> DictConfig:
-    """The checkpoint's own config with what this command overrides taken from the composed one."""
+    """Return the checkpoint's config with this command's overrides, whose values come from the composed config."""
     config = OmegaConf.create(state["config"])
     config.trainer.devices, config.trainer.accelerator = None, "auto"
     now = HydraConfig.get().runtime.choices
@@ -50,10 +50,10 @@ def with_overrides(state: dict[str, Any], composed: DictConfig) -> DictConfig:
             key = override.replace("/", ".")
             OmegaConf.update(config, key, OmegaConf.select(composed, key), merge=False, force_add=True)
     if "make" in config.dataset and "dataset.make" not in given:
-        config.dataset.make = None  # that the training generated its videos says nothing of this machine
-    if composed.model.get("sgs") is None:  # single keys of it may have been given
+        config.dataset.make = None  # the training may have run on another machine
+    if composed.model.get("sgs") is None:  # the loop above may have set single keys of it
         config.model.sgs = None
-    # The checkpoint knows its classes, so a list of files needs no training videos to be tested.
+    # The checkpoint has the class names, so the test needs no training list.
     if isinstance(config.dataset.get("train"), str):
         config.dataset.train = None
     if "class_names" in config.dataset and config.dataset.class_names is None:
@@ -65,8 +65,8 @@ def given_overrides(arguments: list[str]) -> list[str]:
     """Return the keys that a command line overrides, including groups.
 
     Raises:
-        ValueError: it deletes a key, takes an experiment, names pretrained weights or sets a budget, which a program
-            that starts from a checkpoint cannot use.
+        ValueError: it deletes a key, chooses an experiment, names pretrained weights or sets a budget. A program that
+            starts from a checkpoint cannot use these.
     """
     program, keys = f"tools/{Path(sys.argv[0]).name}", []
     for override in OverridesParser.create().parse_overrides([a for a in arguments if is_override(a)]):
@@ -81,29 +81,29 @@ def given_overrides(arguments: list[str]) -> list[str]:
 
 
 def like_the_checkpoint(arguments: list[str]) -> list[str]:
-    """The arguments, with the config groups that the checkpoint was trained with for hydra to compose from."""
+    """Return the arguments with the config groups of the checkpoint added, for hydra to compose from."""
     named = [override for override in map(parse, arguments) if override is not None and override.key_or_group == "checkpoint"]
     try:
         chosen = read(checkpoint_file(value_text(named[-1])))["choices"] if named and not named[-1].is_sweep_override() else {}
         given = {*given_overrides(arguments), "experiment"}
     except (ValueError, OSError, HydraException):
-        return arguments  # main or hydra says what is wrong
-    # Nor does a group inside one that is given, such as model/sgs in another model, come from the checkpoint.
+        return arguments  # main or hydra reports the error
+    # A group inside a given one, such as model/sgs in another model, does not come from the checkpoint either.
     groups = [f"{group}={choice}" for group, choice in chosen.items() if not {group, group.split("/")[0]} & given]
     first = next((i for i, argument in enumerate(arguments) if is_override(argument)), len(arguments))
     return [*arguments[:first], *groups, *arguments[first:]]
 
 
 def checkpoint_file(value: str) -> Path:
-    """The file that `checkpoint=` names: a checkpoint, or a run folder's best one."""
+    """Return the file that `checkpoint=` names: a checkpoint, or the best one of a run folder."""
     return builders.weights_file(expanded(str(value), "checkpoint"), "checkpoint")
 
 
 def test_videos(config: DictConfig, state: dict[str, Any], path: Path, dist_info: DistInfo) -> VideoSource:
-    """The videos of the dataset.
+    """Return the dataset's videos.
 
     Raises:
-        ValueError: there are none to test, or they have other classes than the checkpoint.
+        ValueError: there are no test videos, or the dataset has other classes than the checkpoint.
     """
     source = builders.load_source(config, dist_info, make=False)
     builders.require_videos(source, "test")
@@ -116,7 +116,11 @@ def test_videos(config: DictConfig, state: dict[str, Any], path: Path, dist_info
 
 
 def trained_model(config: DictConfig, state: dict[str, Any], path: Path, dist_info: DistInfo) -> VideoNet:
-    """The checkpoint's network with its weights; ValueError if these belong to another one."""
+    """Return the checkpoint's network with its weights.
+
+    Raises:
+        ValueError: the weights belong to another network.
+    """
     model = builders.build_model(config, num_classes=len(state["class_names"]), dist_info=dist_info)
     checkpoint.load_weights(model, state["model"], path)
     return model

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from atfr.cli.config import build
+from atfr.cli.config import build, with_resolved_sgs
 from atfr.data.datasets.synthetic_scene import PHASES, render
 from atfr.data.temporal_sampling import uniform_views
 from atfr.data.transforms import Normalizer, test_crops
@@ -80,7 +80,7 @@ def clips_of(dataset: DictConfig, split: str, count: int) -> Clips:
 def layer(preset: str, *overrides: str) -> SGS:
     """The layer of that preset, for clips themselves."""
     config = config_of(DATA[0], f"model/sgs={preset}", *overrides, "model.sgs.after=input")  # all data have the same layers
-    return SGS(3, build(config.model.sgs, "model.sgs"), name="input").eval()
+    return SGS(3, build(with_resolved_sgs(config.model).sgs, "model.sgs"), name="input").eval()
 
 
 def found_by(layer: SGS, seen: Clips, asked: Clips) -> Found:
