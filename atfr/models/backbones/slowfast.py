@@ -185,7 +185,8 @@ class Fusion(nn.Module):
         windows = take(nn.functional.pad(fast, (0, 0, 0, 0, 0, 1)), slots.flatten())
         # Each window by itself: as many frames as the kernel has, and steps as long.
         fused = nn.functional.conv3d(windows, self.conv_fast_to_slow.weight, self.conv_fast_to_slow.bias, (kernel, *stride))
-        torch._check(fused.shape[2] == slow.shape[2])  # which torch.export cannot know
+        if not torch.jit.is_tracing():  # in which sizes are tensors
+            torch._check(fused.shape[2] == slow.shape[2])  # torch.export cannot know it
         return torch.cat((slow, self._activated(fused)), 1)
 
 
