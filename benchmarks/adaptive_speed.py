@@ -42,7 +42,7 @@ from atfr.models.sgs.sampling import sample
 from atfr.models.video_net import VideoNet
 from atfr.utils.malloc import keep_freed_memory
 
-OPTIONS = SGSConfig.from_preset("reference", similarity="partition", cost_exponent=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=1.0)
+OPTIONS = SGSConfig.from_preset("atfr", after="res2", width=1.0)
 CLIPS_LAST = torch.channels_last_3d
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SUBJECTS), choices=SUBJECTS)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--after", default="res2", help="the place that is sampled: input, stem, res2 or res3")
+    parser.add_argument("--after", default="res2", help="the location that is sampled: input, stem, res2 or res3")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true", help="under autocast to bfloat16")
@@ -151,7 +151,7 @@ class Ways:
             "padded": lambda: self._padded(clips, forced),
             "bucketed": lambda: self.bucketed(clips, forced),
             "packed": lambda: model(clips, forced),
-            "sampling": lambda: sample(list(model.sgs.values()), features, [None], forced),
+            "sampling": lambda: sample(list(model.sgs.values()), features, [None], forced, clips),
         }
         if compiled:
             if self._compiled is None:
@@ -163,7 +163,7 @@ class Ways:
 
     def _padded(self, clips: Tensor, forced: list[tuple[int, ...]]) -> Tensor:
         """Zeros up to the batch's longest clip, as the released code does."""
-        (packed,), (done,) = sample(list(self.model.sgs.values()), self.model.run_stem(clips), [None], forced)
+        (packed,), (done,) = sample(list(self.model.sgs.values()), self.model.run_stem(clips), [None], forced, clips)
         lengths, layout = done.segments.lengths, done.segments.layout
         packed = packed if layout is None else take(packed, layout.kept)
         padded = packed.new_zeros(len(lengths), max(lengths), *packed.permute(0, 2, 3, 4, 1).shape[2:])

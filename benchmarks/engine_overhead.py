@@ -42,7 +42,7 @@ from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
 
 BLOCK, WARM_UP = 10, 5  # steps
-ATFR = SGSConfig.from_preset("reference", after="stem", similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
+ATFR = SGSConfig.from_preset("atfr", keep_ratio=0.5)
 SETTINGS = TrainerSettings(
     output_dir=None, batch_size=1, epochs=1, max_steps=None, seed=0, accelerator="cpu", devices=None, precision="fp32", workers=0, timeout_s=0,
     label_smoothing=0.0, clip_norm=5.0, statistics_clips=0, eval_every=1, save_every=0, log_every=BLOCK, resume=False, test=False,

@@ -20,8 +20,6 @@ from atfr.engine.calibration import calibrate_layers, precise_batch_norm
 from atfr.models.backbones.slowfast import FUSION_RULES, slowfast
 from atfr.models.sgs.config import SGSConfig
 
-OPTIONS = dict(similarity="partition", cost_exponent=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
-
 
 def main() -> None:
     warnings.filterwarnings("ignore")
@@ -29,7 +27,7 @@ def main() -> None:
     for after in ("res2", "fast.res2", "slow.res2"):
         for rule in FUSION_RULES:
             torch.manual_seed(0)
-            model = slowfast(size="8x8-R50", num_classes=50, fusion=rule, sgs=SGSConfig.from_preset("reference", after=after, **OPTIONS)).eval()
+            model = slowfast(size="8x8-R50", num_classes=50, fusion=rule, sgs=SGSConfig.from_preset("atfr", after=after, keep_ratio=0.5)).eval()
             shake(model)
             precise_batch_norm(model, [clips], forward=model.dense_network)
             calibrate_layers(model, lambda: [clips])

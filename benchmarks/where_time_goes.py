@@ -92,7 +92,7 @@ def table(name: str, batch: int, rounds: int) -> list[str]:
         began = time.perf_counter()
         model.run_stem(clips)
         stem.append(time.perf_counter() - began)
-        dense.run(*features)
+        dense.run(features[0])  # behind it is the clip, which the sampling layer embeds
         whole.run(*features, [(frames,) * batch])
         mixed.run(*features, [uniform])
     columns = dense.by_kind(), whole.by_kind(), mixed.by_kind()

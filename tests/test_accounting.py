@@ -10,11 +10,14 @@ from fvcore.nn import FlopCountAnalysis
 from outcomes import run
 from torch.utils.flop_counter import FlopCounterMode
 
+from atfr.models.backbones.r2plus1d import r2plus1d
+from atfr.models.backbones.slowfast import slowfast
 from atfr.models.backbones.x3d import x3d
-from atfr.models.flops import GflopsTable, _Trunk, gflops
+from atfr.models.flops import GflopsTable
 from atfr.models.sgs.config import SGSConfig
 
-ATFR = SGSConfig.from_preset("reference", similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=0.3)
+ATFR = SGSConfig.from_preset("atfr", width=0.3)
+REFERENCE = SGSConfig.from_preset("reference")
 SHAPE = (3, 16, 48, 48)
 
 
@@ -28,7 +31,7 @@ class Logits(torch.nn.Module):
 
 
 def test_x3d_m_costs_the_published_gflops():
-    # DESIGN: fvcore without batch norm. The paper's own table says 4.7 for X3D-M at 16 x 224 x 224.
+    # fvcore without batch norm. The paper's own table says 4.7 for X3D-M at 16 x 224 x 224.
     table = GflopsTable(x3d(size="M", num_classes=400), (3, 16, 224, 224))
     assert table.dense == pytest.approx(4.73, abs=0.005)
     assert table.at((3,)) == table.dense
@@ -39,7 +42,7 @@ def test_the_number_of_parameters_is_pytorchvideos():
 
 
 @pytest.mark.filterwarnings("ignore:.*:torch.jit.TracerWarning")
-@pytest.mark.parametrize("options", [SGSConfig.from_preset("reference"), ATFR, replace(ATFR, embed_from="clip")], ids=["reference", "atfr", "looks at the clip"])
+@pytest.mark.parametrize("options", [REFERENCE, ATFR, replace(ATFR, embed_from="features")], ids=["reference", "atfr", "embeds features"])
 def test_the_table_equals_a_direct_analysis_of_a_clip(options):
     model = x3d(size="tiny", num_classes=6, sgs=options).eval()
     table = GflopsTable(model, SHAPE)
@@ -68,17 +71,37 @@ def test_a_clip_costs_more_the_more_features_it_keeps_and_the_dense_network_when
     assert 0 <= overhead < 0.025  # the sampling layer itself
 
 
-@pytest.mark.filterwarnings("ignore:.*:torch.jit.TracerWarning")
-@pytest.mark.parametrize("after,batch", [("stem", [(5,), (2,), (9,)]), (["res2", "res4"], [(5, 3), (9, 1), (1, 1), (12, 9)])])
-def test_executed_gflops_of_a_packed_batch_are_those_of_a_direct_analysis_of_it(after, batch):
-    model = x3d(size="tiny", num_classes=6, sgs=replace(ATFR, after=after)).eval()
+@pytest.mark.parametrize("build, sgs", [(x3d, ATFR), (r2plus1d, ATFR), (r2plus1d, replace(ATFR, execution="bucketed"))], ids=["constant", "staircase", "bucketed"])
+def test_an_estimate_from_a_few_analyses_is_the_table(build, sgs):
+    """The r2plus1d strides over time, so that its cost is a staircase in B'."""
+    model = build(size="tiny", num_classes=6, sgs=sgs)
+    table, estimated = GflopsTable(model, SHAPE), GflopsTable(model, SHAPE)
+    bins = list(range(1, 17))
+    exact = [table.at((b,)) for b in bins]
+    assert estimated.estimate(bins).tolist() == pytest.approx(exact, rel=1e-3 if sgs is ATFR else 0.1)
+    assert len(estimated._by_bins) < 8
+
+
+def test_a_clips_gflops_are_those_of_the_table_at_its_bins():
+    model, clips = x3d(size="tiny", num_classes=6, sgs=ATFR).eval(), torch.randn(3, *SHAPE)
+    clips[1] = clips[1, :, :1]
+    _, sampling = model(clips, return_sampling=True)
     table = GflopsTable(model, SHAPE)
-    assert table.executed(batch[:1]) == pytest.approx(table.at(batch[0]))
-    with torch.no_grad():
-        features = model.run_stem(torch.randn(1, *SHAPE))[0].expand(len(batch), -1, -1, -1, -1)
-        direct = gflops(_Trunk(model, batch), features)
-    assert table.executed(batch) > sum(table.at(bins) for bins in batch)
-    assert table.executed(batch) - len(batch) * table._stem == pytest.approx(direct, rel=1e-6)
+    assert len(set(sampling.bins)) > 1
+    assert sampling.gflops.tolist() == pytest.approx([table.at(bins) for bins in sampling.bins])
+    _, dense = x3d(size="tiny", num_classes=6).eval()(clips, return_sampling=True)
+    assert dense.gflops.tolist() == pytest.approx([table.dense] * 3)
+
+
+@pytest.mark.parametrize("after, depths", [("stem", (0,)), (("stem", "res2", "res4"), (0, 1, 2)), (("res4", "stem"), (1, 0))])
+def test_the_depth_of_a_layer_is_how_many_lie_in_front_of_it(after, depths):
+    table = GflopsTable(x3d(size="tiny", num_classes=6, sgs=replace(ATFR, after=after)), SHAPE)
+    assert table.depths == depths and table.frames == table.most == (16,) * len(depths) and table.least == (1,) * len(depths)
+
+
+def test_layers_side_by_side_have_no_depth_and_frames_of_their_own():
+    table = GflopsTable(slowfast(size="8x8-R50", num_classes=6, sgs=replace(ATFR, after="res2", num_bins=6)), (3, 16, 32, 32))
+    assert table.depths == (0, 0) and table.frames == (4, 16) and table.most == (4, 6)
 
 
 def test_counting_leaves_the_model_in_the_mode_it_was_in():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Callable
 
 import pytest
@@ -15,7 +16,6 @@ from torch import Tensor, fx, nn
 from torchvision.models import video
 
 from atfr.models.backbones.custom import custom
-from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
 
 CLASSES = 6
@@ -32,7 +32,7 @@ LIBRARYS = {"slow": slow_of_small_clips, "x3d": functools.partial(create_x3d, in
 
 
 def ours(build: Callable[..., nn.Module], probe: tuple[int, int, int] = (8, 64, 64), after: str | None = "blocks.1") -> VideoNet:
-    sgs = SGSConfig.from_preset("reference", **{**ATFR, "after": after}) if after else None
+    sgs = replace(ATFR, after=after) if after else None
     return custom(backbone=build, num_classes=CLASSES, classes_argument="model_num_class", probe=probe, sgs=sgs)
 
 
@@ -99,7 +99,7 @@ def test_a_network_that_runs_on_no_fewer_features_than_all_is_refused_naming_wha
             backbone=functools.partial(small, residual_pool=False, residual_with_cls_embed=False, rel_pos_embed=False, proj_after_attn=False),
             num_classes=CLASSES,
             probe=(8, 64, 64),
-            sgs=SGSConfig.from_preset("reference", **{**ATFR, "after": "conv_proj"}),
+            sgs=replace(ATFR, after="conv_proj"),
         )
 
 
@@ -122,7 +122,7 @@ def require(x: Tensor, good: tuple[int, ...]) -> Tensor:
 
 
 def toy(second: nn.Module, **options: object) -> VideoNet:
-    return VideoNet(Toy(second), stages={}, sgs=SGSConfig.from_preset("reference", **{**ATFR, "after": "first", **options}), probe=(8, 8, 8)).eval()
+    return VideoNet(Toy(second), stages={}, sgs=replace(ATFR, after="first", **options), probe=(8, 8, 8)).eval()
 
 
 def test_bucketed_clips_keep_as_many_features_as_the_rest_can_run_on():
@@ -185,5 +185,5 @@ def test_a_module_that_reads_its_mode_runs_in_each_and_a_network_that_does_is_re
 )
 def test_a_network_that_cannot_be_traced_is_refused_with_the_place_in_its_code(looks, reason):
     with pytest.raises(ValueError, match=f"torch.fx cannot trace Untraceable, .*: {reason}.* at .*test_any_network.py:{looks.__code__.co_firstlineno}; .* packed_forward") as error:
-        VideoNet(Untraceable(looks), stages={}, sgs=SGSConfig.from_preset("reference", **{**ATFR, "after": "first"}))
+        VideoNet(Untraceable(looks), stages={}, sgs=replace(ATFR, after="first"))
     assert "\n" not in str(error.value)

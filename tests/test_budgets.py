@@ -15,6 +15,7 @@ from run_tools import run_tool, small_job
 from atfr.cli import builders
 from atfr.engine.budgets import keep_ratio_for, refined
 from atfr.engine.distributed.preemption import TRY_AGAIN
+from atfr.models.backbones.slowfast import slowfast
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
 
@@ -68,6 +69,13 @@ def test_a_keep_ratio_is_refined_to_what_the_clips_themselves_cost():
     assert refined(0.4, 0.25, lambda ratio: ratio**2) == pytest.approx(0.5, abs=0.4 / 2**8)
     assert refined(0.9, 0.25, lambda ratio: ratio**2) == pytest.approx(0.5, abs=0.6 / 2**8)
     assert refined(0.4, 0.25, lambda ratio: 0.2) == pytest.approx(0.6)  # every ratio near it is cheap enough
+
+
+def test_the_pathways_of_slowfast_have_a_table_and_lie_side_by_side():
+    model = slowfast(size="4x16-R50", num_classes=2, sgs=SGSConfig())
+    table = model.gflops_table((3, 32, 32, 32))
+    assert (table.frames, table.depths) == ((4, 32), (0, 0))
+    assert 0 < table.at((2, 16)) < 0.6 * table.dense
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_a_tilde_means_the_home_directory_in_every_option_of_a_training_a_test_a
         ("+trainer.epoch=3", "; did you mean trainer.epochs? it takes output_dir, batch_size"),
         ("optimizer.Lr=3", "optimizer.Lr is not an option; did you mean optimizer.lr?"),
         ("trainer.batchsize=3", "trainer.batchsize is not an option; did you mean trainer.batch_size?"),
-        ("model.sgs.targets=1", "model.sgs.targets is not an option; did you mean model.sgs.target?"),
+        ("model.sgs.keepratio=1", "model.sgs.keepratio is not an option; did you mean model.sgs.keep_ratio?"),
         ("num_bins=4", "num_bins is not an option; did you mean model.sgs.num_bins?"),
         ("frames=4", "frames is not an option; did you mean dataset.clip.frames?"),
         ("sgs=uniform", "sgs is not an option; did you mean model/sgs?"),

@@ -119,7 +119,7 @@ def small(sgs: SGSConfig) -> VideoNet:
 @pytest.mark.skipif(not shutil.which("g++"), reason="no compiler here")
 def test_a_compiled_training_goes_as_one_that_is_not_and_their_checkpoints_are_of_one_kind(tmp_path):
     batches = [batch(seed) for seed in range(3)]
-    models = [small(replace(ATFR, width=None, after="2")) for _ in range(2)]
+    models = [small(replace(ATFR, width=None, keep_ratio=0.5, after="2")) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     settings = replace(SETTINGS, clip_norm=1.0, ema=0.9)
     plain = train(tmp_path / "plain", batches, settings, models[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 from atfr.cli.builders import clip_settings
 from atfr.cli.config import build, check_root
 from atfr.models.backbones.x3d import SIZES
-from atfr.models.sgs.config import SGSConfig
+from atfr.models.sgs.config import PRESETS, SGSConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MANY_GPUS = (CONFIGS.parent / "docs/many-gpus.md").read_text()
@@ -44,26 +45,26 @@ def test_every_dataset_and_every_model_compose(dataset, model):
 @pytest.mark.parametrize("model", names("model"))
 def test_every_model_can_be_built_for_the_built_in_data(model):
     own = ["model.backbone._target_=torchvision.models.video.mc3_18"] if model.startswith("custom") else []
-    place = ["model.sgs.after=layer2"] if model == "custom_sgs" else []
+    location = ["model.sgs.after=layer2"] if model == "custom_sgs" else []
     width = ["model.sgs.width=1.0"] if model.endswith("_sgs") else []  # not calibrated
-    config = composed(f"model={model}", *own, *place, *width)
+    config = composed(f"model={model}", *own, *location, *width)
     network = build(config.model, "model", num_classes=3).eval()
     clip = torch.zeros(1, 3, config.dataset.clip.frames, config.dataset.clip.crop_size, config.dataset.clip.crop_size)
     with torch.no_grad():
         assert network(clip).shape == (1, 3)
 
 
-@pytest.mark.parametrize("preset", [name for name in names("model/sgs") if name != "off"])
-def test_every_preset_of_the_layer_can_be_built(preset):
+@pytest.mark.parametrize("preset", [name for name in names("model/sgs") if name not in ("off", "options")])
+def test_every_preset_file_gives_the_layer_of_the_preset_with_its_name(preset):
     config = composed("model=x3d_sgs", f"model/sgs={preset}")
     (layer,) = build(config.model, "model", num_classes=3).sgs.values()
-    assert isinstance(layer.options, SGSConfig)
+    assert layer.options == PRESETS[preset]
 
 
-def test_the_reference_preset_spells_out_the_defaults_of_the_layer():
-    config = composed("model=x3d_sgs", "model/sgs=reference")
-    (layer,) = build(config.model, "model", num_classes=3).sgs.values()
-    assert layer.options == SGSConfig.from_preset("reference")
+def test_there_is_a_file_for_every_preset_and_in_it_every_option_of_the_layer():
+    assert {*names("model/sgs")} - {"off", "options"} == {*PRESETS}
+    options = OmegaConf.load(CONFIGS / "model/sgs/options.yaml")
+    assert {*options} - {"preset"} == {field.name for field in fields(SGSConfig)}
 
 
 # Each of these groups' files is composed and trained with in test_one_step.py.
@@ -95,7 +96,7 @@ def test_the_sweep_of_the_documentation_composes_and_its_dense_networks_are_buil
     for job in jobs:
         config = composed(*job)
         network = build(config.model, "model", num_classes=3)
-        sampled = [layer.num_bins for layer in network.sgs.values()]
+        sampled = [layer.options.num_bins for layer in network.sgs.values()]
         assert sampled == ([config.model.sgs.num_bins] if "model=x3d_sgs" in job else [])
         check_root(config)  # what a run folder will hold
         assert (config.model.sgs is None) == ("model=x3d" in job)

@@ -36,7 +36,7 @@ REFUSED = (
     "reflection_pad2d_backward", "reflection_pad3d_backward", "nll_loss2d_forward", "put_", "histc", "bincount", "median", "nanmedian",
     "grid_sampler_2d_backward", "grid_sampler_3d_backward", "scatter_reduce",
 )  # fmt: skip
-ATFR = SGSConfig.from_preset("reference", similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", embed_from="clip", before_activation=False)
+ATFR = SGSConfig.from_preset("atfr", after="res2", keep_ratio=0.5)
 NETWORKS = ["x3d tiny", "slow R50", "c2d R50", "i3d R50", "r2plus1d 18", "csn R101", "r3d 18", "mc3 18", "s3d base", "resnet3d 18", "slowfast 8x8-R50"]
 
 
@@ -62,7 +62,7 @@ class Refusing(TorchDispatchMode):
 def test_training_uses_no_operation_without_a_deterministic_algorithm(name, sgs, deterministic, monkeypatch):
     """On the meta device, which takes the ways of a GPU and computes nothing."""
 
-    def lengths(layers, proposals, *, checked):
+    def lengths(layers, proposals, decided):
         return [tuple(p.weights.shape[1] - i for i in range(len(p.lengths))) for p in proposals]
 
     monkeypatch.setattr(layer, "_on_host", lengths)

@@ -20,7 +20,7 @@ from atfr.models.backbones import resnets, slowfast, torchvision3d, x3d
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
 
-ATFR = SGSConfig.from_preset("reference", before_activation=False, similarity="partition", cost_exponent=0.5, kernel="mean", scale="absolute", order="time", embedding="pooled", width=0.5)
+ATFR = SGSConfig.from_preset("atfr", width=0.5)
 REFERENCE = SGSConfig.from_preset("reference")
 WITHOUT_ONNX = [name for name in export.ONNX_PACKAGES if importlib.util.find_spec(name) is None]
 FORMATS = ["torch_export", "onnx"]
@@ -69,8 +69,8 @@ def find_width(model: VideoNet, samples: dict[str, torch.Tensor]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "sgs, format",
-    [(ATFR, "onnx"), (replace(ATFR, embed_from="clip", after="stem"), "torch_export"), (replace(ATFR, embed_from="clip", after="stem"), "onnx"), (REFERENCE, "onnx")],
-    ids=["atfr", "looks at the clip, torch_export", "looks at the clip, onnx", "reference"],
+    [(ATFR, "torch_export"), (ATFR, "onnx"), (replace(ATFR, embed_from="features", after="res2"), "onnx"), (REFERENCE, "onnx")],
+    ids=["atfr, torch_export", "atfr, onnx", "embeds features", "reference"],
 )
 def test_x3d(sgs, format, tmp_path):
     model, samples = x3d.x3d(size="tiny", num_classes=5, sgs=sgs), clips(12, 32)

@@ -24,7 +24,7 @@ from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
 
 GPU = torch.device("cuda:0")
-ATFR = SGSConfig.from_preset("reference", similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
+ATFR = SGSConfig.from_preset("atfr", after="res2", keep_ratio=0.5)
 
 
 class Waits(TorchDispatchMode):
@@ -52,7 +52,7 @@ def step_on_gpu(monkeypatch, folder: Path, model: VideoNet, **settings: object) 
     """Take one step; how often the lengths of the kept features were fetched in it."""
     fetched = 0
 
-    def lengths(layers, proposals, *, checked):
+    def lengths(layers, proposals, decided):
         nonlocal fetched
         fetched += 1
         return [tuple(3 + i % 2 for i in range(len(p.lengths))) for p in proposals]

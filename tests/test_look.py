@@ -1,4 +1,4 @@
-"""Layers that look at the clip itself (`embed_from=clip`) to decide which of the features behind them go together."""
+"""Layers that embed the clip itself (`embed_from=clip`) to decide which of the features behind them go together."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.sgs.sampling import NonFiniteFeatures
 
-FEATURES = SGSConfig.from_preset("reference", similarity="partition", kernel="mean", scale="absolute", width=0.6, order="time", embedding="pooled", before_activation=False, after="stem")
-CLIP = replace(FEATURES, embed_from="clip")
+CLIP = SGSConfig.from_preset("atfr", width=0.6)
+FEATURES = replace(CLIP, embed_from="features")
 
 
 def phases(*lengths: int) -> Tensor:
@@ -35,7 +35,7 @@ def test_the_cut_is_that_of_the_clip_and_the_features_are_those_behind_the_stem(
     assert behind.run_stem(clips)[0].shape[1] == 16  # channels of the stem, which the network behind goes on with
 
 
-def test_behind_a_temporal_convolution_a_static_clip_keeps_one_feature_only_if_the_clip_is_looked_at():
+def test_behind_a_temporal_convolution_a_static_clip_keeps_one_feature_only_if_the_clip_is_embedded():
     clip = phases(16)
     models = [x3d(size="tiny", num_classes=3, sgs=replace(options, width=0.1)).eval() for options in (FEATURES, CLIP)]
     models[1].load_state_dict(models[0].state_dict())
@@ -53,21 +53,21 @@ def test_a_feature_of_several_frames_has_the_mean_of_theirs():
     torch.testing.assert_close(strided.proposal.z, layer_norm(pooled.unflatten(1, (16, 2)).mean(2), (48,)))
 
 
-def test_a_layer_behind_another_one_looks_at_its_features():
+def test_a_layer_behind_another_one_embeds_its_features():
     model = x3d(size="tiny", num_classes=3, sgs=replace(CLIP, after=("stem", "res3"))).eval()
     first, second = run(model, phases(4, 4, 4, 4)).layers
     assert first.proposal.z.shape[2] == 3 * 16 < second.proposal.z.shape[2]
 
 
-def test_a_learned_embedding_is_built_for_what_it_looks_at():
-    learned = replace(CLIP, embedding="mlp", kernel="linear_normalized", similarity="path", after=("stem", "res3"))
+def test_a_learned_embedding_is_built_for_what_it_embeds():
+    learned = SGSConfig.from_preset("reference", embed_from="clip", kernel="linear_normalized", similarity="path", scale="absolute", width=0.6, after=("stem", "res3"), before_activation=False)
     model = x3d(size="tiny", num_classes=3, sgs=learned)
     assert model.sgs["stem"].embedding.hidden.in_features == 3 < model.sgs["res3"].embedding.hidden.in_features
     model(torch.cat([phases(4, 4, 8), phases(2, 14)])).sum().backward()
     assert model.sgs["stem"].embedding.hidden.weight.grad.abs().sum() > 0
 
 
-def test_one_batch_for_each_length_looks_at_the_same_clips():
+def test_bucketed_execution_embeds_the_same_clips():
     clips = torch.cat([phases(3, 1, 10, 2), phases(16), phases(8, 8)])
     packed, bucketed = (x3d(size="tiny", num_classes=3, sgs=replace(CLIP, execution=execution)).eval() for execution in ("packed", "bucketed"))
     bucketed.load_state_dict(packed.state_dict())
@@ -83,11 +83,6 @@ def test_features_that_are_no_numbers_are_found_though_the_clip_is_sound():
         model(phases(8, 8))
 
 
-def test_a_baseline_looks_at_nothing():
-    model = x3d(size="tiny", num_classes=3, sgs=replace(CLIP, similarity="uniform", scale="relative", width=None, num_bins=4)).eval()
+def test_a_baseline_embeds_nothing():
+    model = x3d(size="tiny", num_classes=3, sgs=SGSConfig.from_preset("uniform", num_bins=4)).eval()
     assert len(model.run_stem(phases(8, 8))) == 1 and run(model, phases(8, 8)).bins == [(4,)]
-
-
-def test_what_can_be_looked_at_is_named():
-    with pytest.raises(ValueError, match="embed_from='frames' does not exist; choose one of features, clip"):
-        replace(CLIP, embed_from="frames")

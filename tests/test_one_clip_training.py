@@ -29,9 +29,9 @@ from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
 
 # At this width a layer keeps as few features as it may.
-ATFR = SGSConfig.from_preset("reference", similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False, width=1e6)
+ATFR = SGSConfig.from_preset("atfr", after="res2", width=1e6)
 LEARNED = SGSConfig.from_preset("reference", similarity="magnitude", scale="absolute", before_activation=False, width=1e6)  # with a batch norm in its embedding
-UNIFORM = SGSConfig.from_preset("reference", similarity="uniform", kernel="mean", keep_ratio=0.01, before_activation=False)
+UNIFORM = SGSConfig.from_preset("uniform", keep_ratio=0.01)
 REFUSED = ("Expected more than 1 value per channel when training", "cannot be made to keep")  # by torch's batch norm; more features than there are
 
 
@@ -42,7 +42,7 @@ def x3d_tiny(sgs: SGSConfig | None, **more: object) -> VideoNet:
 def small_slowfast() -> VideoNet:
     fusion = {"slowfast_fusion_conv_kernel_size": (5, 1, 1), "slowfast_fusion_conv_stride": (4, 1, 1)}
     source = create_slowfast(model_depth=18, stem_dim_outs=(16, 2), model_num_class=3, head_pool=nn.AdaptiveAvgPool3d, head_activation=None, **fusion)
-    return VideoNet(SlowFast(mended(source).blocks, alpha=4, fusion="aligned"), stages=STAGES, sgs=replace(ATFR, after="res2"))
+    return VideoNet(SlowFast(mended(source).blocks, alpha=4, fusion="aligned"), stages=STAGES, sgs=ATFR)
 
 
 class OwnForm(nn.Module):
@@ -65,11 +65,11 @@ def toy(*second: nn.Module) -> VideoNet:
 
 
 BUILDS = {
-    "x3d": lambda: x3d_tiny(ATFR, after="res2"),
+    "x3d": lambda: x3d_tiny(ATFR),
     "x3d with a learned embedding": lambda: x3d_tiny(LEARNED, after="res3"),
     "x3d with a baseline": lambda: x3d_tiny(UNIFORM, after="res3"),
     "x3d with a batch norm in the second layer": lambda: x3d_tiny(LEARNED, after=("stem", "res2")),
-    "r2plus1d with strides in time": lambda: r2plus1d(size="tiny", num_classes=3, sgs=replace(ATFR, after="res2")),
+    "r2plus1d with strides in time": lambda: r2plus1d(size="tiny", num_classes=3, sgs=ATFR),
     "two pathways": small_slowfast,
     "stride of three": lambda: toy(nn.Conv3d(8, 8, (3, 1, 1), stride=(3, 1, 1)), nn.BatchNorm3d(8)),
     "packed form of its own": lambda: toy(OwnForm()),
@@ -131,7 +131,7 @@ def test_batch_norm_over_several_processes_has_enough_values_with_one_feature_ea
 
 
 def test_statistics_over_single_clips_see_these_clips_alone():
-    tried, model = x3d_tiny(LEARNED, width=None), x3d_tiny(LEARNED, width=None)
+    tried, model = x3d_tiny(LEARNED, width=None, keep_ratio=0.5), x3d_tiny(LEARNED, width=None, keep_ratio=0.5)
     model.load_state_dict(tried.state_dict())
     tried.check_training(16, 32, 32)
     batches = [torch.randn(1, 3, 16, 32, 32).cumsum(dim=2) for _ in range(2)]

@@ -12,7 +12,7 @@ from test_configs import composed
 from torch import nn
 
 from atfr.cli.builders import clip_settings
-from atfr.cli.config import build
+from atfr.cli.config import build, with_resolved_sgs
 from atfr.engine.optim import adamw, cosine, multistep, sgd, step
 
 BETAS = (0.9, 0.99)
@@ -20,12 +20,18 @@ NAN, INF = math.nan, math.inf
 
 
 class Net(nn.Module):
-    """Structured like a VideoNet: a backbone that ends in its classifier, and other layers after it."""
+    """Structured like a VideoNet: the modules of a network that ends in its classifier, and SGS with weights after them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.dense_network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+        self._network = (nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)),)
+        for name, module in self.dense_network.named_children():
+            self.add_module(name, module)
         self.sgs = nn.Linear(3, 3)
+
+    @property
+    def dense_network(self) -> nn.Sequential:
+        return self._network[0]
 
     def forward(self, x):
         return self.dense_network[2](self.sgs(self.dense_network[:2](x)))
@@ -42,7 +48,7 @@ def test_every_parameter_takes_the_step_of_torchs_optimizer_with_its_rate_and_de
     else:
         optimizer = adamw(ours, lr=0.1, betas=BETAS, weight_decay=0.01, head_lr=10)
         alone = lambda p, lr, decay: torch.optim.AdamW([p], lr=lr, betas=BETAS, weight_decay=decay)  # noqa: E731
-    singles = [alone(p, 1.0 if name.startswith("2") else 0.1, 0.01 if p.dim() > 1 else 0.0) for name, p in theirs.named_parameters()]
+    singles = [alone(p, 1.0 if name.startswith("2.") else 0.1, 0.01 if p.dim() > 1 else 0.0) for name, p in theirs.named_parameters()]
     for _ in range(3):
         x = torch.randn(8, 4)
         for model in (ours, theirs):
@@ -134,9 +140,9 @@ def test_a_value_out_of_range_is_refused_with_its_key(group, key, values):
         ("dataset.clip.color_jitter", ([0.4, NAN, 0.4, 0.1], [0.4, 0.4, -1, 0.1], [INF, 0, 0, 0])),
         ("dataset.clip.mean", ([0.4, NAN, 0.4],)),
         ("dataset.clip.std", ([0.2, NAN, 0.2], [0.2, 0, 0.2], [INF, 1, 1])),
-        *((f"model.sgs.{name}", (0, -1, NAN, INF)) for name in ("width", "keep_ratio")),
+        *((f"model.sgs.{name}", (0, -1, NAN, INF)) for name in ("width", "gflops", "keep_ratio")),
         ("model.sgs.cost_exponent", (-0.1, NAN, 1.5)),
-        ("model.sgs.gflops_range", ([0, 1], [NAN, 1], [0.2,INF])),
+        ("model.sgs.gflops_range", ([0, 1], [NAN, 1], [0.2, INF])),
     ],
 )
 def test_other_values_out_of_range_are_refused_with_their_name(key, values):
@@ -144,12 +150,12 @@ def test_other_values_out_of_range_are_refused_with_their_name(key, values):
     for value in values:
         OmegaConf.update(config, key, value)
         with pytest.raises(ValueError, match=name):
-            clip_settings(config) if part == "dataset.clip" else build(OmegaConf.select(config, part), part)
+            clip_settings(config) if part == "dataset.clip" else with_resolved_sgs(config.model) if part == "model.sgs" else build(config[part], part)
 
 
 def test_a_dropout_out_of_range_is_refused():
     for value in ("-0.1", "1.0", "nan"):
-        outcome = run_tool("flops", "dataset=synthetic", f"model.dropout={value}")
+        outcome = run_tool("flops", f"model.dropout={value}")
         assert outcome.code == 1 and outcome.err.startswith("error: model.dropout must be at least 0 and below 1"), outcome.err
 
 

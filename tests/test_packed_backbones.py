@@ -6,13 +6,14 @@ import copy
 import functools
 import logging
 import random
+from dataclasses import replace
 from typing import Callable, NamedTuple
 
 import pytest
 import torch
 from outcomes import Outcome, run
 from test_backbones import CASES, CLASSES, lively, stages_of
-from test_packed import ATFR, TOLERANCE, Toy, uneven_clips
+from test_packed import REFERENCE, TOLERANCE, Toy, uneven_clips
 from torch import Tensor, nn
 
 from atfr.models.backbones.slowfast import FUSION_RULES, SIZES, Fusion
@@ -21,6 +22,7 @@ from atfr.models.packed.segments import Segments
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
 
+ATFR = SGSConfig.from_preset("atfr", keep_ratio=0.5)
 EVERYWHERE = ("stem", "res2", "res3", "res4", ("res2", "res4"))
 SOME = ("res2", "res3", ("stem", "res4"))
 PATHWAYS = ("stem", "res2", ("res2", "res4"), "fast.res2", ("slow.res2", "fast.res3"), ("fast.res2", "slow.res3"))
@@ -31,7 +33,7 @@ class Net(NamedTuple):
 
     frames: int
     block: str  # path of a block inside a stage
-    places: tuple = EVERYWHERE
+    locations: tuple = EVERYWHERE
     side: int = 32
 
     @property
@@ -57,11 +59,11 @@ NETS = {
     "slowfast 4x16-R50": Net(32, "blocks.2.multipathway_blocks.1.res_blocks.0", ("slow.res2",), side=16),
     "slowfast 8x8-R50": Net(16, "blocks.2.multipathway_blocks.1.res_blocks.0", PATHWAYS, side=16),
 }  # fmt: skip
-# (name, place, fusion rule); the rule only matters to a SlowFast
+# (name, location, fusion rule); the rule only matters to a SlowFast
 PLACED = [
-    (name, place, rule)
+    (name, location, rule)
     for name, net in NETS.items()
-    for place in (*net.locations, net.block)
+    for location in (*net.locations, net.block)
     for rule in (FUSION_RULES if name.startswith("slowfast") else ("aligned",))
 ]
 
@@ -89,28 +91,27 @@ def backbone(name: str) -> nn.Module:
 
 
 @functools.lru_cache(maxsize=4)
-def placed(name: str, place: str | tuple[str, ...], preset: str = "atfr") -> VideoNet:
-    """The backbone, shared with other placements, with SGS somewhere."""
-    options = SGSConfig.from_preset("reference", after=place, **(ATFR if preset == "atfr" else {}))
+def placed(name: str, location: str | tuple[str, ...], sgs: SGSConfig = ATFR) -> VideoNet:
+    """The backbone, shared with other locations, with SGS somewhere."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net = VideoNet(backbone(name), stages=stages_of(CASES[name]), sgs=options, probe=NETS[name].probe).eval()
+        net = VideoNet(backbone(name), stages=stages_of(CASES[name]), sgs=replace(sgs, after=location), probe=NETS[name].probe).eval()
     assert net.execution == "packed"
     return net
 
 
-def built(name: str, place: str | tuple[str, ...], rule: str = "aligned", preset: str = "atfr") -> VideoNet:
-    net = placed(name, place, preset)
+def built(name: str, location: str | tuple[str, ...], rule: str = "aligned", sgs: SGSConfig = ATFR) -> VideoNet:
+    net = placed(name, location, sgs)
     for module in net.modules():
         if isinstance(module, Fusion):
             module.rule = rule
     return net
 
 
-def paths_of(name: str, place: str | tuple[str, ...]) -> dict[str, str]:
+def paths_of(name: str, location: str | tuple[str, ...]) -> dict[str, str]:
     """{layer: path of the module that it samples}, as `model.sgs.after` has it."""
     stages, paths = stages_of(CASES[name]), {}
-    for part in (place,) if isinstance(place, str) else place:
+    for part in (location,) if isinstance(location, str) else location:
         target = stages.get(part, part)
         paths |= {part: target} if isinstance(target, str) else {t: stages[t] for t in target}
     return paths
@@ -238,8 +239,8 @@ class Placed(NamedTuple):
 @pytest.fixture(scope="module", params=PLACED, ids=in_words)
 def at(request) -> Placed:
     """A network with SGS somewhere; of module scope, so that its tests run one after the other."""
-    name, place, rule = request.param
-    return Placed(name, built(name, place, rule), paths_of(name, place))
+    name, location, rule = request.param
+    return Placed(name, built(name, location, rule), paths_of(name, location))
 
 
 def test_a_clip_in_a_batch_and_alone_is_the_plain_network_on_what_the_clip_keeps(at):
@@ -307,9 +308,9 @@ CHOOSING = [(name, "slow.res2" if name == "slowfast 4x16-R50" else "res2", "alig
 ]
 
 
-@pytest.mark.parametrize("name, place, rule", CHOOSING, ids=in_words)
-def test_a_clip_that_chooses_what_it_keeps_is_the_same_alone_and_in_any_batch(name, place, rule):
-    net, clips = built(name, place, rule), clips_for(name, 5)
+@pytest.mark.parametrize("name, location, rule", CHOOSING, ids=in_words)
+def test_a_clip_that_chooses_what_it_keeps_is_the_same_alone_and_in_any_batch(name, location, rule):
+    net, clips = built(name, location, rule), clips_for(name, 5)
     with torch.no_grad():
         calibrated(net, clips)
     check_alone_and_in_batches(net, clips)
@@ -320,19 +321,19 @@ RANDOM = ["x3d S", "slow R50", "i3d R50", "r2plus1d 18", "mc3 18", "resnet3d 18"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RANDOM)
-@pytest.mark.parametrize("preset", ["atfr", "reference"])
-def test_a_clip_is_the_same_alone_and_in_many_random_batches(name, preset):
+@pytest.mark.parametrize("sgs", [ATFR, REFERENCE], ids=["atfr", "reference"])
+def test_a_clip_is_the_same_alone_and_in_many_random_batches(name, sgs):
     # The reference's clips change at least once: where all is noise, it magnifies that of the convolutions, too.
-    net, clips = built(name, "res2", "aligned", preset), clips_for(name, 10, 1 if preset == "atfr" else 2)
+    net, clips = built(name, "res2", sgs=sgs), clips_for(name, 10, 1 if sgs is ATFR else 2)
     with torch.no_grad():
-        if preset == "atfr":
+        if sgs is ATFR:
             calibrated(net, clips)
     check_alone_and_in_batches(net, clips, batches=30, most=4)
 
 
 @pytest.mark.parametrize("name", ["x3d tiny", "slow R50", "i3d R50", "r2plus1d 18", "slowfast 8x8-R50"])
 def test_the_reference_gives_a_clip_the_same_logits_alone_and_in_any_batch(name):
-    net = built(name, "res2", "released", "reference")
+    net = built(name, "res2", "released", REFERENCE)
     check_alone_and_in_batches(net, clips_for(name, 5, least=2))
 
 
@@ -352,7 +353,7 @@ def test_sampled_at_the_input_a_network_sees_the_averaged_frames_as_its_clip(nam
 
 @pytest.mark.parametrize("name, stage, activation", [("x3d tiny", "res2", "blocks.1.res_blocks.{}.activation"), ("r3d 18", "res3", "layer2.{}.relu")])
 def test_features_before_an_activation_are_sampled_before_it(name, stage, activation):
-    options = SGSConfig.from_preset("reference", after=stage, **{**ATFR, "before_activation": True})
+    options = replace(ATFR, after=stage, before_activation=True)
     net = VideoNet(backbone(name), stages=stages_of(CASES[name]), sgs=options, probe=NETS[name].probe).eval()
     last = max(int(path.split(".")[-2]) for path, _ in net.dense_network.named_modules() if path in {activation.format(i) for i in range(9)})
     clips = clips_for(name, 3)
@@ -382,9 +383,9 @@ GRADIENTS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, place, rule", GRADIENTS, ids=in_words)
-def test_gradients_of_a_batch_are_the_sum_of_those_of_its_clips(name, place, rule):
-    net, paths = copy.deepcopy(built(name, place, rule)).double(), paths_of(name, place)
+@pytest.mark.parametrize("name, location, rule", GRADIENTS, ids=in_words)
+def test_gradients_of_a_batch_are_the_sum_of_those_of_its_clips(name, location, rule):
+    net, paths = copy.deepcopy(built(name, location, rule)).double(), paths_of(name, location)
     clips = clips_for(name, 3).double()
     with torch.no_grad():
         forced = forced_of([on_what_is_kept(net, paths, clip, uneven(net, i)) for i, clip in enumerate(clips)])
@@ -415,9 +416,9 @@ STATISTICS = [
 ]
 
 
-@pytest.mark.parametrize("name, place, norms", STATISTICS, ids=in_words)
-def test_training_statistics_of_batch_norm_are_those_of_the_features_that_clips_keep(name, place, norms):
-    net, paths = copy.deepcopy(built(name, place)), paths_of(name, place)
+@pytest.mark.parametrize("name, location, norms", STATISTICS, ids=in_words)
+def test_training_statistics_of_batch_norm_are_those_of_the_features_that_clips_keep(name, location, norms):
+    net, paths = copy.deepcopy(built(name, location)), paths_of(name, location)
     clips = clips_for(name, 3)
     with torch.no_grad():
         kept = [on_what_is_kept(net, paths, clip, uneven(net, i), watch=norms) for i, clip in enumerate(clips)]
@@ -441,7 +442,7 @@ def test_sgs_leaves_the_names_of_the_backbones_parameters_unchanged(name):
     case = CASES[name]
     with torch.device("meta"):
         dense = case.build(size=case.size, num_classes=CLASSES).state_dict()
-        sampled = case.build(size=case.size, num_classes=CLASSES, sgs=SGSConfig.from_preset("reference", after=["res2", "res4"]))
+        sampled = case.build(size=case.size, num_classes=CLASSES, sgs=replace(ATFR, after=["res2", "res4"]))
     assert [key for key in sampled.state_dict() if not key.startswith("sgs.")] == list(dense)
     assert sampled.execution == "packed"
 
@@ -454,30 +455,30 @@ LEAST = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name, place", LEAST, ids=str)
-def test_a_static_clip_keeps_as_few_features_as_the_rest_can_run_on(name, place):
-    net, paths = built(name, place), paths_of(name, place)
-    fewest = least(net, place)
-    assert fewest == LEAST[name, place]
+@pytest.mark.parametrize("name, location", LEAST, ids=str)
+def test_a_static_clip_keeps_as_few_features_as_the_rest_can_run_on(name, location):
+    net, paths = built(name, location), paths_of(name, location)
+    fewest = least(net, location)
+    assert fewest == LEAST[name, location]
     clips = clips_for(name, 3)
     clips[1] = clips[1, :, :1]
     with torch.no_grad():
         if fewest > 1:
             with pytest.raises(RuntimeError):
                 on_what_is_kept(net, paths, clips[0], lambda *_: fewest - 1)
-        net.sgs[place].width.fill_(1e3)  # nothing changes as much
+        net.sgs[location].width.fill_(1e3)  # nothing changes as much
         alone, batch = [run(net, clip[None]) for clip in clips], run(net, clips)
         assert batch.bins == [(fewest,)] * 3
         close(batch.logits, torch.cat([a.logits for a in alone]))
         assert batch.logits.isfinite().all()
         frames = batch.frames[0]  # and beside clips that keep more
         uneven = run(net, clips, [(frames, fewest, (fewest + frames) // 2)])
-        close(uneven.logits[1:2], alone[1].logits)
+        close(uneven.logits[1:2], net(clips[1:2], [(fewest,)]))
 
 
-def test_a_place_inside_a_residual_branch_is_refused():
+def test_a_location_inside_a_residual_branch_is_refused():
     with pytest.raises(ValueError, match="SGS cannot be put behind .*conv_a: .* also needs .* from before it, which keeps all frames"):
-        VideoNet(backbone("x3d tiny"), stages={}, sgs=SGSConfig.from_preset("reference", after="blocks.2.res_blocks.1.branch2.conv_a", before_activation=False))
+        VideoNet(backbone("x3d tiny"), stages={}, sgs=replace(ATFR, after="blocks.2.res_blocks.1.branch2.conv_a"))
 
 
 # Networks that packing does not know, or knows wrongly.
@@ -521,7 +522,7 @@ class Overall(Leaky):
 
 def toy(second: nn.Module, norm: bool = False, **options: object) -> VideoNet:
     network = Toy(nn.Sequential(second, nn.Conv3d(8, 8, 3, padding=1), *([nn.BatchNorm3d(8)] if norm else [])))
-    sgs = SGSConfig.from_preset("reference", **{**ATFR, "after": "first", **options})
+    sgs = SGSConfig.from_preset("atfr", **{"after": "first", "width": 0.5, **options})
     return VideoNet(network, stages={"first": "first", "second": "second.0"}, sgs=sgs, probe=(8, 8, 8)).eval()
 
 
@@ -530,7 +531,7 @@ def check_forced(net: VideoNet, bins: tuple[int, ...] = (3, 8, 1, 3, 5), toleran
     with torch.no_grad():
         batch = run(net, clips, [bins])
         assert batch.bins == [(b,) for b in bins]
-        alone = torch.cat([on_what_is_kept(net, {"first": "first"}, clip, lambda *_: b)[None] for clip, b in zip(clips, bins)])
+        alone = torch.cat([on_what_is_kept(net, {"first": "first"}, clip, lambda *_: b).logits[None] for clip, b in zip(clips, bins)])
         close(batch.logits / alone.std(), alone / alone.std(), tolerance)
     return batch
 
@@ -584,13 +585,13 @@ def test_bucketed_execution_refuses_batch_norm_that_is_trained():
     assert net.dense_network.first.weight.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name, place, options", [("r2plus1d 18", "res2", ATFR), ("i3d R50", "stem", ATFR), ("x3d tiny", "res3", {})])
-def test_bucketed_and_packed_execution_agree(name, place, options):
+@pytest.mark.parametrize("name, location, sgs", [("r2plus1d 18", "res2", ATFR), ("i3d R50", "stem", ATFR), ("x3d tiny", "res3", REFERENCE)])
+def test_bucketed_and_packed_execution_agree(name, location, sgs):
     nets = []
     for execution in ("packed", "bucketed"):
         torch.manual_seed(1)
-        sgs = SGSConfig.from_preset("reference", after=place, execution=execution, **options)
-        nets.append(VideoNet(backbone(name), stages=stages_of(CASES[name]), sgs=sgs, probe=NETS[name].probe).eval())
+        options = replace(sgs, after=location, execution=execution)
+        nets.append(VideoNet(backbone(name), stages=stages_of(CASES[name]), sgs=options, probe=NETS[name].probe).eval())
     assert [net.execution for net in nets] == ["packed", "bucketed"]
     frames = NETS[name].frames
     with torch.no_grad():
@@ -641,7 +642,7 @@ def test_a_connection_that_passes_the_sampling_by_is_refused_in_any_execution():
 
     for second in (nn.ReLU(), nn.Conv3d(8, 8, 3, padding=1)):
         with pytest.raises(ValueError, match="'cat.*' also needs 'first' from before it, which keeps all frames"):
-            VideoNet(Bypass(second), stages={"s": "second"}, sgs=SGSConfig.from_preset("reference", **{**ATFR, "after": "s"}), probe=(8, 8, 8))
+            VideoNet(Bypass(second), stages={"s": "second"}, sgs=replace(ATFR, after="s"), probe=(8, 8, 8))
 
 
 @pytest.mark.parametrize("leak", [Leaky, Overall])

@@ -23,7 +23,7 @@ from atfr.models.sgs.config import SGSConfig
 from atfr.models.sgs.sampling import NonFiniteFeatures
 from atfr.models.video_net import VideoNet
 
-ATFR = SGSConfig.from_preset("reference", similarity="partition", kernel="mean", scale="absolute", width=0.6, order="time", embedding="pooled", before_activation=False, after="stem")
+ATFR = SGSConfig.from_preset("atfr", width=0.6)
 
 
 def of_x3d(sgs: SGSConfig | None) -> Callable[[], VideoNet]:
@@ -40,7 +40,7 @@ NETWORKS = {
     "x3d atfr": of_x3d(ATFR),
     "x3d reference": of_x3d(SGSConfig.from_preset("reference")),
     "x3d two levels": of_x3d(replace(ATFR, after=("stem", "res3"))),
-    "x3d atfr that looks at the clip": of_x3d(replace(ATFR, after=("stem", "res3"), embed_from="clip")),
+    "x3d atfr that embeds features": of_x3d(replace(ATFR, embed_from="features")),
     "r3d": of_r3d(None),
     "r3d reference": of_r3d(SGSConfig.from_preset("reference", after="layer1")),
     "slowfast atfr": lambda: slowfast(size="8x8-R50", num_classes=5, sgs=replace(ATFR, after="res2")),
@@ -177,7 +177,7 @@ def test_a_block_is_cut_where_its_sum_is_made_and_what_changes_in_place_stays_wi
 
 def test_a_training_with_it_ends_with_the_same_weights(tmp_path):
     batches = [batch(seed) for seed in range(3)]
-    models = [x3d(size="tiny", num_classes=3, sgs=replace(ATFR, width=None)) for _ in range(2)]
+    models = [x3d(size="tiny", num_classes=3, sgs=replace(ATFR, width=None, keep_ratio=0.5)) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     settings = replace(SETTINGS, accumulate=2, clip_norm=1.0, ema=0.9)
     for number, (model, on) in enumerate(zip(models, (False, True))):

@@ -11,7 +11,6 @@ import shlex
 import subprocess
 import sys
 from configparser import ConfigParser
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -26,7 +25,6 @@ PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT /
 LANGUAGES = {"bash", "python", "yaml", "diff", "text", "bibtex"}
 HYDRA = ("tools/train.py", "tools/test.py", "tools/calibrate.py", "tools/export.py", "tools/flops.py", "scripts/prepare.py")
 SMALLER = (('"x3d_s"', '"x3d_tiny"'), ("13, 160, 160", "8, 48, 48"))  # a network and clips of the same kind that take a second
-PUBLIC_API = pytest.mark.skipif(find_spec("atfr.models.factory") is None, reason="the public API is not there yet")
 
 
 class Block(NamedTuple):
@@ -134,8 +132,6 @@ def test_every_page_is_in_the_index():
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python" and not b.tag], ids=lambda block: block.page)
 def test_every_python_example_runs(block, tmp_path, monkeypatch):
-    if "import atfr\n" in block.text and find_spec("atfr.models.factory") is None:
-        pytest.skip("the public API is not there yet")
     monkeypatch.chdir(tmp_path)
     text = block.text
     for long, short in SMALLER:
@@ -143,7 +139,6 @@ def test_every_python_example_runs(block, tmp_path, monkeypatch):
     exec(compile(text, block.page, "exec"), {"__name__": "example"})
 
 
-@PUBLIC_API
 @pytest.mark.slow
 def test_a_run_classifies_a_video_as_the_example_says(small_videos, tmp_path, monkeypatch, capsys):
     (block,) = [b for b in BLOCKS if b.tag == "run"]

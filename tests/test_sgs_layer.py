@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,14 +13,18 @@ from atfr.models.sgs.config import SGSConfig
 from atfr.models.sgs.layer import SGS
 from atfr.models.sgs.sampling import NonFiniteFeatures, sample
 
-ATFR = SGSConfig.from_preset("reference", similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
+ATFR = SGSConfig.from_preset("atfr", keep_ratio=0.5)
+REFERENCE = SGSConfig.from_preset("reference")
+RANGED = replace(ATFR, gflops_range=(0.2, 1.0), keep_ratio=0.3)
 EVERY_KIND = [
-    SGSConfig.from_preset("reference"),
+    SGSConfig.from_preset("atfr", width=0.6),
+    SGSConfig.from_preset("atfr", similarity="anchor", width=0.9),
+    REFERENCE,
     SGSConfig.from_preset("reference", similarity="magnitude", kernel="linear_normalized", edges="inclusive", order="time"),
     SGSConfig.from_preset("reference", similarity="path", kernel="delta_normalized", scale="absolute", width=2.0),
-    SGSConfig.from_preset("reference", similarity="anchor", kernel="mean", scale="absolute", embedding="pooled", width=0.9),
-    SGSConfig.from_preset("reference", similarity="distance_to_mean", kernel="mean", embedding="frozen"),
-    *(SGSConfig.from_preset("reference", similarity=name, kernel="mean") for name in ("uniform", "stride", "random", "none")),
+    SGSConfig.from_preset("frozen", kernel="mean"),
+    *(SGSConfig.from_preset(name, keep_ratio=0.5) for name in ("uniform", "stride", "random")),
+    SGSConfig.from_preset("identity"),
 ]
 
 
@@ -54,14 +59,14 @@ def test_packed_features_are_sampled_as_each_clip_alone(options):
 
 
 def test_a_kept_features_time_is_the_mean_time_of_its_frames():
-    layer = layer_of(SGSConfig.from_preset("reference", similarity="uniform", kernel="mean", num_bins=4))
+    layer = layer_of(SGSConfig.from_preset("uniform", num_bins=4))
     (_,), (done,) = sample([layer], [features(2, 12)], [None])
     assert done.segments.times.tolist() == [1.0, 4.0, 7.0, 10.0] * 2
     assert done.assignment.tolist() == [[0] * 3 + [1] * 3 + [2] * 3 + [3] * 3] * 2
 
 
 def test_a_frame_that_goes_nowhere_is_assigned_nowhere():
-    layer = layer_of(SGSConfig.from_preset("reference", similarity="stride", kernel="mean", num_bins=2))
+    layer = layer_of(SGSConfig.from_preset("stride", num_bins=2))
     (_,), (done,) = sample([layer], [features(1, 6)], [None])
     assert done.assignment.tolist() == [[-1, 0, -1, -1, 1, -1]]
 
@@ -76,27 +81,22 @@ def test_the_fewest_features_that_the_trunk_can_run_on_are_always_kept(options):
 
 
 def test_a_clip_too_short_for_the_trunk_or_a_cap_too_low_is_refused_with_the_way_out():
-    with pytest.raises(ValueError, match="SGS after 'res3': what follows needs at least 4 features, and a clip has 3"):
-        layer_of(SGSConfig.from_preset("reference"), min_bins=4)(features(1, 3))
-    with pytest.raises(ValueError, match="model.sgs.num_bins=2 is too few: what follows 'res3' needs at least 4"):
-        layer_of(SGSConfig.from_preset("reference", num_bins=2), min_bins=4)(features(1, 8))
+    with pytest.raises(ValueError, match="SGS after 'res3': the layers behind need at least 4 features, and a clip has 3"):
+        layer_of(REFERENCE, min_bins=4)(features(1, 3))
+    with pytest.raises(ValueError, match="model.sgs.num_bins=2 is too few: the layers behind 'res3' need at least 4"):
+        layer_of(replace(REFERENCE, num_bins=2), min_bins=4)(features(1, 8))
 
 
-def test_num_bins_can_be_changed_between_batches():
-    layer, x = layer_of(SGSConfig.from_preset("reference")).eval(), features()
-    layer.num_bins = 3
-    (_,), (done,) = sample([layer], [x], [None])
-    assert max(done.segments.lengths) <= 3
-
-
-def test_a_baseline_keeps_the_target_share_unless_a_number_is_given():
-    (_,), (done,) = sample([layer_of(SGSConfig.from_preset("reference", similarity="uniform", kernel="mean", keep_ratio=0.25))], [features(2, 12)], [None])
-    assert done.segments.lengths == (3, 3)
+def test_a_baseline_keeps_its_keep_ratio_and_a_new_one_from_the_next_batch_on():
+    layer = layer_of(SGSConfig.from_preset("uniform", keep_ratio=0.25))
+    assert layer(features(2, 12)).lengths.tolist() == [3, 3]
+    layer.set_budget(0.75)
+    assert layer(features(2, 12)).lengths.tolist() == [9, 9]
 
 
 @pytest.mark.parametrize("before", [None, "packed"])
 def test_a_nan_in_one_clip_is_refused_naming_the_layer_and_the_clip(before):
-    layer = layer_of(SGSConfig.from_preset("reference"))
+    layer = layer_of(REFERENCE)
     x, segments, _ = packed_features((6, 4, 5), 6)
     if before is None:
         x, segments = features(3, 6), None
@@ -112,13 +112,45 @@ def test_a_nan_in_one_clip_is_refused_naming_the_layer_and_the_clip(before):
         sample([layer], [features()], [None])
 
 
-def test_a_width_that_was_never_calibrated_is_refused_with_the_way_out():
-    with pytest.raises(ValueError, match="SGS after 'res3' has no bin width yet: calibrate it"):
-        sample([layer_of()], [features()], [None])
+@pytest.mark.parametrize("preset", ["atfr", "uniform", "stride", "random"])
+def test_a_layer_that_was_never_calibrated_is_refused_with_the_way_out_unless_it_is_forced(preset):
+    layer = layer_of(SGSConfig.from_preset(preset, gflops=0.4))
+    with pytest.raises(ValueError, match=r"SGS after 'res3' is not calibrated: call atfr.calibrate\(model, clips\)"):
+        sample([layer], [features(2)], [None])
+    (_,), (done,) = sample([layer], [features(2)], [None], [(2, 5)])
+    assert done.segments.lengths == (2, 5)
 
 
-def test_a_calibrated_path_takes_the_median_step_off_and_keeps_its_target():
-    layer = layer_of(SGSConfig.from_preset("reference", similarity="path", scale="absolute", kernel="mean", embedding="frozen", noise_floor=True, keep_ratio=0.4)).eval()
+@pytest.mark.parametrize(
+    "options, fixed",
+    [
+        (SGSConfig.from_preset("atfr", width=0.3), "its width decides B'"),
+        (REFERENCE, "its similarity=distance_to_mean, scale=relative decides B'"),
+        (SGSConfig.from_preset("uniform", num_bins=4), "its num_bins decides B'"),
+        (SGSConfig.from_preset("identity"), "its similarity=none, scale=relative decides B'"),
+    ],
+)
+def test_a_layer_without_a_budget_takes_none_and_says_what_decides(options, fixed):
+    layer = layer_of(options)
+    with pytest.raises(ValueError, match=f"SGS after 'res3' follows no budget, since {fixed}"):
+        layer.set_budget(0.5)
+    assert layer.keep_ratio is None
+
+
+@pytest.mark.parametrize("keep_range", [None, (0.2, 0.9)])
+def test_a_layers_budget_is_saved_with_its_weights(keep_range):
+    saved, loaded, never = (layer_of(SGSConfig.from_preset("atfr", gflops=0.4)) for _ in range(3))
+    saved.set_budget(0.3, keep_range)
+    saved.calibrate(features().mean(dim=(3, 4)).transpose(1, 2), torch.full((5,), 12))
+    loaded.load_state_dict(saved.state_dict())
+    assert (loaded.keep_ratio, loaded.keep_range, loaded.width) == (0.3, keep_range, saved.width)
+    loaded.load_state_dict(never.state_dict())
+    assert loaded.keep_ratio is loaded.keep_range is None and loaded.width.isnan()
+
+
+def test_a_calibrated_path_takes_the_median_step_off_and_keeps_its_keep_ratio():
+    options = SGSConfig.from_preset("frozen", similarity="path", scale="absolute", kernel="mean", noise_floor=True, keep_ratio=0.4)
+    layer = layer_of(options).eval()
     clips = features(60, 12)
     proposal = layer(clips)
     layer.calibrate(proposal.z, proposal.valid)
@@ -138,13 +170,13 @@ def test_steering_narrows_the_width_when_too_few_bins_are_kept():
     assert layer.width > 1
 
 
-def test_training_at_drawn_shares_visits_the_whole_range_and_leaves_the_width_of_evaluation_alone():
-    torch.manual_seed(0)
-    layer = layer_of(replace(ATFR, similarity="partition", gflops_range=(0.2, 1.0), keep_ratio=0.3))
+def test_training_at_drawn_keep_ratios_visits_the_whole_range_and_leaves_the_width_of_evaluation_alone():
+    layer = layer_of(RANGED)
+    layer.set_budget(0.3, (0.2, 1.0))
     layer.width.fill_(0.5)
     clips = features(40, 12)
     kept = [layer(clips).lengths.float().mean().item() / 12 for _ in range(60)]
-    assert min(kept) < 0.3 and max(kept) > 0.9 and all(0.15 < share <= 1 for share in kept)
+    assert min(kept) < 0.3 and max(kept) > 0.9 and all(0.15 < ratio <= 1 for ratio in kept)
     assert sum(kept) / len(kept) == pytest.approx(0.6, abs=0.1)
     layer.steer(torch.tensor(0.9))
     assert layer.width == 0.5
@@ -154,22 +186,25 @@ def test_training_at_drawn_shares_visits_the_whole_range_and_leaves_the_width_of
 
 
 @pytest.mark.parametrize("similarity", ["partition", "anchor"])
-def test_a_share_that_a_trainer_chose_is_kept_and_costs_no_draw(similarity):
-    layer = layer_of(replace(ATFR, similarity=similarity, gflops_range=(0.2, 1.0)))
+def test_a_keep_ratio_that_the_trainer_drew_is_kept_and_costs_no_draw_of_torchs(similarity):
+    layer = layer_of(replace(RANGED, similarity=similarity))
+    layer.set_budget(0.3, (0.2, 1.0))
     layer.width.fill_(0.5)
     x, segments, _ = packed_features((12, 7, 12, 4) * 5, 12)
     before = torch.random.get_rng_state()
-    for share in (0.25, 0.5, 0.8):
-        layer.share = share
+    for seed in range(3):
+        ratio = np.random.default_rng(seed).uniform(0.2, 1.0)
+        layer.draw(np.random.default_rng(seed))
         _, (done,) = sample([layer], [x], [segments])
-        assert sum(done.segments.lengths) == pytest.approx(share * sum(segments.lengths), abs=1)
-        assert sum(done.segments.lengths) <= share * sum(segments.lengths)
+        assert sum(done.segments.lengths) == pytest.approx(ratio * sum(segments.lengths), abs=1)
+        assert sum(done.segments.lengths) <= ratio * sum(segments.lengths)
     assert torch.random.get_rng_state().equal(before)
 
 
 @pytest.mark.parametrize("similarity", ["partition", "anchor"])
-def test_a_nan_while_shares_are_drawn_is_refused_as_ever(similarity):
-    layer = layer_of(replace(ATFR, similarity=similarity, gflops_range=(0.2, 1.0)))
+def test_a_nan_while_keep_ratios_are_drawn_is_refused_as_ever(similarity):
+    layer = layer_of(replace(RANGED, similarity=similarity))
+    layer.set_budget(0.3, (0.2, 1.0))
     layer.width.fill_(0.5)
     clips = features()
     clips[3, 0, 0] = torch.nan
@@ -205,30 +240,3 @@ def test_under_autocast_the_sampling_is_the_float32_one(metric):
     assert done.weights.dtype == torch.float32 and done.segments.lengths == plain.segments.lengths
     torch.testing.assert_close(done.weights, plain.weights)
     torch.testing.assert_close(sums, expected)
-
-
-@pytest.mark.parametrize(
-    "change,message",
-    [
-        ({"embedding": "cnn"}, "embedding='cnn' does not exist; choose one of mlp, pooled, frozen"),
-        ({"execution": "fast"}, "execution='fast' does not exist"),
-        ({"kernel": "mean"}, "kernel=mean passes no gradient to a learned embedding"),
-        ({"num_bins": 0}, "num_bins must be a whole number of at least 1, not 0"),
-        ({"num_bins": "4"}, "num_bins must be a whole number of at least 1, not '4'"),
-        ({"num_bins": 2.5}, "num_bins must be a whole number of at least 1, not 2.5"),
-        ({"width": 0.5}, "width is one bin width for all clips, which scale=relative has not"),
-        ({"scale": "absolute", "width": -1.0}, "width must be above 0, not -1.0"),
-        ({"similarity": "uniform", "kernel": "mean", "scale": "absolute"}, "set scale=relative"),
-        ({"noise_floor": True}, "noise_floor is taken off the steps of similarity=path"),
-        ({"gflops_range": [0.5]}, r"drawn=\[0.5\] must be the least and the greatest share"),
-        ({"gflops_range": [0.0, 1.0]}, "must be the least and the greatest share"),
-        ({"gflops_range": [0.2, 1.0]}, "drawn chooses the width of each training batch: set scale=absolute"),
-        ({"keep_ratio": 0.0}, "target is a share of the frames"),
-        ({"after": []}, "after is empty"),
-        ({"after": 3}, "after=3 must be the name of a stage, the path of a module, or a list of these"),
-        ({"after": ["res2", 3]}, "after=.'res2', 3. must be the name of a stage"),
-    ],
-)
-def test_options_that_make_no_sense_are_refused_by_name(change, message):
-    with pytest.raises(ValueError, match=message):
-        SGSConfig.from_preset("reference", **change)

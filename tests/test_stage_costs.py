@@ -12,7 +12,6 @@ from atfr.models.backbones.x3d import x3d
 from atfr.models.flops import GflopsTable
 from atfr.models.sgs.config import SGSConfig
 
-ATFR = dict(before_activation=False, similarity="partition", kernel="mean", scale="absolute", order="time", embedding="pooled", embed_from="clip", keep_ratio=0.5)
 CLIP = (3, 8, 32, 32)
 
 
@@ -23,7 +22,7 @@ def test_a_stage_of_a_dense_network_costs_what_fvcore_counts_in_its_module():
     analysis.set_op_handle("aten::batch_norm", lambda inputs, outputs: 0)
     analysis.set_op_handle("aten::mean", lambda inputs, outputs: 0)
     counted = analysis.by_module()
-    for row, (name, path) in zip(rows, model.stages.items()):
+    for row, (name, path) in zip(rows, model.stage_paths.items()):
         assert row.name == name and row.sampled_gflops is None
         module = model.dense_network.get_submodule(path)
         assert row.params == sum(p.numel() for p in module.parameters())
@@ -35,7 +34,7 @@ def test_a_stage_of_a_dense_network_costs_what_fvcore_counts_in_its_module():
 def test_the_columns_add_up_and_only_what_follows_the_layer_gets_cheaper(network):
     frames = 8 if network == "x3d" else 16
     make, size = (x3d, "tiny") if network == "x3d" else (slowfast, "8x8-R50")
-    model = make(size=size, num_classes=5, sgs=SGSConfig.from_preset("reference", **{**ATFR, "after": "res2", "width": 1.0}))
+    model = make(size=size, num_classes=5, sgs=SGSConfig.from_preset("atfr", after="res2", width=1.0))
     clip = (3, frames, 32, 32)
     table = GflopsTable(model, clip)
     bins = tuple(f // 2 for f in table.frames)
@@ -51,7 +50,25 @@ def test_the_columns_add_up_and_only_what_follows_the_layer_gets_cheaper(network
     assert "with SGS" in as_table(rows) and as_table(rows).splitlines()[-1].startswith("total")
 
 
-def test_the_number_of_features_shown_is_the_target_or_the_fixed_number_of_a_baseline():
-    for options, expected in (({"keep_ratio": 0.25}, 2), ({"similarity": "uniform", "scale": "relative", "num_bins": 5}, 5), ({"similarity": "distance_to_mean", "scale": "relative", "embed_from": "features"}, 4)):
-        model = x3d(size="tiny", num_classes=5, sgs=SGSConfig.from_preset("reference", **{**ATFR, "after": "stem", **options}))
-        assert expected_bins(model, GflopsTable(model, CLIP)) == (expected,)
+@pytest.mark.parametrize(
+    "preset, options, expected",
+    [
+        ("atfr", {"keep_ratio": 0.25}, (2,)),
+        ("atfr", {"keep_ratio": 0.5, "after": ["stem", "res3"]}, (4, 2)),  # the second keeps half of that half
+        ("uniform", {"num_bins": 5}, (5,)),
+        ("identity", {}, (8,)),
+        ("reference", {"after": "stem"}, (4,)),
+    ],
+)
+def test_the_number_of_features_shown_is_that_of_the_keep_ratio_or_the_fixed_number_of_a_baseline(preset, options, expected):
+    model = x3d(size="tiny", num_classes=5, sgs=SGSConfig.from_preset(preset, **options))
+    assert expected_bins(model, GflopsTable(model, CLIP)) == expected
+
+
+@pytest.mark.parametrize("preset", ["atfr", "uniform"])
+def test_the_number_of_features_shown_costs_the_budget_in_gflops(preset):
+    model = x3d(size="tiny", num_classes=5, sgs=SGSConfig.from_preset(preset, gflops=0.7))
+    table = GflopsTable(model, CLIP)
+    (bins,) = expected_bins(model, table)
+    below, own, above = (table.at((b,)) / table.dense for b in (bins - 1, bins, bins + 1))
+    assert below < 0.7 < above and (preset == "atfr" or own <= 0.7)

@@ -14,7 +14,7 @@ from atfr.engine.optim import cosine, sgd
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
 
-ATFR = SGSConfig.from_preset("reference", similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", before_activation=False)
+ATFR = SGSConfig.from_preset("atfr", keep_ratio=0.5)
 
 
 def test_precise_batch_norm_is_the_mean_and_variance_over_all_values_of_all_batches():
@@ -28,7 +28,7 @@ def test_precise_batch_norm_is_the_mean_and_variance_over_all_values_of_all_batc
 
 
 def test_precise_batch_norm_sees_the_features_that_sgs_kept():
-    model = x3d(size="tiny", num_classes=3, sgs=SGSConfig.from_preset("reference", similarity="anchor", kernel="mean", scale="absolute", order="time", embedding="pooled", width=0.3))
+    model = x3d(size="tiny", num_classes=3, sgs=SGSConfig.from_preset("atfr", width=0.3))
     norm = model.dense_network.blocks[3].res_blocks[0].branch2.norm_a
     seen = []
     clips = [torch.randn(n, 3, 16, 32, 32) for n in (3, 2)]
@@ -41,7 +41,7 @@ def test_precise_batch_norm_sees_the_features_that_sgs_kept():
     torch.testing.assert_close(norm.running_var, values.var(dim=1, correction=0), atol=1e-5, rtol=1e-4)
 
 
-def test_a_calibrated_network_keeps_its_target_share_of_frames_on_the_calibration_clips():
+def test_a_calibrated_network_keeps_its_keep_ratio_on_the_calibration_clips():
     model = x3d(size="tiny", num_classes=3, sgs=ATFR).eval()
     batches = [torch.randn(8, 3, 16, 32, 32).cumsum(dim=2) / 4 for _ in range(4)]
     calibrate_layers(model, lambda: batches)
@@ -67,7 +67,7 @@ def test_refreshed_statistics_are_those_of_the_features_kept_at_the_refreshed_wi
     model = x3d(size="tiny", num_classes=3, sgs=ATFR)
     batches = [torch.randn(8, 3, 16, 32, 32).cumsum(dim=2) / 4 for _ in range(2)]
     calibrate_layers(model, lambda: batches, untrained=True)
-    model.sgs["res2"].width.mul_(3)  # as if it had drifted
+    model.sgs["stem"].width.mul_(3)  # as if it had drifted
     refresh_statistics(model, lambda: batches)
     norm = model.dense_network.blocks[2].res_blocks[0].branch2.norm_a
     mean = norm.running_mean.clone()
@@ -79,11 +79,11 @@ def test_refreshed_statistics_are_those_of_the_features_kept_at_the_refreshed_wi
 
 
 def test_a_fixed_width_and_a_network_without_a_width_are_left_alone():
-    fixed = x3d(size="tiny", num_classes=3, sgs=SGSConfig.from_preset("reference", similarity="anchor", kernel="mean", scale="absolute", embedding="pooled", width=0.5))
+    fixed = x3d(size="tiny", num_classes=3, sgs=SGSConfig.from_preset("atfr", width=0.5))
     for model in (fixed, x3d(size="tiny", num_classes=3, sgs=SGSConfig.from_preset("reference")), x3d(size="tiny", num_classes=3)):
         calibrate_layers(model, lambda: [torch.randn(2, 3, 16, 32, 32)])
         steer_widths(model, [run(model, torch.randn(2, 3, 16, 32, 32)).layers])
-    assert fixed.sgs["res2"].width == 0.5
+    assert fixed.sgs["stem"].width == 0.5
 
 
 def test_weight_decay_spares_biases_and_norms():

@@ -22,7 +22,7 @@ from atfr.engine.trainer import Trainer
 def trained(small_videos, tmp_path_factory):
     """The run folder of a finished small job."""
     folder = tmp_path_factory.mktemp("run")
-    outcome = run_tool("train", *small_job(small_videos, folder))
+    outcome = run_tool("train", *small_job(small_videos, folder, "model.sgs.gflops=0.6"))
     assert outcome.code == 0, outcome.err
     return folder, outcome
 
@@ -269,10 +269,17 @@ def test_a_sweep_of_tests_keeps_the_results_of_every_job(trained, tmp_path, monk
     assert sorted(views) == [1, 3] and (folder / "results.json").read_text() == before
 
 
-@pytest.mark.parametrize("argument", ["~model.sgs", "experiment=ut_interaction"])
-def test_what_a_test_cannot_override_is_refused(trained, argument):
+@pytest.mark.parametrize(
+    "argument,way_out",
+    [
+        ("~model.sgs", "change the checkpoint's config key by key"),
+        ("experiment=ut_interaction", "change the checkpoint's config key by key"),
+        *((budget, "use python tools/calibrate.py init_from=RUN budgets=[...]") for budget in ("model.sgs.gflops=0.4", "model.sgs.keep_ratio=0.4", "model.sgs.gflops_range=[0.3,1]")),
+    ],
+)
+def test_what_a_test_cannot_override_is_refused(trained, argument, way_out):
     outcome = run_tool("test", f"checkpoint={trained[0]}/checkpoints/best.pt", argument)
-    assert outcome.code == 1 and f"tools/test.py does not take {argument}" in outcome.err
+    assert outcome.code == 1 and f"tools/test.py does not take {argument}: " in outcome.err and way_out in outcome.err, outcome.err
 
 
 def test_testing_needs_no_training_videos(trained, small_videos, tmp_path):

@@ -34,7 +34,7 @@ def groups(model: nn.Module, *, lr: float, weight_decay: float, head_lr: float |
     """Build parameter groups without weight decay for biases and norms (every parameter with one dimension).
 
     Args:
-        head_lr: factor for the learning rate of the classification layer, the last module of the backbone whose weight is a
+        head_lr: factor for the learning rate of the classification layer, the last module of the network whose weight is a
             matrix. It is new where the other weights are pretrained. None: no groups of its own.
 
     Raises:
