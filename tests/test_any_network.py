@@ -166,10 +166,10 @@ class Drop(nn.Module):
 
 
 def test_a_module_that_reads_its_mode_runs_in_each_and_a_network_that_does_is_refused():
-    options = dict(stages={}, sgs=SGSConfig(**{**ATFR, "after": "first"}), probe=(8, 8, 8))
+    options = dict(stages={}, sgs=replace(ATFR, after="first"), probe=(8, 8, 8))
     net, clips = VideoNet(Dropping(True), **options), torch.randn(2, 3, 8, 8, 8)
-    torch.testing.assert_close(net.eval().stem(clips)[0], net.backbone.first(clips))
-    assert not torch.allclose(net.train().stem(clips)[0], net.backbone.first(clips))
+    torch.testing.assert_close(net.eval().run_stem(clips)[0], net.first(clips))
+    assert not torch.allclose(net.train().run_stem(clips)[0], net.first(clips))
     with pytest.raises(ValueError, match="traces Dropping differently for training and evaluation, at 'dropout'.*use a module"):
         VideoNet(Dropping(False), **options)
 
