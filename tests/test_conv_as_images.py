@@ -107,35 +107,35 @@ def clips() -> Tensor:
 
 def test_a_dense_networks_modules_stay_what_they_are_and_run_in_one_dnn():
     model = dense()
-    assert [type(module) for module in model.backbone.modules()] == [Net, nn.Conv3d, nn.Sequential, nn.Conv3d, nn.ReLU]
-    assert list(model.backbone.state_dict()) == list(Net().state_dict())
+    assert [type(module) for module in model.dense_network.modules()] == [Net, nn.Conv3d, nn.Sequential, nn.Conv3d, nn.ReLU]
+    assert list(model.dense_network.state_dict()) == list(Net().state_dict())
     for each in (model, copy.deepcopy(model)):
-        assert not is_slow(each, clips()) and is_slow(each.backbone, clips())
-        torch.testing.assert_close(each(x := clips()).logits, each.backbone(x))
+        assert not is_slow(each, clips()) and is_slow(each.dense_network, clips())
+        torch.testing.assert_close(each(x := clips()), each.dense_network(x))
 
 
 def test_a_copy_trains_its_own_parameters():
     model = dense()
     twin = copy.deepcopy(model)
-    twin(clips()).logits.sum().backward()
+    twin(clips()).sum().backward()
     assert all(p.grad is None for p in model.parameters()) and all(p.grad is not None for p in twin.parameters())
 
 
 def test_hooks_of_a_part_of_a_dense_network_run_and_modules_put_in_its_place_later_are_used():
     model, seen = dense(), []
-    handle = model.backbone.block.register_forward_hook(lambda *_: seen.append(1))
+    handle = model.dense_network.block.register_forward_hook(lambda *_: seen.append(1))
     model(clips())
     handle.remove()
     model(clips())
     assert seen == [1]
-    model.backbone.block[0] = nn.Conv3d(24, 5, 1)
-    assert model(clips()).logits.shape == (1, 5)
+    model.dense_network.block[0] = nn.Conv3d(24, 5, 1)
+    assert model(clips()).shape == (1, 5)
 
 
 def test_a_network_that_reads_its_mode_drops_in_training_alone():
     model, x = dense(dropout=True), clips()
-    torch.testing.assert_close(model(x).logits, model.backbone(x))
-    assert (model.train()(x).logits == 0).any()
+    torch.testing.assert_close(model(x), model.dense_network(x))
+    assert (model.train()(x) == 0).any()
 
 
 def test_a_network_that_cannot_be_traced_runs_as_it_is():

@@ -88,7 +88,7 @@ def test_a_dense_step_never_waits_for_the_device(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [SGSConfig.from_preset("reference"), ATFR, replace(ATFR, embed_from="clip"), replace(ATFR, gflops_range=(0.3, 0.7)), SGSConfig.from_preset("reference", similarity="random", kernel="mean")],
+    [SGSConfig.from_preset("reference"), ATFR, replace(ATFR, embed_from="clip"), replace(ATFR, gflops_range=(0.3, 0.7)), SGSConfig.from_preset("random", num_bins=8)],
     ids=["reference", "atfr", "looks at the clip", "drawn", "random"],
 )
 def test_a_step_with_sampling_waits_once_for_the_lengths(monkeypatch, tmp_path, options):

@@ -57,7 +57,7 @@ def test_every_stage_gives_on_a_repeated_image_what_the_2d_network_gives_on_the_
     source, path = resnet
     model = build(size="R50", num_classes=5).eval()
     report = load_pretrained(model, path)
-    assert {entry.name for entry in report.new} == {"" + name for name in model.dense_network.state_dict() if ".proj." in name}
+    assert {entry.name for entry in report.new} == {name for name in model.dense_network.state_dict() if ".proj." in name}
     assert [entry.name for entry in report.skipped] == ["fc.weight", "fc.bias"]
     assert {entry.reason for entry in report.skipped} == {"head of 1000 classes replaced by one of 5"}
     assert sum(entry.inflated for entry in report.loaded) == sum(isinstance(module, nn.Conv2d) for module in source.modules()) == 53

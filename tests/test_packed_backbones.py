@@ -259,6 +259,7 @@ def test_a_clip_in_a_batch_and_alone_is_the_plain_network_on_what_the_clip_keeps
         close(net(clips[i : i + 1], [[lengths[i]] for lengths in forced]), expected[i : i + 1])
 
 
+@pytest.mark.slow
 def test_where_all_is_kept_the_network_is_the_dense_one(at):
     clips = clips_for(at.name, 2)
     given: dict[str, int] = {}
@@ -332,12 +333,14 @@ def test_a_clip_is_the_same_alone_and_in_many_random_batches(name, sgs):
 
 
 @pytest.mark.parametrize("name", ["x3d tiny", "slow R50", "i3d R50", "r2plus1d 18", "slowfast 8x8-R50"])
+@pytest.mark.slow
 def test_the_reference_gives_a_clip_the_same_logits_alone_and_in_any_batch(name):
     net = built(name, "res2", "released", REFERENCE)
     check_alone_and_in_batches(net, clips_for(name, 5, least=2))
 
 
 @pytest.mark.parametrize("name", ["x3d tiny", "resnet3d tiny", "i3d R50", "r2plus1d 18"])
+@pytest.mark.slow
 def test_sampled_at_the_input_a_network_sees_the_averaged_frames_as_its_clip(name):
     net, clips = placed(name, "input"), clips_for(name, 3)
     net.sgs["input"].width.fill_(0.5)
@@ -417,6 +420,7 @@ STATISTICS = [
 
 
 @pytest.mark.parametrize("name, location, norms", STATISTICS, ids=in_words)
+@pytest.mark.slow
 def test_training_statistics_of_batch_norm_are_those_of_the_features_that_clips_keep(name, location, norms):
     net, paths = copy.deepcopy(built(name, location)), paths_of(name, location)
     clips = clips_for(name, 3)
@@ -456,6 +460,7 @@ LEAST = {
 
 
 @pytest.mark.parametrize("name, location", LEAST, ids=str)
+@pytest.mark.slow
 def test_a_static_clip_keeps_as_few_features_as_the_rest_can_run_on(name, location):
     net, paths = built(name, location), paths_of(name, location)
     fewest = least(net, location)

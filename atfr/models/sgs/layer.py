@@ -61,15 +61,14 @@ class SGS(nn.Module):
             self.register_buffer("floor", torch.tensor(math.nan))
 
     def get_extra_state(self) -> Tensor:
-        """Return the budget for `state_dict`: keep ratio and range [3], NaN where not set."""
-        low, high = self.keep_range or (math.nan, math.nan)
-        return torch.tensor([math.nan if self.keep_ratio is None else self.keep_ratio, low, high], dtype=torch.float64)
+        """Return the budget for `state_dict`: keep ratio and range [3], 0 where not set."""
+        return torch.tensor([self.keep_ratio or 0.0, *(self.keep_range or (0.0, 0.0))], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take the budget from `state_dict`."""
         ratio, low, high = state.tolist()
-        self.keep_ratio = None if math.isnan(ratio) else ratio
-        self.keep_range = None if math.isnan(low) else (low, high)
+        self.keep_ratio = ratio or None
+        self.keep_range = (low, high) if low else None
 
     def set_budget(self, keep_ratio: float, keep_range: tuple[float, float] | None = None) -> None:
         """Keep this share of the features on average from the next calibration on; a baseline from the next batch on.
