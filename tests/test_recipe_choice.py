@@ -149,7 +149,7 @@ def test_videos_of_ones_own_keep_the_defaults_and_a_line_says_so_once(tmp_path, 
     outcome = run_tool("train", *small_job(small_videos, tmp_path / "run", "trainer.test=false", "trainer.max_steps=1", "trainer.accelerator=cpu"))
     assert outcome.code == 0, outcome.err
     assert outcome.out.count("recipe:") == 1
-    assert "recipe: none for x3d_sgs on videolist; experiment=base/pyslowfast is the nearest; from the defaults of configs/: 2 epochs, batches of 4, optimizer.lr=0.05" in outcome.out
+    assert "recipe: none for x3d_sgs on videolist (add experiment=base/pyslowfast for a published one); the defaults of configs/ are used: 2 epochs, batches of 4, optimizer.lr=0.05" in outcome.out
     assert "validation: videolist has no validation list, so the test videos choose the best epoch; set dataset.val=LIST to choose it on others, or " in outcome.out
 
 

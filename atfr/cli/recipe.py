@@ -114,8 +114,8 @@ def with_recipe(config: DictConfig) -> tuple[DictConfig, Announcement]:
     chosen = {group: hydra.runtime.choices[group] for group in ("model", "dataset")}
     recipe, note = _startable(find_recipe(size=config.model.get("size"), **chosen), config, chosen["model"], given)
     if recipe is None:
-        nearest = "" if chosen["dataset"] == "synthetic" else "; experiment=base/pyslowfast is the nearest"
-        line = f"recipe: none for {chosen['model']} on {chosen['dataset']}{nearest}; from the defaults of configs/: {_summary(config)}"
+        nearest = "" if chosen["dataset"] == "synthetic" else " (add experiment=base/pyslowfast for a published one)"
+        line = f"recipe: none for {chosen['model']} on {chosen['dataset']}{nearest}; the defaults of configs/ are used: {_summary(config)}"
         return config, Announcement(after=(line,))
     # Repeat the network and the dataset, because the recipe's file chooses its own.
     overrides = [f"experiment={recipe.name}", *(f"{group}={choice}" for group, choice in chosen.items()), *given]

@@ -18,8 +18,8 @@ from atfr.models.graph.probing import evaluating
 from atfr.models.packed import ops
 from atfr.models.video_net import VideoNet
 
-HEAD = "head"  # the convolutions and linear layers behind the last stage
-OTHER = "other"  # everything that is no convolution or linear layer: pools, squeeze-excitation, sampling
+HEAD = "(head)"  # not the name of a module; the convolutions and linear layers behind the last stage
+OTHER = "(other)"  # everything that is no convolution or linear layer: pools, squeeze-excitation, sampling
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
 
 import torch
@@ -36,10 +36,10 @@ TOLERANCE = 1e-3  # of the self-check, in standard deviations of the logits; a l
 class Sampling:
     """What the SGS layers did with a batch."""
 
-    layers: tuple[Sampled, ...]  # one a layer, in the order of `sgs.after`; empty for a dense network
+    layers: tuple[Sampled, ...] = field(repr=False)  # one a layer, in the order of `sgs.after`; empty for a dense network
     num_clips: int
     clip_shape: tuple[int, int, int, int]  # (3, T, H, W)
-    _costs: Callable[[tuple[int, int, int, int]], GflopsTable]
+    _costs: Callable[[tuple[int, int, int, int]], GflopsTable] = field(repr=False)
 
     @property
     def bins(self) -> list[tuple[int, ...]]:
@@ -47,6 +47,10 @@ class Sampling:
         if not self.layers:
             return [self.frames] * self.num_clips
         return list(zip(*(done.segments.lengths for done in self.layers)))
+
+    def __str__(self) -> str:
+        kept = ", ".join("/".join(map(str, bins)) for bins in self.bins)
+        return f"{self.num_clips} clips that keep B' = {kept} of {'/'.join(map(str, self.frames))} features"
 
     @property
     def frames(self) -> tuple[int, ...]:

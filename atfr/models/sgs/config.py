@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Sequence
@@ -83,7 +84,9 @@ class SGSConfig:
             ValueError: there is no such preset or option, or the result does not use a given option.
         """
         if preset not in PRESETS:
-            raise ValueError(f"sgs preset {preset!r} does not exist; choose one of {', '.join(PRESETS)}")
+            near = difflib.get_close_matches(preset, PRESETS)
+            meant = f"; did you mean {' or '.join(near)}?" if near else ";"
+            raise ValueError(f"sgs preset {preset!r} does not exist{meant} choose one of {', '.join(PRESETS)}, or off for the dense network")
         names = [field.name for field in fields(cls)]
         for name in options:
             if name not in names:
