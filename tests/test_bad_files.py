@@ -173,8 +173,8 @@ def test_training_and_testing_complete_on_a_dataset_with_bad_files(miniature, tm
 class Constant(torch.nn.Module):
     """A network that gives all clips the same scores."""
 
-    def forward(self, clips):
-        return SimpleNamespace(logits=torch.ones(len(clips), 2), bins=[(4,)] * len(clips), frames=(8,))
+    def forward(self, clips, return_sampling):
+        return torch.ones(len(clips), 2), SimpleNamespace(bins=[(4,)] * len(clips), frames=(8,))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -187,7 +187,7 @@ def test_a_file_that_is_listed_several_times_counts_as_often_whether_it_can_be_r
         loader = test_loader(TestClips(videos, CLIP, views=2, crops=1), batch_size=3, rank=rank, world=world)
         found = evaluate(Constant(), loader, normalise=Normalizer(GRAY, GRAY), dist_info=DistInfo(rank, world, torch.device("cpu")))
     assert [(view.video, view.view) for view in found.views] == [(video, view) for video in (0, 2, 5) for view in (0, 1)]
-    table = SimpleNamespace(dense=1.0, at=lambda bins: 1.0, executed=len)
+    table = SimpleNamespace(dense=1.0, at=lambda bins: 1.0)
     results = summarise(found, table, protocol={})
     assert results["num_videos"] == 3 and results["failed"] == [bad] * 3 and results["protocol"]["decoders"] == {"pyav": 3}
 

@@ -62,8 +62,8 @@ def test_every_preset_file_gives_the_layer_of_the_preset_with_its_name(preset):
 
 
 def test_there_is_a_file_for_every_preset_and_in_it_every_option_of_the_layer():
-    assert {*names("model/sgs")} - {"off", "options"} == {*PRESETS}
-    options = OmegaConf.load(CONFIGS / "model/sgs/options.yaml")
+    assert {*names("model/sgs")} - {"off"} == {*PRESETS}
+    options = OmegaConf.load(CONFIGS / "model/sgs/base/options.yaml")
     assert {*options} - {"preset"} == {field.name for field in fields(SGSConfig)}
 
 

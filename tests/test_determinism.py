@@ -25,7 +25,7 @@ from atfr.engine.distributed.preemption import StopFlag
 from atfr.engine.run import checkpoint
 from atfr.models.packed import deterministic_pools
 from atfr.models.packed.deterministic_pools import pool3d
-from atfr.models.sgs import layer
+from atfr.models.sgs import sampling
 from atfr.models.sgs.config import SGSConfig
 
 # From the documentation of torch.use_deterministic_algorithms (2.11), but for what no network has a use for.
@@ -65,7 +65,7 @@ def test_training_uses_no_operation_without_a_deterministic_algorithm(name, sgs,
     def lengths(layers, proposals, decided):
         return [tuple(p.weights.shape[1] - i for i in range(len(p.lengths))) for p in proposals]
 
-    monkeypatch.setattr(layer, "_on_host", lengths)
+    monkeypatch.setattr(sampling, "_on_host", lengths)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which the meta device has not
     case = CASES[name]
     with torch.device("meta"):

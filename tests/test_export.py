@@ -154,7 +154,7 @@ def test_what_cannot_be_exported_is_named(tmp_path, monkeypatch):
     following = VideoNet(small().dense_network, stages={}, sgs=SGSConfig.from_preset("reference", after=("0", "3")))
     assert "SGS layers follow each other cannot be exported: 3 samples features that were sampled before" in error(following)
     assert "SGS after '0' is not calibrated" in error(small(similarity="anchor", kernel="mean", scale="absolute", embedding="pooled"))
-    assert "similarity=random cannot be exported" in error(small(similarity="random", kernel="mean"))
+    assert "similarity=random cannot be exported" in error(small(similarity="random", kernel="mean", num_bins=3))
     if not WITHOUT_ONNX:
         assert "metric=mahalanobis, kernel=linear, embedding=mlp) as onnx: No ONNX function found" in error(small(metric="mahalanobis"), "onnx")
     monkeypatch.setattr(export, "ONNX_PACKAGES", ("onnx_of_nobody",))

@@ -19,7 +19,7 @@ from atfr.engine.distributed.comm import DistInfo
 from atfr.models.backbones.slowfast import slowfast
 from atfr.models.backbones.x3d import x3d
 from atfr.models.packed import segments
-from atfr.models.sgs import layer
+from atfr.models.sgs import sampling
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
 
@@ -61,7 +61,7 @@ def step_on_gpu(monkeypatch, folder: Path, model: VideoNet, **settings: object) 
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
 
-    monkeypatch.setattr(layer, "_on_host", lengths)
+    monkeypatch.setattr(sampling, "_on_host", lengths)
     monkeypatch.setattr(segments, "_on", lambda values, device: torch.empty(np.shape(values), dtype=torch.int64, device=device))
     monkeypatch.setattr(Tensor, "backward", backward)
     with FakeTensorMode(allow_non_fake_inputs=True):
