@@ -112,7 +112,7 @@ def calibrate(
         raise ValueError("the model has no SGS layer to calibrate: build it with sgs=..., or use add_sgs")
     if gflops is not None and not 0 < gflops <= 1:
         raise ValueError(f"gflops is a share of the dense network's GFLOPs, above 0 and at most 1, not {gflops}")
-    batches = _first_clips(model, clips, num_clips)
+    batches = _first_clips(clips, num_clips)
     calibrate_layers(model, lambda: batches, gflops=gflops)
     with evaluating(model):
         done = [model(batch.to(_device(model)), return_sampling=True)[1] for batch in batches]
@@ -120,7 +120,7 @@ def calibrate(
     return table.estimate([bins for sampling in done for bins in sampling.bins]).mean() / table.dense
 
 
-def _first_clips(model: VideoNet, clips: Tensor | Iterable[Any], most: int) -> list[Tensor]:
+def _first_clips(clips: Tensor | Iterable[Any], most: int) -> list[Tensor]:
     batches: list[Tensor] = []
     for batch in clips.split(8) if isinstance(clips, Tensor) else clips:
         if isinstance(batch, Mapping):

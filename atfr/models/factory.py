@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, Callable, Mapping
+from dataclasses import replace
+from typing import Any, Callable, Iterable, Mapping
 
 from torch import nn
 
@@ -11,19 +12,19 @@ from atfr.models.backbones import csn, r2plus1d, resnet3d, resnets, slowfast, to
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
 
-# The function of each file of configs/model, and its sizes; the first size is that of the bare name.
-BACKBONES: dict[str, tuple[Callable[..., VideoNet], tuple[str, ...]]] = {
-    "x3d": (x3d.x3d, ("S", "tiny", "XS", "M", "L", "XL")),
-    "resnet3d": (resnet3d.resnet3d, ("50", "18", "tiny")),
-    "r2plus1d": (r2plus1d.r2plus1d, ("R50", "18", "tiny")),
-    "slow": (resnets.slow, tuple(resnets.SIZES)),
-    "c2d": (resnets.c2d, tuple(resnets.SIZES)),
-    "i3d": (resnets.i3d, tuple(resnets.SIZES)),
-    "slowfast": (slowfast.slowfast, ("8x8-R50", "4x16-R50", "8x8-R101")),
-    "csn": (csn.csn, tuple(csn.SIZES)),
-    "r3d": (torchvision3d.r3d, tuple(torchvision3d.R3D_SIZES)),
-    "mc3": (torchvision3d.mc3, tuple(torchvision3d.MC3_SIZES)),
-    "s3d": (torchvision3d.s3d, tuple(torchvision3d.S3D_SIZES)),
+# The function of each file of configs/model, its sizes, and the size of the bare name.
+BACKBONES: dict[str, tuple[Callable[..., VideoNet], Iterable[str], str]] = {
+    "x3d": (x3d.x3d, x3d.SIZES, "S"),
+    "resnet3d": (resnet3d.resnet3d, resnet3d.SIZES, "50"),
+    "r2plus1d": (r2plus1d.r2plus1d, r2plus1d.SIZES, "R50"),
+    "slow": (resnets.slow, resnets.SIZES, "R50"),
+    "c2d": (resnets.c2d, resnets.SIZES, "R50"),
+    "i3d": (resnets.i3d, resnets.SIZES, "R50"),
+    "slowfast": (slowfast.slowfast, slowfast.SIZES, "8x8-R50"),
+    "csn": (csn.csn, csn.SIZES, "R101"),
+    "r3d": (torchvision3d.r3d, torchvision3d.R3D_SIZES, "18"),
+    "mc3": (torchvision3d.mc3, torchvision3d.MC3_SIZES, "18"),
+    "s3d": (torchvision3d.s3d, torchvision3d.S3D_SIZES, "base"),
 }
 
 
@@ -43,15 +44,14 @@ def create_model(name: str, num_classes: int, *, sgs: str | SGSConfig | None = N
         near = difflib.get_close_matches(name.lower(), model_names(), n=5) or list(BACKBONES)
         raise ValueError(f"there is no model {name!r}; did you mean {', '.join(near)}?")
     backbone, size = found
-    build, _ = BACKBONES[backbone]
-    return build(size=size, num_classes=num_classes, sgs=sgs_config(sgs), **options)
+    return BACKBONES[backbone][0](size=size, num_classes=num_classes, sgs=sgs_config(sgs), **options)
 
 
 def model_names() -> dict[str, tuple[str, str]]:
     """Return {name that `create_model` takes: (backbone, size)}."""
     names = {}
-    for backbone, (_, sizes) in BACKBONES.items():
-        names[backbone] = backbone, sizes[0]
+    for backbone, (_, sizes, default) in BACKBONES.items():
+        names[backbone] = backbone, default
         names.update({f"{backbone}_{size.lower().replace('-', '_')}": (backbone, size) for size in sizes})
     return names
 
@@ -85,7 +85,7 @@ def add_sgs(
     if config is None:
         raise ValueError("add_sgs needs a preset or an SGSConfig, not None or 'off': use the network as it is")
     if after is not None:
-        config = SGSConfig(**{**config.used_options(), "after": after})
+        config = replace(config, after=after)
     return VideoNet(network, stages=stages or {}, sgs=config, probe=probe)
 
 

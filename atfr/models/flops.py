@@ -1,8 +1,8 @@
 """GFLOPs of each clip, by how many temporal features it kept.
 
 Convention: fvcore's, one multiply-add is one FLOP; batch norm is not counted; the sampling layer
-itself is. Costs are looked up in a table with one fvcore analysis per distinct B', since the cost
-of a trunk with temporal strides is a staircase in B' that no formula gives. Of the sampling layer the
+itself is. Reported costs come from a table with one fvcore analysis per distinct B';
+calibration estimates them from a few (`GflopsTable.estimate`). Of the sampling layer the
 embedding and the aggregation are counted; the elementwise work of comparing frames is not, which fvcore leaves out.
 """
 

@@ -225,8 +225,8 @@ class VideoNet(nn.Module):
         self._least_alone(torch.zeros(1, 3, frames, height, width, device=self._like.device, dtype=self._like.dtype))
 
     def _least_alone(self, clip: Tensor) -> tuple[int, ...]:
-        """Return `trials.least_for_batch_norm` of this clip's shape; () if no batch norm takes its statistics from this batch alone."""
-        # `engine.sync_norm` replaces the forward of norms that take them from all processes.
+        """Return `probing.least_for_batch_norm` of this clip's shape; () if no batch norm takes its statistics from this batch alone."""
+        # `sync_batchnorm` replaces the forward of norms that take them from all ranks.
         norms = {m: name for name, m in self.named_modules() if isinstance(m, BatchNorm) and m.training and "forward" not in vars(m)}
         if not norms or self.execution == "bucketed":  # which refuses such norms
             return ()
