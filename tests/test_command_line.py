@@ -120,6 +120,7 @@ def test_a_tilde_means_the_home_directory_in_every_option_of_a_training_a_test_a
         ("model.sgs=uniform", "; a file of that group is chosen with model/sgs=uniform"),
         ("modle=x3d", "modle is not an option; did you mean model?"),
         ("model=x3dsgs", "model=x3dsgs does not exist; did you mean x3d_sgs? choose one of c2d, "),
+        ("model.size=tny", "model.size=tny does not exist; did you mean model.size=tiny? there are tiny, XS, S, M, L, XL"),
         ("experiment=x3d/kinetic400", "experiment=x3d/kinetic400 does not exist; did you mean x3d/kinetics400"),
         ("model.wings=3", "model.wings is not an option; there are model.size"),
     ],

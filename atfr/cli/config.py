@@ -77,6 +77,15 @@ def take_dry_run(config: DictConfig) -> bool:
     return value
 
 
+def check_size(config: DictConfig) -> None:
+    """Raise ValueError for a `model.size` that the network does not have."""
+    sizes = OmegaConf.select(config, "model.clips")
+    size = None if sizes is None else str(config.model.size)
+    if size is not None and size not in sizes:
+        meant = did_you_mean([f"model.size={other}" for other in similar(size, list(sizes))])
+        raise ValueError(f"model.size={size} does not exist{meant or ';'} there are {', '.join(map(str, sizes))}")
+
+
 def check_root(config: DictConfig) -> None:
     """Raise ValueError for a key at the top of the config that nothing reads, and resolve `model.sgs`."""
     if take_dry_run(config):
@@ -206,6 +215,7 @@ def program(
             if ours:
                 os.environ.pop(FULL_ERROR, None)
             expand_home(config)
+            check_size(config)
             main(config)
 
         run = hydra.main(version_base="1.3", config_path="../configs", config_name=config_name)(one_line_errors(composed, jobs))

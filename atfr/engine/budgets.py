@@ -23,7 +23,7 @@ def keep_ratio_for(table: GflopsTable, budget: float, *, whole: bool = False) ->
 
     low, high = 1, steps  # cost(low) <= budget
     if cost(low) > budget:
-        raise ValueError(f"a budget of {budget:g} x dense cannot be met: one feature a clip costs {cost(low):.3f} x dense; sample at an earlier stage (model.sgs.after), or set a higher model.sgs.gflops")
+        raise ValueError(f"a budget of {budget:g} x dense cannot be met: one feature a clip costs {cost(low):.3f} x dense; sample at an earlier stage (sgs.after), or set a higher sgs.gflops")
     if cost(high) <= budget:
         return 1.0
     while high - low > 1:

@@ -18,7 +18,8 @@ def sgd(
     """Build SGD with the parameter `groups` of a model."""
     _require("optimizer.momentum", momentum, 0 <= momentum < 1, "at least 0 and below 1")
     _require("optimizer.momentum", momentum, momentum > 0 or not nesterov, "above 0 with optimizer.nesterov=true")
-    return torch.optim.SGD(groups(model, lr=lr, weight_decay=weight_decay, head_lr=head_lr), momentum=momentum, nesterov=nesterov)
+    parameters = groups(model, lr=lr, weight_decay=weight_decay, head_lr=head_lr)
+    return torch.optim.SGD(parameters, momentum=momentum, nesterov=nesterov, fused=_on_gpu(model))
 
 
 def adamw(
@@ -27,7 +28,19 @@ def adamw(
     """Build AdamW (Loshchilov & Hutter, ICLR 2019) with the parameter `groups` of a model."""
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"optimizer.betas must be two numbers, at least 0 and below 1, not {list(betas)}")
-    return torch.optim.AdamW(groups(model, lr=lr, weight_decay=weight_decay, head_lr=head_lr), betas=tuple(betas))
+    parameters = groups(model, lr=lr, weight_decay=weight_decay, head_lr=head_lr)
+    return torch.optim.AdamW(parameters, betas=tuple(betas), fused=_on_gpu(model))
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a state of `optimizer.state_dict()` from any device. Whether the step is fused stays as it is."""
+    saved = [{**group, "fused": own.get("fused")} for group, own in zip(state["param_groups"], optimizer.param_groups)]
+    optimizer.load_state_dict({**state, "param_groups": saved + state["param_groups"][len(saved) :]})
+
+
+def _on_gpu(model: nn.Module) -> bool | None:
+    """Return whether a step of these parameters can be one launch; None leaves the choice to torch."""
+    return all(p.is_cuda and p.is_floating_point() for p in model.parameters()) or None
 
 
 def groups(model: nn.Module, *, lr: float, weight_decay: float, head_lr: float | None = None) -> list[dict[str, Any]]:

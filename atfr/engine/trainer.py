@@ -22,7 +22,8 @@ from atfr.engine.distributed.preemption import Interrupted, StopFlag
 from atfr.engine.distributed.sync_batchnorm import sync_batchnorm
 from atfr.engine.ema import Ema
 from atfr.engine.forward_backward import BatchResult, ForwardBackward
-from atfr.engine.optim import Schedule
+from atfr.engine.optim import Schedule, load_optimizer
+from atfr.engine.prefetch import prefetched
 from atfr.engine.run import checkpoint
 from atfr.engine.run.checkpointer import Checkpointer
 from atfr.engine.run.contents import checked_identity
@@ -149,7 +150,8 @@ class Trainer:
         """Train for the remaining steps of an epoch."""
         self.model.train()
         began = time.perf_counter()
-        for number, batch in enumerate(self.batches(epoch, self.state.step % self.steps_per_epoch)):
+        batches = self.batches(epoch, self.state.step % self.steps_per_epoch)
+        for number, batch in enumerate(prefetched(batches, self.dist_info.device)):
             data_s = time.perf_counter() - began
             try:
                 self.train_step(batch, epoch=epoch, data_s=data_s)
@@ -358,7 +360,7 @@ class Trainer:
                 f" {way_out(self.folder)}"
             )
         checkpoint.load_weights(self.model, state["model"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.state.load_state_dict(state)
         if self.ema:

@@ -62,7 +62,7 @@ def _one_clip(model: VideoNet) -> fx.GraphModule:
         if layer.lacks_budget or (layer.options.scale == "absolute" and layer.width.isnan()):
             raise ValueError(f"SGS after {layer.name!r} is not calibrated: train the network or call atfr.calibrate first")
         if layer.options.similarity == "random":
-            raise ValueError("model.sgs.similarity=random cannot be exported: the exported file would draw other frames")
+            raise ValueError("sgs.similarity=random cannot be exported: the exported file would draw other frames")
     traced = Traced(model.dense_network, model.locations, before_activation=next(iter(model.sgs.values())).options.before_activation)
     if len(traced.levels) > 1:
         behind = ", ".join(traced.cuts[cut] for cuts in traced.levels[1:] for cut in cuts)

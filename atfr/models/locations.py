@@ -28,10 +28,10 @@ def resolve(names: Sequence[str], stages: Stages, network: nn.Module) -> dict[st
                 network.get_submodule(target)
             except AttributeError:
                 if target != INPUT:
-                    raise ValueError(f"model.sgs.after={name!r} is not a stage of this network; {_possible(target, stages, network)}") from None
+                    raise ValueError(f"sgs.after={name!r} is not a stage of this network; {_possible(target, stages, network)}") from None
             found = {name: target}
         for twice in found.keys() & locations.keys():
-            raise ValueError(f"model.sgs.after names the same location twice: {twice}")
+            raise ValueError(f"sgs.after names the same location twice: {twice}")
         locations.update(found)
     return locations
 

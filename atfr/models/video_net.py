@@ -144,7 +144,7 @@ class VideoNet(nn.Module):
         for name, x in zip(locations, features):
             if not isinstance(x, Tensor) or x.dim() != 5 or x.shape[2] < 2:
                 shape = list(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
-                raise ValueError(f"model.sgs.after={name!r} gives {shape} for a clip of {probe}: SGS needs [N, C, T, H, W] with more than one feature in time")
+                raise ValueError(f"sgs.after={name!r} gives {shape} for a clip of {probe}: SGS needs [N, C, T, H, W] with more than one feature in time")
             channels[name] = clip.shape[1] if name in of_clip else x.shape[1]
         self._levels = [[_key(traced.cuts[cut]) for cut in cuts] for cuts in traced.levels]
         stem = traced.stem()
@@ -378,7 +378,7 @@ class VideoNet(nn.Module):
                 least, time = self.sgs[_key(name)].min_bins, packed.inputs.get(name)
                 given = frames.get(name) or (time.lengths(forced[time.source]) if time is not None and time.source in forced else (least,) * 3)
                 if min(given) < least:
-                    raise ValueError(f"model.sgs.after={name!r}: what follows needs at least {least} features, and there are {min(given)}")
+                    raise ValueError(f"sgs.after={name!r}: what follows needs at least {least} features, and there are {min(given)}")
                 forced[name] = (given[0], least, (least + given[2] + 1) // 2)
         return [forced[name] for name in traced.cuts.values()]
 

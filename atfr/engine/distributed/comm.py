@@ -169,7 +169,7 @@ def replicate(model: nn.Module, dist_info: DistInfo) -> nn.Module:
     ddp = nn.parallel.DistributedDataParallel
     # Training does not use running statistics, and all ranks get the same ones before an evaluation.
     option = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in inspect.signature(ddp).parameters)  # the newer name first
-    network = ddp(model, device_ids=ids, **{option: False})
+    network = ddp(model, device_ids=ids, gradient_as_bucket_view=True, **{option: False})
     if dist_info.world > 2 and torch.are_deterministic_algorithms_enabled():
         network.register_comm_hook(None, lambda _, bucket: _mean_in_rank_order(bucket))
     return network

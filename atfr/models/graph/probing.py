@@ -93,9 +93,9 @@ def least_features(trunk: fx.GraphModule, x: Tensor, passing: Sequence[Tensor], 
         except Exception as error:  # of any type, from any operation
             reason = first_line(error)
         if length == x.shape[2]:
-            raise ValueError(f"model.sgs.after={name!r}: what follows does not run behind SGS, at {steps.location}: {reason}")
+            raise ValueError(f"sgs.after={name!r}: what follows does not run behind SGS, at {steps.location}: {reason}")
         if length == x.shape[2] - 1:
-            raise ValueError(f"model.sgs.after={name!r}: what follows runs on all {length + 1} features and on no fewer, so sample at a later location. With one less, {steps.location} says: {reason}")
+            raise ValueError(f"sgs.after={name!r}: what follows runs on all {length + 1} features and on no fewer, so sample at a later location. With one less, {steps.location} says: {reason}")
         return length + 1
     return 1
 

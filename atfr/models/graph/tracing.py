@@ -47,12 +47,12 @@ class Traced:
         self.cuts: dict[fx.Node, str] = {}  # node -> name of the layer behind it
         for name, path in locations.items():
             if path not in outputs:
-                raise ValueError(f"model.sgs.after={name!r}: there is no module {path!r} with an output to sample")
+                raise ValueError(f"sgs.after={name!r}: there is no module {path!r} with an output to sample")
             cut = outputs[path]
             if before_activation and cut.op == "call_module" and isinstance(network.get_submodule(cut.target), nn.ReLU):
                 cut = cut.args[0]
             if cut in self.cuts:
-                raise ValueError(f"model.sgs.after names the same location twice: {self.cuts[cut]} and {name}")
+                raise ValueError(f"sgs.after names the same location twice: {self.cuts[cut]} and {name}")
             self.cuts[cut] = name
         self.level: dict[fx.Node, int] = {}
         for node in self.nodes:

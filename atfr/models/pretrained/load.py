@@ -288,7 +288,7 @@ def _open_to_files(sgs: nn.ModuleDict, given: dict[str, _Given]) -> tuple[dict[s
         if name in own and not layer.tracks_width:
             own.pop(name)
             if name in given:
-                skipped.append(Entry(given.pop(name).name, 1, "model.sgs.width is set"))
+                skipped.append(Entry(given.pop(name).name, 1, "sgs.width is set"))
     return own, skipped
 
 

@@ -144,7 +144,7 @@ class SGS(nn.Module):
         if min(lengths) < least:
             raise ValueError(f"SGS after {self.name!r}: the layers behind need at least {least} features, and a clip has {min(lengths)}")
         if most < least:
-            raise ValueError(f"model.sgs.num_bins={self.options.num_bins} is too few: the layers behind {self.name!r} need at least {least}")
+            raise ValueError(f"sgs.num_bins={self.options.num_bins} is too few: the layers behind {self.name!r} need at least {least}")
         return most
 
     def _propose(self, x: Tensor, segments: Segments | None, clips: Tensor | None, least: int) -> Proposal:
