@@ -1,6 +1,6 @@
 """What the trainer adds to a training step, and how long training stands still for a checkpoint.
 
-    python benchmarks/engine_overhead.py [--steps 30] [--output benchmarks/results/engine_overhead-cpu.txt]
+    python benchmarks/engine_overhead.py [--accelerator cuda] [--steps 30] [--output benchmarks/results/engine_overhead-cpu.txt]
 
 Overhead: steps of the trainer and of a bare loop (forward, backward and optimizer step, nothing else) take turns in
 one process, on one network, optimizer and batch of clips, which lie in memory. A trainer's step is all that
@@ -59,19 +59,22 @@ class Batch:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu", help="cuda: one process on one GPU")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--process", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.process:
-        in_process(arguments.steps)
+        in_process(arguments.steps, arguments.accelerator)
         return
-    lines = [f"$ python benchmarks/{Path(__file__).name} --steps {arguments.steps}"]
-    lines += [f"{platform.machine()}, {os.cpu_count()} cores, one thread a process, torch {torch.__version__}; X3D-S, 4 clips a process of 8 x 80 x 80"]
+    more = " --accelerator cuda" if arguments.accelerator == "cuda" else ""
+    lines = [f"$ python benchmarks/{Path(__file__).name}{more} --steps {arguments.steps}"]
+    device = torch.cuda.get_device_name() if arguments.accelerator == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores, one thread a process"
+    lines += [f"{device}, torch {torch.__version__}; X3D-S, 4 clips a process of 8 x 80 x 80"]
     print("\n".join(lines), flush=True)
-    for processes in (1, 2):
+    for processes in (1,) if arguments.accelerator == "cuda" else (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", __file__]
-        done = subprocess.run([*command, "--process", "--steps", str(arguments.steps)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run([*command, "--process", "--accelerator", arguments.accelerator, "--steps", str(arguments.steps)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if done.returncode:
             sys.exit(done.stderr)
         found = [line for line in done.stdout.splitlines() if "process" in line]  # the trainer prints, too
@@ -81,18 +84,18 @@ def main() -> None:
         arguments.output.write_text("\n".join(lines) + "\n")
 
 
-def in_process(steps: int) -> None:
+def in_process(steps: int, accelerator: str) -> None:
     """The measurements of one process, or of one among two."""
     logging.disable(logging.WARNING)  # of waiting for data: the bare loop's turns
-    dist_info = comm.start(accelerator="cpu", devices=None)
+    dist_info = comm.start(accelerator=accelerator, devices=None)
     for name, sgs in (("dense", None), ("with SGS", ATFR)):
         torch.manual_seed(0)
-        more, bare = overhead(x3d(size="S", num_classes=400, sgs=sgs), steps, dist_info)
+        more, bare = overhead(x3d(size="S", num_classes=400, sgs=sgs).to(dist_info.device), steps, dist_info)
         if dist_info.is_main:
             times = f"{1e3 * bare:.1f} ms a step in a bare loop, {1e3 * more:.1f} ms more in the trainer"
             print(f"{dist_info.world} process(es), {name + ':':<10}{times}: {more / bare:+.1%}", flush=True)
     if dist_info.world == 1:
-        print(saving(slow(size="R50", num_classes=400), steps, dist_info), flush=True)
+        print(saving(slow(size="R50", num_classes=400).to(dist_info.device), steps, dist_info), flush=True)
     comm.stop()
 
 
@@ -105,12 +108,12 @@ def overhead(model: VideoNet, steps: int, dist_info: DistInfo) -> tuple[float, f
         if any(layer.width.isnan() for layer in model.sgs.values()):
             yield batch  # to choose the width by
         for _ in range(steps + 1):  # the end of the last one is not seen from here
-            began = time.perf_counter()
+            began = now(dist_info)
             bare_step(trainer, batch)
-            times["bare"].append(time.perf_counter() - began)
-            began = time.perf_counter()
+            times["bare"].append(now(dist_info) - began)
+            began = now(dist_info)
             yield batch
-            times["trainer"].append(time.perf_counter() - began)
+            times["trainer"].append(now(dist_info) - began)
 
     with tempfile.TemporaryDirectory(prefix="engine_overhead") as folder:
         trainer = trainer_of(model, batches, steps + 1, dist_info, Path(folder))
@@ -128,9 +131,9 @@ def saving(model: VideoNet, steps: int, dist_info: DistInfo) -> str:
             number, place = divmod(step, BLOCK)
             # At the first step of every other block, so that the writing in the background falls into that block.
             trainer.settings = replace(trainer.settings, save_every=step + 1 if number % 2 and place == 0 else 0)
-            began = time.perf_counter()
+            began = now(dist_info)
             yield batch
-            times.append(time.perf_counter() - began)
+            times.append(now(dist_info) - began)
 
     with tempfile.TemporaryDirectory(prefix="engine_overhead") as folder:
         trainer = trainer_of(model, batches, 2 * steps, dist_info, Path(folder))
@@ -147,9 +150,18 @@ def saving(model: VideoNet, steps: int, dist_info: DistInfo) -> str:
     )
 
 
+def now(dist_info: DistInfo) -> float:
+    """Seconds, once the device has done what it was given."""
+    if dist_info.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def bare_step(trainer: Trainer, batch: Batch) -> None:
     trainer.optimizer.zero_grad(set_to_none=True)
-    nn.functional.cross_entropy(trainer.forward_backward.network(trainer.normalise(batch.clips)), batch.labels).backward()
+    device = trainer.dist_info.device
+    logits = trainer.forward_backward.network(trainer.normalise(batch.clips.to(device, non_blocking=True)))
+    nn.functional.cross_entropy(logits, batch.labels.to(device, non_blocking=True)).backward()
     trainer.optimizer.step()
 
 
@@ -161,7 +173,7 @@ def trainer_of(model: VideoNet, batches: Callable[[int, int], Iterator[Batch]], 
         batches=batches,
         steps_per_epoch=steps,
         validate=lambda: {"top1": 0.0},
-        normalise=Normalizer([0.45] * 3, [0.225] * 3),
+        normalise=Normalizer([0.45] * 3, [0.225] * 3).to(dist_info.device),
         settings=replace(SETTINGS, batch_size=4 * dist_info.world),
         dist_info=dist_info,
         folder=folder,
@@ -175,7 +187,8 @@ def batch_of(clips: int, *, frames: int, size: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(clips, 3, frames, size // 8, size // 8, generator=generator).cumsum(dim=2) * torch.linspace(5, 40, clips)[:, None, None, None, None]
     x = nn.functional.interpolate(x, scale_factor=(1, 8, 8)) + 128
-    return Batch(x.clamp(0, 255).to(torch.uint8), torch.arange(clips), ("clip",) * clips)
+    x, labels = x.clamp(0, 255).to(torch.uint8), torch.arange(clips)
+    return Batch(x.pin_memory(), labels.pin_memory(), ("clip",) * clips) if torch.cuda.is_available() else Batch(x, labels, ("clip",) * clips)
 
 
 if __name__ == "__main__":
