@@ -8,7 +8,7 @@ from typing import Any, Callable, Iterable, Mapping
 
 from torch import nn
 
-from atfr.models.backbones import csn, r2plus1d, resnet3d, resnets, slowfast, torchvision3d, x3d
+from atfr.models.backbones import csn, inception_i3d, r2plus1d, resnet3d, resnets, slowfast, torchvision3d, x3d
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
 
@@ -20,6 +20,7 @@ BACKBONES: dict[str, tuple[Callable[..., VideoNet], Iterable[str], str]] = {
     "slow": (resnets.slow, resnets.SIZES, "R50"),
     "c2d": (resnets.c2d, resnets.SIZES, "R50"),
     "i3d": (resnets.i3d, resnets.SIZES, "R50"),
+    "i3d_inception": (inception_i3d.inception_i3d, inception_i3d.SIZES, "base"),
     "slowfast": (slowfast.slowfast, slowfast.SIZES, "8x8-R50"),
     "csn": (csn.csn, csn.SIZES, "R101"),
     "r3d": (torchvision3d.r3d, torchvision3d.R3D_SIZES, "18"),

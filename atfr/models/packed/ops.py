@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from atfr.models.packed import cpu
 from atfr.models.packed.deterministic_pools import pool3d
-from atfr.models.packed.segments import Segments, Window, boundaries, centres, layout, pack, rows_of, take, unpadded, window_of
+from atfr.models.packed.segments import Segments, Window, boundaries, centres, layout, pack, rows_of, slots_with_fill, take, unpadded, window_of
 
 
 def with_gaps(run: Callable[[Tensor], Tensor], x: Tensor, segments: Segments, window: Window, *, fill: float = 0.0) -> Tensor:
@@ -182,6 +182,19 @@ def max_pool(module: nn.MaxPool3d, x: Tensor, segments: Segments) -> Tensor:
     run = functools.partial(pool3d, module)
     out = as_batch(run, x, segments)
     return with_gaps(run, x, segments, window_of(module), fill=-torch.inf) if out is None else out
+
+
+def pad(module: nn.ConstantPad3d, x: Tensor, segments: Segments) -> Tensor:
+    """Pad each clip alone: [1, C, M, H, W] -> [1, C, M', H', W']."""
+    _check(x, segments)
+    *space, front, behind = module.padding
+    slots, first = [], 0
+    for length in segments.lengths:
+        slots += [*[-1] * front, *range(first, first + length), *[-1] * behind]
+        first += length
+    source, added = slots_with_fill(tuple(slots), x.device)
+    padded = take(nn.functional.pad(x, space, value=module.value), source)
+    return padded.index_fill(2, added, module.value)
 
 
 def avg_pool(module: nn.AvgPool3d, x: Tensor, segments: Segments) -> Tensor:

@@ -16,7 +16,7 @@ from pytorchvideo.layers.swish import Swish
 from torch import fx, nn
 
 from atfr.models.packed import ops
-from atfr.models.packed.segments import Window, window_of
+from atfr.models.packed.segments import Window, padded_window, window_of
 
 FRAMEWISE_MODULES = (
     nn.modules.batchnorm._BatchNorm,
@@ -62,8 +62,13 @@ def packed_op(module: nn.Module, path: str) -> PackedOp:
         return PackedOp()
     if isinstance(module, SqueezeExcitation):
         return PackedOp(ops.squeeze_excitation)
-    if isinstance(module, nn.Conv3d) and not isinstance(module.padding, str):
+    if isinstance(module, nn.ConstantPad3d):
+        front, behind = module.padding[4:]
+        return PackedOp(ops.pad, padded_window(front, behind), gap=None) if front or behind else PackedOp()
+    if isinstance(module, nn.Conv3d):
         window = window_of(module)
+        if module.padding == "same" and window.dilation * (window.kernel - 1) % 2:
+            raise NoPackedForm(f"{path} behind SGS has no packed form: padding=\"same\" with an even kernel in time is not the same on both sides")
         if window == Window(1, dilation=window.dilation):
             return PackedOp()
         if module._forward_pre_hooks or type(module)._conv_forward is not nn.Conv3d._conv_forward:

@@ -21,6 +21,7 @@ class Window(NamedTuple):
     stride: int = 1
     padding: int = 0
     dilation: int = 1
+    shift: int = 0  # of the window's centre, where the padding is not the same on both sides
 
     def out(self, length: int) -> int:
         """Return the number of outputs for `length` inputs; below 1 where the input is too short."""
@@ -80,9 +81,18 @@ class Segments:
 
 
 def window_of(module: nn.Module) -> Window:
-    """Return the window over time of a convolution or pool."""
-    sizes = [getattr(module, name, 1) for name in ("kernel_size", "stride", "padding", "dilation")]
-    return Window(*(size if isinstance(size, int) else size[0] for size in sizes))
+    """Return the window over time of a convolution or pool. Of padding="same" the kernel must be odd."""
+    kernel, stride, padding, dilation = (getattr(module, name, 1) for name in ("kernel_size", "stride", "padding", "dilation"))
+    kernel, stride, dilation = (size if isinstance(size, int) else size[0] for size in (kernel, stride, dilation))
+    if isinstance(padding, str):
+        padding = dilation * (kernel - 1) // 2 if padding == "same" else 0
+    return Window(kernel, stride, padding if isinstance(padding, int) else padding[0], dilation)
+
+
+def padded_window(front: int, behind: int) -> Window:
+    """Return the window of a padding by so many features: clips of n features become n + front + behind."""
+    added = front + behind
+    return Window(added + 1, padding=added, shift=added - added // 2 - front)
 
 
 def pack(x: Tensor) -> Tensor:
@@ -173,7 +183,7 @@ def shared_gap(lengths: tuple[int, ...], gap: int, device: torch.device) -> int:
 @lru_cache(maxsize=1024)
 def centres(lengths: tuple[int, ...], window: Window, device: torch.device) -> Tensor:
     """Return the packed feature at the centre of each output's window, [M']."""
-    middle, first, shift = [], 0, window.dilation * (window.kernel - 1) // 2 - window.padding
+    middle, first, shift = [], 0, window.dilation * (window.kernel - 1) // 2 - window.padding + window.shift
     for length in lengths:
         middle += [first + min(max(i * window.stride + shift, 0), length - 1) for i in range(window.out(length))]
         first += length
@@ -190,6 +200,12 @@ def boundaries(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, 
     firsts = ends[:-1]
     after = [first + 1 if length > 1 else -1 for first, length in zip(firsts, lengths[1:])]
     return tuple(_on(slots, device) for slots in (lasts, before, firsts, after))
+
+
+@lru_cache(maxsize=256)
+def slots_with_fill(slots: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return slots for `take`, with 0 in the place of -1, and the positions of the -1."""
+    return _on([max(slot, 0) for slot in slots], device), _on([at for at, slot in enumerate(slots) if slot < 0], device)
 
 
 @lru_cache(maxsize=256)
