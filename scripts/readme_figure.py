@@ -1,6 +1,6 @@
 """Draw docs/figure.png: three clips, the bins that the `atfr` preset cuts them into, and what each clip costs X3D-S.
 
-    python scripts/readme_figure.py        # needs the extra `study`; a minute on two CPU cores
+    python scripts/readme_figure.py        # a minute on two CPU cores
 
 The clips are built-in videos. Bins and GFLOPs are those of X3D-S with SGS after its stem, calibrated to a mean of half
 of the dense GFLOPs on other built-in videos. No weights are needed: the preset cuts a clip by its frames alone.
