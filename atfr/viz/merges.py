@@ -91,7 +91,7 @@ def merge_picture(frames: np.ndarray, merges: Sequence[Merge], *, gflops: float,
         _draw_merge(axis, frames, merge, top, tall, several=len(merges) > 1)
         top -= height
     _draw_cost(axis, merges, gflops, dense_gflops, top=-0.4)
-    return _image_of(figure)
+    return image_of(figure)
 
 
 def _draw_merge(axis: Axes, frames: np.ndarray, merge: Merge, top: float, tall: float, *, several: bool) -> None:
@@ -169,7 +169,8 @@ def _image(axis: Axes, image: np.ndarray, left: float, bottom: float, width: flo
     axis.imshow(image, extent=(left + gap, left + width - gap, bottom, bottom + height), interpolation="antialiased", aspect="auto", zorder=2)
 
 
-def _image_of(figure: Figure, dpi: int = 110) -> Image.Image:
+def image_of(figure: Figure, dpi: int = 110) -> Image.Image:
+    """Render a figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=dpi)
     return Image.open(buffer).convert("RGB")

@@ -47,7 +47,8 @@ class _ArraysOnly(pickle.Unpickler):
         allowed = {("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}
         if (module, name) not in allowed:
             raise pickle.UnpicklingError(f"it holds {module}.{name}")
-        return np._core.multiarray._reconstruct if name == "_reconstruct" else getattr(np, name)
+        core = getattr(np, "_core", None) or np.core  # numpy 2, numpy 1
+        return core.multiarray._reconstruct if name == "_reconstruct" else getattr(np, name)
 
 
 def _tensors(tree: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
