@@ -141,18 +141,16 @@ def _input_gradient(
 
 
 @triton.jit
-def _times_tap(upstream, place, read, channel):
-    return upstream * tl.load(place, mask=read[:, None] & channel[None, :], other=0).to(tl.float32)
-
-
-@triton.jit
 def _add_row(a, b, c, upstream, place, fits, column, channel, W, C: tl.constexpr, COLUMNS: tl.constexpr):
     """Add the products of up to three neighbouring taps of a row to their sums."""
-    a += _times_tap(upstream, place, fits & (column >= 0) & (column < W), channel)
+    read = (fits & (column >= 0) & (column < W))[:, None] & channel[None, :]
+    a += upstream * tl.load(place, mask=read, other=0).to(tl.float32)
     if COLUMNS > 1:
-        b += _times_tap(upstream, place + C, fits & (column + 1 >= 0) & (column + 1 < W), channel)
+        read = (fits & (column >= -1) & (column < W - 1))[:, None] & channel[None, :]
+        b += upstream * tl.load(place + C, mask=read, other=0).to(tl.float32)
     if COLUMNS > 2:
-        c += _times_tap(upstream, place + 2 * C, fits & (column + 2 >= 0) & (column + 2 < W), channel)
+        read = (fits & (column >= -2) & (column < W - 2))[:, None] & channel[None, :]
+        c += upstream * tl.load(place + 2 * C, mask=read, other=0).to(tl.float32)
     return a, b, c
 
 
