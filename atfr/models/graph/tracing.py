@@ -20,8 +20,7 @@ from torch import Tensor, fx, nn
 
 from atfr.models.graph import probing
 from atfr.models.packed import convolution, cpu, deterministic_pools, registry
-from atfr.models.packed.kernels import depthwise
-from atfr.models.packed.kernels.support import triton_runs
+from atfr.models.packed.kernels import depthwise, support
 
 TORCH = str(Path(torch.__file__).parent)
 FUNCTIONS = (convolution.conv3d, deterministic_pools.pool3d)  # that take a module and its input
@@ -160,7 +159,7 @@ class DenseNetwork(nn.Module):
     def _preferred(self, clips: Tensor) -> nn.Module:
         if self.program is None or torch.compiler.is_compiling():
             return self.network
-        kernels = self._depthwise and triton_runs(clips.device)
+        kernels = self._depthwise and support.triton_runs(clips.device)
         if clips.device.type != "cpu" and not kernels and not torch.are_deterministic_algorithms_enabled():
             return self.network
         replaced = any(getattr(parent, name, None) is not child for parent, name, child in self._children)

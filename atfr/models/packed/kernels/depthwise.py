@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from atfr.models.packed.cpu import has_hooks
-from atfr.models.packed.kernels.support import triton_runs
+from atfr.models.packed.kernels import support
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_TAPS = 125  # each one is written out in the kernels
@@ -55,7 +55,7 @@ def takes(module: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
         return False
     weight = module.weight
     fits = weight.dtype == dtype or (weight.dtype in DTYPES and torch.is_autocast_enabled("cuda"))
-    return dtype in DTYPES and fits and weight.device == device and triton_runs(device)
+    return dtype in DTYPES and fits and weight.device == device and support.triton_runs(device)
 
 
 def is_depthwise(module: nn.Module) -> bool:
