@@ -280,13 +280,13 @@ def peak_of(run: Callable[[], object]) -> float:
 
 def kernels(report: Report, arguments: argparse.Namespace, folder: Path) -> None:
     """Each depthwise convolution: ours, cuDNN in both formats, and a copy of as many bytes."""
-    from atfr.models.packed.kernels.depthwise import depthwise_conv3d
+    from atfr.models.packed.kernels import depthwise
 
     report.line(f"{'depthwise 3x3x3':<34}{'pass':<10}{'ours ms':>9}{'NCDHW':>9}{'NDHWC':>9}{'copy':>9}")
     for name, (frames, shapes) in DEPTHWISE.items():
         for channels, size, stride in shapes:
             label = f"{name} {channels} x {size}², stride {stride}"
-            report.guarded(label, lambda c=(label, frames, channels, size, stride): kernel_rows(report, depthwise_conv3d, *c))
+            report.guarded(label, lambda c=(label, frames, channels, size, stride): kernel_rows(report, depthwise.conv3d, *c))
 
 
 def kernel_rows(report: Report, ours: Callable[..., Tensor], label: str, frames: int, channels: int, size: int, stride: int) -> None:

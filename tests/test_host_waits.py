@@ -62,7 +62,7 @@ def step_on_gpu(monkeypatch, folder: Path, model: VideoNet, **settings: object) 
             p.grad = torch.zeros_like(p) if p.requires_grad else None
 
     monkeypatch.setattr(sampling, "_on_host", lengths)
-    monkeypatch.setattr(segments, "_on", lambda values, device: torch.empty(np.shape(values), dtype=torch.int64, device=device))
+    monkeypatch.setattr(segments, "_on", lambda values, device, dtype=torch.int64: torch.empty(np.shape(values), dtype=dtype, device=device))
     monkeypatch.setattr(Tensor, "backward", backward)
     with FakeTensorMode(allow_non_fake_inputs=True):
         normalise = Normalizer([0.4] * 3, [0.2] * 3)

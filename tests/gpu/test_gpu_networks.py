@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from depthwise_checks import CASES as CONVOLUTIONS
+from depthwise_checks import F32, Case, check_against_float64
 from devices import on_gpu
 from outcomes import run
 from test_backbones import CASES, lively, stages_of
@@ -24,6 +26,7 @@ from atfr.data.types import Video
 from atfr.engine.determinism import choose_algorithms
 from atfr.engine.distributed.comm import DistInfo
 from atfr.models.backbones.x3d import x3d
+from atfr.models.packed.kernels import depthwise
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
 
@@ -149,6 +152,23 @@ def check_waits(folder: Path, sampled: bool) -> None:
     torch.cuda.set_sync_debug_mode("default")
     waits = [str(warning.message) for warning in caught if "synchronizing CUDA operation" in str(warning.message)]
     assert len(waits) == int(sampled), waits
+
+
+def test_depthwise_kernels_give_what_torch_gives_for_each_clip_alone_in_float64(tmp_path):
+    on_gpu(check_depthwise, output=tmp_path / "said.txt")
+
+
+def check_depthwise() -> None:
+    """Also of sizes with more tiles and blocks than the interpreter has time for; each result twice, with the same bits."""
+    seeded()
+    choose_algorithms(deterministic=False, tf32=False)
+    large = [Case(c, (40, 37), (3, 3, 3), (s, s), (1, 1), dtype, F32) for c in (54, 216) for s in (1, 2) for dtype in (F32, torch.bfloat16)]
+    for case in [*CONVOLUTIONS, *large]:
+        check_against_float64(case, GPU)
+    conv = nn.Conv3d(108, 108, 3, padding=1, groups=108, bias=False).to(GPU)
+    x = torch.randn(4, 108, 8, 20, 20, device=GPU, requires_grad=True)
+    first, second = ([out, *torch.autograd.grad(out.square().sum(), [x, conv.weight])] for out in (depthwise.conv3d(conv, x) for _ in range(2)))
+    assert depthwise.takes(conv, x.device, x.dtype) and all(map(torch.equal, first, second))
 
 
 def test_a_loader_pins_its_batches(small_videos, tmp_path):

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from atfr.models.graph.packed_program import holds_no_tensor, is_sampling
 from atfr.models.graph.recompute import changed_in_place, fetched, in_pieces
 from atfr.models.graph.tracing import FUNCTIONS
+from atfr.models.packed.kernels import support
 
 COMPILERS = ("g++", "clang++")
 MIN_OPERATIONS = 2  # in a piece: one alone gains nothing
@@ -42,6 +43,8 @@ class Compiled(nn.Module):
         varying = [2 if _is_packed(x) else 0 for x in inputs]
         if any(x.shape[d] == 1 for x, d in zip(inputs, varying)):
             return self.piece(*inputs)  # torch.compile treats a size of one as constant, and would recompile for others
+        for x in inputs:
+            support.triton_runs(x.device)  # looks where nothing is compiled
         inputs = tuple(_plain(x) if _is_packed(x) else x for x in inputs)
         for x, d in zip(inputs, varying):
             torch._dynamo.mark_dynamic(x, d)

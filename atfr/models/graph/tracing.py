@@ -1,8 +1,8 @@
 """Traces a network into a `torch.fx` graph, and writes programs of parts of it.
 
 The graph consists of the network's leaf modules. Programs call these modules themselves, so that parameters, their
-names and checkpoints do not change. Separable convolutions and pools are called through `cpu.conv3d` and
-`deterministic_pools.pool3d`.
+names and checkpoints do not change. Separable and depthwise convolutions and pools are called through
+`convolution.conv3d` and `deterministic_pools.pool3d`.
 
 Layers that do not depend on each other (the two pathways of a SlowFast) sample together; a layer behind another one is
 a *level* of its own.
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from atfr.models.graph import probing
-from atfr.models.packed import cpu, deterministic_pools, registry
+from atfr.models.packed import convolution, cpu, deterministic_pools, registry
+from atfr.models.packed.kernels import depthwise, support
 
 TORCH = str(Path(torch.__file__).parent)
-FUNCTIONS = (cpu.conv3d, deterministic_pools.pool3d)  # that take a module and its input
+FUNCTIONS = (convolution.conv3d, deterministic_pools.pool3d)  # that take a module and its input
 INPUT = "input"  # the location before all modules: the clips themselves are sampled
 
 
@@ -121,16 +122,16 @@ class Traced:
 
 def _function_of(module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | None:
     """Return the function that runs a module in a program; None: it is called itself."""
-    if cpu.separable(module):
-        return cpu.conv3d
+    if convolution.has_a_better_way(module):
+        return convolution.conv3d
     return deterministic_pools.pool3d if type(module) in deterministic_pools.POOLS else None
 
 
 class DenseNetwork(nn.Module):
     """Runs a network without sampling, by its program where that computes the same in a better way.
 
-    That is on CPUs (see `cpu`) and where deterministic algorithms are asked for (see `deterministic_pools`). A network
-    that cannot be traced, whose modules were replaced, or that has hooks on modules that the program does not call, runs
+    That is on CPUs (see `cpu`), on GPUs for depthwise convolutions (see `kernels.depthwise`), and where deterministic
+    algorithms are asked for (see `deterministic_pools`). A network that cannot be traced, whose modules were replaced, or that has hooks on modules that the program does not call, runs
     as it is.
     """
 
@@ -145,6 +146,7 @@ class DenseNetwork(nn.Module):
         self.program = traced.whole()
         self._children = [(parent, name, child) for parent in network.modules() for name, child in parent.named_children()]
         called = {network.get_submodule(node.target) for node in traced.nodes if node.op == "call_module"}
+        self._depthwise = any(map(depthwise.is_depthwise, called))
         self._inlined = [module for module in network.modules() if module not in called]
 
     def __reduce__(self) -> tuple:
@@ -157,7 +159,8 @@ class DenseNetwork(nn.Module):
     def _preferred(self, clips: Tensor) -> nn.Module:
         if self.program is None or torch.compiler.is_compiling():
             return self.network
-        if clips.device.type != "cpu" and not torch.are_deterministic_algorithms_enabled():
+        kernels = self._depthwise and support.triton_runs(clips.device)
+        if clips.device.type != "cpu" and not kernels and not torch.are_deterministic_algorithms_enabled():
             return self.network
         replaced = any(getattr(parent, name, None) is not child for parent, name, child in self._children)
         return self.network if replaced or any(map(cpu.has_hooks, self._inlined)) else self.program

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from atfr.models.packed import cpu
 from atfr.models.packed.deterministic_pools import pool3d
+from atfr.models.packed.kernels import depthwise
 from atfr.models.packed.segments import Segments, Window, boundaries, centres, layout, pack, rows_of, slots_with_fill, take, unpadded, window_of
 
 
@@ -91,7 +92,9 @@ def as_batch(run: Callable[[Tensor], Tensor], x: Tensor, segments: Segments) -> 
 def conv3d(module: nn.Conv3d, x: Tensor, segments: Segments) -> Tensor:
     """Convolve each clip alone: [1, C, M, H, W] -> [1, C', M', ...]."""
     _check(x, segments)
-    method, window = method_of(module, segments.lengths, x.device), window_of(module)
+    method, window = method_of(module, segments.lengths, x.device, x.dtype), window_of(module)
+    if method == "kernel" and segments.layout is None:
+        return depthwise.conv3d(module, x, segments.bounds)
     if method == "subsample":
         x = take(x, centres(segments.lengths, window, x.device))
         stride = (1, *module.stride[1:])
@@ -105,15 +108,18 @@ def conv3d(module: nn.Conv3d, x: Tensor, segments: Segments) -> Tensor:
     return with_gaps(run, x, segments, window) if out is None else out
 
 
-def method_of(module: nn.Conv3d, lengths: Sequence[int], device: torch.device) -> str:
+def method_of(module: nn.Conv3d, lengths: Sequence[int], device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """Return the cheapest method for `conv3d` to run clips of these lengths.
 
+    - kernel: a depthwise convolution on CUDA, by a kernel that knows the bounds of the clips.
     - subsample: a kernel of one feature with a stride: select the features first.
     - batch: clips of one length are a batch.
     - repair: not on CPUs, where gaps are faster. A kernel of three features runs across the boundaries between clips, and
       the two outputs at each boundary are computed again. It moves less, and saves no copy of the input for the backward pass.
     - gaps: zeros between the clips.
     """
+    if depthwise.takes(module, device, dtype):
+        return "kernel"
     window = window_of(module)
     if window.kernel == 1 and window.padding == 0:
         return "subsample"

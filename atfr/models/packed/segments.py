@@ -75,6 +75,11 @@ class Segments:
         return _padded(self.lengths, self.times.device)
 
     @property
+    def bounds(self) -> Tensor:
+        """[sum B', 2] int32: the first feature of each feature's clip, and the end of that clip."""
+        return _bounds(self.lengths, self.times.device)
+
+    @property
     def counts(self) -> Tensor:
         """[N] int64: the lengths, on the device."""
         return _counts(self.lengths, self.times.device)
@@ -214,6 +219,12 @@ def _owner(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=256)
+def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    ends = itertools.accumulate(lengths)
+    return _on([(end - length, end) for end, length in zip(ends, lengths) for _ in range(length)], device, torch.int32)
+
+
+@lru_cache(maxsize=256)
 def _padded(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     rows, first = [], 0
     for length in lengths:
@@ -233,9 +244,9 @@ def _counts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return _on(lengths, device)
 
 
-def _on(values: Sequence, device: torch.device) -> Tensor:
+def _on(values: Sequence, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """Copy integers to the device without making the host wait for it."""
     with torch.inference_mode(False):  # the cache serves training steps, too
         if device.type != "cuda":
-            return torch.tensor(values, dtype=torch.int64, device=device)  # of no values, too
-        return torch.tensor(values, dtype=torch.int64).pin_memory().to(device, non_blocking=True)
+            return torch.tensor(values, dtype=dtype, device=device)  # of no values, too
+        return torch.tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
