@@ -62,8 +62,8 @@ class Refusing(TorchDispatchMode):
 def test_training_uses_no_operation_without_a_deterministic_algorithm(name, sgs, deterministic, monkeypatch):
     """On the meta device, which takes the ways of a GPU and computes nothing."""
 
-    def lengths(layers, proposals, decided):
-        return [tuple(p.weights.shape[1] - i for i in range(len(p.lengths))) for p in proposals]
+    def lengths(layers, decision, fixed):
+        return [tuple(p.weights.shape[1] - i for i in range(len(p.lengths))) for p in decision.proposals]
 
     monkeypatch.setattr(sampling, "_on_host", lengths)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which the meta device has not

@@ -21,6 +21,7 @@ from atfr.models.backbones.x3d import x3d
 from atfr.models.packed import segments
 from atfr.models.sgs import sampling
 from atfr.models.sgs.config import SGSConfig
+from atfr.models.sgs.sampling import HostCopy
 from atfr.models.video_net import VideoNet
 
 GPU = torch.device("cuda:0")
@@ -28,14 +29,50 @@ ATFR = SGSConfig.from_preset("atfr", after="res2", keep_ratio=0.5)
 
 
 class Waits(TorchDispatchMode):
-    """Raises at a copy between host and device that waits; reading a value raises of itself, since a stand-in has none."""
+    """Raises at a copy between host and device that waits; reading a value raises of itself, since a stand-in has none.
+
+    Lists what was done, in this order: "fetch" for a copy to the host, "conv" for a convolution. A test adds its own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[str] = []
 
     def __torch_dispatch__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
         if function is torch.ops.aten._to_copy.default and args[0].device != result.device:
-            if result.device.type == "cpu" or not kwargs.get("non_blocking"):
+            if not kwargs.get("non_blocking"):
                 raise AssertionError(f"a copy that waits, from {args[0].device} to {result.device}")
+            if result.device.type == "cpu":
+                self.done.append("fetch")
+        if function is torch.ops.aten.convolution.default:
+            self.done.append("conv")
         return result
+
+
+class StandInEvent:
+    """A CUDA event on a machine without one."""
+
+    def record(self, stream: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+def fake_gpu(monkeypatch, waited: Callable[[], None]) -> None:
+    """Let the sampling and its plans run on stand-ins: `waited` is called where the host waits for B', which is then 3, 4, 3, ..."""
+
+    class Copy(HostCopy):
+        def wait(self) -> list[list[int]]:
+            assert isinstance(self._event, StandInEvent)
+            waited()
+            return [[3 + i % 2 for i in range(len(copy))] for copy in self._copies]
+
+    monkeypatch.setattr(sampling, "HostCopy", Copy)
+    monkeypatch.setattr(torch.cuda, "Event", StandInEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(segments, "_on", lambda values, device, dtype=torch.int64: torch.empty(np.shape(values), dtype=dtype).to(device, non_blocking=True))
 
 
 def on_gpu(module: nn.Module) -> None:
@@ -48,21 +85,13 @@ def on_gpu(module: nn.Module) -> None:
             each._buffers[name] = torch.empty_like(b, device=GPU)
 
 
-def step_on_gpu(monkeypatch, folder: Path, model: VideoNet, **settings: object) -> int:
-    """Take one step; how often the lengths of the kept features were fetched in it."""
-    fetched = 0
-
-    def lengths(layers, proposals, decided):
-        nonlocal fetched
-        fetched += 1
-        return [tuple(3 + i % 2 for i in range(len(p.lengths))) for p in proposals]
+def step_on_gpu(monkeypatch, folder: Path, model: VideoNet, *, steps: int = 1, **settings: object) -> list[str]:
+    """Take training steps; what `Waits` lists of the last one, and "wait" where the host waited for B'."""
 
     def backward(loss: Tensor, *_: Any, **__: Any) -> None:  # autograd needs a thread for the GPU, which is not there
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
 
-    monkeypatch.setattr(sampling, "_on_host", lengths)
-    monkeypatch.setattr(segments, "_on", lambda values, device, dtype=torch.int64: torch.empty(np.shape(values), dtype=dtype, device=device))
     monkeypatch.setattr(Tensor, "backward", backward)
     with FakeTensorMode(allow_non_fake_inputs=True):
         normalise = Normalizer([0.4] * 3, [0.2] * 3)
@@ -73,9 +102,11 @@ def step_on_gpu(monkeypatch, folder: Path, model: VideoNet, **settings: object) 
         model.train()
         batch = Batch(torch.zeros(4, 3, 32, 64, 64, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), ("a",) * 4)
         assert isinstance(batch.clips, FakeTensor)
-        with Waits():
-            trainer.train_step(batch, epoch=0, data_s=0.0)
-    return fetched
+        for _ in range(steps):
+            with Waits() as waits:
+                fake_gpu(monkeypatch, lambda: waits.done.append("wait"))
+                trainer.train_step(batch, epoch=0, data_s=0.0)
+    return waits.done
 
 
 def network(sgs: SGSConfig | None) -> VideoNet:
@@ -83,7 +114,7 @@ def network(sgs: SGSConfig | None) -> VideoNet:
 
 
 def test_a_dense_step_never_waits_for_the_device(monkeypatch, tmp_path):
-    assert step_on_gpu(monkeypatch, tmp_path, network(None)) == 0
+    assert not {"wait", "fetch"} & set(step_on_gpu(monkeypatch, tmp_path, network(None)))
 
 
 @pytest.mark.parametrize(
@@ -92,13 +123,26 @@ def test_a_dense_step_never_waits_for_the_device(monkeypatch, tmp_path):
     ids=["reference", "atfr", "looks at the clip", "drawn", "random"],
 )
 def test_a_step_with_sampling_waits_once_for_the_lengths(monkeypatch, tmp_path, options):
-    assert step_on_gpu(monkeypatch, tmp_path, network(options)) == 1
-    assert step_on_gpu(monkeypatch, tmp_path, network(options), accumulate=2) == 2  # once for each part
+    assert step_on_gpu(monkeypatch, tmp_path, network(options)).count("wait") == 1
+    assert step_on_gpu(monkeypatch, tmp_path, network(options), accumulate=2).count("wait") == 2  # once for each part
 
 
 def test_both_pathways_of_a_slowfast_are_one_level(monkeypatch, tmp_path):
     model = slowfast(size="8x8-R50", num_classes=3, sgs=replace(ATFR, after="res2"))
-    assert step_on_gpu(monkeypatch, tmp_path, model) == 1
+    assert step_on_gpu(monkeypatch, tmp_path, model).count("wait") == 1
+
+
+@pytest.mark.parametrize("embed_from, steps", [("clip", 2), ("features", 1)])
+def test_a_gpu_works_on_the_stem_while_lengths_that_follow_from_the_clip_are_fetched(monkeypatch, tmp_path, embed_from, steps):
+    """From the second batch on; features are there only behind the stem."""
+    model = network(replace(ATFR, embed_from=embed_from))
+    done = step_on_gpu(monkeypatch, tmp_path, model, steps=steps)
+    with FakeTensorMode(allow_non_fake_inputs=True), Waits() as stem:
+        model.run_stem(torch.zeros(4, 3, 32, 64, 64, device=GPU))
+    fetched, waited = done.index("fetch"), done.index("wait")
+    assert done.count("fetch") == done.count("wait") == 1
+    assert done[:fetched].count("conv") == (0 if embed_from == "clip" else stem.done.count("conv"))
+    assert done[:waited].count("conv") == stem.done.count("conv") > 0 and done[waited:].count("conv") > 0
 
 
 def test_what_waits_is_noticed(monkeypatch, tmp_path):

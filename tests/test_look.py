@@ -14,7 +14,7 @@ from atfr.models.backbones.slowfast import slowfast
 from atfr.models.backbones.torchvision3d import s3d
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
-from atfr.models.sgs.sampling import NonFiniteFeatures
+from atfr.models.sgs.sampling import AtLeast, NonFiniteFeatures, decide, sample
 
 CLIP = SGSConfig.from_preset("atfr", width=0.6)
 FEATURES = replace(CLIP, embed_from="features")
@@ -76,11 +76,37 @@ def test_bucketed_execution_embeds_the_same_clips():
         torch.testing.assert_close(bucketed(clips), packed(clips), atol=1e-5, rtol=0)
 
 
+def test_from_the_second_batch_of_a_shape_on_the_cut_is_decided_before_the_stem_and_is_the_same():
+    clips = torch.cat([phases(3, 1, 10, 2), phases(16), phases(8, 8)])
+    model, order = x3d(size="tiny", num_classes=3, sgs=CLIP).eval(), []
+    model.sgs["stem"].register_forward_hook(lambda *_: order.append("decision"))
+    next(m for m in model.modules() if isinstance(m, nn.Conv3d)).register_forward_hook(lambda *_: order.append("stem"))
+    with torch.no_grad():
+        first, second = run(model, clips), run(model, clips)
+        assert order == ["stem", "decision", "decision", "stem"]
+        assert second.bins == first.bins == [(4,), (1,), (2,)]
+        torch.testing.assert_close(second.logits, first.logits, rtol=0, atol=0)
+        assert run(model, clips[:2], [AtLeast(3)]).bins == [(4,), (3,)]
+        assert run(model, clips[:2], [2]).bins == [(2,), (2,)]
+        clips[1, 0, 3, 3, 3] = torch.nan
+        with pytest.raises(NonFiniteFeatures, match="SGS after 'stem': the features of clip 1 of the batch"):
+            model(clips)
+
+
+def test_a_decision_for_another_number_of_features_is_made_anew():
+    model = x3d(size="tiny", num_classes=3, sgs=CLIP).eval()
+    layers, clips = list(model.sgs.values()), phases(8, 8)
+    features = model.run_stem(clips)[:1]
+    _, (done,) = sample(layers, features, [None], None, clips, decide(layers, [8], [None], None, clips))
+    assert done.segments.lengths == (2,) and done.weights.shape[2] == 16
+
+
 def test_features_that_are_no_numbers_are_found_though_the_clip_is_sound():
     model = x3d(size="tiny", num_classes=3, sgs=CLIP).eval()
     nn.init.constant_(next(model.parameters()), torch.inf)
-    with pytest.raises(NonFiniteFeatures, match="SGS after 'stem': the features of clip 0 of the batch"):
-        model(phases(8, 8))
+    for _ in range(2):  # the second time the cut is decided before the stem runs
+        with pytest.raises(NonFiniteFeatures, match="SGS after 'stem': the features of clip 0 of the batch"):
+            model(phases(8, 8))
 
 
 def test_a_baseline_embeds_nothing():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
 
 import torch
@@ -21,7 +21,8 @@ from atfr.models.packed.registry import NoPackedForm
 from atfr.models.packed.segments import take
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.sgs.layer import SGS, Proposal
-from atfr.models.sgs.sampling import AtLeast, Forced, Sampled, sample
+from atfr.models.sgs.record import Sampling
+from atfr.models.sgs.sampling import AtLeast, Decision, Forced, Sampled, decide, sample
 
 if TYPE_CHECKING:
     from atfr.models.flops import GflopsTable
@@ -30,48 +31,6 @@ log = logging.getLogger(__name__)
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 TOLERANCE = 1e-3  # of the self-check, in standard deviations of the logits; a leak between clips is 0.05 and more
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """What the SGS layers did with a batch."""
-
-    layers: tuple[Sampled, ...] = field(repr=False)  # one a layer, in the order of `sgs.after`; empty for a dense network
-    num_clips: int
-    clip_shape: tuple[int, int, int, int]  # (3, T, H, W)
-    _costs: Callable[[tuple[int, int, int, int]], GflopsTable] = field(repr=False)
-
-    @property
-    def bins(self) -> list[tuple[int, ...]]:
-        """B' of each clip, one number a layer; T for a dense network."""
-        if not self.layers:
-            return [self.frames] * self.num_clips
-        return list(zip(*(done.segments.lengths for done in self.layers)))
-
-    def __str__(self) -> str:
-        kept = ", ".join("/".join(map(str, bins)) for bins in self.bins)
-        return f"{self.num_clips} clips that keep B' = {kept} of {'/'.join(map(str, self.frames))} features"
-
-    @property
-    def frames(self) -> tuple[int, ...]:
-        """For each layer, how many features a clip has there where nothing is dropped."""
-        return tuple(done.segments.frames for done in self.layers) or (self.clip_shape[1],)
-
-    @property
-    def assignment(self) -> tuple[Tensor, ...]:
-        """For each layer [N, T] int64: the kept feature that each frame went into; -1 where into none."""
-        return tuple(done.assignment for done in self.layers)
-
-    @property
-    def times(self) -> tuple[tuple[Tensor, ...], ...]:
-        """For each layer and clip [B']: the mean time of the frames in each kept feature."""
-        return tuple(done.segments.times.split(done.segments.lengths) for done in self.layers)
-
-    @property
-    def gflops(self) -> Tensor:
-        """[N] GFLOPs of each clip, from a table of the network that is made at the first use (see `GflopsTable`)."""
-        table = self._costs(self.clip_shape)
-        return torch.tensor([table.at(bins) for bins in self.bins])
 
 
 class VideoNet(nn.Module):
@@ -120,6 +79,7 @@ class VideoNet(nn.Module):
         self._evaluation_programs: tuple[nn.Module, ...] | None = None
         self._least: dict[tuple, tuple[int, ...]] = {}  # see `_least_alone`
         self._tables: dict[tuple[int, ...], GflopsTable] = {}  # by clip shape
+        self._frames: dict[tuple[int, ...], tuple[int, ...]] = {}  # T at each layer of the first level, by clip shape
         # The network's modules are registered here under their own names. The network itself is kept out of the module tree,
         # in which every parameter would have a second name, and so are the programs, which call its modules.
         self._network = (network,)
@@ -169,7 +129,7 @@ class VideoNet(nn.Module):
         Raises:
             ValueError: clips of another shape or on another device than the network, or too short for the layers behind
                 SGS; or an SGS layer is not calibrated.
-            NonFiniteFeatures: the features that a layer samples hold a NaN or an infinity.
+            NonFiniteFeatures: what a layer embeds or, on the CPU, samples holds a NaN or an infinity.
         """
         device = self._like.device
         if clips.dim() != 5 or clips.device != device:
@@ -182,7 +142,7 @@ class VideoNet(nn.Module):
             if self.sgs:
                 if forced is None and self.training and len(clips) == 1:  # two clips always have enough for batch norm
                     forced = [AtLeast(bins) for bins in self._least_alone(clips)] or None
-                logits, sampled = self.run_trunk(*self.run_stem(clips), forced=forced)
+                logits, sampled = self._run_sampled(clips, forced)
             else:
                 if self.training and len(clips) == 1:
                     self._least_alone(clips)
@@ -247,10 +207,26 @@ class VideoNet(nn.Module):
         """Run the layers in front of SGS: return the features to sample, then tensors that bypass sampling."""
         return self._running[0](clips)
 
-    def run_trunk(self, *features: Tensor, forced: Forced | None = None) -> tuple[Tensor, tuple[Sampled, ...]]:
+    def run_trunk(self, *features: Tensor, forced: Forced | None = None, decision: Decision | None = None) -> tuple[Tensor, tuple[Sampled, ...]]:
         """Sample what `run_stem` returned and run the layers behind: logits [N, classes], and what was done."""
         trunk = self._running[1]
-        return trunk(*features, forced) if self.execution == "packed" else self._bucketed(trunk, *features, forced=forced)
+        run = trunk if self.execution == "packed" else partial(self._bucketed, trunk)
+        return run(*features, forced, decision)
+
+    def _run_sampled(self, clips: Tensor, forced: Forced | None) -> tuple[Tensor, tuple[Sampled, ...]]:
+        """Run stem and trunk. Layers that embed the clips decide first, so that a GPU works on the stem while B' is fetched.
+
+        They decide behind the stem in the first batch of clips of a shape: T at their locations is not known before it.
+        """
+        layers, shape = self.levels[0], tuple(map(int, clips.shape[1:]))
+        decision = None
+        if shape in self._frames:
+            asked = None if forced is None else [ask for layer, ask in zip(self.sgs.values(), forced) if layer in layers]
+            decision = decide(layers, self._frames[shape], [None] * len(layers), asked, clips)
+        features = self.run_stem(clips)
+        if layers[0].options.embeds_clip:  # all layers have the same options
+            self._frames[shape] = tuple(int(x.shape[2]) for x in features[: len(layers)])
+        return self.run_trunk(*features, forced=forced, decision=decision)
 
     def propose(self, clips: Tensor) -> list[Proposal]:
         """Return what each layer of the first level proposes for clips [N, 3, T, H, W]; the layers behind are not run."""
@@ -305,7 +281,7 @@ class VideoNet(nn.Module):
 
     @property
     def packed_trunk(self) -> nn.Module:
-        """The program of packed execution: (the stem's outputs, forced) -> (logits, what was done)."""
+        """The program of packed execution: (the stem's outputs, forced, decision) -> (logits, what was done)."""
         return self._programs[1]
 
     def _run_packed(self, traced: Traced, stem: nn.Module, sgs: SGSConfig, channels: Mapping[str, int], probe: tuple[int, int, int]) -> None:
@@ -333,11 +309,12 @@ class VideoNet(nn.Module):
         layers = {_key(name): SGS(count, sgs, name=name, min_bins=least[name], **options) for name, count in channels.items()}
         self.sgs = nn.ModuleDict(layers).to(self._like.device)
 
-    def _bucketed(self, trunk: nn.Module, x: Tensor, *passing: Tensor, forced: Forced | None) -> tuple[Tensor, tuple[Sampled, ...]]:
+    def _bucketed(self, trunk: nn.Module, x: Tensor, *rest: Any) -> tuple[Tensor, tuple[Sampled, ...]]:
         """Clips that keep equally many features run together."""
+        *passing, forced, decision = rest
         if any(m.training for m in self.dense_network.modules() if isinstance(m, BatchNorm)):
             raise ValueError("bucketed execution would give batch norm the statistics of one bucket after the other: freeze it, or make the network packable")
-        packed, sampled = sample(list(self.sgs.values()), [x], [None], forced, (*passing, x)[0])  # the clip is the first to pass
+        packed, sampled = sample(list(self.sgs.values()), [x], [None], forced, (*passing, x)[0], decision)  # the clip is the first to pass
         lengths = torch.tensor(sampled[0].segments.lengths)
         starts = lengths.cumsum(0) - lengths
         logits: dict[int, Tensor] = {}

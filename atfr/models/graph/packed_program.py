@@ -73,6 +73,7 @@ class PackedTrunk:
         self.graph = fx.Graph()
         self.values = {node: Value(self.graph.placeholder(node.name)) for node in traced.frontier}
         self.forced = self.graph.placeholder("forced")
+        self.decision = self.graph.placeholder("decision", default_value=None)
         self.done: dict[fx.Node, fx.Node] = {}
         self.times: dict[str, Time] = {}
         self.gaps: list[int | None] = []  # that the trunk's operations need, see PackedOp
@@ -96,8 +97,8 @@ class PackedTrunk:
     def module(self, layers: Mapping[str, nn.Module]) -> fx.GraphModule:
         """Return the program with the SGS layers {path: layer}.
 
-        It maps (the frontier, forced) to (the network's output, one row a clip; a tuple of Sampled, one a layer in the
-        order of the cuts). For `forced` see `sgs.sampling.sample`.
+        It maps (the frontier, forced, decision) to (the network's output, one row a clip; a tuple of Sampled, one a layer in
+        the order of the cuts). For `forced` and `decision`, which is that of the first level, see `sgs.sampling.sample`.
         """
         return self.traced.program(self.graph, "PackedTrunk", layers)
 
@@ -129,9 +130,9 @@ class PackedTrunk:
         segments = tuple(self.values[cut].segments for cut in cuts)
         order = list(self.traced.cuts)
         forced = self.graph.call_function(_forced, (self.forced, tuple(order.index(cut) for cut in cuts)))
-        embeds_clip = self.traced.embeds_clip and cuts == self.traced.levels[0]
-        clip = self.values[self.traced.nodes[0]].node if embeds_clip else None
-        result = self.graph.call_function(sample, (layers, features, segments, forced, clip))
+        first = cuts == self.traced.levels[0]
+        clip = self.values[self.traced.nodes[0]].node if first and self.traced.embeds_clip else None
+        result = self.graph.call_function(sample, (layers, features, segments, forced, clip, self.decision if first else None))
         for i, (cut, name) in enumerate(zip(cuts, names)):
             kept = self.graph.call_function(_item, (result, 0, i))
             self.done[cut] = self.graph.call_function(_item, (result, 1, i))
@@ -217,7 +218,7 @@ def is_sampling(node: fx.Node) -> bool:
 def holds_no_tensor(node: fx.Node) -> bool:
     """Return whether a value of a packed trunk takes no memory: lengths, and the record of a sampling."""
     features = node.target is _item and node.args[1] == 0
-    return (is_sampling(node) and not features) or node.target in (Segments.after, _whole) or node.name == "forced"
+    return (is_sampling(node) and not features) or node.target in (Segments.after, _whole) or node.name in ("forced", "decision")
 
 
 def _forced(forced: Forced | None, layers: tuple[int, ...]) -> list | None:

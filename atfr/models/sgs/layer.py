@@ -9,22 +9,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from atfr.models.packed.kernels.support import triton_runs
 from atfr.models.packed.segments import Segments
 from atfr.models.sgs import functional
 from atfr.models.sgs.aggregate import at_least_float32
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.sgs.embedding import MLPEmbedding, PooledEmbedding
-from atfr.models.sgs.partition import width_keeping
+from atfr.models.sgs.partition import MOST_FRAMES, width_keeping
+
+NOT_FINITE, NO_WIDTH, BAD_EMBEDDING = 0, -1, -2  # why a clip cannot be sampled, in `Proposal.report`
 
 
 class Proposal(NamedTuple):
     """What a layer wants to do with a batch, still on the device."""
 
     z: Tensor  # [N, T, D] embeddings
-    valid: Tensor  # [N] how many of the T frames each clip has
+    valid: Tensor  # [N] how many of the T frames each clip has, on the host
     weights: Tensor  # [N, B, T] kept bins first, zero rows after
     lengths: Tensor  # [N] B' of each clip
-    finite: Tensor  # [N] whether all of a clip's features are finite numbers
+    report: Tensor  # [N] B' of each clip, or NOT_FINITE (what is embedded holds a NaN or an infinity), NO_WIDTH or BAD_EMBEDDING
+    times: Tensor | None = None  # [N, B] the mean time of each bin's frames; None: not computed yet
 
 
 class SGS(nn.Module):
@@ -120,24 +124,31 @@ class SGS(nn.Module):
             return frames
         return max(self.min_bins, min_bins, round(self.keep_ratio * frames))
 
-    def forward(self, x: Tensor, segments: Segments | None = None, clips: Tensor | None = None, min_bins: int = 1) -> Proposal:
+    def embeds(self, clips: Tensor | None, x: Tensor | int) -> bool:
+        """Return whether the layer embeds `clips`, not the features x; at the input they are the same."""
+        return self.options.embeds_clip and clips is not None and clips is not x
+
+    def forward(self, x: Tensor | int, segments: Segments | None = None, clips: Tensor | None = None, min_bins: int = 1) -> Proposal:
         """Propose how to sample features [N, C, T, H, W], or packed ones [1, C, M, H, W] with their segments.
 
         With embed_from=clip the embedding is that of `clips` [N, 3, T', H', W'], where they are given: z of a feature is
         that of the frame at its time, or the mean of several where T < T'. In float32 or float64 even under autocast.
 
         Args:
+            x: the features; their number T is enough where the clips are embedded.
             min_bins: the fewest features that each clip of this batch must keep, beyond those that the layer needs anyway.
 
         Raises:
             ValueError: the layer lies on another device than x, or a clip is too short for the layers behind.
         """
+        source = clips if self.embeds(clips, x) else x
+        assert isinstance(source, Tensor)
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
-            if tensor.device != x.device:
-                raise ValueError(f"SGS after {self.name!r}: its {name} is on {tensor.device} and the features are on {x.device}: move the network with model.to(device)")
-        with torch.autocast(x.device.type, enabled=False):
-            embeds_clip = self.options.embeds_clip and clips is not None and clips is not x  # at the input they are the same
-            return self._propose(at_least_float32(x), segments, at_least_float32(clips) if embeds_clip else None, max(self.min_bins, min_bins))
+            if tensor.device != source.device:
+                raise ValueError(f"SGS after {self.name!r}: its {name} is on {tensor.device} and the features are on {source.device}: move the network with model.to(device)")
+        frames = x if isinstance(x, int) else int(x.shape[2] if segments is None else segments.frames)  # a tensor while torch.jit traces
+        with torch.autocast(source.device.type, enabled=False):
+            return self._propose(at_least_float32(source), segments, frames, max(self.min_bins, min_bins))
 
     def _most_bins_for(self, lengths: Sequence[int], frames: int, least: int) -> int:
         most = self.most_bins(frames, least)
@@ -147,28 +158,43 @@ class SGS(nn.Module):
             raise ValueError(f"sgs.num_bins={self.options.num_bins} is too few: the layers behind {self.name!r} need at least {least}")
         return most
 
-    def _propose(self, x: Tensor, segments: Segments | None, clips: Tensor | None, least: int) -> Proposal:
-        o = self.options
-        frames = int(x.shape[2] if segments is None else segments.frames)  # a tensor while torch.jit traces
+    def _propose(self, x: Tensor, segments: Segments | None, frames: int, least: int) -> Proposal:
+        """Propose how to sample clips of at most `frames` features by the features, or the clips, x."""
         num_bins = self._most_bins_for((frames,) if segments is None else segments.lengths, frames, least)
         if self.embedding is None:  # a baseline, which looks at the number of frames alone
-            z = x.new_zeros(*(x.shape[::2][:2] if segments is None else segments.padded.shape), 1)  # [N, T, 1]
-            finite = _finite_frames(x)
+            pooled, z = None, x.new_zeros(*(x.shape[::2][:2] if segments is None else segments.padded.shape), 1)  # [N, T, 1]
         else:
-            pooled = self.embedding.pool(x) if clips is None else _averaged_to(self.embedding.pool(clips), frames)  # [N, T, ...] or [1, M, ...]
+            pooled = _averaged_to(self.embedding.pool(x), frames if segments is None else x.shape[2])  # [N, T, ...] or [1, M, ...]
             z = self.embedding(pooled)
-            # Batch norm spreads a NaN to the z of every clip, so the clip at fault shows in what was pooled.
-            finite = pooled.isfinite().all(dim=2)
-            if clips is not None:
-                finite = finite & _finite_frames(x)
             z = z if segments is None else z[0][segments.padded]
-        finite = (finite if segments is None else finite[0][segments.padded]).all(dim=1)
-        valid = None if segments is None else torch.tensor(segments.lengths)  # on the host, where it is checked
-        width = self.width if o.scale == "absolute" else None
+        lengths = (frames,) * len(z) if segments is None else segments.lengths
+        valid = None if segments is None else torch.tensor(lengths)  # on the host, where it is checked
+        width = self.width if self.options.scale == "absolute" else None
         if self.keep_range is not None and self.training and torch.is_grad_enabled():  # not where statistics are taken
             width = self._drawn_width(z, valid, self.keep_range)
-        weights, lengths = self._sampling(z, valid, width=width, num_bins=num_bins, least=least)
-        return Proposal(z, lengths.new_full((len(z),), z.shape[1]) if valid is None else valid, weights.to(x.dtype), lengths, finite)
+        if self._runs_kernel(z):
+            return self._cut_on_gpu(z, segments, torch.tensor(lengths), width=width, num_bins=num_bins, least=least)
+        # Batch norm spreads a NaN to the z of every clip, so the clip at fault shows in what was pooled.
+        finite = finite_frames(x) if pooled is None else pooled.isfinite().all(dim=2)
+        finite = (finite if segments is None else finite[0][segments.padded]).all(dim=1)
+        weights, kept = self._sampling(z, valid, width=width, num_bins=num_bins, least=least)
+        report = kept.where(z.isfinite().all(), BAD_EMBEDDING).where(finite, NOT_FINITE)
+        if self.options.scale == "absolute":
+            report = report.masked_fill(self.width.isnan(), NO_WIDTH)
+        return Proposal(z, torch.tensor(lengths), weights.to(x.dtype), kept, report)
+
+    def _runs_kernel(self, z: Tensor) -> bool:
+        """Return whether z is cut on a GPU by one kernel: the default way of sampling, for clips that it can take."""
+        pooled = isinstance(self.embedding, PooledEmbedding)  # which gives a NaN to the clip alone that holds one
+        small = z.dtype == torch.float32 and z.shape[1] <= MOST_FRAMES
+        return pooled and small and self.options.similarity == "partition" and triton_runs(z.device)
+
+    def _cut_on_gpu(self, z: Tensor, segments: Segments | None, valid: Tensor, *, width: Tensor, num_bins: int, least: int) -> Proposal:
+        from atfr.models.sgs.partition_kernel import cut  # which needs Triton
+
+        given = {} if segments is None else {"frames": segments.counts, "times": segments.times[segments.padded]}
+        done = cut(z, width=width, num_bins=num_bins, min_bins=least, cost_exponent=self.options.cost_exponent, **given)
+        return Proposal(z, valid, done.weights, done.lengths, done.report, done.times)
 
     def _sampling(self, z: Tensor, valid: Tensor | None, *, width: Tensor | float | None, num_bins: int, least: int) -> tuple[Tensor, Tensor]:
         """`functional.sampling_weights` with this layer's options."""
@@ -250,9 +276,9 @@ class SGS(nn.Module):
         return f"after={self.name}, similarity={o.similarity}, kernel={o.kernel}, scale={o.scale}, order={o.order}, num_bins={o.num_bins or 'T'}"
 
 
-def _finite_frames(x: Tensor) -> Tensor:
+def finite_frames(x: Tensor) -> Tensor:
     """Return whether all of a frame's features are finite: [N, C, T, H, W] -> [N, T] (packed: [1, M]), without a copy of x."""
-    return x.detach().sum(dim=(1, 3, 4)).isfinite()
+    return x.detach().sum(dim=(1, 3, 4), dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()
 
 
 def _averaged_to(pooled: Tensor, count: int) -> Tensor:

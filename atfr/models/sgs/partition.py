@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+MOST_FRAMES = 128  # T that `partition_kernel` can take: the costs of all bins of a clip stay in registers
+
 
 def partition_bins(
     z: Tensor, frames: Tensor, *, width: float | Tensor, num_bins: int, min_bins: int = 1, cost_exponent: float = 0.0
