@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from contextlib import ExitStack
-from typing import Any, Callable, Iterator
+from typing import Any, Iterator
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from test_host_waits import GPU, on_gpu
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,7 +19,6 @@ from atfr.models.packed import segments
 from atfr.models.packed.kernels import support
 from atfr.models.video_net import VideoNet
 
-GPU = torch.device("cuda:0")
 SAMPLING = "atfr/models/sgs/"
 # Operations on memory and metadata alone.
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "set_", "resize_", "device", "detach", "as_strided_"}
@@ -62,32 +62,20 @@ def _is_sampling() -> bool:
     return False
 
 
-def on_gpu(module: nn.Module) -> None:
-    """Stand-ins on a GPU in place of all parameters and buffers."""
-    for each in module.modules():
-        for name, p in each._parameters.items():
-            if p is not None:
-                each._parameters[name] = nn.Parameter(torch.empty_like(p, device=GPU), requires_grad=p.requires_grad)
-        for name, b in each._buffers.items():
-            if b is not None:
-                each._buffers[name] = torch.empty_like(b, device=GPU)
-
-
 def stand_in(values: Any, device: torch.device) -> Tensor:
     """Stands for a copy of integers to the device."""
     return torch.empty(np.shape(values), dtype=torch.int64, device=device)
 
 
-def launches(build: Callable[[], VideoNet], forced: list[tuple[int, ...]] | None, clip: tuple[int, int, int], clips: int, *, training: bool, triton: bool = True) -> Launches:
-    """Count one forward pass."""
-    model = build()
+def launches(model: VideoNet, shape: tuple[int, ...], forced: list[tuple[int, ...]] | None, *, training: bool, triton: bool = True) -> Launches:
+    """Count a forward pass for clips of this shape, as on a GPU with or without Triton. Afterwards the model has no values."""
     model.train(training)
     with ExitStack() as stack:
         stack.enter_context(patch.object(segments, "_on", stand_in))
         stack.enter_context(patch.object(support, "triton_runs", lambda device: triton))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         on_gpu(model)
-        x = torch.empty(clips, 3, *clip, device=GPU)
+        x = torch.empty(shape, device=GPU)
         stack.enter_context(torch.set_grad_enabled(training))
         found = stack.enter_context(Launches())
         model(x, forced)

@@ -7,14 +7,14 @@ in evaluation, a residual sum and a ReLU behind it on the way out. Packed execut
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
 from atfr.models.graph.recompute import changed_in_place, fetched
 from atfr.models.packed import cpu, ops
-from atfr.models.packed.segments import Segments, layout, window_of
+from atfr.models.packed.segments import Segments, Selection, layout, window_of
 
 ADDS = (operator.add, operator.iadd, torch.add)
 
@@ -24,8 +24,8 @@ class Chain:
     """[ReLU, convolution over time,] batch norm [, residual sum] [, ReLU]: each is read by the next alone."""
 
     norm: fx.Node
-    nodes: list[fx.Node] = field(default_factory=list)  # in the order of the graph
-    x: fx.Node | None = None
+    nodes: list[fx.Node]  # in the order of the graph
+    x: fx.Node
     segments: fx.Node | None = None
     residual: fx.Node | None = None
     before: fx.Node | None = None
@@ -67,13 +67,16 @@ def _chain(node: fx.Node, program: fx.GraphModule) -> Chain | None:
     norm = _module(node, program)
     if not isinstance(norm, nn.BatchNorm3d) or type(norm).forward is not nn.BatchNorm3d.forward:
         return None
-    chain = Chain(node, [node], x=node.args[0])
-    if chain.x.target is ops.conv3d and len(chain.x.users) == 1:
-        chain.nodes.insert(0, chain.x)
-        chain.conv, chain.x, chain.segments = chain.x.args
-        if type(_module(chain.x, program)) is nn.ReLU and _goes_in(chain.x, program):
-            chain.nodes.insert(0, chain.x)
-            chain.before, chain.x = chain.x, chain.x.args[0]
+    x = node.args[0]
+    chain = Chain(node, [node], x)
+    if x.target is ops.conv3d and len(x.users) == 1:
+        chain.nodes.insert(0, x)
+        chain.conv, chain.x, chain.segments = x.args
+        x = chain.x
+        in_place = changed_in_place(x, program)  # by the ReLU: others that read this expect what it wrote
+        if type(_module(x, program)) is nn.ReLU and _goes_in(x, program) and (in_place is None or len(in_place.users) == 1):
+            chain.nodes.insert(0, x)
+            chain.before, chain.x = x, x.args[0]
     following = _only_user(chain.nodes[-1])
     if following is not None and following.target in ADDS and len(following.args) == 2 and not following.kwargs:
         one, other = following.args
@@ -96,9 +99,9 @@ def _goes_in(relu: fx.Node, program: fx.GraphModule) -> bool:
 
 def _changed_within(chain: Chain, program: fx.GraphModule) -> bool:
     """Return whether another operation changes what the chain reads between its first and its last node."""
-    nodes = list(program.graph.nodes)
+    nodes, read = list(program.graph.nodes), [value for value in (chain.x, chain.residual) if value is not None]
     within = nodes[nodes.index(chain.nodes[0]) : nodes.index(chain.nodes[-1])]
-    return any(changed_in_place(node, program) in (chain.x, chain.residual) for node in within if node not in chain.nodes and changed_in_place(node, program) is not None)
+    return any(changed_in_place(node, program) in read for node in within if node not in chain.nodes)
 
 
 def _module(node: fx.Node, program: fx.GraphModule) -> nn.Module | None:
@@ -124,16 +127,8 @@ def run(
     Modules with hooks are called one by one, and all of them where no kernel runs.
     """
     selection = None
-    if conv is not None:
-        joins = before is None or (ops.kernels_take(x) and ops.needs_rows(conv, segments) and not cpu.has_hooks(before))
-        if before is not None and not joins:
-            x = before(x)
-        if ops.kernels_take(x) and ops.needs_rows(conv, segments):
-            selects = not _ready(norm)
-            x = ops.conv_in_rows(conv, x, segments, relu=before is not None and joins, select=selects)
-            selection = None if selects else layout(segments.lengths, window_of(conv), x.device).out
-        else:
-            x = ops.conv3d(conv, x, segments)
+    if conv is not None and segments is not None:
+        x, selection = _convolved(conv, x, segments, before, select=not _ready(norm))
     hooked = after is not None and cpu.has_hooks(after)
     frames = x.shape[2] if selection is None else len(selection.slots)
     joined = not hooked and ops.kernels_take(x) and (residual is None or (residual.dtype == x.dtype and residual.shape == (*x.shape[:2], frames, *x.shape[3:])))
@@ -149,6 +144,16 @@ def run(
         return add_relu(x, residual)
     x = x if residual is None else x + residual
     return x if after is None else after(x)
+
+
+def _convolved(conv: nn.Conv3d, x: Tensor, segments: Segments, before: nn.Module | None, *, select: bool) -> tuple[Tensor, Selection | None]:
+    """Compute conv(before(x)); without `select` there may be outputs that belong to no clip, and a selection of the others."""
+    if not (ops.kernels_take(x) and ops.needs_rows(conv, segments)):
+        return ops.conv3d(conv, x if before is None else before(x), segments), None
+    relu = before is not None and not cpu.has_hooks(before)
+    x = x if before is None or relu else before(x)
+    out = ops.conv_in_rows(conv, x, segments, relu=relu, select=select)
+    return out, None if select else layout(segments.lengths, window_of(conv), x.device).out
 
 
 def _ready(norm: nn.BatchNorm3d) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from atfr.models.packed import cpu
 from atfr.models.packed.deterministic_pools import pool3d
 from atfr.models.packed.kernels import support
-from atfr.models.packed.segments import Layout, Segments, Selection, Window, centres, layout, pack, rows_of, take, unpadded, window_of
+from atfr.models.packed.segments import Layout, Segments, Selection, Window, centres, layout, pack, take, unpadded, window_of
 
 
 def with_gaps(

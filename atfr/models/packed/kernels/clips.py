@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from atfr.models.packed.kernels.rows import sums_in
 from atfr.models.packed.kernels.support import frames_of, launching_on, new_frames, power_of_two
 
 BLOCK = 2048  # elements that one program loads at once
@@ -79,10 +80,6 @@ def _spread(
     tl.store(out + offsets, result.to(out.dtype.element_ty), mask=inside)
 
 
-def _sums_in(dtype: torch.dtype) -> Any:
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
 def _run_sums(x: Tensor, y: Tensor | None, starts: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum x, or x y, over each clip (x y), or average it (x): [1, C, M, H, W] -> [N, C]."""
     frames, positions, channels = frames_of(x), x.shape[3] * x.shape[4], x.shape[1]
@@ -91,7 +88,7 @@ def _run_sums(x: Tensor, y: Tensor | None, starts: Tensor, dtype: torch.dtype) -
     block_c = power_of_two(channels, 64)
     block_p = power_of_two(positions, BLOCK // block_c)
     blocks = triton.cdiv(channels, block_c)
-    options = {"SUMS": _sums_in(x.dtype), "BLOCK_C": block_c}
+    options = {"SUMS": sums_in(x.dtype), "BLOCK_C": block_c}
     with launching_on(x):
         _frame_sums[(len(sums) * blocks,)](
             frames, frames if y is None else frames_of(y), sums, positions, channels, PRODUCT=y is not None, BLOCK_P=block_p, **options
@@ -107,7 +104,7 @@ def _run_spread(x: Tensor | None, values: Tensor, owner: Tensor, starts: Tensor,
     with launching_on(out):
         _spread[(out.shape[2] * triton.cdiv(positions, block_p) * triton.cdiv(channels, block_c),)](
             out if x is None else frames_of(x), values.contiguous(), owner, starts, out, positions, channels,
-            PRODUCT=x is not None, SUMS=_sums_in(out.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
+            PRODUCT=x is not None, SUMS=sums_in(out.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
         )  # fmt: skip
     return out
 

@@ -28,10 +28,15 @@ def _gather(x, index, forward, out, width, fill, RELU: tl.constexpr, MASKED: tl.
     source = tl.load(index + slot).to(tl.int64)
     value = tl.load(x + source * width + offsets, mask=inside & (source >= 0), other=fill)
     if RELU:  # NaN stays, as in torch
-        value = tl.where(value <= 0, 0.0, value)
+        value = tl.where((value <= 0) & (source >= 0), 0.0, value)
     if MASKED:
         value = tl.where(tl.load(forward + slot * width + offsets, mask=inside, other=1.0) <= 0, 0.0, value)
     tl.store(out + slot * width + offsets, value.to(out.dtype.element_ty), mask=inside)
+
+
+def sums_in(dtype: torch.dtype) -> Any:
+    """Return the type in which features of this type are summed."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def _run_gather(x: Tensor, index: Tensor, fill: float, *, relu: bool = False, forward: Tensor | None = None) -> Tensor:
@@ -155,7 +160,7 @@ def normalise_frames(
             frames, frames if index is None else index, mean, variance, mean if weight is None else weight, mean if bias is None else bias,
             frames if residual is None else frames_of(residual), out, positions, channels, epsilon,
             SELECT=index is not None, AFFINE=weight is not None, ADD=residual is not None, RELU=relu,
-            SUMS=tl.float64 if x.dtype == torch.float64 else tl.float32, BLOCK_P=block_p, BLOCK_C=block_c,
+            SUMS=sums_in(x.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
         )  # fmt: skip
     return out
 
@@ -166,10 +171,10 @@ def _(x: Tensor, index: Tensor | None, *parameters: Any) -> Tensor:
 
 
 @triton.jit
-def _add_relu(x, y, out, size, BLOCK: tl.constexpr):
+def _add_relu(x, y, out, size, SUMS: tl.constexpr, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < size
-    value = tl.load(x + offsets, mask=inside) + tl.load(y + offsets, mask=inside)
+    value = tl.load(x + offsets, mask=inside).to(SUMS) + tl.load(y + offsets, mask=inside).to(SUMS)
     tl.store(out + offsets, tl.where(value <= 0, 0.0, value).to(out.dtype.element_ty), mask=inside)
 
 
@@ -178,7 +183,7 @@ def add_relu(x: Tensor, y: Tensor) -> Tensor:
     """Compute relu(x + y) of packed features [1, C, M, H, W] of one type, in channels-last memory."""
     frames, out = frames_of(x), new_frames(x, x.shape[2])
     with launching_on(x):
-        _add_relu[(triton.cdiv(frames.numel(), BLOCK),)](frames, frames_of(y), out, frames.numel(), BLOCK=BLOCK)
+        _add_relu[(triton.cdiv(frames.numel(), BLOCK),)](frames, frames_of(y), out, frames.numel(), SUMS=sums_in(x.dtype), BLOCK=BLOCK)
     return out
 
 
