@@ -24,7 +24,7 @@ from atfr.models.packed.kernels import clips, rows, support
 from atfr.models.packed.segments import Segments, window_of
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-LENGTHS = ((3, 1, 4), (1, 2, 1), (2, 2))
+LENGTHS = ((2, 1, 3), (2, 2))
 
 
 def features(channels: int, frames: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -44,7 +44,7 @@ def cases() -> list[tuple[tuple[int, ...], tuple[int, int, int], torch.dtype]]:
     """Lengths; channels, height and width; type."""
     draw = random.Random(0)
     sizes = [((1, 3, 5), torch.float64), ((7, 1, 1), torch.bfloat16), ((54, 7, 9), torch.float32), ((432, 2, 1), torch.float32)]
-    sizes += [((54, 3, 3), torch.float16), ((54, 3, 3), torch.bfloat16)]
+    sizes += [((54, 3, 3), torch.float16)]
     return [((1, *(draw.randint(1, 3) for _ in range(draw.randint(1, 2)))), *size) for size in sizes]
 
 
@@ -191,6 +191,7 @@ def windows_round_the_nearest_features_in_time() -> None:
         x = features(2, sum(many), 1, 1, torch.float32)
         found = fusion._packed_windows(slow, fast, x)
         assert torch.equal(found, fusion._windows(slow.times, slow.owner, fast.times, fast.owner, sum(many)))
+        close(fusion._convolved(x, found, as_batch=True), fusion._convolved(x, found), torch.float32)
 
 
 class Block(nn.Module):
@@ -256,7 +257,7 @@ def a_relu_in_place_stays_where_others_read_what_it_wrote() -> None:
     add.args = (add.args[0], norm1)
     block.time.out_channels, block.time.weight, block.norm2 = 9, nn.Parameter(torch.randn(9, 9, 3, 1, 1)), nn.BatchNorm3d(9).eval()
     program = fx.GraphModule(block, program.graph)
-    x, segments = features(6, 8, 3, 3, torch.float32), segments_of(LENGTHS[0])
+    x, segments = features(6, sum(LENGTHS[0]), 3, 3, torch.float32), segments_of(LENGTHS[0])
     with torch.no_grad():
         close(fusing(program)(x, segments), program(x, segments), torch.float32)
 

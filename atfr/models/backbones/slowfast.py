@@ -152,7 +152,8 @@ class Fusion(nn.Module):
         """Fuse packed features of both pathways."""
         (slow, slow_segments), (fast, fast_segments) = slow_pathway, fast_pathway
         if self.rule == "aligned":
-            fused = self._convolved(fast, self._packed_windows(slow_segments, fast_segments, fast))
+            windows = self._packed_windows(slow_segments, fast_segments, fast)
+            fused = self._convolved(fast, windows, as_batch=fast.device.type != "cpu")
             return torch.cat((slow, fused), 1), slow_segments
         fused = self._activated(ops.conv3d(self.conv_fast_to_slow, fast, fast_segments))
         lengths = slow_segments.lengths, fast_segments.after(window_of(self.conv_fast_to_slow)).lengths
@@ -196,11 +197,18 @@ class Fusion(nn.Module):
         inside = (slots >= 0) & (slots <= last) & (fast_owner[slots.clamp(0, last)] == slow_owner[:, None])
         return slots.where(inside, last + 1)
 
-    def _convolved(self, fast: Tensor, windows: Tensor) -> Tensor:
-        """Convolve each window of packed Fast features by itself: as many frames as the kernel has, and steps as long."""
+    def _convolved(self, fast: Tensor, windows: Tensor, *, as_batch: bool = False) -> Tensor:
+        """Convolve each window of packed Fast features by itself.
+
+        They are a batch for cuDNN, which is slow on one long clip; else the convolution steps from window to window.
+        """
         frames = take(nn.functional.pad(fast, (0, 0, 0, 0, 0, 1)), windows.flatten())  # the last frame is of zeros
         conv = self.conv_fast_to_slow
-        return self._activated(nn.functional.conv3d(frames, conv.weight, conv.bias, (conv.kernel_size[0], *conv.stride[1:])))
+
+        def run(x: Tensor) -> Tensor:
+            return nn.functional.conv3d(x, conv.weight, conv.bias, (conv.kernel_size[0], *conv.stride[1:]))
+
+        return self._activated(ops.by_rows(run, frames, len(windows)) if as_batch else run(frames))
 
 
 def _padded(slow: Tensor, times: Tensor, fused: Tensor, slow_length: int, fused_length: int) -> Timed:

@@ -41,7 +41,7 @@ def with_gaps(
     padded = _spaced(x, plan, fill, relu)
     recomputed = torch.is_grad_enabled() and x.requires_grad and not _DISABLED.get()
     with _recomputed(padded, x, lambda: _spaced(x.detach(), plan, fill, relu)) if recomputed else nullcontext():
-        out = _by_rows(run, padded, plan.rows)
+        out = by_rows(run, padded, plan.rows)
     return selected(out, plan.out) if select else out
 
 
@@ -101,7 +101,7 @@ def _recomputed(padded: Tensor, x: Tensor, make: Callable[[], Tensor]) -> torch.
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-def _by_rows(run: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
+def by_rows(run: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
     """Apply `run` to the rows of x as a batch: [1, C, rows L, H, W] -> [1, C', rows L', ...]; without copies in channels-last memory."""
     if rows == 1:
         return run(x)
@@ -114,7 +114,7 @@ def as_batch(run: Callable[[Tensor], Tensor], x: Tensor, segments: Segments) -> 
     n = len(segments.lengths)
     if n > 1 and (len(set(segments.lengths)) > 1 or not x.permute(0, 2, 3, 4, 1).is_contiguous()):
         return None
-    return _by_rows(run, x, n)
+    return by_rows(run, x, n)
 
 
 def conv3d(module: nn.Conv3d, x: Tensor, segments: Segments) -> Tensor:
@@ -127,7 +127,7 @@ def conv3d(module: nn.Conv3d, x: Tensor, segments: Segments) -> Tensor:
         return nn.functional.conv3d(x, module.weight, module.bias, stride, module.padding, module.dilation, module.groups)
     run = functools.partial(cpu.conv3d, module)
     if segments.layout is not None:
-        return _by_rows(run, x.index_fill_(2, segments.layout.gaps, 0), segments.layout.rows)
+        return by_rows(run, x.index_fill_(2, segments.layout.gaps, 0), segments.layout.rows)
     out = as_batch(run, x, segments) if method == "batch" else None
     return with_gaps(run, x, segments, window) if out is None else out
 
