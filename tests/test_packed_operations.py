@@ -143,7 +143,7 @@ def test_a_convolution_is_that_of_each_clip(conv, memory):
     module = conv.module()
     for lengths in LENGTHS:
         uneven = len(set(lengths)) > 1
-        assert ops.method_of(module, lengths, CPU) == (conv.method if uneven or conv.method == "subsample" else "batch")
+        assert ops.method_of(module, lengths) == (conv.method if uneven or conv.method == "subsample" else "batch")
         check(lambda x, segments: ops.conv3d(module, x, segments), module, lengths, memory)
 
 
@@ -155,43 +155,6 @@ def test_a_convolution_without_padding_is_that_of_each_clip(conv, memory):
         check(lambda x, segments: ops.conv3d(module, x, segments), module, lengths, memory)
     with pytest.raises(ValueError, match="too short for"):
         segments_of((4, 1)).after(ops.window_of(module))
-
-
-@pytest.mark.parametrize("memory", FORMATS)
-@pytest.mark.parametrize("method", ["repair", "gaps"])
-def test_all_methods_of_one_convolution_agree(monkeypatch, method, memory):
-    """GPUs and CPUs choose different ones."""
-    monkeypatch.setattr(ops, "method_of", lambda *_: method)
-    module = nn.Conv3d(4, 8, (3, 1, 1), padding=(1, 0, 0))
-    for lengths in LENGTHS:
-        if len(lengths) > 1:
-            check(lambda x, segments: ops.conv3d(module, x, segments), module, lengths, memory)
-
-
-@pytest.mark.parametrize("memory", FORMATS)
-@pytest.mark.parametrize("sizes", [{"padding": 1}, {"padding": 1, "stride": (1, 2, 2), "bias": False}, {"padding": 1, "groups": 4}])
-def test_boundaries_that_are_repaired_are_those_of_each_clip(monkeypatch, sizes, memory):
-    monkeypatch.setattr(ops, "method_of", lambda *_: "repair")
-    module = nn.Conv3d(4, 8, 3, **sizes)
-    for lengths in LENGTHS:
-        if len(lengths) > 1:
-            check(lambda x, segments: ops.conv3d(module, x, segments), module, lengths, memory)
-
-
-@pytest.mark.parametrize("conv", CONVS, ids=identify)
-def test_extra_outputs_of_a_convolution_are_those_that_it_computes(conv):
-    module = conv.module()
-    computed = []
-    module.register_forward_hook(lambda module, inputs, output: computed.append(len(output) * output.shape[2]))
-    lengths = (4, 1, 6, 2)
-    extra = ops.extra_outputs(module, lengths, CPU)
-    out = ops.with_gaps(module, clips_of(lengths), segments_of(lengths), ops.window_of(module))
-    if conv.method == "gaps":
-        assert computed == [out.shape[2] + extra]
-    else:
-        assert extra == 0
-    if module.kernel_size[0] == 3 and module.stride[0] == module.padding[0] == module.dilation[0] == 1:
-        assert ops.extra_outputs(module, lengths, torch.device("cuda")) == 4  # two outputs of two taps at each of three boundaries
 
 
 @pytest.mark.parametrize("window", [Window(3, padding=1), Window(5, padding=2), Window(3, 2, 1), Window(7, 4, 3), Window(3, padding=2, dilation=2), Window(2, 2)], ids=str)
@@ -213,6 +176,7 @@ def test_rows_hold_every_clip_once_with_its_gap_and_take_no_more_than_one_row_of
             begin = -(-one // window.stride) * window.stride
             one, end = begin + max(length + window.padding, (window.out(length) - 1) * window.stride + 1), begin + length
         assert len(rows) * long <= end
+        assert len(lengths) == 1 or len(rows_of(lengths, window, True)[1]) > 1
 
 
 def with_gaps(x: Tensor, segments: Segments) -> tuple[Tensor, Segments]:

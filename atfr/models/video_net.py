@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from atfr.models.graph import probing
 from atfr.models.graph.compile import compiling, require_compiler
+from atfr.models.graph.fusing import fusing
 from atfr.models.graph.packed_program import PackedTrunk, Time
 from atfr.models.graph.probing import evaluating
 from atfr.models.graph.recompute import recomputing
@@ -75,6 +76,7 @@ class VideoNet(nn.Module):
         self.stage_paths = {name: path for name, path in stages.items() if isinstance(path, str)}
         self._levels: list[list[str]] = []  # keys of `sgs`
         self._programs: tuple[nn.Module, ...] = (DenseNetwork(network),) if sgs is None else ()
+        self._on_gpu: tuple[nn.Module, ...] = ()  # what runs there in place of `_programs`
         self._training_programs: tuple[nn.Module, ...] | None = None  # see `prepare`
         self._evaluation_programs: tuple[nn.Module, ...] | None = None
         self._least: dict[tuple, tuple[int, ...]] = {}  # see `_least_alone`
@@ -269,10 +271,11 @@ class VideoNet(nn.Module):
 
     @property
     def _running(self) -> tuple[nn.Module, ...]:
+        programs = (self._like.device.type == "cuda" and self._on_gpu) or self._programs
         if not self.training:
-            return self._evaluation_programs or self._programs
+            return self._evaluation_programs or programs
         # Statistics are taken in training mode and without gradients, with other batch norms.
-        return (torch.is_grad_enabled() and self._training_programs) or self._programs
+        return (torch.is_grad_enabled() and self._training_programs) or programs
 
     @property
     def levels(self) -> list[list[SGS]]:
@@ -291,7 +294,7 @@ class VideoNet(nn.Module):
         self._add_layers(sgs, channels, packed.least_bins(), gap=packed.gap, norms=norms)
         trunk = packed.module({f"sgs.{key}": layer for key, layer in self.sgs.items()})
         self._self_check(traced, stem, packed, trunk, probe)
-        self.execution, self._programs = "packed", (stem, trunk)
+        self.execution, self._programs, self._on_gpu = "packed", (stem, trunk), (stem, fusing(trunk))
         self.times, self.layer_inputs = packed.times, packed.inputs
 
     def _run_bucketed(self, traced: Traced, stem: nn.Module, sgs: SGSConfig, channels: Mapping[str, int], probe: tuple[int, int, int]) -> None:

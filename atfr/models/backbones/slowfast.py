@@ -152,7 +152,8 @@ class Fusion(nn.Module):
         """Fuse packed features of both pathways."""
         (slow, slow_segments), (fast, fast_segments) = slow_pathway, fast_pathway
         if self.rule == "aligned":
-            fused = self._aligned(slow_segments.times, slow_segments.owner, fast, fast_segments.times, fast_segments.owner)
+            windows = self._packed_windows(slow_segments, fast_segments, fast)
+            fused = self._convolved(fast, windows, as_batch=fast.device.type != "cpu")
             return torch.cat((slow, fused), 1), slow_segments
         fused = self._activated(ops.conv3d(self.conv_fast_to_slow, fast, fast_segments))
         lengths = slow_segments.lengths, fast_segments.after(window_of(self.conv_fast_to_slow)).lengths
@@ -167,26 +168,47 @@ class Fusion(nn.Module):
         if self.rule == "released":
             fused = self._activated(self.conv_fast_to_slow(fast))
             return _padded(slow, slow_times, fused, slow.shape[2], fused.shape[2])
-        fused = self._aligned(slow_times, torch.zeros_like(slow_times), fast, fast_times, torch.zeros_like(fast_times))
+        fused = self._convolved(fast, self._windows(slow_times, torch.zeros_like(slow_times), fast_times, torch.zeros_like(fast_times), fast.shape[2]))
         torch._check(fused.shape[2] == slow.shape[2])  # torch.export cannot know it
         return torch.cat((slow, fused), 1), slow_times
 
     def _activated(self, fused: Tensor) -> Tensor:
         return self.activation(self.norm(fused))
 
-    def _aligned(self, slow_times: Tensor, slow_owner: Tensor, fast: Tensor, fast_times: Tensor, fast_owner: Tensor) -> Tensor:
-        """Convolve packed Fast features around the one nearest in time to each Slow one, of the same clip (`owner`)."""
-        (kernel, *_), (alpha, *stride) = self.conv_fast_to_slow.kernel_size, self.conv_fast_to_slow.stride
+    def _packed_windows(self, slow: Segments, fast: Segments, features: Tensor) -> Tensor:
+        """Run `_windows` for packed features, in one launch on GPUs."""
+        if not ops.kernels_take(features):
+            return self._windows(slow.times, slow.owner, fast.times, fast.owner, features.shape[2])
+        from atfr.models.packed.kernels.nearest import nearest_windows
+
+        conv = self.conv_fast_to_slow
+        return nearest_windows(slow.times, slow.owner, fast.times, fast.starts, float(conv.stride[0]), conv.kernel_size[0])
+
+    def _windows(self, slow_times: Tensor, slow_owner: Tensor, fast_times: Tensor, fast_owner: Tensor, frames: int) -> Tensor:
+        """Return the Fast features round the one nearest in time to each Slow one, of the same clip (`owner`): [M_slow, kernel].
+
+        Places beyond the clip are `frames`, M_fast.
+        """
+        (kernel, *_), (alpha, *_) = self.conv_fast_to_slow.kernel_size, self.conv_fast_to_slow.stride
         distance = (slow_times[:, None] * alpha - fast_times).abs()  # [M_slow, M_fast]
         nearest = distance.masked_fill(slow_owner[:, None] != fast_owner, torch.inf).argmin(dim=1)
-        slots = nearest[:, None] + torch.arange(-(kernel // 2), kernel - kernel // 2, device=fast.device)  # [M_slow, kernel]
-        last = fast.shape[2] - 1
+        slots = nearest[:, None] + torch.arange(-(kernel // 2), kernel - kernel // 2, device=fast_times.device)  # [M_slow, kernel]
+        last = frames - 1
         inside = (slots >= 0) & (slots <= last) & (fast_owner[slots.clamp(0, last)] == slow_owner[:, None])
-        slots = slots.where(inside, last + 1)  # beyond the clip: a frame of zeros
-        windows = take(nn.functional.pad(fast, (0, 0, 0, 0, 0, 1)), slots.flatten())
-        # Each window by itself: as many frames as the kernel has, and steps as long.
+        return slots.where(inside, last + 1)
+
+    def _convolved(self, fast: Tensor, windows: Tensor, *, as_batch: bool = False) -> Tensor:
+        """Convolve each window of packed Fast features by itself.
+
+        They are a batch for cuDNN, which is slow on one long clip; else the convolution steps from window to window.
+        """
+        frames = take(nn.functional.pad(fast, (0, 0, 0, 0, 0, 1)), windows.flatten())  # the last frame is of zeros
         conv = self.conv_fast_to_slow
-        return self._activated(nn.functional.conv3d(windows, conv.weight, conv.bias, (kernel, *stride)))
+
+        def run(x: Tensor) -> Tensor:
+            return nn.functional.conv3d(x, conv.weight, conv.bias, (conv.kernel_size[0], *conv.stride[1:]))
+
+        return self._activated(ops.by_rows(run, frames, len(windows)) if as_batch else run(frames))
 
 
 def _padded(slow: Tensor, times: Tensor, fused: Tensor, slow_length: int, fused_length: int) -> Timed:

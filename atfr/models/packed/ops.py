@@ -22,23 +22,51 @@ from torch import Tensor, nn
 
 from atfr.models.packed import cpu
 from atfr.models.packed.deterministic_pools import pool3d
-from atfr.models.packed.kernels import depthwise
-from atfr.models.packed.segments import Segments, Window, boundaries, centres, layout, pack, rows_of, slots_with_fill, take, unpadded, window_of
+from atfr.models.packed.kernels import depthwise, support
+from atfr.models.packed.segments import Layout, Segments, Selection, Window, centres, layout, pack, slots_with_fill, take, unpadded, window_of
 
 
-def with_gaps(run: Callable[[Tensor], Tensor], x: Tensor, segments: Segments, window: Window, *, fill: float = 0.0) -> Tensor:
+def with_gaps(
+    run: Callable[[Tensor], Tensor], x: Tensor, segments: Segments, window: Window, *, fill: float = 0.0, relu: bool = False, select: bool = True
+) -> Tensor:
     """Apply `run`, an operation with this window over time, to each clip of x alone: [1, C, M, H, W] -> [1, C', M', ...].
 
     Clips are laid out in rows (`segments.rows_of`) with gaps of `fill` between them, as wide as the operation's padding.
+
+    Args:
+        relu: x goes through a ReLU first.
+        select: False: return all outputs of the rows, with those that belong to no clip.
     """
     plan = layout(segments.lengths, window, x.device)
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        padded = take(x, plan.source).index_fill_(2, plan.gaps, fill)
-        return take(_by_rows(run, padded, plan.rows), plan.kept)
-    padded = take(x, plan.source).index_fill(2, plan.gaps, fill)
-    with nullcontext() if _DISABLED.get() else _recomputed(padded, x, lambda: take(x.detach(), plan.source).index_fill_(2, plan.gaps, fill)):
-        out = _by_rows(run, padded, plan.rows)
-    return take(out, plan.kept)
+    padded = _spaced(x, plan, fill, relu)
+    recomputed = torch.is_grad_enabled() and x.requires_grad and not _DISABLED.get()
+    with _recomputed(padded, x, lambda: _spaced(x.detach(), plan, fill, relu)) if recomputed else nullcontext():
+        out = by_rows(run, padded, plan.rows)
+    return selected(out, plan.out) if select else out
+
+
+def _spaced(x: Tensor, plan: Layout, fill: float, relu: bool) -> Tensor:
+    """Lay out clips in rows: [1, C, M, H, W] -> [1, C, rows L, H, W]."""
+    if kernels_take(x):
+        from atfr.models.packed.kernels.rows import gather_rows
+
+        return gather_rows(x, *plan.into, fill, relu)
+    padded = take(x.relu() if relu else x, plan.source)
+    return padded.index_fill(2, plan.gaps, fill) if padded.requires_grad else padded.index_fill_(2, plan.gaps, fill)
+
+
+def selected(x: Tensor, selection: Selection) -> Tensor:
+    """Take frames, none of them twice: [1, C, M, H, W] -> [1, C, K, H, W]."""
+    if not kernels_take(x):
+        return take(x, selection.slots)
+    from atfr.models.packed.kernels.rows import gather_rows
+
+    return gather_rows(x, *selection, 0.0, False)
+
+
+def kernels_take(x: Tensor) -> bool:
+    """Return whether Triton kernels run on packed features x [1, C, M, H, W]: on GPUs, in channels-last memory."""
+    return support.triton_runs(x.device) and x.dim() == 5 and x.is_floating_point() and x.permute(0, 2, 3, 4, 1).is_contiguous()
 
 
 _DISABLED: ContextVar[bool] = ContextVar("recomputation disabled", default=False)
@@ -73,7 +101,7 @@ def _recomputed(padded: Tensor, x: Tensor, make: Callable[[], Tensor]) -> torch.
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-def _by_rows(run: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
+def by_rows(run: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
     """Apply `run` to the rows of x as a batch: [1, C, rows L, H, W] -> [1, C', rows L', ...]; without copies in channels-last memory."""
     if rows == 1:
         return run(x)
@@ -86,48 +114,50 @@ def as_batch(run: Callable[[Tensor], Tensor], x: Tensor, segments: Segments) -> 
     n = len(segments.lengths)
     if n > 1 and (len(set(segments.lengths)) > 1 or not x.permute(0, 2, 3, 4, 1).is_contiguous()):
         return None
-    return _by_rows(run, x, n)
+    return by_rows(run, x, n)
 
 
 def conv3d(module: nn.Conv3d, x: Tensor, segments: Segments) -> Tensor:
     """Convolve each clip alone: [1, C, M, H, W] -> [1, C', M', ...]."""
     _check(x, segments)
-    method, window = method_of(module, segments.lengths, x.device, x.dtype), window_of(module)
-    if method == "kernel" and segments.layout is None:
+    if segments.layout is None and depthwise.takes(module, x.device, x.dtype):
         return depthwise.conv3d(module, x, segments.bounds)
+    method, window = method_of(module, segments.lengths), window_of(module)
     if method == "subsample":
-        x = take(x, centres(segments.lengths, window, x.device))
+        x = selected(x, centres(segments.lengths, window, x.device))
         stride = (1, *module.stride[1:])
         return nn.functional.conv3d(x, module.weight, module.bias, stride, module.padding, module.dilation, module.groups)
     run = functools.partial(cpu.conv3d, module)
     if segments.layout is not None:
-        return _by_rows(run, x.index_fill_(2, segments.layout.gaps, 0), segments.layout.rows)
-    if method == "repair":
-        return _repaired(module, x, segments)
+        return by_rows(run, x.index_fill_(2, segments.layout.gaps, 0), segments.layout.rows)
     out = as_batch(run, x, segments) if method == "batch" else None
     return with_gaps(run, x, segments, window) if out is None else out
 
 
-def method_of(module: nn.Conv3d, lengths: Sequence[int], device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+def needs_rows(module: nn.Conv3d, x: Tensor, segments: Segments) -> bool:
+    """Return whether `conv3d` lays out the clips in rows of its own."""
+    if segments.layout is not None or depthwise.takes(module, x.device, x.dtype):
+        return False
+    return method_of(module, segments.lengths) == "gaps"
+
+
+def conv_in_rows(module: nn.Conv3d, x: Tensor, segments: Segments, *, relu: bool, select: bool) -> Tensor:
+    """Convolve each clip alone where `needs_rows`; for `relu` and `select` see `with_gaps`."""
+    _check(x, segments)
+    return with_gaps(functools.partial(cpu.conv3d, module), x, segments, window_of(module), relu=relu, select=select)
+
+
+def method_of(module: nn.Conv3d, lengths: Sequence[int]) -> str:
     """Return the cheapest method for `conv3d` to run clips of these lengths.
 
-    - kernel: a depthwise convolution on CUDA, by a kernel that knows the bounds of the clips.
     - subsample: a kernel of one feature with a stride: select the features first.
     - batch: clips of one length are a batch.
-    - repair: not on CPUs, where gaps are faster. A kernel of three features runs across the boundaries between clips, and
-      the two outputs at each boundary are computed again. It moves less, and saves no copy of the input for the backward pass.
-    - gaps: zeros between the clips.
+    - gaps: rows of clips, with zeros between them.
     """
-    if depthwise.takes(module, device, dtype):
-        return "kernel"
     window = window_of(module)
     if window.kernel == 1 and window.padding == 0:
         return "subsample"
-    if len(set(lengths)) == 1:
-        return "batch"
-    if device.type != "cpu" and window == Window(3, padding=1):
-        return "repair"
-    return "gaps"
+    return "batch" if len(set(lengths)) == 1 else "gaps"
 
 
 def gap_for(module: nn.Conv3d) -> int | None:
@@ -140,46 +170,6 @@ def gap_for(module: nn.Conv3d) -> int | None:
     if window.stride != 1 or window.out(1) != 1 or module.groups == 1:
         return None
     return window.padding
-
-
-def extra_outputs(module: nn.Conv3d, lengths: Sequence[int], device: torch.device) -> float:
-    """Return the number of output features that `conv3d` computes beyond those of its clips."""
-    method, window = method_of(module, lengths, device), window_of(module)
-    if method == "repair":
-        return 2 * 2 / 3 * (len(lengths) - 1)  # two outputs at each boundary, of two taps each
-    if method != "gaps":
-        return 0
-    length, rows = rows_of(tuple(lengths), window)
-    return len(rows) * window.out(length) - sum(map(window.out, lengths))
-
-
-def _repaired(module: nn.Conv3d, x: Tensor, segments: Segments) -> Tensor:
-    """Convolve across the boundaries between clips, then overwrite the first and last output of each clip."""
-    lasts, before, firsts, after = boundaries(segments.lengths, x.device)
-    out = cpu.conv3d(module, x)
-    conv = functools.partial(
-        nn.functional.conv3d, bias=module.bias, stride=module.stride, padding=(0, *module.padding[1:]), dilation=module.dilation, groups=module.groups
-    )
-    # A batch of two features each: a last one with the one before it, a first one with the one after it.
-    single = 1 in segments.lengths
-    x_last, x_first = _pairs(x, before, lasts, neighbour=0, single=single), _pairs(x, firsts, after, neighbour=1, single=single)
-    frames = out.permute(0, 2, 3, 4, 1).contiguous()  # [1, M, H, W, C'], a copy only if not channels-last
-    rows = frames.flatten(2)[0]
-    for slots, pairs, taps in ((lasts, x_last, module.weight[:, :, :2]), (firsts, x_first, module.weight[:, :, 1:])):
-        repaired = conv(pairs, taps).permute(0, 2, 3, 4, 1).reshape(len(slots), -1)
-        rows.index_copy_(0, slots, repaired.to(rows.dtype))
-    return frames.permute(0, 4, 1, 2, 3)
-
-
-def _pairs(x: Tensor, one: Tensor, two: Tensor, *, neighbour: int, single: bool) -> Tensor:
-    """Take frames in pairs, [n, C, 2, H, W]; with `single` clips the one at index `neighbour` is zeros where its slot is -1."""
-    slots = torch.stack((one, two), dim=1)  # [n, 2]
-    frames = take(x, slots.flatten().clamp(min=0))[0].unflatten(1, (len(one), 2)).transpose(0, 1)  # [n, C, 2, H, W]
-    if not single:
-        return frames
-    absent = torch.zeros_like(slots, dtype=torch.bool)
-    absent[:, neighbour] = slots[:, neighbour] < 0
-    return frames.masked_fill(absent[:, None, :, None, None], 0)  # not a product: another clip's frame may hold a NaN
 
 
 def max_pool(module: nn.MaxPool3d, x: Tensor, segments: Segments) -> Tensor:
@@ -241,6 +231,10 @@ def framewise_pool(x: Tensor, grid: int) -> Tensor:
 def segment_mean(x: Tensor, segments: Segments) -> Tensor:
     """Average each clip over time and space: [1, C, M, H, W] -> [N, C, 1, 1, 1]."""
     _check(x, segments)
+    if segments.layout is None and kernels_take(x):
+        from atfr.models.packed.kernels.clips import clip_means
+
+        return clip_means(x, segments.owner, segments.starts)[:, :, None, None, None]
     frames = framewise_pool(x, 1)[0].to(torch.promote_types(x.dtype, torch.float32))  # [M, C]
     if segments.layout is not None:
         frames = frames.index_select(0, segments.layout.kept)
@@ -267,7 +261,16 @@ def repeat_per_feature(values: Tensor, segments: Segments) -> Tensor:
 
 def squeeze_excitation(module: nn.Module, x: Tensor, segments: Segments) -> Tensor:
     """Run fvcore's SqueezeExcitation with one excitation for each clip."""
-    return x * repeat_per_feature(module.block(segment_mean(x, segments)), segments)
+    return scale_clips(x, module.block(segment_mean(x, segments)), segments)
+
+
+def scale_clips(x: Tensor, scale: Tensor, segments: Segments) -> Tensor:
+    """Multiply all features of a clip by its scale: x [1, C, M, H, W], scale [N, C, 1, 1, 1] -> [1, C, M, H, W]."""
+    if segments.layout is not None or scale.dtype != x.dtype or not kernels_take(x):
+        return x * repeat_per_feature(scale, segments)
+    from atfr.models.packed.kernels import clips
+
+    return clips.scale_clips(x, scale[:, :, 0, 0, 0], segments.owner, segments.starts)
 
 
 def non_local(module: nn.Module, x: Tensor, segments: Segments) -> Tensor:

@@ -34,8 +34,9 @@ class Segments:
 
     lengths: tuple[int, ...]
     frames: int  # T: the number of features of a clip that keeps all
-    times: Tensor  # [sum B'] float32: each feature's time, in dense features
+    sampled: Tensor  # float32: the time of each feature where they were sampled, in dense features
     gap: int = 0  # number of filler frames between clips (`shared_gap`), contents undefined
+    path: tuple[tuple[tuple[int, ...], Window], ...] = ()  # the windows since, each with the lengths in front of it
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:
@@ -51,13 +52,25 @@ class Segments:
         lengths = tuple(window.out(length) for length in self.lengths)
         if min(lengths) < 1:
             raise ValueError(f"clips of {self.lengths} features are too short for {window}")
-        middle = centres(self.lengths, window, self.times.device)
-        return Segments(lengths, window.out(self.frames), self.times.index_select(0, middle) / window.stride)
+        return Segments(lengths, window.out(self.frames), self.sampled, path=(*self.path, (self.lengths, window)))
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the features."""
+        return self.sampled.device
+
+    @property
+    def times(self) -> Tensor:
+        """[sum B'] float32: each feature's time, in dense features; computed here, since few networks need it."""
+        times = self.sampled
+        for lengths, window in self.path:
+            times = times.index_select(0, centres(lengths, window, self.device).slots) / window.stride
+        return times
 
     @property
     def layout(self) -> Layout | None:
         """The slots of the features if there are gaps between clips, else None."""
-        return layout(self.lengths, Window(2 * self.gap + 1, padding=self.gap), self.times.device) if self.gap else None
+        return layout(self.lengths, Window(2 * self.gap + 1, padding=self.gap), self.device) if self.gap else None
 
     @property
     def num_slots(self) -> int:
@@ -67,22 +80,27 @@ class Segments:
     @property
     def owner(self) -> Tensor:
         """[sum B'] int64: the clip that each feature belongs to."""
-        return _owner(self.lengths, self.times.device)
+        return _owner(self.lengths, self.device)
+
+    @property
+    def starts(self) -> Tensor:
+        """[N + 1] int64: the index of each clip's first feature, then sum B'."""
+        return _starts(self.lengths, self.device)
 
     @property
     def padded(self) -> Tensor:
         """[N, longest] int64: the indices of each clip's features, then 0."""
-        return _padded(self.lengths, self.times.device)
+        return _padded(self.lengths, self.device)
 
     @property
     def bounds(self) -> Tensor:
         """[sum B', 2] int32: the first feature of each feature's clip, and the end of that clip."""
-        return _bounds(self.lengths, self.times.device)
+        return _bounds(self.lengths, self.device)
 
     @property
     def counts(self) -> Tensor:
         """[N] int64: the lengths, on the device."""
-        return _counts(self.lengths, self.times.device)
+        return _counts(self.lengths, self.device)
 
 
 def window_of(module: nn.Module) -> Window:
@@ -115,40 +133,65 @@ def take(x: Tensor, slots: Tensor) -> Tensor:
     return x.index_select(2, slots)
 
 
+class Selection(NamedTuple):
+    """The frames that are taken, and the way back, by which gradients go."""
+
+    slots: Tensor  # [K] the frame in each place; -1: filler
+    inverse: Tensor  # [M] the place of each frame; -1 for one that is not taken
+
+
 class Layout(NamedTuple):
     """Clips in rows of one length, with gaps between the clips of a row: a batch for an operation over time."""
 
     rows: int
-    source: Tensor  # [M] the feature in each slot, row after row; any feature in a gap
+    source: Tensor  # [K] the feature in each slot, row after row; any feature in a gap
     gaps: Tensor  # the slots of the gaps
     kept: Tensor  # [M'] the slots of the operation's outputs that belong to a clip, in the clips' order
+    into: Selection  # features -> slots
+    out: Selection  # the operation's outputs -> those that belong to a clip
 
 
 @lru_cache(maxsize=1024)
 def layout(lengths: tuple[int, ...], window: Window, device: torch.device) -> Layout:
-    """Lay out the rows of `rows_of` for an operation with this window."""
-    row_length, rows = rows_of(lengths, window)
+    """Lay out the rows of `rows_of` for an operation with this window.
+
+    GPUs get more than one row: cuDNN is slow on a clip that is much longer than those of a batch.
+    """
+    row_length, rows = rows_of(lengths, window, device.type != "cpu")
     firsts = [0, *itertools.accumulate(lengths)]
-    source, filled, kept = [0] * (len(rows) * row_length), [False] * (len(rows) * row_length), [range(0)] * len(lengths)
+    slots, kept = [-1] * (len(rows) * row_length), [range(0)] * len(lengths)
     for row, clips in enumerate(rows):
         for clip, start in clips:
             begin = row * row_length + start
-            source[begin : begin + lengths[clip]] = range(firsts[clip], firsts[clip + 1])
-            filled[begin : begin + lengths[clip]] = [True] * lengths[clip]
+            slots[begin : begin + lengths[clip]] = range(firsts[clip], firsts[clip + 1])
             first = row * window.out(row_length) + start // window.stride
             kept[clip] = range(first, first + window.out(lengths[clip]))
-    gaps = [slot for slot, full in enumerate(filled) if not full]
-    return Layout(len(rows), _on(source, device), _on(gaps, device), _on([slot for clip in kept for slot in clip], device))
+    source, gaps = [max(slot, 0) for slot in slots], [place for place, slot in enumerate(slots) if slot < 0]
+    outputs = [slot for clip in kept for slot in clip]
+    found = (source, gaps, outputs, slots, _inverse(slots, firsts[-1]), _inverse(outputs, len(rows) * window.out(row_length)))
+    source, gaps, outputs, slots, places, back = _on([i for indices in found for i in indices], device).split([len(indices) for indices in found])
+    return Layout(len(rows), source, gaps, outputs, Selection(slots, places), Selection(outputs, back))
+
+
+def _inverse(slots: Sequence[int], frames: int) -> list[int]:
+    places = [-1] * frames
+    for place, slot in enumerate(slots):
+        if slot >= 0:
+            places[slot] = place
+    return places
 
 
 @lru_cache(maxsize=1024)
-def rows_of(lengths: tuple[int, ...], window: Window) -> tuple[int, list[list[tuple[int, int]]]]:
+def rows_of(lengths: tuple[int, ...], window: Window, several: bool = False) -> tuple[int, list[list[tuple[int, int]]]]:
     """Return the length of the rows, and the (clip, start) pairs of each row.
 
     A gap as wide as the window's padding follows each clip of a row but the last, which the operation itself pads, and each
     clip starts at a multiple of the stride. Clips are packed longest first into the fullest row that holds them (best-fit
     decreasing). Candidates for the row length hold the longest clip alone, with one other, or all clips; the one with the
     fewest slots is chosen.
+
+    Args:
+        several: more than one row, where there is more than one clip.
     """
     blocks = [-(-max(n + window.padding, (window.out(n) - 1) * window.stride + 1) // window.stride) * window.stride for n in lengths]
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
@@ -169,6 +212,8 @@ def rows_of(lengths: tuple[int, ...], window: Window) -> tuple[int, list[list[tu
             rows[row].append((clip, used[row]))
             used[row] += blocks[clip]
         packed.append((row_length, rows))
+    if several and len(lengths) > 1:
+        packed = [found for found in packed if len(found[1]) > 1]  # those of the longest clip's length, at least
     return min(packed, key=lambda found: (found[0] * len(found[1]), found[0]))  # of equals the one with the most rows, for more threads
 
 
@@ -186,25 +231,13 @@ def shared_gap(lengths: tuple[int, ...], gap: int, device: torch.device) -> int:
 
 
 @lru_cache(maxsize=1024)
-def centres(lengths: tuple[int, ...], window: Window, device: torch.device) -> Tensor:
-    """Return the packed feature at the centre of each output's window, [M']."""
+def centres(lengths: tuple[int, ...], window: Window, device: torch.device) -> Selection:
+    """Select the packed feature at the centre of each output's window, [M']; `inverse` holds where none is selected twice."""
     middle, first, shift = [], 0, window.dilation * (window.kernel - 1) // 2 - window.padding + window.shift
     for length in lengths:
         middle += [first + min(max(i * window.stride + shift, 0), length - 1) for i in range(window.out(length))]
         first += length
-    return _on(middle, device)
-
-
-@lru_cache(maxsize=256)
-def boundaries(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the slots of the last feature of each clip but the last and of the feature before it, and of the first
-    feature of each clip but the first and of the feature after it; -1 where the clip has no such neighbour."""
-    ends = list(itertools.accumulate(lengths))
-    lasts = [end - 1 for end in ends[:-1]]
-    before = [end - 2 if length > 1 else -1 for end, length in zip(ends, lengths[:-1])]
-    firsts = ends[:-1]
-    after = [first + 1 if length > 1 else -1 for first, length in zip(firsts, lengths[1:])]
-    return tuple(_on(slots, device) for slots in (lasts, before, firsts, after))
+    return Selection(*_on([*middle, *_inverse(middle, first)], device).split([len(middle), first]))
 
 
 @lru_cache(maxsize=256)
@@ -216,6 +249,11 @@ def slots_with_fill(slots: tuple[int, ...], device: torch.device) -> tuple[Tenso
 @lru_cache(maxsize=256)
 def _owner(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return _on([clip for clip, length in enumerate(lengths) for _ in range(length)], device)
+
+
+@lru_cache(maxsize=256)
+def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return _on([0, *itertools.accumulate(lengths)], device)
 
 
 @lru_cache(maxsize=256)

@@ -1,10 +1,12 @@
-"""Where Triton kernels run."""
+"""Where Triton kernels run, and what their launches share."""
 
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -37,3 +39,24 @@ def _obstacle(device: torch.device) -> str | None:
     except Exception as error:  # of whatever type its libraries raise
         return f"Triton cannot be imported ({error})"
     return None
+
+
+def launching_on(x: Tensor) -> AbstractContextManager:
+    """Make the device of x the current one, on which Triton launches."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+
+
+def frames_of(x: Tensor) -> Tensor:
+    """Return [1, C, M, H, W] as frames [M, H, W, C] in contiguous memory; a copy only from another memory format than channels-last."""
+    return x[0].permute(1, 2, 3, 0).contiguous()
+
+
+def new_frames(like: Tensor, frames: int) -> Tensor:
+    """Allocate [1, C, frames, H, W] in channels-last memory, with the other sizes and the type of `like` [1, C, M, H, W]."""
+    _, channels, _, height, width = like.shape
+    return like.new_empty((1, frames, height, width, channels)).permute(0, 4, 1, 2, 3)
+
+
+def power_of_two(size: int, most: int) -> int:
+    """Return the least power of two that is not below `size`, and at most `most`."""
+    return min(1 << max(size - 1, 0).bit_length(), most)
