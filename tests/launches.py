@@ -62,9 +62,9 @@ def _is_sampling() -> bool:
     return False
 
 
-def stand_in(values: Any, device: torch.device) -> Tensor:
+def stand_in(values: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """Stands for a copy of integers to the device."""
-    return torch.empty(np.shape(values), dtype=torch.int64, device=device)
+    return torch.empty(np.shape(values), dtype=dtype, device=device)
 
 
 def launches(model: VideoNet, shape: tuple[int, ...], forced: list[tuple[int, ...]] | None, *, training: bool, triton: bool = True) -> Launches:

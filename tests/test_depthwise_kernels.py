@@ -131,6 +131,5 @@ def test_without_triton_one_line_says_so_and_torch_convolves(monkeypatch, caplog
         packed = segments.Segments(lengths, 3, torch.zeros(6))
         for _ in range(2):
             assert not depthwise.takes(conv, GPU, F32)
-            assert ops.method_of(conv, lengths, GPU) != "kernel"
             assert convolution.conv3d(conv, x).shape == ops.conv3d(conv, x, packed).shape == x.shape
     assert [record.message.split(":")[0] for record in caplog.records] == ["networks run without Triton kernels, and slower"]

@@ -42,17 +42,11 @@ def test_kernels(output, name):
 
 def test_no_kernel_runs_on_cpus_and_the_reason_why_not_on_a_gpu_is_logged_once(monkeypatch, caplog):
     assert not support.triton_runs(torch.device("cpu"))
+    monkeypatch.setattr(support, "_RUNS", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old one")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    support._runs_on.cache_clear()
-    assert not support.triton_runs(torch.device("cuda:0")) and not support.triton_runs(torch.device("cuda:0"))
-    assert [record.message for record in caplog.records if "an old one has 7.0" in record.message] and len(caplog.records) == 1
-    support._runs_on.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert support.triton_runs(torch.device("cuda:0"))
-    support._runs_on.cache_clear()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert not support.triton_runs(torch.device("cuda:0"))
-    support._runs_on.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0) if device.index == 0 else (7, 5))
+    for _ in range(2):
+        assert not support.triton_runs(torch.device("cuda:0"))
+    assert len(caplog.records) == 1 and "an old one has compute capability 7.0" in caplog.records[0].message
+    assert support.triton_runs(torch.device("cuda:1"))
