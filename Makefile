@@ -2,11 +2,17 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test test-all lint
+VIDEO ?=
+
+.PHONY: quickstart demo test test-all lint
 
 # Sets up, generates the built-in dataset, trains a tiny X3D with SGS on it, and tests the best checkpoint.
 quickstart: $(INSTALLED)
 	$(VENV)/bin/python tools/train.py
+
+# Classifies VIDEO with a network for Kinetics-400, dense and with SGS, and draws which frames were merged.
+demo: $(INSTALLED)
+	$(VENV)/bin/python scripts/demo.py $(if $(VIDEO),"$(VIDEO)")
 
 # Runs the main tests; `make test-all` also runs those that train for minutes.
 test: $(INSTALLED)

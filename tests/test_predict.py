@@ -1,0 +1,140 @@
+"""tools/predict.py and the classifier behind it, on a network that was trained for a few steps."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from run_tools import Outcome, run_tool, small_job
+
+import atfr
+from atfr.cli.predict import find_videos, picture_files
+from atfr.data.clips import TestClips
+from atfr.data.types import Video, VideoError
+
+
+@pytest.fixture(scope="module")
+def trained(small_videos, tmp_path_factory) -> dict[str, Path]:
+    """Run folders of a network with SGS and of one without."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("x3d_sgs", "x3d")}
+    for name, folder in folders.items():
+        more = ["model.sgs.keep_ratio=0.5"] if name == "x3d_sgs" else []
+        outcome = run_tool("train", *small_job(small_videos, folder, f"model={name}", *more, "trainer.max_steps=2", "trainer.test=false"))
+        assert outcome.code == 0, outcome.err
+    return folders
+
+
+def predict(folder: Path, video: object, *more: str) -> Outcome:
+    return run_tool("predict", f"checkpoint={folder}", f"video={video}", "device=cpu", *more)
+
+
+def test_a_folder_is_classified_in_every_format_as_each_video_is_alone(trained, small_videos):
+    classifier = atfr.load(trained["x3d_sgs"], device="cpu")
+    outcome = predict(trained["x3d_sgs"], small_videos, "format=jsonl", "batch_size=5")
+    assert outcome.code == 0, outcome.err
+    rows = [json.loads(line) for line in outcome.out.splitlines()]
+    assert [row["video"] for row in rows] == [str(path) for path in sorted(small_videos.glob("*.mp4"))]
+    for row in rows[::5]:
+        alone = classifier(row["video"])
+        assert [one["label"] for one in row["classes"]] == list(alone.labels)
+        assert [one["probability"] for one in row["classes"]] == pytest.approx(alone.probabilities, abs=1e-5)
+        assert row["bins"] == ["/".join(map(str, bins)) for bins in alone.bins] and row["gflops"] == pytest.approx(alone.gflops)
+    table = predict(trained["x3d_sgs"], small_videos / "down 1.mp4", "top=1").out
+    assert table.startswith(f"{small_videos / 'down 1.mp4'}  (") and table.count("%") == 1
+    found = list(csv.DictReader(predict(trained["x3d_sgs"], small_videos / "down 1.mp4", "format=csv").out.splitlines()))
+    assert [row["rank"] for row in found] == ["1", "2"] and {row["label"] for row in found} == {"right", "down"}
+
+
+def test_scores_are_the_mean_over_the_views(trained, small_videos):
+    path = str(small_videos / "right 0.mp4")
+    classifier = atfr.load(trained["x3d"], device="cpu")
+    views = TestClips([Video(path, 0)], classifier.clip, views=2, crops=1)
+    with torch.inference_mode():
+        scores = torch.stack([classifier.model((view.clip[None] / 255 - 0.45) / 0.225)[0].softmax(0) for view in (views[0], views[1])]).mean(0)
+    found = classifier(path)
+    assert dict(zip(found.labels, found.probabilities)) == pytest.approx(dict(zip(classifier.class_names, scores.tolist())), abs=1e-4)
+    assert found.gflops == found.dense_gflops and found.bins == ((8,), (8,))
+
+
+def test_what_cannot_be_read_is_listed_and_the_rest_is_done(trained, small_videos, tmp_path):
+    shutil.copy(small_videos / "down 1.mp4", tmp_path / "b.mp4")
+    for name in ("a.mp4", "c.mp4"):
+        (tmp_path / name).write_bytes(b"no video")
+    outcome = predict(trained["x3d"], tmp_path, "format=csv", f"output={tmp_path / 'found.csv'}")
+    assert outcome.code == 0 and outcome.out == f"1 videos in {tmp_path / 'found.csv'}\n"
+    assert {row["video"] for row in csv.DictReader((tmp_path / "found.csv").open())} == {str(tmp_path / "b.mp4")}
+    assert [line.partition(": ")[2].partition(":")[0] for line in outcome.err.splitlines() if line.startswith("not read")] == [str(tmp_path / name) for name in ("a.mp4", "c.mp4")]
+    outcome = predict(trained["x3d"], tmp_path / "a.mp4")
+    assert outcome.code == 1 and outcome.err.endswith("error: none of the 1 videos could be read\n")
+    with pytest.raises(VideoError, match="a.mp4"):
+        atfr.load(trained["x3d"], device="cpu")(tmp_path / "a.mp4")
+
+
+def test_a_timeline_has_a_window_every_hop_and_its_picture(trained, small_videos, tmp_path):
+    """The videos have 24 frames at 25 a second."""
+    outcome = predict(trained["x3d_sgs"], small_videos / "down 1.mp4", "window_s=0.32", "hop_s=0.16", "format=jsonl", f"pictures={tmp_path}")
+    assert outcome.code == 0, outcome.err
+    rows = [json.loads(line) for line in outcome.out.splitlines()]
+    assert [row["start_s"] for row in rows] == pytest.approx([0, 0.16, 0.32, 0.48, 0.64], abs=0.01)
+    assert all(row["end_s"] - row["start_s"] == pytest.approx(0.32) for row in rows)
+    assert Image.open(tmp_path / "down 1.png").width > 1000
+
+
+def test_a_budget_at_prediction_time_changes_what_is_kept(trained, small_videos, tmp_path):
+    costs = {}
+    for gflops in (0.55, 0.9):
+        outcome = predict(trained["x3d_sgs"], small_videos, f"gflops={gflops}", "format=jsonl")
+        assert outcome.code == 0, outcome.err
+        rows = [json.loads(line) for line in outcome.out.splitlines()]
+        costs[gflops] = sum(row["gflops"] / row["dense_gflops"] for row in rows) / len(rows)
+    assert costs[0.55] < costs[0.9] and all(gflops - 0.1 < cost <= gflops + 0.02 for gflops, cost in costs.items())
+
+
+def test_a_network_without_sgs_takes_a_preset_and_its_pictures_show_it(trained, small_videos, tmp_path):
+    outcome = predict(trained["x3d"], small_videos / "down 1.mp4", "sgs=atfr", "after=stem", "gflops=0.6", f"pictures={tmp_path}", "format=jsonl")
+    assert outcome.code == 0, outcome.err
+    row = json.loads(outcome.out)
+    assert row["gflops"] < row["dense_gflops"]
+    assert Image.open(tmp_path / "down 1.png").width > 1000
+
+
+@pytest.mark.parametrize(
+    "more,message",
+    [
+        (["video=/nowhere"], "error: video=/nowhere does not exist, and no file fits it as a pattern"),
+        (["checkpoint=/nowhere", "video=x"], "error: video=x does not exist"),
+        (["top=0"], "error: top=0 must be above 0"),
+        (["format=xml"], "error: format=xml does not exist; choose one of table, csv, jsonl"),
+        (["sgs=atfr", "gflops=0.5"], "has SGS of its own; leave out sgs=atfr"),
+        (["sgs=atfr"], "error: sgs=atfr needs a budget: add gflops=0.5"),
+        (["gflops=50"], "error: gflops=50 must be above 0 and at most 1"),
+        (["hop_s=1"], "error: hop_s is the distance between windows: set window_s, too"),
+        (["tops=3"], "error: tops is not an option; did you mean top?"),
+    ],
+)
+def test_wrong_options_are_answered_in_one_line(trained, small_videos, more, message):
+    outcome = predict(trained["x3d_sgs"], small_videos / "down 1.mp4", *more)
+    assert outcome.code == 1 and message in outcome.err and outcome.err.count("\n") == 1, outcome.err
+
+
+def test_videos_are_found_by_name_folder_and_pattern_each_once(tmp_path):
+    for name in ("a.mp4", "b.AVI", "sub/c.webm", "d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    names = [str(tmp_path / name) for name in ("a.mp4", "b.AVI", "sub/c.webm")]
+    assert find_videos(str(tmp_path)) == names
+    assert find_videos([str(tmp_path / "*.mp4"), str(tmp_path)]) == names
+    assert find_videos(str(tmp_path / "d.txt")) == [str(tmp_path / "d.txt")]  # a name is taken as it is
+    with pytest.raises(ValueError, match="holds no file with one of the endings .mp4"):
+        (tmp_path / "empty").mkdir()
+        find_videos(str(tmp_path / "empty"))
+
+
+def test_pictures_of_videos_of_one_name_do_not_overwrite_each_other():
+    files = picture_files(["x/a.mp4", "y/a.mp4", "y/b.mp4"], Path("p"))
+    assert [file.name for file in files.values()] == ["a.png", "a-2.png", "b.png"]
