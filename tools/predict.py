@@ -42,7 +42,7 @@ def main(config: DictConfig) -> None:
             file.writelines(lines)
         print(f"{len(paths) - len(failed)} videos in {settings.output}")
     for error in failed:
-        print(f"not read: {error}", file=sys.stderr)
+        print(error, file=sys.stderr)
     if len(failed) == len(paths):
         raise ValueError(f"none of the {len(paths)} videos could be read")
 

@@ -111,6 +111,6 @@ def same_padding(kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> 
     """TensorFlow's "SAME" padding of sizes that the stride divides, and one position more behind for the others."""
     sides: list[int] = []
     for k, s in reversed(list(zip(kernel, stride))):  # ConstantPad3d takes the last dimension first
-        front = (k - s) // 2
+        front = max(k - s, 0) // 2
         sides += [front, k - 1 - front]
     return nn.ConstantPad3d(tuple(sides), 0.0)
