@@ -63,6 +63,7 @@ def test_torchs_own_counter_agrees_on_what_both_count():
     assert GflopsTable(model, SHAPE).dense == pytest.approx(counter.get_total_flops() / 2 / 1e9, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_clip_costs_more_the_more_features_it_keeps_and_the_dense_network_when_it_keeps_all():
     table = GflopsTable(x3d(size="tiny", num_classes=6, sgs=replace(ATFR, after="res2")), SHAPE)
     costs = [table.at((bins,)) for bins in range(1, 17)]
@@ -71,7 +72,14 @@ def test_a_clip_costs_more_the_more_features_it_keeps_and_the_dense_network_when
     assert 0 <= overhead < 0.025  # the sampling layer itself
 
 
-@pytest.mark.parametrize("build, sgs", [(x3d, ATFR), (r2plus1d, ATFR), (r2plus1d, replace(ATFR, execution="bucketed"))], ids=["constant", "staircase", "bucketed"])
+@pytest.mark.parametrize(
+    "build, sgs",
+    [
+        pytest.param(x3d, ATFR, id="constant"),
+        pytest.param(r2plus1d, ATFR, id="staircase", marks=pytest.mark.slow),
+        pytest.param(r2plus1d, replace(ATFR, execution="bucketed"), id="bucketed", marks=pytest.mark.slow),
+    ],
+)
 def test_an_estimate_from_a_few_analyses_is_the_table(build, sgs):
     """The r2plus1d strides over time, so that its cost is a staircase in B'."""
     model = build(size="tiny", num_classes=6, sgs=sgs)
@@ -99,6 +107,7 @@ def test_the_depth_of_a_layer_is_how_many_lie_in_front_of_it(after, depths):
     assert table.depths == depths and table.frames == table.most == (16,) * len(depths) and table.least == (1,) * len(depths)
 
 
+@pytest.mark.slow
 def test_layers_side_by_side_have_no_depth_and_frames_of_their_own():
     table = GflopsTable(slowfast(size="8x8-R50", num_classes=6, sgs=replace(ATFR, after="res2", num_bins=6)), (3, 16, 32, 32))
     assert table.depths == (0, 0) and table.frames == (4, 16) and table.most == (4, 6)

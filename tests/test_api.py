@@ -115,8 +115,11 @@ def test_a_clip_keeps_as_many_features_as_it_has_scenes_and_costs_accordingly(sm
 
 @pytest.mark.parametrize(
     "sgs",
-    ["atfr", "uniform", "stride", "random", atfr.SGSConfig(similarity="anchor"), atfr.SGSConfig(embed_from="features")],
-    ids=["atfr", "uniform", "stride", "random", "anchor", "features"],
+    [
+        *("atfr", "uniform", "stride", "random"),
+        pytest.param(atfr.SGSConfig(similarity="anchor"), id="anchor", marks=pytest.mark.slow),
+        pytest.param(atfr.SGSConfig(embed_from="features"), id="features", marks=pytest.mark.slow),
+    ],
 )
 def test_a_budget_is_met_on_the_clips_of_the_calibration(sgs):
     torch.manual_seed(0)
@@ -128,6 +131,7 @@ def test_a_budget_is_met_on_the_clips_of_the_calibration(sgs):
         assert budget - (0.06 if model.sgs["input"].is_baseline else 0.02) < found <= budget + 0.01  # a baseline keeps whole features
 
 
+@pytest.mark.slow
 def test_several_layers_share_a_budget():
     model = atfr.add_sgs(Small(), after=["input", "stem"], probe=(8, 16, 16))
     found = atfr.calibrate(model, drifting(24), gflops=0.5)
@@ -275,7 +279,10 @@ def test_the_wheel_works_in_an_environment_without_the_repository(tmp_path):
     assert found.stdout.split("\n")[0] == "(4, 4) 0.6 4", found.stdout + found.stderr
 
 
-@pytest.mark.parametrize(("name", "after"), [("x3d_tiny", "stem"), ("r2plus1d_tiny", "stem"), ("r2plus1d_tiny", ["input", "res4"])])
+@pytest.mark.parametrize(
+    ("name", "after"),
+    [("x3d_tiny", "stem"), *(pytest.param("r2plus1d_tiny", after, marks=pytest.mark.slow) for after in ("stem", ["input", "res4"]))],
+)
 def test_estimated_costs_are_those_of_an_analysis_of_each_number_of_features(name, after):
     model = atfr.create_model(name, 4, sgs=atfr.SGSConfig(after=after, width=1.0))
     clip, table = (3, 9, 32, 32), model.gflops_table((3, 9, 32, 32))

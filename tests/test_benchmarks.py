@@ -13,6 +13,7 @@ import backbones  # noqa: E402
 import gpu  # noqa: E402
 
 
+@pytest.mark.slow
 def test_a_row_of_the_table_of_backbones_has_the_published_cost_of_x3d_xs():
     row = backbones.measured("x3d", "XS", batch=2, rounds=1)
     assert (row.clip, row.least) == ("4 x 160²", "1")

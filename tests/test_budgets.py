@@ -118,7 +118,7 @@ def calibrated(small_videos, folder, dense, *more: str):
     return json.loads((folder / "calibration.json").read_text()), outcome.out
 
 
-@pytest.mark.parametrize("preset", ["atfr", "uniform"])
+@pytest.mark.parametrize("preset", ["atfr", pytest.param("uniform", marks=pytest.mark.slow)])
 def test_a_dense_network_is_calibrated_to_budgets_and_each_result_can_be_tested_again(preset, small_videos, dense, tmp_path):
     entries, out = calibrated(small_videos, tmp_path, dense, f"model/sgs={preset}", "budgets=[0.5,0.8]")
     assert [entry["budget"] for entry in entries] == [0.5, 0.8] and "budget 0.80: top-1" in out
@@ -143,6 +143,7 @@ def test_the_same_command_leaves_what_is_measured_and_adds_other_budgets(small_v
     assert outcome.code == 1 and "holds another experiment: model.sgs" in outcome.err
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_calibration_keeps_the_budgets_that_are_done_and_other_weights_are_refused(small_videos, dense, tmp_path, monkeypatch):
     run_views, measured = builders.run_views, []
 
@@ -166,6 +167,7 @@ def test_ctrl_c_in_a_calibration_keeps_the_budgets_that_are_done_and_other_weigh
     assert outcome.code == 1 and "names other weights than those that" in outcome.err, outcome.err
 
 
+@pytest.mark.slow
 def test_a_training_and_a_calibration_do_not_take_each_others_folder(small_videos, dense, tmp_path):
     job = small_job(small_videos, tmp_path, "model=x3d_sgs", f"model.weights={dense}", "model.sgs.keep_ratio=0.5", "dataset.clip.frames=4", "trainer.max_steps=1", "trainer.test=false")
     assert run_tool("train", *job).code == 0

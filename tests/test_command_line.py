@@ -88,6 +88,7 @@ def test_a_leading_tilde_is_expanded_in_every_path_of_a_config(monkeypatch):
         expand_home(config)
 
 
+@pytest.mark.slow
 def test_a_tilde_means_the_home_directory_in_every_option_of_a_training_a_test_and_an_export(small_videos, tmp_path, monkeypatch):
     home = tmp_path / "home"
     home.mkdir()
@@ -203,6 +204,7 @@ def test_other_overrides_have_other_names_that_every_file_system_takes(one, othe
     assert first != second and max(len(os.fsencode(first)), len(os.fsencode(second))) < 120 and first.isascii()
 
 
+@pytest.mark.slow
 def test_a_run_folder_stands_for_its_best_checkpoint_and_one_without_lists_what_it_has(small_videos, tmp_path):
     job = small_job(small_videos, tmp_path / "run", "trainer.max_steps=1", "trainer.test=false")
     assert run_tool("train", *job).code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 
 from atfr.cli.builders import clip_settings
 from atfr.cli.config import build, check_root
+from atfr.cli.predict import PredictSettings
 from atfr.models.backbones.x3d import SIZES
 from atfr.models.sgs.config import PRESETS, SGSConfig
 
@@ -83,6 +85,9 @@ def test_what_no_training_chooses_composes_too(path):
         assert OmegaConf.to_container(composed(f"{path.parent}={path.stem}"), resolve=True)
     else:
         config = composed(*PROGRAMS.get(path.stem, []), name=path.stem)
+        if path.stem == "predict":
+            assert set(config) == {option.name for option in dataclasses.fields(PredictSettings)}
+            return
         assert config.dataset._target_.startswith("atfr.data.")
 
 

@@ -141,6 +141,7 @@ def test_a_setting_of_cublas_that_is_not_deterministic_is_refused(monkeypatch):
         choose_algorithms(deterministic=True, tf32=False)
 
 
+@pytest.mark.slow
 def test_tf32_belongs_to_the_experiment_and_the_results_say_whether_it_was_used(small_videos, tmp_path):
     """A CPU has none."""
     job = small_job(small_videos, tmp_path, "trainer.max_steps=1", "trainer.deterministic=true")

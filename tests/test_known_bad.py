@@ -92,6 +92,7 @@ def test_videos_that_it_does_not_have_stay_and_are_counted(root, tmp_path):
     assert any("Archery_g06" in video.path for video in after.train)
 
 
+@pytest.mark.slow
 def test_the_copies_are_the_same_dataset_with_the_same_bad_videos(tmp_path):
     root, output = tmp_path / "root", tmp_path / "copies"
     prepared(root, "encode=true", f"output={output}", "short_side=32")

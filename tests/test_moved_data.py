@@ -124,6 +124,7 @@ def test_jobs_of_a_sweep_over_paths_have_different_run_folders(small_videos, tmp
     assert len(list(tmp_path.glob("runs/sweep/*/checkpoints/last.pt"))) == 2
 
 
+@pytest.mark.slow
 def test_another_schedule_is_refused_naming_the_command_that_starts_from_the_run(small_videos, tmp_path):
     run, new = tmp_path / "run", tmp_path / "new"
     job = [one for one in small_job(small_videos, run, *SHORT) if not one.startswith("trainer.epochs")]

@@ -101,6 +101,7 @@ def test_a_budget_at_prediction_time_changes_what_is_kept(trained, small_videos)
     assert 0.5 < sum(costs) / len(costs) <= 0.6
 
 
+@pytest.mark.slow
 def test_a_network_without_sgs_takes_a_preset_and_its_pictures_show_it(trained, small_videos, tmp_path):
     outcome = predict(trained["x3d"], small_videos / "down 1.mp4", "sgs=atfr", "after=stem", "gflops=0.6", f"pictures={tmp_path}", "format=jsonl")
     assert outcome.code == 0, outcome.err

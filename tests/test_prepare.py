@@ -105,7 +105,7 @@ def test_bad_and_missing_files_are_listed_with_reasons_and_the_good_ones_can_be_
     assert protocol["missing"] == {"train": 2, "test": 2} and protocol["videos"] == {"train": 14 + bad, "test": 10 + bad}
 
 
-@pytest.mark.parametrize("dataset", ["kinetics400", "something_something_v2", "hmdb51"])
+@pytest.mark.parametrize("dataset", ["kinetics400", *(pytest.param(name, marks=pytest.mark.slow) for name in ("something_something_v2", "hmdb51"))])
 def test_the_copies_of_a_dataset_are_a_root_of_the_same_layout(dataset, tmp_path):
     root, output = tmp_path / "root", tmp_path / "copies"
     job = miniature(dataset, root)
@@ -191,7 +191,7 @@ def test_a_run_that_was_cut_off_goes_on_with_what_is_new_or_changed(tmp_path):
     assert [Manifest(tmp_path, settings).knows(name, state) for name in names] == [True, True, True, False]  # bad: looked at again
 
 
-@pytest.mark.parametrize("number,code,said", [(signal.SIGKILL, -9, ""), (signal.SIGINT, 130, "stopped by SIGINT; run the same command again to continue\n")])
+@pytest.mark.parametrize("number,code,said", [pytest.param(signal.SIGKILL, -9, "", marks=pytest.mark.slow), (signal.SIGINT, 130, "stopped by SIGINT; run the same command again to continue\n")])
 def test_a_run_that_is_killed_or_ended_by_ctrl_c_goes_on_where_it_stopped(tmp_path, number, code, said):
     root, output = tmp_path / "root", tmp_path / "copies"
     root.mkdir()

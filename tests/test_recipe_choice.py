@@ -138,6 +138,7 @@ def test_with_weights_the_network_is_fine_tuned(tmp_path, monkeypatch):
     assert option(out, "model.weights") == ("x3d.pth", "command line")
 
 
+@pytest.mark.slow
 def test_a_dry_run_without_the_data_says_all_the_rest_and_ends_with_the_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, err = plan("dataset=kinetics400", "model=x3d_sgs", *SMALL)
@@ -153,6 +154,7 @@ def test_videos_of_ones_own_keep_the_defaults_and_a_line_says_so_once(tmp_path, 
     assert "validation: videolist has no validation list, so the test videos choose the best epoch; set dataset.val=LIST to choose it on others, or " in outcome.out
 
 
+@pytest.mark.slow
 def test_the_network_of_the_quickstart_is_tiny_by_its_recipe_and_only_there():
     count = {}
     for dataset in ("synthetic", "ucf101"):
@@ -162,6 +164,7 @@ def test_the_network_of_the_quickstart_is_tiny_by_its_recipe_and_only_there():
     assert "dataset" not in (ROOT / "configs/model/x3d.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_the_quickstart_generates_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, err = plan()
@@ -194,8 +197,8 @@ def test_only_a_training_can_be_tried_without_running():
         (["schedule.warmup=2"], "schedule.warmup"),
         (["trainer.batch_size=null"], "trainer.batch_size=None is not of type int"),
         (["model.weights=nowhere.pth"], "model.weights=nowhere.pth does not exist"),
-        (["dataset.num_classes=5"], "num_classes"),
-        (["dataset.make=false"], "dataset synthetic is not in"),
+        pytest.param(["dataset.num_classes=5"], "num_classes", marks=pytest.mark.slow),
+        pytest.param(["dataset.make=false"], "dataset synthetic is not in", marks=pytest.mark.slow),
     ],
 )
 def test_a_dry_run_refuses_what_the_training_would_refuse(tmp_path, monkeypatch, overrides, message):

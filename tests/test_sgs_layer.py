@@ -83,7 +83,7 @@ def test_the_fewest_features_that_the_trunk_can_run_on_are_always_kept(options):
 def test_a_clip_too_short_for_the_trunk_or_a_cap_too_low_is_refused_with_the_way_out():
     with pytest.raises(ValueError, match="SGS after 'res3': the layers behind need at least 4 features, and a clip has 3"):
         layer_of(REFERENCE, min_bins=4)(features(1, 3))
-    with pytest.raises(ValueError, match="model.sgs.num_bins=2 is too few: the layers behind 'res3' need at least 4"):
+    with pytest.raises(ValueError, match="sgs.num_bins=2 is too few: the layers behind 'res3' need at least 4"):
         layer_of(replace(REFERENCE, num_bins=2), min_bins=4)(features(1, 8))
 
 

@@ -72,6 +72,7 @@ def test_overrides_of_a_test_change_the_checkpoints_own_config(trained, tmp_path
     assert results["protocol"]["frames"] == 8  # of the checkpoint, not of this command
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_only_tested_again_and_more_steps_go_on_from_its_end(small_videos, tmp_path):
     short = small_job(small_videos, tmp_path, "trainer.max_steps=3", "trainer.save_every=1")
     assert run_tool("train", *short).code == 0
@@ -83,6 +84,7 @@ def test_a_finished_run_is_only_tested_again_and_more_steps_go_on_from_its_end(s
     assert checkpoint.load(tmp_path / "checkpoints/last.pt")["step"] == 4
 
 
+@pytest.mark.slow
 def test_a_second_job_in_a_folder_is_refused_in_one_line_whatever_it_is(trained, small_videos, tmp_path):
     weights = f"model.weights={trained[0]}/checkpoints/best.pt"
     with run_lock(tmp_path / "run"):
@@ -175,7 +177,7 @@ def test_a_kill_while_the_state_before_a_damaged_one_takes_its_place_does_not_be
         (["dataset=kinetics400", "model=x3d_sgs", "dataset.root=/nowhere/k400"], "dataset kinetics400: root /nowhere/k400 is not a folder; get the lists"),
         (["trainer.batch_size=many"], "trainer.batch_size='many' is not of type int"),
         (["model.sgs.keep_ratio=half"], "model.sgs.keep_ratio='half' is not of type float"),
-        (["model.sgs.after=res9"], "model.sgs.after='res9' is not a stage"),
+        (["model.sgs.after=res9"], "sgs.after='res9' is not a stage"),
         (["model.size=huge"], "model.size"),
         (["+model.wings=2"], "model.wings is not an option of atfr.models.backbones.x3d.x3d"),
         (["model._target_=atfr.models.x9d"], "model._target_='atfr.models.x9d' cannot be imported"),
@@ -302,6 +304,7 @@ def test_a_run_whose_lists_changed_does_not_resume(small_videos, tmp_path):
     assert outcome.code == 1 and "the training list or its classes changed since" in outcome.err
 
 
+@pytest.mark.slow
 def test_a_step_limit_below_what_was_trained_still_ends_with_a_test(small_videos, tmp_path):
     more = ("trainer.eval_every=2", "trainer.save_every=1")
     assert run_tool("train", *small_job(small_videos, tmp_path, *more, "trainer.max_steps=3", "trainer.test=false")).code == 0
@@ -412,6 +415,7 @@ def test_any_number_of_processes_evaluates_each_view_exactly_once_and_alike(trai
                 assert results[1][key] == results[world][key]
 
 
+@pytest.mark.slow
 def test_warnings_about_the_lists_are_printed_once_by_any_number_of_processes(trained, small_videos, tmp_path):
     lines = (small_videos / "test.csv").read_text().splitlines()
     (tmp_path / "test.csv").write_text("\n".join([*lines, lines[1]]) + "\n")
@@ -423,6 +427,7 @@ def test_warnings_about_the_lists_are_printed_once_by_any_number_of_processes(tr
     assert json.loads((tmp_path / "run/results.json").read_text())["num_videos"] == 5
 
 
+@pytest.mark.slow
 def test_two_processes_train_with_everything_that_augments(small_videos, tmp_path):
     more = ("trainer.class_balanced=true", "trainer.mixup=0.8", "trainer.cutmix=1.0", "dataset.clip.randaugment=[2,9]", "dataset.clip.fps=30")
     outcome = torchrun(2, "train", *small_job(small_videos, tmp_path, *more))

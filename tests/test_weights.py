@@ -411,7 +411,7 @@ def test_a_width_is_taken_over_unless_it_is_set(tmp_path):
     assert tracking.sgs["res2"].width == 0.25
     report = load_pretrained(fixed, tmp_path / "sampled.pt")
     assert fixed.sgs["res2"].width == 0.75
-    assert [(entry.name, entry.reason) for entry in report.skipped] == [("sgs.res2.width", "model.sgs.width is set")] and not report.new
+    assert [(entry.name, entry.reason) for entry in report.skipped] == [("sgs.res2.width", "sgs.width is set")] and not report.new
 
 
 # ---------------------------------------------------------------- tests: the programs
