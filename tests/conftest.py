@@ -12,14 +12,16 @@ import torch
 from devices import hide_gpus, number_of_gpus
 from video_files import write_video
 
+LONGEST = ("test_slurm", "test_tools", "test_kill", "test_readme", "test_packed_backbones", "test_accounting", "test_api")
+
 hide_gpus()
 torch.set_num_threads(1)  # the networks are small, and the tests run in parallel
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow tests first: one that starts last would be waited for alone."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """The longest files first: one that starts last would be waited for alone. Each file is run by one process."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.hookimpl(tryfirst=True)

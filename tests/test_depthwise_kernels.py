@@ -21,9 +21,6 @@ from torch._subclasses import FakeTensorMode
 from atfr.models.packed import convolution, ops, segments
 from atfr.models.packed.kernels import depthwise, support
 
-pytestmark = pytest.mark.xdist_group("depthwise kernels")  # one process interprets all kernels
-
-
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory) -> dict[str, str]:
     """What each check failed with, in a new process: Triton reads the variable when it is imported, which other tests may have done here."""

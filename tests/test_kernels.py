@@ -34,7 +34,6 @@ def output() -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.xdist_group("interpreter")
 @pytest.mark.parametrize("name", names())
 def test_kernels(output, name):
     assert f"{name} passed" in output, output

@@ -27,10 +27,7 @@ from atfr.models.sgs.layer import SGS
 from atfr.models.sgs.partition import best_cuts, partition_bins
 from atfr.models.sgs.sampling import NonFiniteFeatures, sample
 
-pytestmark = [
-    pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton"),
-    pytest.mark.xdist_group("cut kernel"),  # one process interprets all of them
-]
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 
 
 def without_padding(z: Tensor, frames: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from test_kill import logged
 
 from atfr.engine.run import checkpoint
 
-pytestmark = pytest.mark.xdist_group("slurm")  # together in one process: one cluster
 BATCH = "scripts/slurm/train.sbatch"
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")
 LAUNCHER = ("hydra/launcher=slurm", "hydra.launcher.nodes=2", "hydra.launcher.gpus_per_node=null", "hydra.launcher.tasks_per_node=1", "hydra.launcher.cpus_per_task=1")
