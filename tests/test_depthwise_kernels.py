@@ -21,6 +21,7 @@ from torch._subclasses import FakeTensorMode
 from atfr.models.packed import convolution, ops, segments
 from atfr.models.packed.kernels import depthwise, support
 
+
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory) -> dict[str, str]:
     """What each check failed with, in a new process: Triton reads the variable when it is imported, which other tests may have done here."""
