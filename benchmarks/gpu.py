@@ -168,8 +168,8 @@ def networks(report: Report, arguments: argparse.Namespace, folder: Path) -> Non
 
 def network(report: Report, name: str, batches: list[int], predictions: Path | None) -> None:
     subject = NETWORKS[name]
-    table = GflopsTable(subject.build(OPTIONS), subject.clip)
     model = subject.build(replace(OPTIONS, width=None, gflops=0.5)).cuda()
+    table = model.gflops_table(subject.clip)
     for batch in batches:
         clips = moving_clips(batch, subject.clip)
         atfr.calibrate(model, clips)
@@ -192,12 +192,12 @@ def rows_of(report: Report, name: str, mode: str, model: atfr.models.video_net.V
     dense = DenseNetwork(model.dense_network)
     runs["dense"] = (lambda: dense(last)), 1.0, 1.0
     for kind, kept in bins_of(batch, table, predictions):
-        flops = sum(table.at(one) for one in set(kept) for _ in range(kept.count(one))) / batch / table.dense
+        flops = table.estimate(kept).mean() / table.dense
         forced = [tuple(one[layer] for one in kept) for layer in range(len(frames))]
         runs[f"packed {kind}"] = (lambda forced=forced: model(last, forced)), flops, sum(map(sum, kept)) / batch / sum(frames)
     with torch.no_grad():
         own = model(last, return_sampling=True)[1].bins
-    runs["packed own"] = (lambda: model(last)), sum(table.estimate(own)) / batch / table.dense, sum(map(sum, own)) / batch / sum(frames)
+    runs["packed own"] = (lambda: model(last)), table.estimate(own).mean() / table.dense, sum(map(sum, own)) / batch / sum(frames)
     stem = peak_of(step_of(lambda: sum(x.float().mean() for x in model.run_stem(last)), training))
     peaks: dict[str, float] = {}
     for way, (forward, flops, kept) in runs.items():

@@ -147,7 +147,7 @@ class Classifier:
         """
         views = TestClips([Video(os.fspath(path), 0) for path in paths], self.clip, views=self.clip.views, crops=1)
         clips = (clip.clip for clip in (views[item] for item in range(len(views))) if clip.clip is not None)
-        calibrate(self.model, [self._normalise(clip[None].to(self._device)) for clip, _ in zip(clips, range(256))], gflops=gflops)
+        calibrate(self.model, (self._normalise(clip[None].to(self._device)) for clip in clips), gflops=gflops)
 
     @torch.inference_mode()
     def picture(self, path: Path_) -> Image:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,8 +18,9 @@ from atfr.cli.classifier import Classification, Classifier
 from atfr.data.types import VideoError
 from atfr.data.video.decode import read_clip
 from atfr.utils.progress import watched
-from atfr.viz.merges import save
-from atfr.viz.timeline import Window, timeline_picture
+
+if TYPE_CHECKING:
+    from atfr.viz.timeline import Window
 
 SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".mpg", ".mpeg", ".m4v", ".wmv", ".flv", ".3gp", ".ts")
 FORMATS = ("table", "csv", "jsonl")
@@ -86,6 +88,8 @@ def windows_of(classifier: Classifier, path: str, *, window_s: float, hop_s: flo
     Raises:
         VideoError: the video cannot be read, or its frame rate is unknown.
     """
+    from atfr.viz.timeline import Window  # matplotlib takes half a second to import
+
     duration = duration_of(path)
     count = max(round((duration - window_s) / hop_s) + 1, 1)
     clip = classifier.clip
@@ -158,10 +162,15 @@ def _lines_of_videos(classifier: Classifier, paths: Sequence[str], settings: Pre
             continue
         yield writer.result(result)
         if files:
+            from atfr.viz.merges import save
+
             save(classifier.picture(result.path), files[result.path])
 
 
 def _lines_of_windows(classifier: Classifier, paths: Sequence[str], settings: PredictSettings, writer: Writer, failed: list[VideoError]) -> Iterator[str]:
+    from atfr.viz.merges import save
+    from atfr.viz.timeline import timeline_picture
+
     assert settings.window_s is not None
     files = picture_files(paths, Path(settings.pictures)) if settings.pictures is not None else {}
     for path in watched(paths, "prediction", unit="video", shown=len(paths) > 1):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from atfr.models.packed import cpu
 from atfr.models.packed.deterministic_pools import pool3d
 from atfr.models.packed.kernels import depthwise, support
-from atfr.models.packed.segments import Layout, Segments, Selection, Window, centres, layout, pack, slots_with_fill, take, unpadded, window_of
+from atfr.models.packed.segments import Layout, Segments, Selection, Window, centres, layout, pack, padding, take, unpadded, window_of
 
 
 def with_gaps(
@@ -184,13 +184,8 @@ def pad(module: nn.ConstantPad3d, x: Tensor, segments: Segments) -> Tensor:
     """Pad each clip alone: [1, C, M, H, W] -> [1, C, M', H', W']."""
     _check(x, segments)
     *space, front, behind = module.padding
-    slots, first = [], 0
-    for length in segments.lengths:
-        slots += [*[-1] * front, *range(first, first + length), *[-1] * behind]
-        first += length
-    source, added = slots_with_fill(tuple(slots), x.device)
-    padded = take(nn.functional.pad(x, space, value=module.value), source)
-    return padded.index_fill(2, added, module.value)
+    padded = nn.functional.pad(x, space, value=module.value) if any(space) else x
+    return _spaced(padded, padding(segments.lengths, front, behind, x.device), module.value, relu=False)
 
 
 def avg_pool(module: nn.AvgPool3d, x: Tensor, segments: Segments) -> Tensor:

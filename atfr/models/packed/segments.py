@@ -166,11 +166,25 @@ def layout(lengths: tuple[int, ...], window: Window, device: torch.device) -> La
             slots[begin : begin + lengths[clip]] = range(firsts[clip], firsts[clip + 1])
             first = row * window.out(row_length) + start // window.stride
             kept[clip] = range(first, first + window.out(lengths[clip]))
-    source, gaps = [max(slot, 0) for slot in slots], [place for place, slot in enumerate(slots) if slot < 0]
     outputs = [slot for clip in kept for slot in clip]
-    found = (source, gaps, outputs, slots, _inverse(slots, firsts[-1]), _inverse(outputs, len(rows) * window.out(row_length)))
-    source, gaps, outputs, slots, places, back = _on([i for indices in found for i in indices], device).split([len(indices) for indices in found])
-    return Layout(len(rows), source, gaps, outputs, Selection(slots, places), Selection(outputs, back))
+    return _layout(len(rows), slots, outputs, frames=firsts[-1], num_outputs=len(rows) * window.out(row_length), device=device)
+
+
+@lru_cache(maxsize=1024)
+def padding(lengths: tuple[int, ...], front: int, behind: int, device: torch.device) -> Layout:
+    """Lay out clips one after another, each with so many gaps in front of it and behind it."""
+    slots: list[int] = []
+    for first, end in itertools.pairwise([0, *itertools.accumulate(lengths)]):
+        slots += [*[-1] * front, *range(first, end), *[-1] * behind]
+    return _layout(1, slots, range(len(slots)), frames=sum(lengths), num_outputs=len(slots), device=device)
+
+
+def _layout(rows: int, slots: Sequence[int], outputs: Sequence[int], *, frames: int, num_outputs: int, device: torch.device) -> Layout:
+    """Copy all indices of a layout to the device at once: `slots` are the features in each slot, -1 in a gap."""
+    features, empty = [max(slot, 0) for slot in slots], [place for place, slot in enumerate(slots) if slot < 0]
+    found = (features, empty, outputs, slots, _inverse(slots, frames), _inverse(outputs, num_outputs))
+    source, gaps, kept, into, places, back = _on([i for indices in found for i in indices], device).split([len(indices) for indices in found])
+    return Layout(rows, source, gaps, kept, Selection(into, places), Selection(kept, back))
 
 
 def _inverse(slots: Sequence[int], frames: int) -> list[int]:
@@ -238,12 +252,6 @@ def centres(lengths: tuple[int, ...], window: Window, device: torch.device) -> S
         middle += [first + min(max(i * window.stride + shift, 0), length - 1) for i in range(window.out(length))]
         first += length
     return Selection(*_on([*middle, *_inverse(middle, first)], device).split([len(middle), first]))
-
-
-@lru_cache(maxsize=256)
-def slots_with_fill(slots: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return slots for `take`, with 0 in the place of -1, and the positions of the -1."""
-    return _on([max(slot, 0) for slot in slots], device), _on([at for at, slot in enumerate(slots) if slot < 0], device)
 
 
 @lru_cache(maxsize=256)

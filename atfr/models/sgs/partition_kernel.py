@@ -5,7 +5,6 @@ Import this module only where `packed.kernels.support.triton_runs` allows it: it
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -57,7 +56,7 @@ def _cut(z, width, frames, times, num_bins, min_bins, cost_exponent):
     block = max(16, triton.next_power_of_2(steps))
     cuts = torch.empty(clips, num_bins, steps, dtype=torch.int32, device=z.device)
     sizes = {"BLOCK_T": block, "BLOCK_D": min(max(16, triton.next_power_of_2(dim)), 32)}
-    with torch.cuda.device(z.device) if z.is_cuda else nullcontext():  # Triton launches on the current device
+    with torch.cuda.device_of(z):  # Triton launches on the current device
         _cut_kernel[(clips,)](
             z, width, frames, times, *results, cuts, steps, dim, num_bins, min_bins, EXPONENT=cost_exponent, **sizes, num_warps=8 if block == 128 else 4
         )

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atfr.models.packed.kernels.rows import sums_in
-from atfr.models.packed.kernels.support import frames_of, launching_on, new_frames, power_of_two
+from atfr.models.packed.kernels.rows import block_of, sums_in
+from atfr.models.packed.kernels.support import empty_frames, frames_of, new_frames, power_of_two
 
 BLOCK = 2048  # elements that one program loads at once
 
@@ -63,13 +63,8 @@ def _spread(
     PRODUCT: tl.constexpr, SUMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Multiply a block of one frame by its clip's values; or without PRODUCT write them, divided by the clip's positions."""
-    parts, channel_blocks = tl.cdiv(positions, BLOCK_P), tl.cdiv(channels, BLOCK_C)
-    frame = (tl.program_id(0) // (parts * channel_blocks)).to(tl.int64)
-    position = (tl.program_id(0) // channel_blocks % parts) * BLOCK_P + tl.arange(0, BLOCK_P)
-    channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    known = channel < channels
-    inside = (position < positions)[:, None] & known[None, :]
-    offsets = frame * positions * channels + position[:, None] * channels + channel[None, :]
+    frame, channel, known, offsets, inside = block_of(positions, channels, BLOCK_P, BLOCK_C)
+    offsets += frame * positions * channels
     clip = tl.load(owner + frame)
     value = tl.load(values + clip * channels + channel, mask=known, other=0.0).to(SUMS)
     if PRODUCT:
@@ -89,7 +84,7 @@ def _run_sums(x: Tensor, y: Tensor | None, starts: Tensor, dtype: torch.dtype) -
     block_p = power_of_two(positions, BLOCK // block_c)
     blocks = triton.cdiv(channels, block_c)
     options = {"SUMS": sums_in(x.dtype), "BLOCK_C": block_c}
-    with launching_on(x):
+    with torch.cuda.device_of(x):
         _frame_sums[(len(sums) * blocks,)](
             frames, frames if y is None else frames_of(y), sums, positions, channels, PRODUCT=y is not None, BLOCK_P=block_p, **options
         )
@@ -101,7 +96,7 @@ def _run_spread(x: Tensor | None, values: Tensor, owner: Tensor, starts: Tensor,
     positions, channels = out.shape[3] * out.shape[4], out.shape[1]
     block_c = power_of_two(channels, 64)
     block_p = power_of_two(positions, BLOCK // block_c)
-    with launching_on(out):
+    with torch.cuda.device_of(out):
         _spread[(out.shape[2] * triton.cdiv(positions, block_p) * triton.cdiv(channels, block_c),)](
             out if x is None else frames_of(x), values.contiguous(), owner, starts, out, positions, channels,
             PRODUCT=x is not None, SUMS=sums_in(out.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
@@ -142,7 +137,7 @@ def clip_products(x: Tensor, y: Tensor, starts: Tensor, dtype: torch.dtype) -> T
 
 
 def _empty(values: Tensor, owner: Tensor, height: int, width: int) -> Tensor:
-    return values.new_empty((1, len(owner), height, width, values.shape[1])).permute(0, 4, 1, 2, 3)
+    return empty_frames(values, (1, len(owner), height, width, values.shape[1]))
 
 
 @clip_means.register_fake

@@ -112,7 +112,7 @@ def _output_like(
         torch._check(bounds.shape[0] == n * frames, lambda: f"expected the bounds of {n * frames} frames")
     out_height, out_width = geometry.out(height, width)
     torch._check(out_height > 0 and out_width > 0, lambda: f"frames of {height} x {width} are too small for a kernel of {geometry.kernel[1:]}")
-    return _empty(x, (n, frames, out_height, out_width, channels)), x.new_empty((geometry.taps, channels))
+    return support.empty_frames(x, (n, frames, out_height, out_width, channels)), x.new_empty((geometry.taps, channels))
 
 
 def _input_gradient(
@@ -130,7 +130,7 @@ def _input_gradient_like(
     gradient: Tensor, taps: Tensor, bounds: Tensor | None, height: int, width: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
     n, channels, frames = gradient.shape[:3]
-    return _empty(gradient, (n, frames, height, width, channels))
+    return support.empty_frames(gradient, (n, frames, height, width, channels))
 
 
 def _weight_gradient(
@@ -154,11 +154,6 @@ def _weight_gradient_like(
 def _frames(x: Tensor) -> Tensor:
     """[N, C, T, H, W] -> [N, T, H, W, C], contiguous; a copy only from another memory format."""
     return x.permute(0, 2, 3, 4, 1).contiguous()
-
-
-def _empty(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return frames [N, T, H, W, C] as [N, C, T, H, W]."""
-    return x.new_empty(shape).permute(0, 4, 1, 2, 3)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

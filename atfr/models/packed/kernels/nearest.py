@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atfr.models.packed.kernels.support import launching_on, power_of_two
+from atfr.models.packed.kernels.support import power_of_two
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def nearest_windows(times: Tensor, owner: Tensor, other_times: Tensor, starts: T
         factor: of `times`, in the unit of `other_times`.
     """
     out = torch.empty((len(times), kernel), dtype=torch.int64, device=times.device)
-    with launching_on(times):
+    with torch.cuda.device_of(times):
         _windows[(len(times),)](times, owner, other_times, starts, out, factor, len(other_times), KERNEL=kernel, BLOCK_K=power_of_two(kernel, 64), BLOCK=32)
     return out
 

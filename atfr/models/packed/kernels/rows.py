@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atfr.models.packed.kernels.support import frames_of, launching_on, new_frames, power_of_two
+from atfr.models.packed.kernels.support import frames_of, new_frames, power_of_two
 
 BLOCK = 2048  # elements that one program moves
 
@@ -44,7 +44,7 @@ def _run_gather(x: Tensor, index: Tensor, fill: float, *, relu: bool = False, fo
     out = new_frames(x, len(index))
     width = frames[0].numel()
     block = power_of_two(width, BLOCK)
-    with launching_on(x):
+    with torch.cuda.device_of(x):
         _gather[(len(index) * triton.cdiv(width, block),)](
             frames, index, frames if forward is None else frames_of(forward), out, width, fill, RELU=relu, MASKED=forward is not None, BLOCK=block
         )
@@ -97,18 +97,24 @@ gather_rows.register_autograd(_backward, setup_context=_save)
 
 
 @triton.jit
+def block_of(positions, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return a program's frame, its channels and which of them exist, and the offsets [BLOCK_P, BLOCK_C] in the frame and which of them exist."""
+    parts, channel_blocks = tl.cdiv(positions, BLOCK_P), tl.cdiv(channels, BLOCK_C)
+    frame = (tl.program_id(0) // (parts * channel_blocks)).to(tl.int64)
+    position = (tl.program_id(0) // channel_blocks % parts) * BLOCK_P + tl.arange(0, BLOCK_P)
+    channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    known = channel < channels
+    inside = (position < positions)[:, None] & known[None, :]
+    return frame, channel, known, position[:, None] * channels + channel[None, :], inside
+
+
+@triton.jit
 def _finish(
     x, index, mean, variance, weight, bias, residual, out, positions, channels, epsilon,
     SELECT: tl.constexpr, AFFINE: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr, SUMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Normalise a block of positions x channels of one frame."""
-    parts, channel_blocks = tl.cdiv(positions, BLOCK_P), tl.cdiv(channels, BLOCK_C)
-    slot = (tl.program_id(0) // (parts * channel_blocks)).to(tl.int64)
-    position = (tl.program_id(0) // channel_blocks % parts) * BLOCK_P + tl.arange(0, BLOCK_P)
-    channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    known = channel < channels
-    inside = (position < positions)[:, None] & known[None, :]
-    offsets = position[:, None] * channels + channel[None, :]
+    slot, channel, known, offsets, inside = block_of(positions, channels, BLOCK_P, BLOCK_C)
     source = tl.load(index + slot).to(tl.int64) if SELECT else slot
     scale = 1 / tl.sqrt(tl.load(variance + channel, mask=known, other=1.0).to(SUMS) + epsilon)
     shift = -tl.load(mean + channel, mask=known, other=0.0).to(SUMS)
@@ -155,7 +161,7 @@ def normalise_frames(
     positions, channels = x.shape[3] * x.shape[4], x.shape[1]
     block_c = power_of_two(channels, 128)
     block_p = power_of_two(positions, BLOCK // block_c)
-    with launching_on(x):
+    with torch.cuda.device_of(x):
         _finish[(count * triton.cdiv(positions, block_p) * triton.cdiv(channels, block_c),)](
             frames, frames if index is None else index, mean, variance, mean if weight is None else weight, mean if bias is None else bias,
             frames if residual is None else frames_of(residual), out, positions, channels, epsilon,
@@ -182,7 +188,7 @@ def _add_relu(x, y, out, size, SUMS: tl.constexpr, BLOCK: tl.constexpr):
 def add_relu(x: Tensor, y: Tensor) -> Tensor:
     """Compute relu(x + y) of packed features [1, C, M, H, W] of one type, in channels-last memory."""
     frames, out = frames_of(x), new_frames(x, x.shape[2])
-    with launching_on(x):
+    with torch.cuda.device_of(x):
         _add_relu[(triton.cdiv(frames.numel(), BLOCK),)](frames, frames_of(y), out, frames.numel(), SUMS=sums_in(x.dtype), BLOCK=BLOCK)
     return out
 

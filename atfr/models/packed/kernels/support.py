@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from typing import Sequence
 
 import torch
 from torch import Tensor
@@ -41,11 +41,6 @@ def _obstacle(device: torch.device) -> str | None:
     return None
 
 
-def launching_on(x: Tensor) -> AbstractContextManager:
-    """Make the device of x the current one, on which Triton launches."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
-
-
 def frames_of(x: Tensor) -> Tensor:
     """Return [1, C, M, H, W] as frames [M, H, W, C] in contiguous memory; a copy only from another memory format than channels-last."""
     return x[0].permute(1, 2, 3, 0).contiguous()
@@ -54,7 +49,12 @@ def frames_of(x: Tensor) -> Tensor:
 def new_frames(like: Tensor, frames: int) -> Tensor:
     """Allocate [1, C, frames, H, W] in channels-last memory, with the other sizes and the type of `like` [1, C, M, H, W]."""
     _, channels, _, height, width = like.shape
-    return like.new_empty((1, frames, height, width, channels)).permute(0, 4, 1, 2, 3)
+    return empty_frames(like, (1, frames, height, width, channels))
+
+
+def empty_frames(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Allocate frames of this shape [N, T, H, W, C], of the type of `like`: [N, C, T, H, W] in channels-last memory."""
+    return like.new_empty(shape).permute(0, 4, 1, 2, 3)
 
 
 def power_of_two(size: int, most: int) -> int:
