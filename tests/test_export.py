@@ -121,6 +121,7 @@ def test_features_of_a_size_that_the_grid_does_not_divide(format, tmp_path):
     [
         {"similarity": "path", "embedding": "pooled", "scale": "absolute", "width": 0.7, "kernel": "mean", "noise_floor": True},
         {"similarity": "path", "edges": "inclusive", "metric": "cosine"},
+        {"similarity": "partition", "embedding": "pooled", "scale": "absolute", "width": 0.3, "kernel": "middle", "order": "time", "time_embedding": True},
         {"metric": "mahalanobis"},
         {"metric": "l1", "kernel": "delta_normalized", "order": "time", "embedding": "frozen"},
         {"similarity": "uniform", "kernel": "mean", "num_bins": 4},
@@ -133,6 +134,8 @@ def test_every_choice_of_the_layer(options, tmp_path):
     model = small(**options)
     if options.get("noise_floor"):
         model.sgs["0"].floor.fill_(0.1)
+    if options.get("time_embedding"):
+        nn.init.normal_(model.sgs["0"].time.linear.weight)
     check(model, clips(12, 16), tmp_path, "torch_export", different=options.get("similarity") not in ("uniform", "none"))
 
 

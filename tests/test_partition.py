@@ -105,3 +105,24 @@ def test_the_width_that_keeps_a_mean_is_the_one_that_a_search_finds(cost_exponen
     bins = partition_bins(z, lengths, width=found, num_bins=10, cost_exponent=cost_exponent)
     kept = [len(set(own[:length])) for own, length in zip(bins.tolist(), lengths.tolist())]
     assert sum(kept) == min(int(7 * mean_bins + 1e-6), sum(kept)) and (sum(kept) == int(7 * mean_bins + 1e-6) or mean_bins == 7.9)
+
+
+@pytest.mark.parametrize("similarity", ["partition", "anchor"])
+def test_kernel_middle_keeps_the_middle_frame_of_each_bin_and_the_earlier_one_of_two(similarity):
+    lengths = torch.tensor([12, 7, 12])
+    z = torch.randn(3, 12, 4).cumsum(dim=1) * torch.tensor([1.0, 2.0, 0.5])[:, None, None]
+    choice = {**CHOICE, "similarity": similarity}
+    mean, kept = sampling_weights(z, num_bins=9, width=1.1, valid=lengths, min_bins=2, **choice)
+    middle, same = sampling_weights(z, num_bins=9, width=1.1, valid=lengths, min_bins=2, **{**choice, "kernel": "middle"})
+    assert kept.equal(same) and len(set(kept.tolist())) > 1
+    for clip in range(3):
+        for b in range(kept[clip]):
+            members = mean[clip, b].nonzero()[:, 0].tolist()
+            chosen = members[(len(members) - 1) // 2]
+            assert middle[clip, b].tolist() == [float(t == chosen) for t in range(12)]
+        assert not middle[clip, kept[clip] :].any()
+
+
+def test_kernel_middle_is_refused_where_bins_are_not_contiguous():
+    with pytest.raises(ValueError, match="similarity=distance_to_mean does not have"):
+        check_choices("distance_to_mean", "l2", "middle", "relative", "released", "time")

@@ -60,19 +60,19 @@ def check_trial(device: str) -> None:
 
 
 def check_plain(device: str) -> None:
-    """Also clips of equal frames, whose cuts cost the same, and more features than a block of the kernel takes at once."""
+    """Also middle frames, clips of equal frames, whose cuts cost the same, and more features than a block of the kernel takes at once."""
     from atfr.models.sgs.partition_kernel import cut
 
-    for steps, dim, most, least, exponent in ((40, 20, 10, 1, 0.5), (12, 70, 14, 3, 1.0)):
+    for steps, dim, most, least, exponent, kernel in ((40, 20, 10, 1, 0.5, "mean"), (12, 70, 14, 3, 1.0, "middle")):
         frames = torch.tensor([steps, steps - 3, 4, steps, steps])
         z = torch.randn(5, steps, dim).cumsum(dim=1)
         z[3] = z[3, :1]  # equal frames
         z[4] = z[4, :2].repeat_interleave(torch.tensor([5, steps - 5]), 0)  # two kinds of equal frames
         width = torch.tensor(0.5)
-        done = cut(z.to(device), width=width.to(device), frames=frames.to(device), num_bins=most, min_bins=least, cost_exponent=exponent)
+        done = cut(z.to(device), width=width.to(device), frames=frames.to(device), num_bins=most, min_bins=least, cost_exponent=exponent, middle=kernel == "middle")
         z = without_padding(z, frames)
         choice = dict(num_bins=most, min_bins=least, cost_exponent=exponent)
-        weights, lengths = sampling_weights(z, width=width, valid=frames, similarity="partition", kernel="mean", scale="absolute", order="time", **choice)
+        weights, lengths = sampling_weights(z, width=width, valid=frames, similarity="partition", kernel=kernel, scale="absolute", order="time", **choice)
         assert done.lengths.tolist() == done.report.tolist() == lengths.tolist()
         torch.testing.assert_close(done.weights.cpu(), weights)
         assert done.bins.cpu().equal(partition_bins(z, frames, width=width, **choice))
@@ -109,8 +109,8 @@ def check_schema(device: str) -> None:
 
     z, width = torch.randn(2, 6, 5, device=device), torch.tensor(0.5, device=device)
     frames, times = torch.tensor([6, 4], device=device), torch.rand(2, 6, device=device)
-    torch.library.opcheck(_cut, (z, width, None, None, 3, 1, 0.5), test_utils="test_faketensor")
-    torch.library.opcheck(_cut, (z, width, frames, times, 3, 2, 0.5), test_utils="test_schema")
+    torch.library.opcheck(_cut, (z, width, None, None, 3, 1, 0.5, False), test_utils="test_faketensor")
+    torch.library.opcheck(_cut, (z, width, frames, times, 3, 2, 0.5, True), test_utils="test_schema")
 
 
 def check_layer(device: str) -> None:

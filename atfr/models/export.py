@@ -116,7 +116,11 @@ def _keep(layer: SGS, x: Tensor, clip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     torch._check(bins <= proposal.weights.shape[1])
     weights = proposal.weights.narrow(1, 0, bins)  # [1, B', T]
     times = mean_times(weights, torch.arange(x.shape[2], device=x.device)[None])
-    return aggregate(x, weights), times[0], proposal.lengths
+    kept = aggregate(x, weights)
+    if layer.time is not None:
+        index = torch.arange(bins, device=x.device)
+        kept = layer.time(kept, times[0], index == 0, index == bins - 1, x.shape[2])
+    return kept, times[0], proposal.lengths
 
 
 def check_format(format: str) -> None:

@@ -102,12 +102,12 @@ class VideoNet(nn.Module):
         clip = torch.zeros(1, 3, *probe, device=self._like.device)
         with evaluating(self):  # so that the probe does not update the running statistics
             features = traced.stem(list(traced.cuts))(clip)
-        channels: dict[str, int] = {}
+        channels: dict[str, tuple[int, int]] = {}  # of what each layer embeds, and of what it samples
         for name, x in zip(locations, features):
             if not isinstance(x, Tensor) or x.dim() != 5 or x.shape[2] < 2:
                 shape = list(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
                 raise ValueError(f"sgs.after={name!r} gives {shape} for a clip of {probe}: SGS needs [N, C, T, H, W] with more than one feature in time")
-            channels[name] = clip.shape[1] if name in of_clip else x.shape[1]
+            channels[name] = clip.shape[1] if name in of_clip else x.shape[1], x.shape[1]
         self._levels = [[_key(traced.cuts[cut]) for cut in cuts] for cuts in traced.levels]
         stem = traced.stem()
         if sgs.execution != "bucketed":
@@ -287,7 +287,7 @@ class VideoNet(nn.Module):
         """The program of packed execution: (the stem's outputs, forced, decision) -> (logits, what was done)."""
         return self._programs[1]
 
-    def _run_packed(self, traced: Traced, stem: nn.Module, sgs: SGSConfig, channels: Mapping[str, int], probe: tuple[int, int, int]) -> None:
+    def _run_packed(self, traced: Traced, stem: nn.Module, sgs: SGSConfig, channels: Mapping[str, tuple[int, int]], probe: tuple[int, int, int]) -> None:
         """Add the layers and run packed; NoPackedForm if that is not possible or fails the self-check."""
         packed = PackedTrunk(traced, lambda name: f"sgs.{_key(name)}")
         norms = [m for m in self.modules() if isinstance(m, BatchNorm)]
@@ -297,7 +297,7 @@ class VideoNet(nn.Module):
         self.execution, self._programs, self._on_gpu = "packed", (stem, trunk), (stem, fusing(trunk))
         self.times, self.layer_inputs = packed.times, packed.inputs
 
-    def _run_bucketed(self, traced: Traced, stem: nn.Module, sgs: SGSConfig, channels: Mapping[str, int], probe: tuple[int, int, int]) -> None:
+    def _run_bucketed(self, traced: Traced, stem: nn.Module, sgs: SGSConfig, channels: Mapping[str, tuple[int, int]], probe: tuple[int, int, int]) -> None:
         """Add the layer and run the rest of the network once for each B'."""
         if len(channels) > 1:
             raise ValueError(f"a network that cannot run packed takes one SGS layer, not {len(channels)}")
@@ -308,8 +308,10 @@ class VideoNet(nn.Module):
         self._add_layers(sgs, channels, {name: least})
         self.execution, self._programs = "bucketed", (stem, trunk)
 
-    def _add_layers(self, sgs: SGSConfig, channels: Mapping[str, int], least: Mapping[str, int], **options: Any) -> None:
-        layers = {_key(name): SGS(count, sgs, name=name, min_bins=least[name], **options) for name, count in channels.items()}
+    def _add_layers(self, sgs: SGSConfig, channels: Mapping[str, tuple[int, int]], least: Mapping[str, int], **options: Any) -> None:
+        layers = {
+            _key(name): SGS(embedded, sgs, name=name, sampled_channels=sampled, min_bins=least[name], **options) for name, (embedded, sampled) in channels.items()
+        }
         self.sgs = nn.ModuleDict(layers).to(self._like.device)
 
     def _bucketed(self, trunk: nn.Module, x: Tensor, *rest: Any) -> tuple[Tensor, tuple[Sampled, ...]]:

@@ -55,7 +55,7 @@ class SGSConfig:
     width: float | None = None  # absolute scale: a fixed bin width instead of a budget
     similarity: str = "partition"  # see atfr.models.sgs.functional
     metric: str = "l2"  # l2 | l1 | cosine | mahalanobis
-    kernel: str = "mean"  # linear | linear_normalized | delta | delta_normalized | mean
+    kernel: str = "mean"  # linear | linear_normalized | delta | delta_normalized | mean | middle (frame of the bin)
     scale: str = "absolute"  # absolute: one bin width for all clips | relative: to each clip's largest distance
     edges: str = "released"  # released (2B) | inclusive (2B - 1)
     order: str = "time"  # of the kept features: similarity | time
@@ -65,6 +65,7 @@ class SGSConfig:
     embed_from: str = "clip"  # clip: embed raw frames | features: embed the sampled features
     noise_floor: bool = False  # path: subtract the median step of the training clips from every step
     cost_exponent: float = 0.5  # partition: cost of a bin = width^2 x E_1^exponent; at 1, B' ignores the amount of change
+    time_embedding: bool = False  # tell the layers behind when each kept feature was (learned, zero at the start)
     execution: str = "auto"  # of the layers behind SGS: auto | packed | bucketed
 
     def __post_init__(self) -> None:
@@ -104,7 +105,7 @@ class SGSConfig:
         if self.is_baseline:
             keeps_all = {*budget, "num_bins"} if self.similarity == "none" else set()
             return {*UNUSED} - {*budget, "num_bins"} | keeps_all | (budget if self.num_bins is not None else _second_budget(self))
-        unused = {"metric", "kernel", "order"} if self.similarity in SEGMENTING else {"metric"} if self.similarity == "magnitude" else set()
+        unused = {"metric", "order"} if self.similarity in SEGMENTING else {"metric"} if self.similarity == "magnitude" else set()
         unused |= {"edges"} if self.scale == "absolute" else {*budget, "gflops_range", "width"}
         unused |= {*budget, "gflops_range"} if self.width is not None else _second_budget(self)
         unused |= {"embedding_dim"} if self.embedding == "pooled" else {"grid"}
@@ -161,8 +162,8 @@ def _check(config: SGSConfig) -> None:
         raise ValueError(f"sgs after={config.after!r} must be the name of a stage, the path of a module, or a list of these")
     if not config.locations:
         raise ValueError("sgs after is empty: name a stage, or use the network without SGS")
-    if config.kernel == "mean" and config.embedding == "mlp" and not config.is_baseline:
-        raise ValueError("sgs kernel=mean passes no gradient to a learned embedding, which would stay random: set embedding=pooled or frozen")
+    if config.kernel in ("mean", "middle") and config.embedding == "mlp" and not config.is_baseline:
+        raise ValueError(f"sgs kernel={config.kernel} passes no gradient to a learned embedding, which would stay random: set embedding=pooled or frozen")
     if config.num_bins is not None and (not isinstance(config.num_bins, int) or config.num_bins < 1):
         raise ValueError(f"sgs num_bins must be a whole number of at least 1, not {config.num_bins!r}")
     if config.embedding_dim < 1 or config.grid < 1:

@@ -31,7 +31,7 @@ from atfr.models.sgs.partition import best_cuts, bin_counts, partition_bins
 SEGMENTING = ("anchor", "partition")  # cut a clip into contiguous bins, in which frames have no position
 SIMILARITIES = ("distance_to_mean", "magnitude", "path", *SEGMENTING, *BASELINES)
 METRICS = ("l2", "l1", "cosine", "mahalanobis")
-KERNELS = ("linear", "linear_normalized", "delta", "delta_normalized", "mean")
+KERNELS = ("linear", "linear_normalized", "delta", "delta_normalized", "mean", "middle")
 SCALES = ("relative", "absolute")
 EDGES = ("released", "inclusive")
 ORDERS = ("similarity", "time")
@@ -122,8 +122,12 @@ def check_choices(similarity: str, metric: str, kernel: str, scale: str, edges: 
         raise ValueError(f"sgs similarity={similarity} measures nothing that scale={scale} could cut: set scale=relative")
     if similarity in SEGMENTING and scale != "absolute":
         raise ValueError(f"sgs similarity={similarity} compares frames with one width for all clips, not scale={scale}: set scale=absolute")
-    if similarity in (*BASELINES, *SEGMENTING) and kernel != "mean":
+    if similarity in BASELINES and kernel != "mean":
         raise ValueError(f"sgs similarity={similarity} gives no position inside a bin, so kernel={kernel} means nothing: set kernel=mean")
+    if similarity in SEGMENTING and kernel not in ("mean", "middle"):
+        raise ValueError(f"sgs similarity={similarity} gives no position inside a bin, so kernel={kernel} means nothing: set kernel=mean or middle")
+    if kernel == "middle" and similarity not in SEGMENTING:
+        raise ValueError(f"sgs kernel=middle keeps the middle frame of contiguous bins, which similarity={similarity} does not have: set another kernel")
     if similarity in SEGMENTING and metric != "l2":
         raise ValueError(f"sgs similarity={similarity} measures root mean square distances, not metric={metric}: set metric=l2")
     if similarity == "path" and metric == "mahalanobis":
@@ -299,10 +303,18 @@ def _complete(
         bins = torch.where(few, uniform_bins(frames[:, None], min_bins, bins.shape[1]), bins)
         member, averaged = _members(bins, mask, rows), averaged | few
     weights = weights.masked_fill(averaged, 1)
+    if kernel == "middle":
+        weights = weights * is_middle(member, bins)
     count = (member & (weights > 0)[:, None]).sum(dim=2).gather(1, bins).clamp(min=1)  # [N, T]
     if kernel in ("linear", "delta"):
         count = count.masked_fill(~averaged, 1)
     return bins, weights / count, member
+
+
+def is_middle(member: Tensor, bins: Tensor) -> Tensor:
+    """Return whether each frame is the middle one of its bin, the earlier one of two: members [N, B, T], bins [N, T] -> [N, T]."""
+    rank = member.cumsum(dim=2).gather(1, bins[:, None])[:, 0]  # from 1, of each frame in its bin
+    return rank == (member.sum(dim=2).gather(1, bins) + 1) // 2
 
 
 def compact(member: Tensor, weights: Tensor, *, order: str) -> tuple[Tensor, Tensor]:

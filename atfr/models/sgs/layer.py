@@ -16,6 +16,7 @@ from atfr.models.sgs.aggregate import at_least_float32
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.sgs.embedding import MLPEmbedding, PooledEmbedding
 from atfr.models.sgs.partition import MOST_FRAMES, width_keeping
+from atfr.models.sgs.time_embedding import TimeEmbedding
 
 NOT_FINITE, NO_WIDTH, BAD_EMBEDDING = 0, -1, -2  # why a clip cannot be sampled, in `Proposal.report`
 
@@ -38,13 +39,15 @@ class SGS(nn.Module):
     before its first use; a trainer then holds the width to the budget with `steer`.
 
     Args:
+        channels: of what it embeds.
+        sampled_channels: of the features that it samples; None: the same.
         min_bins: the fewest features that the layers behind it can run on.
         gap: filler frames between packed clips in evaluation; 0: each operation pads for itself.
         norms: the network's batch norms, which must see no filler frames while they train.
     """
 
     def __init__(
-        self, channels: int, options: SGSConfig, *, name: str, min_bins: int = 1, gap: int = 0, norms: Sequence[nn.Module] = ()
+        self, channels: int, options: SGSConfig, *, name: str, sampled_channels: int | None = None, min_bins: int = 1, gap: int = 0, norms: Sequence[nn.Module] = ()
     ) -> None:
         super().__init__()
         self.options, self.name, self.min_bins, self.gap = options, name, min_bins, gap
@@ -59,6 +62,7 @@ class SGS(nn.Module):
         else:
             self.embedding = MLPEmbedding(channels, options.embedding_dim)
             self.embedding.requires_grad_(options.embedding == "mlp")
+        self.time = TimeEmbedding(sampled_channels or channels) if options.time_embedding else None
         if options.scale == "absolute":
             self.register_buffer("width", torch.tensor(math.nan if options.width is None else options.width))
         if options.noise_floor:
@@ -193,7 +197,7 @@ class SGS(nn.Module):
         from atfr.models.sgs.partition_kernel import cut  # which needs Triton
 
         given = {} if segments is None else {"frames": segments.counts, "times": segments.times[segments.padded]}
-        done = cut(z, width=width, num_bins=num_bins, min_bins=least, cost_exponent=self.options.cost_exponent, **given)
+        done = cut(z, width=width, num_bins=num_bins, min_bins=least, cost_exponent=self.options.cost_exponent, middle=self.options.kernel == "middle", **given)
         return Proposal(z, valid, done.weights, done.lengths, done.report, done.times)
 
     def _sampling(self, z: Tensor, valid: Tensor | None, *, width: Tensor | float | None, num_bins: int, least: int) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,7 @@ def cut(
     num_bins: int,
     min_bins: int = 1,
     cost_exponent: float = 0.0,
+    middle: bool = False,
 ) -> Cut:
     """Cut clips into contiguous bins like `partition.partition_bins`, and weight the frames of each bin equally.
 
@@ -41,30 +42,31 @@ def cut(
         width: a scalar.
         frames: [N] int64, how many of the T frames of each clip exist; None: all.
         times: [N, T] float32, the time of each frame; None: its index.
+        middle: keep the middle frame of each bin instead of the mean.
     """
-    return Cut(*_cut(z.detach().contiguous(), width.detach(), frames, times, num_bins, min_bins, cost_exponent))
+    return Cut(*_cut(z.detach().contiguous(), width.detach(), frames, times, num_bins, min_bins, cost_exponent, middle))
 
 
 @torch.library.custom_op(
     "atfr::cut",
     mutates_args=(),
-    schema="(Tensor z, Tensor width, Tensor? frames, Tensor? times, int num_bins, int min_bins, float cost_exponent) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor z, Tensor width, Tensor? frames, Tensor? times, int num_bins, int min_bins, float cost_exponent, bool middle) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _cut(z, width, frames, times, num_bins, min_bins, cost_exponent):
+def _cut(z, width, frames, times, num_bins, min_bins, cost_exponent, middle):
     clips, steps, dim = z.shape
-    results = _empty(z, width, frames, times, num_bins, min_bins, cost_exponent)
+    results = _empty(z, width, frames, times, num_bins, min_bins, cost_exponent, middle)
     block = max(16, triton.next_power_of_2(steps))
     cuts = torch.empty(clips, num_bins, steps, dtype=torch.int32, device=z.device)
     sizes = {"BLOCK_T": block, "BLOCK_D": min(max(16, triton.next_power_of_2(dim)), 32)}
     with torch.cuda.device_of(z):  # Triton launches on the current device
         _cut_kernel[(clips,)](
-            z, width, frames, times, *results, cuts, steps, dim, num_bins, min_bins, EXPONENT=cost_exponent, **sizes, num_warps=8 if block == 128 else 4
+            z, width, frames, times, *results, cuts, steps, dim, num_bins, min_bins, EXPONENT=cost_exponent, MIDDLE=middle, **sizes, num_warps=8 if block == 128 else 4
         )
     return results
 
 
 @_cut.register_fake
-def _empty(z, width, frames, times, num_bins, min_bins, cost_exponent):
+def _empty(z, width, frames, times, num_bins, min_bins, cost_exponent, middle):
     clips, steps, _ = z.shape
     whole = {"dtype": torch.int64}
     return (
@@ -82,7 +84,7 @@ def _cut_kernel(
     z, width, frames, times,
     weights, lengths, report, mean_times, bins, least, cuts,
     steps, dim, num_bins, min_bins,
-    EXPONENT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    EXPONENT: tl.constexpr, MIDDLE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     clip = tl.program_id(0).to(tl.int64)
     time = tl.arange(0, BLOCK_T)
@@ -154,14 +156,18 @@ def _cut_kernel(
     for i in range(0, kept):
         k = kept - 1 - i
         begin = tl.load(cuts + (clip * num_bins + k) * steps + stop)
-        size = stop - begin + 1
-        member = (time >= begin) & (time <= stop)
+        if MIDDLE:
+            first, end = (begin + stop) // 2, (begin + stop) // 2
+        else:
+            first, end = begin, stop
+        size = end - first + 1
+        member = (time >= first) & (time <= end)
         weight = tl.where(cuttable, tl.where(member, 1.0 / size, 0.0), float("nan"))
         tl.store(weights + (clip * num_bins + k) * steps + time, weight, mask=kept_time)
-        middle = (begin + stop) * 0.5
+        mean_time = (first + end) * 0.5
         if times is not None:
-            middle = tl.sum(tl.load(times + clip * steps + time, mask=member, other=0.0)) / size
-        tl.store(mean_times + clip * num_bins + k, middle)
+            mean_time = tl.sum(tl.load(times + clip * steps + time, mask=member, other=0.0)) / size
+        tl.store(mean_times + clip * num_bins + k, mean_time)
         bin_of = tl.where(time >= begin, tl.maximum(bin_of, k), bin_of)
         stop = begin - 1
     for k in range(kept, num_bins):

@@ -133,7 +133,8 @@ def sample(
         gap = 0 if torch.is_grad_enabled() or any(norm.training for norm in layer.norms) else shared_gap(kept, layer.gap, x.device)
         times = times[:, : max(kept)].flatten()[unpadded(kept, x.device)]  # [sum B']
         after = Segments(kept, x.shape[2] if before is None else before.frames, times, gap)
-        packed.append(aggregate(x, weights, kept, before, layout=after.layout))
+        x = aggregate(x, weights, kept, before, layout=after.layout)
+        packed.append(x if layer.time is None else layer.time.packed(x, after))
         done.append(Sampled(layer.name, given, after, weights, proposal))
     return tuple(packed), tuple(done)
 
