@@ -1,0 +1,256 @@
+"""JHMDB with the frozen Kinetics I3D: what are the features worth that each method keeps?
+
+    python studies/claim/jhmdb.py                            # all methods; those in jhmdb.csv are not run again
+    python studies/claim/jhmdb.py --locations res3 --methods uniform atfr-middle
+
+Nothing of the network is trained. Each method samples the features of all 928 clips (32 frames, 112 x 112) at a location, the
+rest of I3D runs on what is kept, and its last features, averaged, are classified by logistic regression: three folds by source
+video, 928 predictions. Standard errors are over the 297 sources. The bin width is calibrated on every seventh clip, without labels.
+Writes the rows of studies/claim/jhmdb.csv and the table in studies/claim/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import math
+import os
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from claim_report import fill
+from torch import Tensor, nn
+
+from atfr.data.video.decode import read_clip
+from atfr.models.factory import create_model
+from atfr.models.sgs.config import PRESETS, SGSConfig
+from atfr.models.video_net import VideoNet
+from atfr.utils.atomic_io import write_text
+from atfr.utils.progress import watched
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+from fetch_weights import checkpoint_of_i3d  # noqa: E402
+
+ROWS = Path("studies/claim/jhmdb.csv")
+FRAMES, SIDE, BATCH = 32, 112, 8
+PENALTY = 100.0  # of the squared weights of the regression, for 620 clips; 10 to 1000 differ by less than 1.5 points for the dense network
+KEPT = {"input": (16, 11), "stem": (5, 2), "res3": (8,)}  # features that the fixed methods keep; about .5 and .35 of the GFLOPs, but for res3
+ATFR = PRESETS["atfr"]
+FEATURES = replace(ATFR, embed_from="features", grid=1)
+METHODS = {
+    "uniform": PRESETS["uniform"],
+    "stride": PRESETS["stride"],
+    "reference": replace(PRESETS["frozen"], before_activation=False),
+    "atfr": ATFR,
+    "atfr-middle": replace(ATFR, kernel="middle"),
+    "atfr-equal": ATFR,
+    "atfr-middle-equal": replace(ATFR, kernel="middle"),
+    "features": FEATURES,
+    "features-middle": replace(FEATURES, kernel="middle"),
+    "features-middle-equal": replace(FEATURES, kernel="middle"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The set of videos, decoded."""
+
+    clips: Tensor  # uint8 [N, 3, T, H, W]
+    labels: Tensor  # [N]
+    folds: Tensor  # [N]
+    groups: np.ndarray  # [N] the source of each video
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one method's features are worth."""
+
+    location: str
+    method: str
+    kept: int  # of the fixed methods at this budget
+    bins: float  # mean B'
+    gflops: float  # mean, of dense
+    top1: float
+    right: str  # for each video, in the order of folds.csv: 1 if its prediction is right
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.location, self.method, self.kept
+
+    @property
+    def hits(self) -> np.ndarray:
+        return np.array([letter == "1" for letter in self.right], dtype=float)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=Path, default=Path("../shared/data/videos/jhmdb"), help="folder with the videos and folds.csv (default: %(default)s)")
+    parser.add_argument("--locations", nargs="+", default=list(KEPT), choices=KEPT)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--again", action="store_true", help="also run what is in jhmdb.csv")
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+    if not (arguments.clips / "folds.csv").exists():
+        sys.exit(f"error: {arguments.clips}/folds.csv is missing: --clips names the folder of JHMDB's videos with that list")
+    weights = torch.load(checkpoint_of_i3d(), map_location="cpu", weights_only=False)["model"]
+    data = read_clips(arguments.clips)
+    rows = {row.key: row for row in saved()}
+    if arguments.again or ("", "dense", 0) not in rows:
+        rows["", "dense", 0] = run(network(weights, None), None, data, "", "dense", 0)
+        save(rows)
+    for location in arguments.locations:
+        before: list[Tensor] | None = None
+        for method, kept in ((method, kept) for kept in KEPT[location] for method in arguments.methods):
+            if arguments.again or (location, method, kept) not in rows:
+                model = network(weights, options_of(method, location, kept))
+                before = before or features_before(model, data)
+                rows[location, method, kept] = run(model, before, data, location, method, kept)
+                save(rows)
+    text = table(rows, data.groups)
+    fill(Path("studies/claim/README.md"), "jhmdb", text, script="jhmdb.py")
+    print(text)
+
+
+def options_of(method: str, location: str, kept: int) -> SGSConfig:
+    """The layer of a method that keeps `kept` features on average, or of every clip."""
+    options, frames = METHODS[method], FRAMES if location == "input" else FRAMES // 2
+    if options.is_baseline:
+        return replace(options, after=location, num_bins=kept, gflops=None)
+    if method == "reference":  # which fills about 5 of 8 bins
+        return replace(options, after=location, num_bins=min(frames, round(1.6 * kept)))
+    if method.endswith("equal"):  # at no price of a bin every clip keeps the most that it may
+        return replace(options, after=location, num_bins=kept, width=1e-6, gflops=None)
+    return replace(options, after=location, keep_ratio=kept / frames, gflops=None)
+
+
+def network(weights: dict[str, Tensor], options: SGSConfig | None) -> VideoNet:
+    """I3D with its Kinetics weights."""
+    torch.manual_seed(0)  # of the reference's embedding
+    model = create_model("i3d_inception", 400, sgs=options)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected and all(name.startswith("sgs.") for name in missing)
+    return model.eval()
+
+
+def read_clips(folder: Path) -> Clips:
+    """Decode the middle 32 frames of each video; the last frame of a shorter one is repeated."""
+    with open(folder / "folds.csv", newline="") as file:
+        videos = list(csv.DictReader(file))
+    names = sorted({video["label"] for video in videos})
+    clips = torch.empty(len(videos), 3, FRAMES, SIDE, SIDE, dtype=torch.uint8)
+    for video, clip in zip(watched(videos, "reading", unit="video"), clips):
+        frames = read_clip(str(folder / video["relative_path"]), lambda count, fps: np.clip(max((count - FRAMES) // 2, 0) + np.arange(FRAMES), 0, count - 1), short_side=SIDE).frames
+        top, left = ((size - SIDE) // 2 for size in frames.shape[1:3])
+        clip.copy_(torch.from_numpy(frames[:, top : top + SIDE, left : left + SIDE].copy()).permute(3, 0, 1, 2))
+    labels, folds = (torch.tensor(values) for values in ([names.index(video["label"]) for video in videos], [int(video["fold"]) for video in videos]))
+    return Clips(clips, labels, folds, np.unique([video["group"] for video in videos], return_inverse=True)[1])
+
+
+def normalised(clips: Tensor) -> Tensor:
+    return clips.float() / 127.5 - 1
+
+
+@torch.inference_mode()
+def features_before(model: VideoNet, data: Clips) -> list[Tensor]:
+    """What the layers in front of SGS give, for all clips, which every method at a location shares: float16."""
+    if next(iter(model.sgs.values())).name == "input":
+        return []
+    return [model.run_stem(normalised(clips))[0].half() for clips in watched(data.clips.split(BATCH), "features", unit="batch")]
+
+
+@torch.inference_mode()
+def run(model: VideoNet, before: list[Tensor] | None, data: Clips, location: str, method: str, kept: int) -> Row:
+    """Calibrate, compute the features that the head is given, and classify them."""
+    batches = data.clips.split(BATCH)
+
+    def inputs(number: int) -> tuple[Tensor, ...]:
+        """What `run_trunk` takes: the features to sample, and the clips where the layer embeds these."""
+        clips = normalised(batches[number]).contiguous(memory_format=torch.channels_last_3d)
+        if not before:
+            return (clips,)
+        return (before[number].float(), clips) if METHODS[method].embeds_clip else (before[number].float(),)
+
+    for layer in model.sgs.values():
+        if layer.tracks_width:
+            proposals = [layer(given[0], None, given[-1]) for given in map(inputs, range(0, len(batches), 7))]
+            layer.calibrate(torch.cat([p.z for p in proposals]), torch.cat([p.valid for p in proposals]))
+    features: list[Tensor] = []
+    hook = model.dense_network.head.register_forward_pre_hook(lambda module, given: features.append(given[0]))
+    bins: list[tuple[int, ...]] = []
+    for number in watched(range(len(batches)), f"{location} {method} {kept}", unit="batch"):
+        if location:
+            bins += [(b,) for b in model.run_trunk(*inputs(number))[1][0].segments.lengths]
+        else:
+            model(*inputs(number))
+    hook.remove()
+    costs = model.gflops_table(tuple(data.clips.shape[1:]))
+    gflops = float(costs.estimate(bins).mean()) / costs.dense if bins else 1.0
+    hits = predictions(torch.cat(features), data.labels, data.folds) == data.labels
+    row = Row(location, method, kept, float(np.mean(bins or FRAMES)), gflops, 100 * hits.float().mean().item(), "".join("01"[hit] for hit in hits.tolist()))
+    print(f"{location or 'all'} {method} {kept or ''}: {row.top1:.1f} % at {gflops:.2f} of the GFLOPs, B' {row.bins:.1f}", flush=True)
+    return row
+
+
+@torch.enable_grad()
+def predictions(x: Tensor, labels: Tensor, folds: Tensor) -> Tensor:
+    """Predict each fold by a logistic regression that was fitted to the other two: features [N, D] -> classes [N]."""
+    x, classes, found = x.clone().double(), int(labels.max()) + 1, torch.empty_like(labels)
+    for fold in folds.unique():
+        train = folds != fold
+        given = (x - x[train].mean(dim=0)) / (x[train].std(dim=0) + 1e-3)
+        given = torch.cat([given, torch.ones(len(x), 1)], dim=1)
+        weight = torch.zeros(given.shape[1], classes, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            value = nn.functional.cross_entropy(given[train] @ weight, labels[train]) + PENALTY / 2 / int(train.sum()) * weight[:-1].square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        found[~train] = (given[~train] @ weight).argmax(dim=1)
+    return found
+
+
+def paired(one: np.ndarray, other: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
+    """The mean difference of two rows' hits, in points, and its standard error with videos of one source as one draw."""
+    difference = one - other
+    sums = np.bincount(groups, difference - difference.mean())
+    return 100 * difference.mean(), 100 * math.sqrt(len(sums) / (len(sums) - 1) * np.square(sums).sum()) / len(difference)
+
+
+def table(rows: dict[tuple[str, str, int], Row], groups: np.ndarray) -> str:
+    """The rows as a table, each against the dense network and against the fixed methods at its location and budget."""
+    lines = ["| location | features kept | method | mean B' | GFLOPs of dense | top-1, % | against dense | against uniform | against stride |", "|---|---|---|---|---|---|---|---|---|"]
+    for row in rows.values():
+        others = (rows.get(("", "dense", 0)), *(rows.get((row.location, name, row.kept)) for name in ("uniform", "stride")))
+        cells = ["" if other is None or other is row else "{:+.1f} ± {:.1f}".format(*paired(row.hits, other.hits, groups)) for other in others]
+        lines.append(f"| {row.location} | {row.kept or 'all'} | {row.method} | {row.bins:.1f} | {row.gflops:.2f} | {row.top1:.1f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def saved() -> list[Row]:
+    """The rows of jhmdb.csv; none where there is no such file."""
+    if not ROWS.exists():
+        return []
+    kinds = {"str": str, "int": int, "float": float}
+    with open(ROWS, newline="") as file:
+        return [Row(**{field.name: kinds[str(field.type)](line[field.name]) for field in fields(Row)}) for line in csv.DictReader(file)]
+
+
+def save(rows: dict[tuple[str, str, int], Row]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([field.name for field in fields(Row)])
+    writer.writerows([f"{value:.4g}" if isinstance(value, float) else value for value in asdict(row).values()] for row in rows.values())
+    write_text(ROWS, text.getvalue())
+
+
+if __name__ == "__main__":
+    main()
