@@ -1,0 +1,254 @@
+"""Render a report as one HTML page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from atfr.report import figures
+from atfr.report.compare import Entry, entries_of, pareto, plain_line, protocol
+from atfr.report.examples import Example, read_examples
+from atfr.report.runs import ClassTotals, Results, Run, class_totals
+from atfr.report.tables import Cell, Column, Table, class_table, front_table, main_table, seed_table, text_of, untested_table
+from atfr.utils.printable import printable
+
+MOST_CLASS_COLUMNS = 6  # runs in the table of classes
+MOST_WITH_EXAMPLES = 4  # runs whose examples are shown
+CLOSE = 1.0  # percentage points of top-1 that count as almost as good
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A small figure of one row of the main table."""
+
+    number: int
+    label: str
+    svg: Markup
+
+
+@dataclass
+class Page:
+    """What the template shows."""
+
+    title: str
+    made: str
+    tested: int
+    answers: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    main: Table | None = None
+    seeds: Table | None = None
+    scatters: list[Markup] = field(default_factory=list)
+    front: Table | None = None
+    histograms: list[Panel] = field(default_factory=list)
+    classes: Table | None = None
+    classes_note: str = ""
+    class_figure: Panel | None = None
+    examples: list[tuple[int, str, list[Example]]] = field(default_factory=list)
+    examples_note: str = ""
+    curves: list[Panel] = field(default_factory=list)
+    untested: Table | None = None
+    notes: list[tuple[str, str]] = field(default_factory=list)
+    same_protocol: list[tuple[str, str]] = field(default_factory=list)
+    protocols: Table | None = None
+    configs: list[tuple[int, str, str, str]] = field(default_factory=list)  # number, label, folder, text
+
+
+def render(runs: Sequence[Run]) -> str:
+    """Return the page about these runs. It needs no other file and no network."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("atfr.report"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    style, script = (Markup(environment.get_template(name).render()) for name in ("report.css", "report.js"))  # ours, without values of a run
+    return printable(environment.get_template("report.html").render(page=page_of(runs), style=style, script=script))
+
+
+def page_of(runs: Sequence[Run]) -> Page:
+    """Compute what the page shows."""
+    entries = entries_of(runs)
+    tested = sum(len(entry.runs) for entry in entries)
+    page = Page(title="atfr report", made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"), tested=tested)
+    page.notes = [(plain_line(run.name), plain_line(note)) for run in runs for note in run.notes]
+    page.untested = untested_table(runs)
+    page.curves = _curves(entries)
+    if not entries:
+        return page
+    page.main = main_table(entries)
+    page.seeds = seed_table(entries) if tested > len(entries) else None
+    page.scatters = _scatters(entries)
+    front = pareto([(entry.gflops.mean, entry.top1.mean) for entry in entries])
+    page.front = front_table(entries, front) if len(front) > 1 else None
+    page.histograms = [_panel(number, entry, figures.histogram([r.bins[0] for r in entry.results])) for number, entry in _adaptive(entries)]
+    totals = _add_classes(page, entries, front)
+    _add_examples(page, entries)
+    _add_protocols(page, entries)
+    page.answers = _answers(entries, totals)
+    page.configs = [
+        (number, entry.label, plain_line(str(entry.runs[0].folder)), printable(entry.runs[0].config_text))
+        for number, entry in enumerate(entries, start=1)
+        if entry.runs[0].config_text
+    ]
+    return page
+
+
+def _panel(number: int, entry: Entry, svg: str) -> Panel:
+    return Panel(number, entry.label, Markup(svg))
+
+
+def _adaptive(entries: Sequence[Entry]) -> list[tuple[int, Entry]]:
+    """The numbered entries whose B' follows the clip."""
+    return [(number, entry) for number, entry in enumerate(entries, start=1) if entry.kind == "adaptive" and all(r.bins for r in entry.results)]
+
+
+def _scatters(entries: Sequence[Entry]) -> list[Markup]:
+    numbered = list(enumerate(entries, start=1))
+    dense = {results.dense_gflops for entry in entries for results in entry.results}
+    marks = [figures.Mark(number, entry.label, entry.method, entry.kind, entry.gflops, entry.top1) for number, entry in numbered]
+    found = [figures.scatter(marks, x_label="GFLOPs of a clip (mean)", unit="GFLOPs", dense=dense.pop() if len(dense) == 1 else None)]
+    timed = [figures.Mark(n, entry.label, entry.method, entry.kind, entry.milliseconds, entry.top1) for n, entry in numbered if entry.milliseconds]
+    if timed:
+        found.append(figures.scatter(timed, x_label="measured time of a clip in the network, ms", unit="ms"))
+    return [Markup(svg) for svg in found]
+
+
+def _add_classes(page: Page, entries: Sequence[Entry], front: Sequence[int]) -> tuple[int, dict[str, ClassTotals]] | None:
+    """Add the classes to the page. Returns the number and the classes of the most accurate adaptive entry."""
+    order = list(dict.fromkeys([*sorted(front), *range(len(entries))]))
+    order.sort(key=lambda index: index not in front)
+    best_adaptive = next((index for index in range(len(entries)) if entries[index].kind == "adaptive"), None)
+    if best_adaptive is not None:
+        order = [best_adaptive, *(index for index in order if index != best_adaptive)]
+    found: dict[int, dict[str, ClassTotals]] = {}
+    for index in order:
+        if len(found) == MOST_CLASS_COLUMNS:
+            break
+        try:
+            totals = _sum_classes([class_totals(run.folder) for run in entries[index].runs if run.budget is None])
+        except ValueError as error:
+            page.notes.append((plain_line(entries[index].runs[0].name), plain_line(str(error))))
+            continue
+        if totals:
+            found[index] = totals
+    if not found:
+        return None
+    page.classes = class_table(found)
+    if len(found) < len(entries):
+        page.classes_note = f"{len(found)} of {len(entries)} runs are shown, those that are best for their cost first; give fewer runs to see others."
+    if best_adaptive not in found or best_adaptive is None:
+        return None
+    dense = entries[best_adaptive].results[0].dense_gflops
+    page.class_figure = _panel(best_adaptive + 1, entries[best_adaptive], figures.class_costs({plain_line(name): one for name, one in found[best_adaptive].items()}, dense=dense))
+    return best_adaptive + 1, found[best_adaptive]
+
+
+def _sum_classes(parts: Sequence[Mapping[str, ClassTotals]]) -> dict[str, ClassTotals]:
+    """Add up the totals of several seeds."""
+    whole: dict[str, ClassTotals] = {}
+    for part in parts:
+        for name, one in part.items():
+            total = whole.setdefault(name, ClassTotals())
+            total.clips += one.clips
+            total.right += one.right
+            total.gflops += one.gflops
+            total.bins += one.bins
+    return whole
+
+
+def _add_examples(page: Page, entries: Sequence[Entry]) -> None:
+    with_examples = 0
+    for number, entry in enumerate(entries, start=1):
+        found, note = read_examples(entry.runs[0].folder)
+        if note:
+            page.notes.append((plain_line(entry.runs[0].name), note))
+        with_examples += bool(found)
+        if found and len(page.examples) < MOST_WITH_EXAMPLES:
+            page.examples.append((number, entry.label, found))
+    if with_examples > len(page.examples):
+        page.examples_note = f"The first {len(page.examples)} of {with_examples} runs with examples are shown."
+
+
+def _curves(entries: Sequence[Entry]) -> list[Panel]:
+    losses = [value for entry in entries for run in entry.runs for _, value in run.loss]
+    best = max((value for entry in entries for run in entry.runs for _, value in run.top1), default=0.0)
+    if not losses:
+        return []
+    limits = (min(losses), max(losses), best)
+    drawn = [(n, entry) for n, entry in enumerate(entries, start=1) if any(run.loss for run in entry.runs)]
+    return [_panel(n, entry, figures.curves([run.loss for run in entry.runs], [run.top1 for run in entry.runs], limits)) for n, entry in drawn]
+
+
+def _add_protocols(page: Page, entries: Sequence[Entry]) -> None:
+    """Add how the runs were tested: what is the same for all, and a table of what is not."""
+    protocols = [(number, entry, protocol(results)) for number, entry in enumerate(entries, start=1) for results in entry.results[:1]]
+    keys = list(dict.fromkeys(key for _, _, one in protocols for key in one))
+    same = [key for key in keys if len({_json(one.get(key)) for _, _, one in protocols}) == 1]
+    different = [key for key in keys if key not in same]
+    page.same_protocol = [(plain_line(key), plain_line(_json(protocols[0][2][key]))) for key in same]
+    if different and len(entries) > 1:
+        page.warnings.append(f"The runs were not tested in the same way, so their accuracies may not be comparable: {', '.join(map(plain_line, different))} differ (see Protocol).")
+    failed = [f"#{number}: {results.failed}" for number, entry in enumerate(entries, start=1) for results in entry.results if results.failed]
+    if failed:
+        page.warnings.append(f"Test videos that could not be read are not counted ({', '.join(failed)}).")
+    columns = [Column("#"), Column("Run", number=False), Column("Commit", number=False), Column("Tested checkpoint", number=False), *(Column(plain_line(key), number=False) for key in different)]
+    rows = []
+    for number, entry, one in protocols:
+        commits = dict.fromkeys(_commit(results) for results in entry.results)
+        checkpoint = entry.results[0].protocol.get("checkpoint")
+        own = [Cell(plain_line(_json(one.get(key)))) for key in different]
+        rows.append([Cell(str(number), number), Cell(entry.label), Cell(", ".join(commits)), Cell(plain_line(str(checkpoint or "–"))), *own])
+    page.protocols = Table(columns, rows)
+
+
+def _commit(results: Results) -> str:
+    """The commit as recorded, shortened; a + is kept, which marks uncommitted changes."""
+    commit = results.protocol.get("commit")
+    return plain_line(commit[:12] + "+" * commit.endswith("+")) if isinstance(commit, str) else "not recorded"
+
+
+def _json(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _answers(entries: Sequence[Entry], totals: tuple[int, dict[str, ClassTotals]] | None) -> list[tuple[str, str]]:
+    """The answers to the three questions, in words."""
+    best, videos = entries[0], entries[0].results[0].num_videos
+    found = []
+    if len(entries) > 1:
+        share = max(min(best.top1.mean / 100, 1.0), 0.0)
+        chance = 100 * (share * (1 - share) / videos) ** 0.5 if videos else 0.0
+        found.append(
+            (
+                "Most accurate",
+                f"#1 {best.label}: top-1 {text_of(best.top1, '.2f')} %, {text_of(best.share, '.0f')} % of the dense GFLOPs."
+                f" With {videos} test videos, the standard error of such an accuracy is {chance:.1f} points.",
+            )
+        )
+        cheap = min((entry for entry in entries if entry.top1.mean >= best.top1.mean - CLOSE), key=lambda entry: entry.gflops.mean)
+        if cheap is not best:
+            number = list(entries).index(cheap) + 1
+            found.append(
+                (
+                    f"Cheapest within {CLOSE:g} point",
+                    f"#{number} {cheap.label}: top-1 {text_of(cheap.top1, '.2f')} %, {100 * cheap.gflops.mean / best.gflops.mean:.0f} % of the GFLOPs of #1.",
+                )
+            )
+        timed = [entry for entry in entries if entry.clips_per_second is not None]
+        if timed:
+            fastest = max(timed, key=lambda entry: entry.clips_per_second.mean if entry.clips_per_second else 0.0)
+            found.append(("Fastest", f"#{list(entries).index(fastest) + 1} {fastest.label}: {text_of(fastest.clips_per_second, '.1f')} clips/s, top-1 {text_of(fastest.top1, '.2f')} %."))
+    if totals is not None and len(totals[1]) > 1:
+        ranked = sorted(totals[1].items(), key=lambda item: item[1].gflops / item[1].clips)
+        (low, cheapest), (high, dearest) = ranked[0], ranked[-1]
+        found.append(
+            (
+                "Expensive clips",
+                f"With #{totals[0]}, those of class {plain_line(high)} cost most ({dearest.gflops / dearest.clips:.3g} GFLOPs, B' {dearest.bins / dearest.clips:.1f} on average),"
+                f" those of {plain_line(low)} least ({cheapest.gflops / cheapest.clips:.3g}, B' {cheapest.bins / cheapest.clips:.1f}).",
+            )
+        )
+    return found

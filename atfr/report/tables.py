@@ -1,0 +1,191 @@
+"""The tables of a report, and the main one as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from atfr.report.compare import SEED, Entry, Estimate, differing, entries_of, label_of, plain_line, short_names
+from atfr.report.runs import ClassTotals, Run
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table."""
+
+    text: str
+    value: float | None = None  # to sort by; None: the text
+    best: bool = False
+    bar: float | None = None  # percent of the cell's width that is shaded
+    small: str = ""  # a second line
+    link: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """The head of a column; numbers are right-aligned."""
+
+    title: str
+    unit: str = ""
+    number: bool = True
+    help: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Cell]]
+    name: str = ""  # of its filter; without one there is none
+    scrolls: bool = False
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A column of the main table, and how to compute it."""
+
+    column: Column
+    key: str  # in the CSV
+    value: Callable[[Entry], Estimate | None]
+    digits: str
+    best: Callable[[Sequence[float]], float] | None = None  # max or min
+
+
+QUANTITIES = (
+    Quantity(Column("Top-1", "%"), "top1", lambda entry: entry.top1, ".2f", max),
+    Quantity(Column("Top-5", "%"), "top5", lambda entry: entry.over_seeds(lambda results: results.top5), ".2f", max),
+    Quantity(
+        Column("Mean class", "%", help="top-1 of each class, averaged over the classes"),
+        "mean_class_accuracy", lambda entry: entry.over_seeds(lambda results: results.mean_class_accuracy), ".2f", max,
+    ),
+    Quantity(Column("GFLOPs", "per clip"), "gflops", lambda entry: entry.gflops, ".4g", min),
+    Quantity(Column("GFLOPs", "% of dense"), "gflops_percent_of_dense", lambda entry: entry.share, ".1f", min),
+    Quantity(
+        Column("B'", "of T", help="features kept of a clip's T features, mean over the test clips"),
+        "bins", lambda entry: entry.over_seeds(lambda results: results.bins[0].mean) if all(results.bins for results in entry.results) else None, ".1f",
+    ),
+    Quantity(Column("Speed", "clips/s", help="measured in the network alone, where the run was tested"), "clips_per_second", lambda entry: entry.clips_per_second, ".1f", max),
+)
+
+
+def text_of(value: Estimate | None, digits: str) -> str:
+    """Format a number, with its standard error if it has one."""
+    if value is None:
+        return "–"
+    error = "" if value.error is None else f" ± {value.error:{'.2g' if digits.endswith('g') else digits}}"
+    return f"{value.mean:{digits}}{error}"
+
+
+def main_table(entries: Sequence[Entry]) -> Table:
+    several = any(len(entry.runs) > 1 for entry in entries)
+    columns = [Column("#"), Column("Run", number=False), *([Column("Seeds", number=False)] if several else []), *(one.column for one in QUANTITIES)]
+    rows = []
+    bests = [_best(quantity, entries) for quantity in QUANTITIES]
+    for number, entry in enumerate(entries, start=1):
+        folder = plain_line(entry.runs[0].name) + (f" and {len(entry.runs) - 1} more" if len(entry.runs) > 1 else "")
+        seeds = [Cell(", ".join(map(str, entry.seeds)) or "–")] if several else []
+        rows.append([Cell(str(number), number), Cell(entry.label, small=folder, link=f"config-{number}"), *seeds, *_quantities(entry, bests)])
+    return Table(columns, rows, name="runs")
+
+
+def _quantities(entry: Entry, bests: Sequence[float | None]) -> list[Cell]:
+    cells = []
+    for quantity, best in zip(QUANTITIES, bests):
+        value = quantity.value(entry)
+        text = text_of(value, quantity.digits)
+        if quantity.key == "bins" and value is not None:
+            text += f" / {entry.results[0].bins[0].frames}"
+            text += "".join(f"; {layer.mean:.1f} / {layer.frames}" for layer in entry.results[0].bins[1:])
+        # As good as the best in all digits that are shown.
+        is_best = value is not None and best is not None and f"{value.mean:{quantity.digits}}" == f"{best:{quantity.digits}}"
+        cells.append(Cell(text, None if value is None else value.mean, best=is_best))
+    return cells
+
+
+def _best(quantity: Quantity, entries: Sequence[Entry]) -> float | None:
+    values = [value.mean for entry in entries if (value := quantity.value(entry)) is not None]
+    return quantity.best(values) if quantity.best is not None and len(entries) > 1 and values else None
+
+
+def seed_table(entries: Sequence[Entry]) -> Table:
+    """Every single run of the entries that have several."""
+    columns = [Column("#"), Column("Run", number=False), Column("Seed"), *(one.column for one in QUANTITIES)]
+    rows = []
+    for number, entry in enumerate(entries, start=1):
+        for run in entry.runs if len(entry.runs) > 1 else ():
+            seed = run.config.get(SEED)
+            alone = Entry((run,), entry.label, entry.method, entry.options)
+            at = Cell(str(seed), float(seed) if isinstance(seed, (int, float)) else None)
+            rows.append([Cell(str(number), number), Cell(entry.label, small=plain_line(run.name)), at, *_quantities(alone, [None] * len(QUANTITIES))])
+    return Table(columns, rows)
+
+
+def main_csv(runs: Sequence[Run]) -> str:
+    """Return the main table as CSV with all digits: a row for each entry, and a column for each option that differs."""
+    entries = entries_of(runs)
+    options = list(dict.fromkeys(name for entry in entries for name in entry.options))
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    keys = [key for quantity in QUANTITIES for key in (quantity.key, f"{quantity.key}_standard_error")]
+    writer.writerow(["number", "runs", "label", "method", "seeds", *keys, "dense_gflops", "frames", "videos", "clips", *(f"option.{name}" for name in options)])
+    for number, entry in enumerate(entries, start=1):
+        values = [quantity.value(entry) for quantity in QUANTITIES]
+        numbers = [value for estimate in values for value in ((estimate.mean, estimate.error) if estimate else (None, None))]
+        first = entry.results[0]
+        writer.writerow(
+            [
+                number, ";".join(run.name for run in entry.runs), entry.label, entry.method, ";".join(map(str, entry.seeds)), *numbers,
+                first.dense_gflops, first.bins[0].frames if first.bins else None, first.num_videos, first.num_views,
+                *(entry.options.get(name) for name in options),
+            ]
+        )
+    return text.getvalue()
+
+
+def front_table(entries: Sequence[Entry], front: Sequence[int]) -> Table:
+    """What each step along the Pareto front costs and brings."""
+    columns = [Column("#"), Column("Run", number=False), Column("GFLOPs", "per clip"), Column("Top-1", "%"), Column("More GFLOPs", "%"), Column("More top-1", "points")]
+    rows = []
+    for place, index in enumerate(front):
+        entry, before = entries[index], entries[front[place - 1]] if place else None
+        more = None if before is None else 100 * (entry.gflops.mean / before.gflops.mean - 1)
+        gain = None if before is None else entry.top1.mean - before.top1.mean
+        rows.append(
+            [
+                Cell(str(index + 1), index + 1), Cell(entry.label), Cell(text_of(entry.gflops, ".4g"), entry.gflops.mean), Cell(text_of(entry.top1, ".2f"), entry.top1.mean),
+                Cell("–" if more is None else f"+{more:.0f}", more), Cell("–" if gain is None else f"+{gain:.2f}", gain),
+            ]
+        )
+    return Table(columns, rows)
+
+
+def class_table(found: Mapping[int, Mapping[str, ClassTotals]]) -> Table:
+    shown = sorted(found)
+    columns = [Column("Class", number=False), Column("Clips")]
+    for index in shown:
+        columns += [Column(f"#{index + 1}", "% right"), Column(f"#{index + 1}", "GFLOPs")]
+    highest = max(one.gflops / one.clips for totals in found.values() for one in totals.values()) or 1.0
+    rows = []
+    for name in sorted({name for totals in found.values() for name in totals}):
+        clips = max(totals[name].clips for totals in found.values() if name in totals)
+        cells = [Cell(plain_line(name)), Cell(str(clips), clips)]
+        for index in shown:
+            one = found[index].get(name)
+            if one is None:
+                cells += [Cell("–"), Cell("–")]
+                continue
+            right, gflops = 100 * one.right / one.clips, one.gflops / one.clips
+            cells += [Cell(f"{right:.1f}", right), Cell(f"{gflops:.4g}", gflops, bar=100 * gflops / highest)]
+        rows.append(cells)
+    return Table(columns, rows, name="classes", scrolls=True)
+
+
+def untested_table(runs: Sequence[Run]) -> Table | None:
+    names = short_names(differing([run.config for run in runs if run.config]))
+    rows = [
+        [Cell(label_of(run, names) if run.config else plain_line(run.name), small=plain_line(run.name) if run.config else ""), Cell(plain_line(run.reason))]
+        for run in runs
+        if run.results is None
+    ]
+    return Table([Column("Run", number=False), Column("Why it has no results", number=False)], rows) if rows else None
