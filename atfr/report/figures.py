@@ -50,7 +50,7 @@ def scatter(marks: Sequence[Mark], *, x_label: str, unit: str, dense: float | No
         unit: of the cost, for the text that appears when the pointer is on a point.
         dense: the cost of the dense network, if all runs have the same: an axis at the top shows the cost as a share of it.
     """
-    figure, axis = _figure(5.4, 4.4)
+    figure, axis = _figure(4.4, 4.2)
     front = pareto([(mark.cost.mean, mark.top1.mean) for mark in marks])
     costs, accuracies = np.array([mark.cost.mean for mark in marks]), np.array([mark.top1.mean for mark in marks])
     if len(front) > 1:
@@ -68,6 +68,7 @@ def scatter(marks: Sequence[Mark], *, x_label: str, unit: str, dense: float | No
             point = axis.plot(mark.cost.mean, mark.top1.mean, marker, color=color, markersize=8, markeredgecolor=PAGE, markeredgewidth=0.8, zorder=3)[0]
             point.set_gid(f"run-{mark.number}")
     axis.set_xlabel(x_label)
+    axis.xaxis.set_major_locator(MaxNLocator(6))
     axis.set_ylabel("top-1 accuracy of the test, %")
     axis.margins(0.14, 0.12)
     axis.set_xlim(left=max(0.0, axis.get_xlim()[0]))
@@ -78,10 +79,10 @@ def scatter(marks: Sequence[Mark], *, x_label: str, unit: str, dense: float | No
         top = axis.secondary_xaxis("top", functions=(_scaled(100 / dense), _scaled(dense / 100)))
         top.set_xlabel("% of the dense network")
         _quiet(top)
-    legend = figure.legend(loc="lower center", ncols=1 if max(map(len, methods)) > 16 else 2, fontsize=8.5, frameon=False, handletextpad=0.4, columnspacing=1.2)
+    legend = figure.legend(loc="lower left", bbox_to_anchor=(0.1, 0), fontsize=9, frameon=False, handletextpad=0.6, labelspacing=0.3)
     _plain(legend.get_texts())
-    rows = -(-len(legend.get_texts()) // (1 if max(map(len, methods)) > 16 else 2))
-    figure.subplots_adjust(left=0.12, right=0.97, top=0.88 if dense is not None else 0.97, bottom=0.14 + 0.045 * rows)
+    bottom = 0.135 + 0.044 * len(legend.get_texts())
+    figure.subplots_adjust(left=0.13, right=0.97, top=0.88 if dense is not None else 0.97, bottom=bottom)
     _label(axis, marks)
     tips = {f"run-{mark.number}": f"{mark.number} {mark.label}: top-1 {_text(mark.top1)} %, {_text(mark.cost)} {unit}" for mark in marks}
     return _svg(figure, x_label, tips)
@@ -140,23 +141,25 @@ def class_costs(totals: Mapping[str, ClassTotals], *, dense: float) -> str:
     cut = len(ranked) > MOST_CLASSES
     shown = [*ranked[: MOST_CLASSES // 2], *ranked[-MOST_CLASSES // 2 :]] if cut else ranked
     at = np.arange(len(shown)) + np.where(np.arange(len(shown)) >= MOST_CLASSES // 2, 1, 0) * cut
-    figure, axis = _figure(6.4, 0.9 + 0.24 * (len(shown) + cut))
+    inches = 0.9 + 0.21 * (len(shown) + cut)
+    figure, axis = _figure(4.6, inches)
     costs = [totals[name].gflops / totals[name].clips for name in shown]
     axis.barh(at, costs, height=0.7, color=COLORS[0])
     axis.axvline(dense, color=DARK, linewidth=1)
     axis.annotate("dense", (dense, 1), (-3, 2), xycoords=("data", "axes fraction"), textcoords="offset points", ha="right", va="bottom", fontsize=9)
+    beside: Any = {"textcoords": "offset points", "va": "center", "fontsize": 9, "color": DARK}
     for row, cost in zip(at, costs):
-        axis.text(cost, row, f" {cost:.3g}", va="center", fontsize=9, color=DARK)
+        axis.annotate(f"{cost:.3g}", (cost, row), (4, 0), **beside)
     if cut:
-        axis.text(0, MOST_CLASSES // 2, f" ... {len(ranked) - len(shown)} more classes ...", va="center", fontsize=9, color=DARK)
+        axis.annotate(f"... {len(ranked) - len(shown)} more classes ...", (0, MOST_CLASSES // 2), (4, 0), **beside)
     axis.set_yticks(at, [_short(name) for name in shown])
     _plain(axis.get_yticklabels())
     axis.set_ylim(at[-1] + 0.6, -0.6)
     axis.set_xlim(0, max(dense, max(costs)) * 1.08)
     axis.set_xlabel("GFLOPs of a clip, mean of the class")
+    axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.tick_params(axis="y", length=0)
-    inches = 0.9 + 0.24 * (len(shown) + cut)
-    figure.subplots_adjust(left=min(0.42, 0.03 + 0.0125 * max(len(_short(name)) for name in shown)), right=0.98, top=1 - 0.25 / inches, bottom=0.5 / inches)
+    figure.subplots_adjust(left=min(0.46, 0.04 + 0.0165 * max(len(_short(name)) for name in shown)), right=0.98, top=1 - 0.25 / inches, bottom=0.5 / inches)
     return _svg(figure, "GFLOPs by class")
 
 
@@ -199,6 +202,10 @@ def _label(axis: Axes, marks: Sequence[Mark]) -> None:
     left, bottom, right, top = (value * to_points for value in (frame.x0, frame.y0, frame.x1, frame.y1))
     points = [tuple(axis.transData.transform((mark.cost.mean, mark.top1.mean)) * to_points) for mark in marks]
     taken: list[tuple[float, float, float, float]] = [(x - 4, y - 4, x + 4, y + 4) for x, y in points]
+    for mark, (x, y) in zip(marks, points):
+        if mark.top1.error is not None:
+            wide, tall = (axis.transData.transform((mark.cost.mean + (mark.cost.error or 0), mark.top1.mean + mark.top1.error)) * to_points) - (x, y)
+            taken += [(x - wide, y - 1, x + wide, y + 1), (x - 1, y - tall, x + 1, y + tall)]
     for mark, (x, y) in zip(marks, points):
         text = f"{mark.number} {_short(mark.label)}" if named else str(mark.number)
         wide, tall = 0.56 * size * len(text), 1.15 * size
@@ -262,7 +269,7 @@ def _svg(figure: Figure, name: str, tips: Mapping[str, str] | None = None) -> st
     text = buffer.getvalue()
     box = re.search(r'viewBox="[^"]*"', text)
     assert box is not None
-    opening = f'<svg role="img" aria-label="{html.escape(name)}" {box[0]} style="max-width: {96 * figure.get_figwidth():.0f}px">'
+    opening = f'<svg role="img" aria-label="{html.escape(name)}" {box[0]} style="max-width: {120 * figure.get_figwidth():.0f}px">'
     text = opening + text[text.index(">", box.end()) + 1 :]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", text, flags=re.S)
     for colour, of_page in ((DARK, "currentColor"), (GREY, "var(--line)"), (PAGE, "var(--page)")):

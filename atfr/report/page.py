@@ -198,9 +198,11 @@ def _add_protocols(page: Page, entries: Sequence[Entry]) -> None:
     rows = []
     for number, entry, one in protocols:
         commits = dict.fromkeys(_commit(results) for results in entry.results)
-        checkpoint = entry.results[0].protocol.get("checkpoint")
+        checkpoint = str(entry.results[0].protocol.get("checkpoint") or "–")
+        if f"/{entry.runs[0].folder.name}/checkpoints/" in checkpoint:
+            checkpoint = checkpoint.rpartition("/")[2]  # in the run folder
         own = [Cell(plain_line(_json(one.get(key)))) for key in different]
-        rows.append([Cell(str(number), number), Cell(entry.label), Cell(", ".join(commits)), Cell(plain_line(str(checkpoint or "–"))), *own])
+        rows.append([Cell(str(number), number), Cell(entry.label), Cell(", ".join(commits)), Cell(plain_line(checkpoint)), *own])
     page.protocols = Table(columns, rows)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from atfr.report.compare import SEED, Entry, Estimate, differing, entries_of, label_of, plain_line, short_names
 from atfr.report.runs import ClassTotals, Run
@@ -73,30 +74,45 @@ def text_of(value: Estimate | None, digits: str) -> str:
     """Format a number, with its standard error if it has one."""
     if value is None:
         return "–"
-    error = "" if value.error is None else f" ± {value.error:{'.2g' if digits.endswith('g') else digits}}"
-    return f"{value.mean:{digits}}{error}"
+    if value.error is None:
+        return f"{value.mean:{digits}}"
+    if digits.endswith("g") and value.mean:  # both with as many decimals as the mean has alone
+        digits = f".{max(int(digits[1:-1]) - 1 - math.floor(math.log10(abs(value.mean))), 0)}f"
+    return f"{value.mean:{digits}} ± {value.error:{digits}}"
 
 
 def main_table(entries: Sequence[Entry]) -> Table:
     several = any(len(entry.runs) > 1 for entry in entries)
-    columns = [Column("#"), Column("Run", number=False), *([Column("Seeds", number=False)] if several else []), *(one.column for one in QUANTITIES)]
+    columns = [Column("#"), Column("Run", number=False), *([Column("Seeds", number=False)] if several else []), *_quantity_columns(entries)]
     rows = []
     bests = [_best(quantity, entries) for quantity in QUANTITIES]
     for number, entry in enumerate(entries, start=1):
         folder = plain_line(entry.runs[0].name) + (f" and {len(entry.runs) - 1} more" if len(entry.runs) > 1 else "")
         seeds = [Cell(", ".join(map(str, entry.seeds)) or "–")] if several else []
-        rows.append([Cell(str(number), number), Cell(entry.label, small=folder, link=f"config-{number}"), *seeds, *_quantities(entry, bests)])
+        rows.append([Cell(str(number), number), Cell(entry.label, small=folder, link=f"config-{number}"), *seeds, *_quantities(entry, bests, _common_frames(entries))])
     return Table(columns, rows, name="runs")
 
 
-def _quantities(entry: Entry, bests: Sequence[float | None]) -> list[Cell]:
+def _common_frames(entries: Sequence[Entry]) -> int | None:
+    """T of the first layer, if it is that of all runs."""
+    found = {results.bins[0].frames for entry in entries for results in entry.results if results.bins}
+    return found.pop() if len(found) == 1 else None
+
+
+def _quantity_columns(entries: Sequence[Entry]) -> list[Column]:
+    frames = _common_frames(entries)
+    return [replace(one.column, unit=f"of {frames}") if one.key == "bins" and frames is not None else one.column for one in QUANTITIES]
+
+
+def _quantities(entry: Entry, bests: Sequence[float | None], frames: int | None) -> list[Cell]:
     cells = []
     for quantity, best in zip(QUANTITIES, bests):
         value = quantity.value(entry)
         text = text_of(value, quantity.digits)
         if quantity.key == "bins" and value is not None:
-            text += f" / {entry.results[0].bins[0].frames}"
-            text += "".join(f"; {layer.mean:.1f} / {layer.frames}" for layer in entry.results[0].bins[1:])
+            layers = entry.results[0].bins
+            text += f" / {layers[0].frames}" if frames is None else ""
+            text += "".join(f"; {layer.mean:.1f} / {layer.frames}" for layer in layers[1:])
         # As good as the best in all digits that are shown.
         is_best = value is not None and best is not None and f"{value.mean:{quantity.digits}}" == f"{best:{quantity.digits}}"
         cells.append(Cell(text, None if value is None else value.mean, best=is_best))
@@ -110,14 +126,14 @@ def _best(quantity: Quantity, entries: Sequence[Entry]) -> float | None:
 
 def seed_table(entries: Sequence[Entry]) -> Table:
     """Every single run of the entries that have several."""
-    columns = [Column("#"), Column("Run", number=False), Column("Seed"), *(one.column for one in QUANTITIES)]
+    columns = [Column("#"), Column("Run", number=False), Column("Seed"), *_quantity_columns(entries)]
     rows = []
     for number, entry in enumerate(entries, start=1):
         for run in entry.runs if len(entry.runs) > 1 else ():
             seed = run.config.get(SEED)
             alone = Entry((run,), entry.label, entry.method, entry.options)
             at = Cell(str(seed), float(seed) if isinstance(seed, (int, float)) else None)
-            rows.append([Cell(str(number), number), Cell(entry.label, small=plain_line(run.name)), at, *_quantities(alone, [None] * len(QUANTITIES))])
+            rows.append([Cell(str(number), number), Cell(entry.label, small=plain_line(run.name)), at, *_quantities(alone, [None] * len(QUANTITIES), _common_frames(entries))])
     return Table(columns, rows)
 
 
