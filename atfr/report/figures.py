@@ -83,7 +83,7 @@ def scatter(marks: Sequence[Mark], *, x_label: str, unit: str, dense: float | No
     _plain(legend.get_texts())
     bottom = 0.135 + 0.044 * len(legend.get_texts())
     figure.subplots_adjust(left=0.13, right=0.97, top=0.88 if dense is not None else 0.97, bottom=bottom)
-    _label(axis, marks)
+    _label(axis, marks, [marks[index] for index in front])
     tips = {f"run-{mark.number}": f"{mark.number} {mark.label}: top-1 {_text(mark.top1)} %, {_text(mark.cost)} {unit}" for mark in marks}
     return _svg(figure, x_label, tips)
 
@@ -159,7 +159,7 @@ def class_costs(totals: Mapping[str, ClassTotals], *, dense: float) -> str:
     axis.set_xlabel("GFLOPs of a clip, mean of the class")
     axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.tick_params(axis="y", length=0)
-    figure.subplots_adjust(left=min(0.46, 0.04 + 0.0165 * max(len(_short(name)) for name in shown)), right=0.98, top=1 - 0.25 / inches, bottom=0.5 / inches)
+    figure.subplots_adjust(left=min(0.46, 0.04 + 0.0165 * max(len(_short(name)) for name in shown)), right=0.95, top=1 - 0.25 / inches, bottom=0.5 / inches)
     return _svg(figure, "GFLOPs by class")
 
 
@@ -193,8 +193,8 @@ def _symbol(name: str, kind: str, adaptive: Sequence[str]) -> tuple[str, str]:
     return ADAPTIVE[adaptive.index(name) % len(ADAPTIVE)], "o"
 
 
-def _label(axis: Axes, marks: Sequence[Mark]) -> None:
-    """Write a label beside each point, where it covers no other label and as few points as possible."""
+def _label(axis: Axes, marks: Sequence[Mark], line: Sequence[Mark]) -> None:
+    """Write a label beside each point, where it covers as little as possible of the points, of the other labels and of a line."""
     named = len(marks) <= MOST_NAMED
     size = 9
     to_points = 72 / axis.figure.dpi
@@ -205,7 +205,10 @@ def _label(axis: Axes, marks: Sequence[Mark]) -> None:
     for mark, (x, y) in zip(marks, points):
         if mark.top1.error is not None:
             wide, tall = (axis.transData.transform((mark.cost.mean + (mark.cost.error or 0), mark.top1.mean + mark.top1.error)) * to_points) - (x, y)
-            taken += [(x - wide, y - 1, x + wide, y + 1), (x - 1, y - tall, x + 1, y + tall)]
+            taken += [(x - wide, y - 2, x + wide, y + 2), (x - 2, y - tall, x + 2, y + tall)]
+    corners = [axis.transData.transform((mark.cost.mean, mark.top1.mean)) * to_points for mark in line]
+    for one, two in zip(corners, corners[1:]):
+        taken += [(x - 2, y - 2, x + 2, y + 2) for x, y in np.linspace(one, two, int(np.hypot(*(two - one)) / 4) + 2)]
     for mark, (x, y) in zip(marks, points):
         text = f"{mark.number} {_short(mark.label)}" if named else str(mark.number)
         wide, tall = 0.56 * size * len(text), 1.15 * size

@@ -226,7 +226,7 @@ def _answers(entries: Sequence[Entry], totals: tuple[int, dict[str, ClassTotals]
         found.append(
             (
                 "Most accurate",
-                f"#1 {best.label}: top-1 {text_of(best.top1, '.2f')} %, {text_of(best.share, '.0f')} % of the dense GFLOPs."
+                f"#1 {best.label}: top-1 {text_of(best.top1, '.2f')} %, {best.share.mean:.0f} % of the dense GFLOPs."
                 f" With {videos} test videos, the standard error of such an accuracy is {chance:.1f} points.",
             )
         )

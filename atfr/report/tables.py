@@ -70,15 +70,25 @@ QUANTITIES = (
 )
 
 
-def text_of(value: Estimate | None, digits: str) -> str:
-    """Format a number, with its standard error if it has one."""
+def texts_of(value: Estimate | None, digits: str) -> tuple[str, str]:
+    """Format a number, and its standard error if it has one, with as many decimals."""
     if value is None:
-        return "–"
-    if value.error is None:
-        return f"{value.mean:{digits}}"
-    if digits.endswith("g") and value.mean:  # both with as many decimals as the mean has alone
+        return "–", ""
+    if not value.error:
+        return f"{value.mean:{digits}}", ""
+    if digits.endswith("g") and value.mean:
         digits = f".{max(int(digits[1:-1]) - 1 - math.floor(math.log10(abs(value.mean))), 0)}f"
-    return f"{value.mean:{digits}} ± {value.error:{digits}}"
+    return f"{value.mean:{digits}}", f"± {value.error:{digits}}"
+
+
+def text_of(value: Estimate | None, digits: str) -> str:
+    """Format a number and its standard error as one text."""
+    return " ".join(texts_of(value, digits)).strip()
+
+
+def number_cell(value: Estimate | None, digits: str, *, best: bool = False, more: str = "") -> Cell:
+    text, error = texts_of(value, digits)
+    return Cell(text + more, None if value is None else value.mean, best=best, small=error)
 
 
 def main_table(entries: Sequence[Entry]) -> Table:
@@ -108,14 +118,14 @@ def _quantities(entry: Entry, bests: Sequence[float | None], frames: int | None)
     cells = []
     for quantity, best in zip(QUANTITIES, bests):
         value = quantity.value(entry)
-        text = text_of(value, quantity.digits)
+        more = ""
         if quantity.key == "bins" and value is not None:
             layers = entry.results[0].bins
-            text += f" / {layers[0].frames}" if frames is None else ""
-            text += "".join(f"; {layer.mean:.1f} / {layer.frames}" for layer in layers[1:])
+            more = f" / {layers[0].frames}" if frames is None else ""
+            more += "".join(f"; {layer.mean:.1f} / {layer.frames}" for layer in layers[1:])
         # As good as the best in all digits that are shown.
         is_best = value is not None and best is not None and f"{value.mean:{quantity.digits}}" == f"{best:{quantity.digits}}"
-        cells.append(Cell(text, None if value is None else value.mean, best=is_best))
+        cells.append(number_cell(value, quantity.digits, best=is_best, more=more))
     return cells
 
 
@@ -169,7 +179,7 @@ def front_table(entries: Sequence[Entry], front: Sequence[int]) -> Table:
         gain = None if before is None else entry.top1.mean - before.top1.mean
         rows.append(
             [
-                Cell(str(index + 1), index + 1), Cell(entry.label), Cell(text_of(entry.gflops, ".4g"), entry.gflops.mean), Cell(text_of(entry.top1, ".2f"), entry.top1.mean),
+                Cell(str(index + 1), index + 1), Cell(entry.label), number_cell(entry.gflops, ".4g"), number_cell(entry.top1, ".2f"),
                 Cell("–" if more is None else f"+{more:.0f}", more), Cell("–" if gain is None else f"+{gain:.2f}", gain),
             ]
         )
