@@ -146,15 +146,14 @@ def results_of(folder: Path) -> dict:
 
 def test_the_numbers_of_the_page_are_those_of_the_files(sweep, shown):
     rows = shown[0].table("runs")
-    found = {row[1][0].split(" ", 2)[:2][0] + " " + re.sub(r".*/", "", row[1][0]): [value for _, value in row[3:]] for row in rows}
+    found = {re.sub(r".*/", "", row[1][0]): [value for _, value in row[3:]] for row in rows}  # by the folder's name
     for name in ("dense", "atfr 0.7", "atfr 0.3", "uniform", "stride"):
         results = results_of(sweep / name)
         share = 100 * results["gflops"]["mean"] / results["gflops"]["dense"]
         expected = [*(results[key] for key in ("top1", "top5", "mean_class_accuracy")), results["gflops"]["mean"], share, results["bins"]["mean"], results["clips_per_second"]]
-        values = next(values for label, values in found.items() if label.endswith(name))
-        assert values == pytest.approx(expected, rel=1e-12)
+        assert found[name] == pytest.approx(expected, rel=1e-12)
     assert [row[3][1] for row in rows] == sorted((row[3][1] for row in rows), reverse=True)
-    assert {"80.50", "80.58", "79.25", "0.013", "32.5", "50.0"} <= set(shown[0].bold)
+    assert {"80.50", "90.08", "79.25", "0.013", "32.5", "50.0"} <= set(shown[0].bold)
 
 
 def test_runs_that_differ_in_the_seed_are_one_row_with_mean_and_standard_error(sweep, shown):
@@ -165,8 +164,7 @@ def test_runs_that_differ_in_the_seed_are_one_row_with_mean_and_standard_error(s
     assert "and 2 more" in row[1][0]
     with open(shown[2] / "runs.csv", newline="") as file:
         line = next(line for line in csv.DictReader(file) if line["seeds"] == "0;1;2")
-    speeds = [1 / results_of(sweep / f"atfr 0.5 seed {seed}")["clips_per_second"] for seed in range(3)]
-    assert len(speeds) == len(line["runs"].split(";"))
+    assert [Path(run) for run in line["runs"].split(";")] == [sweep / f"atfr 0.5 seed {seed}" for seed in range(3)]
     assert float(line["top1_standard_error"]) == pytest.approx(stdev(top1) / math.sqrt(3))
 
 
@@ -263,10 +261,8 @@ def test_names_are_escaped_everywhere(tmp_path):
     (tmp_path / "\udcff<u>" / "config.yaml").write_text("trainer: {epochs: 3}")
     page, source, _ = report(tmp_path, folder=tmp_path)
     tags = [tag for tag, _ in page.elements]
-    assert tags.count("i") == tags.count("u") == 0 and all("<b>&" not in part for part in source.split("<script>")[1:])
-    assert tags.count("b") == page.text.count("1 atfr size=<b>") + 0 or source.count("<b>&") == 0
-    assert source.count("<b>&") == 0
-    for text in (f"size={NASTY}", str(tmp_path / NASTY), "<i> size", "\\udcff<u>"):
+    assert tags.count("i") == tags.count("u") == 0 and "<b>&" not in source
+    for text in (f"size={NASTY}", str(tmp_path / NASTY), "<i> ", "\\udcff<u>"):
         assert text in page.text
     assert NASTY in [row[0][0] for row in page.table("classes")]
 
@@ -368,10 +364,9 @@ def test_examples_are_inlined_and_those_that_cannot_be_read_are_left_out(tmp_pat
     page, source, _ = report(tmp_path / "run", folder=tmp_path)
     pictures = [attributes["src"] for tag, attributes in page.elements if tag == "img"]
     assert len(pictures) == 2 and all(picture.startswith("data:image/png;base64,") for picture in pictures)
-    assert len(pictures[0]) < 400_000 < (folder / "large.png").stat().st_size
+    assert len(pictures[0]) * 3 / 4 < 0.9 * (folder / "large.png").stat().st_size
     assert "4 of 6 pictures of examples/ are missing or damaged" in page.text
-    text = " ".join(page.text.split())
-    assert "dearest wrong: run, taken for jump (score 0.75), B' 9, 0.03 GFLOPs v <1>.mp4" in text
+    assert "dearest wrong: run, taken for jump (score 0.75), B' 9, 0.03 GFLOPsv <1>.mp4" in " ".join(page.text.split())
 
 
 def test_the_page_needs_no_other_file(shown):
@@ -411,26 +406,17 @@ def test_tables_sort_and_filter_in_a_browser_without_errors(shown, tmp_path):
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom", f"file://{file}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     title = re.search(r"<title>(.*?)</title>", done.stdout)
-    costs = [row[6][1] for row in shown[0].table("runs")]
-    dearest = sorted(range(len(costs)), key=lambda index: -costs[index])
-    labels = [row[1][0] for row in shown[0].table("runs")]
-    expected = [
-        "123456",
-        "".join(str(index + 1) for index in dearest),
-        "".join(str(index + 1) for index in sorted(range(len(costs)), key=lambda index: costs[index])),
-        "".join(str(index + 1) for index in sorted(range(len(labels)), key=lambda index: labels[index])),
-        "2",
-    ]
+    rows = shown[0].table("runs")
     assert title is not None, done.stderr
-    assert title[1].split() == [expected[0], title[1].split()[1], title[1].split()[2], *expected[3:]]
-    for said, wanted in zip(title[1].split()[1:3], expected[1:3]):
-        assert [costs[int(number) - 1] for number in said] == [costs[int(number) - 1] for number in wanted]
+    by_cost, by_label = (sorted(range(1, len(rows) + 1), key=lambda number: rows[number - 1][column][at]) for column, at in ((6, 1), (1, 0)))
+    dearest_first = sorted(by_cost, key=lambda number: (-rows[number - 1][6][1], number))
+    assert title[1].split() == ["".join(map(str, order)) for order in (range(1, len(rows) + 1), dearest_first, by_cost, by_label, [2])]
     assert "CONSOLE" not in done.stderr and "Refused" not in done.stderr
 
 
 def test_a_training_names_the_report_and_the_report_shows_it(small_videos, tmp_path):
     folder = tmp_path / "a run"
-    trained = run_tool("train", *small_job(small_videos, folder, "trainer.max_steps=1"))
+    trained = run_tool("train", *small_job(small_videos, folder, "model=x3d", "trainer.max_steps=1", "dataset.clip.views=1"))
     assert trained.code == 0, trained.err
     assert trained.out.splitlines()[-1] == f"report: python tools/report.py '{folder}'"
     page, _, _ = report(folder, folder=tmp_path)

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-LARGEST = 150_000  # bytes of a picture that is inlined as it is
+LARGEST = 100_000  # bytes of a picture that is inlined as it is
 WIDEST = 1200  # pixels
 
 

@@ -315,11 +315,12 @@ def class_totals(folder: Path) -> dict[str, ClassTotals]:
             header = next(rows, [])
             label, prediction, bins, gflops = (header.index(name) for name in ("label", "prediction", "bins", "gflops"))
             for row in rows:
+                kept, cost = int(row[bins].partition("/")[0]), float(row[gflops])
                 one = totals.setdefault(row[label], ClassTotals())
                 one.clips += 1
                 one.right += row[label] == row[prediction]
-                one.bins += int(row[bins].partition("/")[0])
-                one.gflops += float(row[gflops])
+                one.bins += kept
+                one.gflops += cost
     except OSError as error:
         raise ValueError(f"{path.name} cannot be read ({error.strerror})") from error
     except (ValueError, IndexError, csv.Error) as error:

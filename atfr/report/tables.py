@@ -186,7 +186,13 @@ def front_table(entries: Sequence[Entry], front: Sequence[int]) -> Table:
     return Table(columns, rows)
 
 
-def class_table(found: Mapping[int, Mapping[str, ClassTotals]]) -> Table:
+def class_table(found: Mapping[int, Mapping[str, ClassTotals]], seeds: Mapping[int, int]) -> Table:
+    """Accuracy and cost of each class, in two columns for each entry.
+
+    Args:
+        found: the classes of each entry, summed over its seeds.
+        seeds: the number of seeds of each entry.
+    """
     shown = sorted(found)
     columns = [Column("Class", number=False), Column("Clips")]
     for index in shown:
@@ -194,7 +200,7 @@ def class_table(found: Mapping[int, Mapping[str, ClassTotals]]) -> Table:
     highest = max(one.gflops / one.clips for totals in found.values() for one in totals.values()) or 1.0
     rows = []
     for name in sorted({name for totals in found.values() for name in totals}):
-        clips = max(totals[name].clips for totals in found.values() if name in totals)
+        clips = max(totals[name].clips // seeds[index] for index, totals in found.items() if name in totals)
         cells = [Cell(plain_line(name)), Cell(str(clips), clips)]
         for index in shown:
             one = found[index].get(name)
