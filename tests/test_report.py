@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 import time
 from configparser import ConfigParser
 from fnmatch import fnmatch
@@ -19,9 +20,11 @@ from statistics import mean, stdev
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 from PIL import Image
 from run_tools import ROOT, Outcome, run_tool, small_job
 
+from atfr.cli.sweep import NamesReport
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.sgs.functional import BASELINES
 from atfr.report.compare import FIXED, differing, pareto, short_names
@@ -221,10 +224,10 @@ def test_baselines_have_their_own_symbols():
 
 
 def test_classes_have_the_accuracy_and_the_cost_of_predictions_csv(sweep, shown):
-    with open(sweep / "dense" / "predictions.csv", newline="") as file:
+    with open(sweep / "atfr 0.7" / "predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     head, *lines = shown[0].tables[shown[0].ids["classes"]]
-    at = [text for text, _ in head].index("#1 % right")
+    at = [text for text, _ in head].index("#2 % right")
     assert [line[0][0] for line in lines] == ["jump", "run"]
     for line in lines:
         own = [row for row in rows if row["label"] == line[0][0]]
@@ -412,6 +415,19 @@ def test_tables_sort_and_filter_in_a_browser_without_errors(shown, tmp_path):
     dearest_first = sorted(by_cost, key=lambda number: (-rows[number - 1][6][1], number))
     assert title[1].split() == ["".join(map(str, order)) for order in (range(1, len(rows) + 1), dearest_first, by_cost, by_label, [2])]
     assert "CONSOLE" not in done.stderr and "Refused" not in done.stderr
+
+
+@pytest.mark.parametrize("overrides,said", [([], True), (["trainer.output_dir=x"], False), (["trainer.test=false"], False), (["dry_run=true"], False)])
+def test_a_sweep_names_the_report_of_its_folder(overrides, said, capsys):
+    config = OmegaConf.create({"hydra": {"job": {"name": "train"}, "overrides": {"task": ["trainer.seed=0,1", *overrides]}}})
+    NamesReport().on_multirun_end(config)
+    assert capsys.readouterr().out == ("report: python tools/report.py runs/sweep\n" if said else "")
+
+
+def test_neither_torch_nor_hydra_is_imported():
+    code = "import runpy, sys; runpy.run_path('tools/report.py'); print(*({'torch', 'hydra', 'omegaconf'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
 
 
 def test_a_training_names_the_report_and_the_report_shows_it(small_videos, tmp_path):

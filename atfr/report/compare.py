@@ -98,7 +98,7 @@ def kind(name: str) -> str:
 
 
 def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the options that distinguish these runs beyond the method and the seed.
+    """Return the options that distinguish these runs beyond the method and the seed, budgets and those of the network first.
 
     An option that has one value for each method, network, dataset, optimizer or schedule follows from that choice, and is left
     out, except for budgets.
@@ -113,7 +113,7 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
             by_choice.setdefault(_choice(key, config), set()).add(str(config.get(key)))
         if any(len(within) > 1 for within in by_choice.values()) or (len(values) > 1 and (key in _BUDGETS or key.endswith("._target_"))):
             found.append(key)
-    return found
+    return sorted(found, key=lambda key: (key not in _BUDGETS, not key.startswith("model.")))
 
 
 def _choice(key: str, config: Mapping[str, Any]) -> str:
@@ -137,12 +137,12 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def options_of(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
-    """Return the values of these options as text, without the budgets that a run does not use."""
+    """Return the values of these options as text, without those that are null."""
     found = {}
     for key, name in names.items():
         value = config.get(key)
-        if key in config and not (value is None and key in _BUDGETS):
-            text = "null" if value is None else str(value).rpartition(".")[2] if key.endswith("._target_") else str(value)
+        if value is not None:
+            text = str(value).rpartition(".")[2] if key.endswith("._target_") else str(value)
             found[name] = text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
     return found
 
@@ -162,7 +162,7 @@ def plain_line(text: str) -> str:
 
 def entries_of(runs: Sequence[Run]) -> list[Entry]:
     """Group the tested runs that differ in the seed alone; the entry with the highest top-1 comes first."""
-    names = short_names(differing([run.config for run in runs if run.config]))
+    names = short_names(differing([run.config for run in runs if run.config and run.results is not None]))
     groups: list[list[Run]] = []
     for run in runs:
         if run.results is None:

@@ -24,8 +24,9 @@ ADAPTIVE = tuple(color for number, color in enumerate(COLORS) if number != 1)
 FIXED_COLOR = COLORS[1]
 FIXED_MARKERS = {"uniform": "^", "stride": "v", "random": "D"}
 PAGE = "#ffffff"  # stands for the background of the page
+ON_BAR = "#fefefe"  # letters on a bar, light on every page
 MOST_POINTS = 200  # of a curve
-MOST_NAMED = 12  # points of a figure with a name; of more points, only the numbers are shown
+MOST_NAMED = 12  # points of a figure with a name; of more points, or with longer names, only the numbers are shown
 MOST_CLASSES = 24  # of the figure
 LONGEST = 30  # letters of a name in a figure
 _FONT: Any = {"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 10, "svg.fonttype": "none"}
@@ -98,7 +99,7 @@ def histogram(bins: Sequence[Bins]) -> str:
     axis.bar(np.arange(1, frames + 1), shares, width=0.85, color=COLORS[0])
     axis.axvline(mean, color=DARK, linewidth=1)
     left = mean > frames * 0.6
-    axis.annotate(f"mean {mean:.1f}", (mean, 1), (-4 if left else 4, -2), xycoords=("data", "axes fraction"), textcoords="offset points", ha="right" if left else "left", va="top", fontsize=9)
+    axis.annotate(f"mean {mean:.1f}", (mean, 1), (-4 if left else 4, -2), xycoords=("data", "axes fraction"), textcoords="offset points", ha="right" if left else "left", va="top", fontsize=9, color=DARK)
     axis.set_xlim(0.4, frames + 0.6)
     axis.set_ylim(0, max(shares.max() * 1.3, 1))
     axis.set_xticks(sorted({1, frames // 2, frames} - {0}))
@@ -123,6 +124,7 @@ def curves(loss: Sequence[Points], top1: Sequence[Points], limits: tuple[float, 
         for points in lines:
             steps, values = np.array(_thinned(points)).reshape(-1, 2).T
             axis.plot(steps, values, color=color, linewidth=1.2, marker="." if len(steps) < 8 else None, markersize=5)
+        axis.set_xlim(0, max([1, *(step for points in lines for step, _ in points)]) * 1.03)
         axis.set_title(title, fontsize=9, color=DARK)
         axis.set_xlabel("step", fontsize=9)
         axis.xaxis.set_major_locator(MaxNLocator(3, integer=True))
@@ -146,12 +148,13 @@ def class_costs(totals: Mapping[str, ClassTotals], *, dense: float) -> str:
     costs = [totals[name].gflops / totals[name].clips for name in shown]
     axis.barh(at, costs, height=0.7, color=COLORS[0])
     axis.axvline(dense, color=DARK, linewidth=1)
-    axis.annotate("dense", (dense, 1), (-3, 2), xycoords=("data", "axes fraction"), textcoords="offset points", ha="right", va="bottom", fontsize=9)
-    beside: Any = {"textcoords": "offset points", "va": "center", "fontsize": 9, "color": DARK}
+    axis.annotate("dense", (dense, 1), (-3, 2), xycoords=("data", "axes fraction"), textcoords="offset points", ha="right", va="bottom", fontsize=9, color=DARK)
+    beside: Any = {"textcoords": "offset points", "va": "center", "fontsize": 9}
     for row, cost in zip(at, costs):
-        axis.annotate(f"{cost:.3g}", (cost, row), (4, 0), **beside)
+        inside = cost > 0.3 * dense
+        axis.annotate(f"{cost:.3g}", (cost, row), (-4 if inside else 4, 0), ha="right" if inside else "left", color=ON_BAR if inside else DARK, **beside)
     if cut:
-        axis.annotate(f"... {len(ranked) - len(shown)} more classes ...", (0, MOST_CLASSES // 2), (4, 0), **beside)
+        axis.annotate(f"... {len(ranked) - len(shown)} more classes ...", (0, MOST_CLASSES // 2), (4, 0), color=DARK, **beside)
     axis.set_yticks(at, [_short(name) for name in shown])
     _plain(axis.get_yticklabels())
     axis.set_ylim(at[-1] + 0.6, -0.6)
@@ -195,7 +198,7 @@ def _symbol(name: str, kind: str, adaptive: Sequence[str]) -> tuple[str, str]:
 
 def _label(axis: Axes, marks: Sequence[Mark], line: Sequence[Mark]) -> None:
     """Write a label beside each point, where it covers as little as possible of the points, of the other labels and of a line."""
-    named = len(marks) <= MOST_NAMED
+    named = len(marks) <= MOST_NAMED and max(len(mark.label) for mark in marks) <= LONGEST
     size = 9
     to_points = 72 / axis.figure.dpi
     frame = axis.get_window_extent()
@@ -210,7 +213,7 @@ def _label(axis: Axes, marks: Sequence[Mark], line: Sequence[Mark]) -> None:
     for one, two in zip(corners, corners[1:]):
         taken += [(x - 2, y - 2, x + 2, y + 2) for x, y in np.linspace(one, two, int(np.hypot(*(two - one)) / 4) + 2)]
     for mark, (x, y) in zip(marks, points):
-        text = f"{mark.number} {_short(mark.label)}" if named else str(mark.number)
+        text = f"{mark.number} {mark.label}" if named else str(mark.number)
         wide, tall = 0.56 * size * len(text), 1.15 * size
         places = []
         for distance in (7, 16, 28, 42):

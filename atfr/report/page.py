@@ -20,7 +20,7 @@ from atfr.utils.printable import printable
 
 MOST_CLASS_COLUMNS = 6  # runs in the table of classes
 MOST_WITH_EXAMPLES = 4  # runs whose examples are shown
-MOST_EXAMPLES = 6  # of a run
+MOST_EXAMPLES = 2  # of each kind of a run
 CLOSE = 1.0  # percentage points of top-1 that count as almost as good
 
 
@@ -137,7 +137,7 @@ def _add_classes(page: Page, entries: Sequence[Entry], front: Sequence[int]) -> 
             found[index] = totals
     if not found:
         return None
-    page.classes = class_table(found, seeds={index: len(entries[index].runs) for index in found})
+    page.classes = class_table(found, entries)
     if len(found) < len(entries):
         page.classes_note = f"{len(found)} of {len(entries)} runs are shown, those that are best for their cost first; give fewer runs to see others."
     if best_adaptive not in found or best_adaptive is None:
@@ -168,9 +168,14 @@ def _add_examples(page: Page, entries: Sequence[Entry]) -> None:
             page.notes.append((plain_line(entry.runs[0].name), note))
         with_examples += bool(found)
         if found and len(page.examples) < MOST_WITH_EXAMPLES:
-            page.examples.append((number, entry.label, found[:MOST_EXAMPLES]))
+            page.examples.append((number, entry.label, _first_of_each_kind(found)))
     if with_examples > len(page.examples):
         page.examples_note = f"The first {len(page.examples)} of {with_examples} runs with examples are shown."
+
+
+def _first_of_each_kind(examples: Sequence[Example]) -> list[Example]:
+    kinds = [example.kind for example in examples]
+    return [example for at, example in enumerate(examples) if kinds[:at].count(example.kind) < MOST_EXAMPLES]
 
 
 def _curves(entries: Sequence[Entry]) -> list[Panel]:

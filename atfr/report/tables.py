@@ -186,29 +186,28 @@ def front_table(entries: Sequence[Entry], front: Sequence[int]) -> Table:
     return Table(columns, rows)
 
 
-def class_table(found: Mapping[int, Mapping[str, ClassTotals]], seeds: Mapping[int, int]) -> Table:
-    """Accuracy and cost of each class, in two columns for each entry.
+def class_table(found: Mapping[int, Mapping[str, ClassTotals]], entries: Sequence[Entry]) -> Table:
+    """Accuracy of each class and, where the clip decides on it, its cost.
 
     Args:
-        found: the classes of each entry, summed over its seeds.
-        seeds: the number of seeds of each entry.
+        found: the classes by the index of an entry, summed over its seeds.
     """
     shown = sorted(found)
     columns = [Column("Class", number=False), Column("Clips")]
     for index in shown:
-        columns += [Column(f"#{index + 1}", "% right"), Column(f"#{index + 1}", "GFLOPs")]
+        columns += [Column(f"#{index + 1}", "% right"), *([Column(f"#{index + 1}", "GFLOPs")] if entries[index].kind == "adaptive" else [])]
     highest = max(one.gflops / one.clips for totals in found.values() for one in totals.values()) or 1.0
     rows = []
     for name in sorted({name for totals in found.values() for name in totals}):
-        clips = max(totals[name].clips // seeds[index] for index, totals in found.items() if name in totals)
+        clips = max(totals[name].clips // len(entries[index].runs) for index, totals in found.items() if name in totals)
         cells = [Cell(plain_line(name)), Cell(str(clips), clips)]
         for index in shown:
-            one = found[index].get(name)
+            one, adaptive = found[index].get(name), entries[index].kind == "adaptive"
             if one is None:
-                cells += [Cell("–"), Cell("–")]
+                cells += [Cell("–")] * (1 + adaptive)
                 continue
             right, gflops = 100 * one.right / one.clips, one.gflops / one.clips
-            cells += [Cell(f"{right:.1f}", right), Cell(f"{gflops:.4g}", gflops, bar=100 * gflops / highest)]
+            cells += [Cell(f"{right:.1f}", right), *([Cell(f"{gflops:.4g}", gflops, bar=100 * gflops / highest)] if adaptive else [])]
         rows.append(cells)
     return Table(columns, rows, name="classes", scrolls=True)
 
