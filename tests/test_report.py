@@ -348,10 +348,16 @@ def test_a_calibration_is_a_row_for_each_budget(tmp_path):
 def test_runs_that_were_tested_differently_are_not_compared_silently(tmp_path):
     write_run(tmp_path / "one", views=2)
     write_run(tmp_path / "two", views=10, seed=1)
+    said = "were not tested in the same way, so their accuracies may not be comparable. See Protocol: views."
     page, _, _ = report(tmp_path, folder=tmp_path)
-    assert len(page.table("runs")) == 2
-    assert "were not tested in the same way, so their accuracies may not be comparable: views differ" in " ".join(page.text.split())
-    assert "0123456789ab+" in page.text
+    assert len(page.table("runs")) == 2 and said in " ".join(page.text.split())
+    assert "0123456789ab+" in page.text and "optimistic" not in page.text
+    results = results_of(tmp_path / "one")
+    results["protocol"].update(views=10, frames=8, validation="test list")
+    (tmp_path / "one/results.json").write_text(json.dumps({**results, "failed": ["x.mp4"]}))
+    page, _, _ = report(tmp_path, folder=tmp_path)
+    text = " ".join(page.text.split())
+    assert "comparable. See Protocol: validation." in text and "the test videos chose the best epoch" in text and "not counted (#1: 1)" in text
 
 
 def test_examples_are_inlined_and_those_that_cannot_be_read_are_left_out(tmp_path):

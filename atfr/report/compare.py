@@ -21,6 +21,8 @@ _BUDGETS = tuple(f"model.sgs.{name}" for name in ("gflops", "keep_ratio", "gflop
 _METHOD = ("model.sgs", "model.sgs._target_", "model.sgs.similarity")
 # What follows from the run, not from how it was tested.
 _OF_THE_RUN = ("checkpoint", "model", "execution", "commit", "decoders", "failed", "root", "lists")
+# Of the clips that a network takes. Runs that differ in them can be compared.
+OF_THE_CLIP = {"frames", "stride", "fps", "fallback_fps", "sampling", "crop_size", "test_short_side", "mean", "std", "decoder", "compile", "precision", "tf32"}
 LONGEST = 60  # letters of a value
 
 
@@ -194,8 +196,11 @@ def _experiment(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def protocol(results: Results) -> dict[str, Any]:
-    """Return how a run was tested: the part of its protocol that does not depend on the network."""
-    return {key: value for key, value in results.protocol.items() if key not in _OF_THE_RUN}
+    """Return how a run was tested: the part of its protocol that does not depend on the run."""
+    found = {key: value for key, value in results.protocol.items() if key not in _OF_THE_RUN}
+    if isinstance(found.get("videos"), Mapping):
+        found["videos"] = found["videos"].get("test")
+    return found
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:

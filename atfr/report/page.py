@@ -12,7 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from atfr.report import figures
-from atfr.report.compare import Entry, entries_of, pareto, plain_line, protocol
+from atfr.report.compare import OF_THE_CLIP, Entry, entries_of, pareto, plain_line, protocol
 from atfr.report.examples import Example, read_examples
 from atfr.report.runs import ClassTotals, Results, Run, class_totals
 from atfr.report.tables import Cell, Column, Table, class_table, front_table, main_table, seed_table, text_of, untested_table
@@ -28,7 +28,7 @@ CLOSE = 1.0  # percentage points of top-1 that count as almost as good
 class Panel:
     """A small figure of one row of the main table."""
 
-    number: int
+    number: int  # 0: of a run that is not in it
     label: str
     svg: Markup
 
@@ -76,7 +76,7 @@ def page_of(runs: Sequence[Run]) -> Page:
     page = Page(title="atfr report", made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"), tested=tested)
     page.notes = [(plain_line(run.name), plain_line(note)) for run in runs for note in run.notes]
     page.untested = untested_table(runs)
-    page.curves = _curves(entries)
+    page.curves = _curves(entries, runs)
     if not entries:
         return page
     page.main = main_table(entries)
@@ -178,14 +178,17 @@ def _first_of_each_kind(examples: Sequence[Example]) -> list[Example]:
     return [example for at, example in enumerate(examples) if kinds[:at].count(example.kind) < MOST_EXAMPLES]
 
 
-def _curves(entries: Sequence[Entry]) -> list[Panel]:
-    losses = [value for entry in entries for run in entry.runs for _, value in run.loss]
-    best = max((value for entry in entries for run in entry.runs for _, value in run.top1), default=0.0)
-    if not losses:
-        return []
-    limits = (min(losses), max(losses), best)
-    drawn = [(n, entry) for n, entry in enumerate(entries, start=1) if any(run.loss for run in entry.runs)]
-    return [_panel(n, entry, figures.curves([run.loss for run in entry.runs], [run.top1 for run in entry.runs], limits)) for n, entry in drawn]
+def _curves(entries: Sequence[Entry], runs: Sequence[Run]) -> list[Panel]:
+    """A panel for each entry, and for each run that is not tested yet."""
+    drawn = [(number, entry.label, entry.runs) for number, entry in enumerate(entries, start=1)]
+    drawn += [(0, plain_line(run.name), (run,)) for run in runs if run.results is None]
+    drawn = [(number, label, of) for number, label, of in drawn if any(run.loss for run in of)]
+    losses = [value for _, _, of in drawn for run in of for _, value in run.loss]
+    best = max((value for _, _, of in drawn for run in of for _, value in run.top1), default=0.0)
+    return [
+        Panel(number, label, Markup(figures.curves([run.loss for run in of], [run.top1 for run in of], (min(losses), max(losses), best))))
+        for number, label, of in drawn
+    ]
 
 
 def _add_protocols(page: Page, entries: Sequence[Entry]) -> None:
@@ -195,8 +198,11 @@ def _add_protocols(page: Page, entries: Sequence[Entry]) -> None:
     same = [key for key in keys if len({_json(one.get(key)) for _, _, one in protocols}) == 1]
     different = [key for key in keys if key not in same]
     page.same_protocol = [(plain_line(key), plain_line(_json(protocols[0][2][key]))) for key in same]
-    if different and len(entries) > 1:
-        page.warnings.append(f"The runs were not tested in the same way, so their accuracies may not be comparable: {', '.join(map(plain_line, different))} differ (see Protocol).")
+    matters = [plain_line(key) for key in different if key not in OF_THE_CLIP]
+    if matters:
+        page.warnings.append(f"The runs were not tested in the same way, so their accuracies may not be comparable. See Protocol: {', '.join(matters)}.")
+    if any(_chosen_on_test_videos(run) for entry in entries for run in entry.runs):
+        page.warnings.append("There is no validation list, so the test videos chose the best epoch: accuracies are optimistic.")
     failed = [f"#{number}: {results.failed}" for number, entry in enumerate(entries, start=1) for results in entry.results if results.failed]
     if failed:
         page.warnings.append(f"Test videos that could not be read are not counted ({', '.join(failed)}).")
@@ -210,6 +216,12 @@ def _add_protocols(page: Page, entries: Sequence[Entry]) -> None:
         own = [Cell(plain_line(_json(one.get(key)))) for key in different]
         rows.append([Cell(str(number), number), Cell(entry.label), Cell(", ".join(commits)), Cell(plain_line(checkpoint)), *own])
     page.protocols = Table(columns, rows)
+
+
+def _chosen_on_test_videos(run: Run) -> bool:
+    epochs, every = run.config.get("trainer.epochs"), run.config.get("trainer.eval_every")
+    several = not (isinstance(epochs, int) and isinstance(every, int)) or epochs > every
+    return run.results is not None and run.results.protocol.get("validation") == "test list" and several
 
 
 def _commit(results: Results) -> str:
@@ -238,7 +250,7 @@ def _answers(entries: Sequence[Entry], totals: tuple[int, dict[str, ClassTotals]
         )
         cheap = min((entry for entry in entries if entry.top1.mean >= best.top1.mean - CLOSE), key=lambda entry: entry.gflops.mean)
         if cheap is not best:
-            number = list(entries).index(cheap) + 1
+            number = entries.index(cheap) + 1
             found.append(
                 (
                     f"Cheapest within {CLOSE:g} point",
@@ -248,7 +260,7 @@ def _answers(entries: Sequence[Entry], totals: tuple[int, dict[str, ClassTotals]
         timed = [entry for entry in entries if entry.clips_per_second is not None]
         if timed:
             fastest = max(timed, key=lambda entry: entry.clips_per_second.mean if entry.clips_per_second else 0.0)
-            found.append(("Fastest", f"#{list(entries).index(fastest) + 1} {fastest.label}: {text_of(fastest.clips_per_second, '.1f')} clips/s, top-1 {text_of(fastest.top1, '.2f')} %."))
+            found.append(("Fastest", f"#{entries.index(fastest) + 1} {fastest.label}: {text_of(fastest.clips_per_second, '.1f')} clips/s, top-1 {text_of(fastest.top1, '.2f')} %."))
     if totals is not None and len(totals[1]) > 1:
         ranked = sorted(totals[1].items(), key=lambda item: item[1].gflops / item[1].clips)
         (low, cheapest), (high, dearest) = ranked[0], ranked[-1]

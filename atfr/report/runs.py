@@ -22,6 +22,8 @@ from atfr.engine.run.run_lock import DEAD_S, NAME
 MARKS = ("config.yaml", "results.json")  # a folder with one of these is a run
 CONTENTS = "config.yaml, metrics.jsonl, checkpoints/, and after the test results.json and predictions.csv"
 PRUNED = {"checkpoints", "tensorboard", "profile", "examples", "export"}  # no runs are in these folders
+SMALLEST = 1e-9  # GFLOPs
+LONGEST_CLIP = 100_000  # features
 _OF_A_TRAINING = ("dataset.train", "dataset.class_names", "dataset.make")
 Points = tuple[tuple[int, float], ...]  # (step, value)
 
@@ -166,38 +168,38 @@ def _parse_results(raw: Any) -> Results:
     """Check the values of `results.json`.
 
     Raises:
-        ValueError: a value is missing or not a finite number; names its key.
+        ValueError: a value is missing, not a number or impossible; names its key.
     """
     layers = raw["bins"].get("layers", [raw["bins"]]) if isinstance(raw, Mapping) and isinstance(raw.get("bins"), Mapping) else []
     speed = _number(raw, "clips_per_second") if isinstance(raw, Mapping) and "clips_per_second" in raw else 0.0
-    results = Results(
-        top1=_number(raw, "top1"),
-        top5=_number(raw, "top5"),
-        mean_class_accuracy=_number(raw, "mean_class_accuracy"),
-        num_videos=int(_number(raw, "num_videos")),
-        num_views=int(_number(raw, "num_views")),
+    return Results(
+        top1=_number(raw, "top1", most=100),
+        top5=_number(raw, "top5", most=100),
+        mean_class_accuracy=_number(raw, "mean_class_accuracy", most=100),
+        num_videos=int(_number(raw, "num_videos", least=1)),
+        num_views=int(_number(raw, "num_views", least=1)),
         failed=len(raw.get("failed", [])),
-        gflops=_number(raw, "gflops", "mean"),
-        dense_gflops=_number(raw, "gflops", "dense"),
-        bins=tuple(
-            Bins(_number(layer, "mean"), int(_number(layer, "frames")), {int(kept): int(count) for kept, count in layer.get("histogram", {}).items()})
-            for layer in layers
-        ),
+        gflops=_number(raw, "gflops", "mean", least=SMALLEST),
+        dense_gflops=_number(raw, "gflops", "dense", least=SMALLEST),
+        bins=tuple(_bins(layer) for layer in layers),
         clips_per_second=speed if speed > 0 else None,
         protocol=dict(raw.get("protocol", {})),
     )
-    if results.gflops <= 0 or results.dense_gflops <= 0:
-        raise ValueError("gflops must be above 0")
-    return results
 
 
-def _number(raw: Any, *keys: str) -> float:
+def _bins(layer: Mapping[str, Any]) -> Bins:
+    histogram = {int(kept): _number(layer, "histogram", kept) for kept in layer.get("histogram", {})}
+    frames = int(_number(layer, "frames", least=1, most=LONGEST_CLIP))
+    return Bins(_number(layer, "mean"), frames, {kept: int(count) for kept, count in histogram.items()})
+
+
+def _number(raw: Any, *keys: str, least: float = 0.0, most: float = 1e15) -> float:
     value = raw
     for key in keys:
         if not isinstance(value, Mapping) or key not in value:
             raise ValueError(f"it lacks {'.'.join(keys)}")
         value = value[key]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:  # nor is NaN
         raise ValueError(f"{'.'.join(keys)} is {value!r}")
     return float(value)
 
