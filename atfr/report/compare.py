@@ -157,6 +157,12 @@ def label_of(run: Run, names: Mapping[str, str]) -> str:
     return plain_line(f"{method(run.config)} {options}".strip())
 
 
+def untested(runs: Sequence[Run]) -> list[tuple[str, Run]]:
+    """Return the runs without results, with the options that distinguish them from all others."""
+    names = short_names(differing([run.config for run in runs if run.config]))
+    return [(label_of(run, names), run) for run in runs if run.results is None]
+
+
 def plain_line(text: str) -> str:
     """Make text of files printable, on one line."""
     return " ".join(printable(text).split())

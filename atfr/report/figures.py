@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import io
 import re
@@ -70,6 +71,7 @@ def scatter(marks: Sequence[Mark], *, x_label: str, unit: str, dense: float | No
             point.set_gid(f"run-{mark.number}")
     axis.set_xlabel(x_label)
     axis.xaxis.set_major_locator(MaxNLocator(6))
+    axis.yaxis.set_major_locator(MaxNLocator(7))
     axis.set_ylabel("top-1 accuracy of the test, %")
     axis.margins(0.14, 0.12)
     axis.set_xlim(left=max(0.0, axis.get_xlim()[0]))
@@ -80,16 +82,16 @@ def scatter(marks: Sequence[Mark], *, x_label: str, unit: str, dense: float | No
         top = axis.secondary_xaxis("top", functions=(_scaled(100 / dense), _scaled(dense / 100)))
         top.set_xlabel("% of the dense network")
         _quiet(top)
-    legend = figure.legend(loc="lower left", bbox_to_anchor=(0.1, 0), fontsize=9, frameon=False, handletextpad=0.6, labelspacing=0.3)
+    legend = figure.legend(loc="lower left", bbox_to_anchor=(0.13, 0), fontsize=9, frameon=False, handletextpad=0.6, labelspacing=0.3)
     _plain(legend.get_texts())
     bottom = 0.135 + 0.044 * len(legend.get_texts())
-    figure.subplots_adjust(left=0.13, right=0.97, top=0.88 if dense is not None else 0.97, bottom=bottom)
+    figure.subplots_adjust(left=0.16, right=0.97, top=0.88 if dense is not None else 0.97, bottom=bottom)
     _label(axis, marks, [marks[index] for index in front])
     tips = {f"run-{mark.number}": f"{mark.number} {mark.label}: top-1 {_text(mark.top1)} %, {_text(mark.cost)} {unit}" for mark in marks}
-    return _svg(figure, x_label, tips)
+    return _svg(figure, f"top-1 accuracy against {x_label}", tips)
 
 
-def histogram(bins: Sequence[Bins]) -> str:
+def histogram(bins: Sequence[Bins], name: str) -> str:
     """Draw the share of clips with each B', summed over runs of the same experiment, with a line at the mean."""
     figure, axis = _figure(2.7, 1.5)
     frames = max(one.frames for one in bins)
@@ -107,10 +109,10 @@ def histogram(bins: Sequence[Bins]) -> str:
     axis.set_xlabel(f"B': features kept of {frames}", fontsize=9)
     axis.set_ylabel("% of clips", fontsize=9)
     figure.subplots_adjust(left=0.17, right=0.97, top=0.96, bottom=0.3)
-    return _svg(figure, "histogram of B'")
+    return _svg(figure, f"B' of the clips, {name}")
 
 
-def curves(loss: Sequence[Points], top1: Sequence[Points], limits: tuple[float, float, float]) -> str:
+def curves(loss: Sequence[Points], top1: Sequence[Points], limits: tuple[float, float, float], name: str) -> str:
     """Draw training loss and validation top-1, a line for each seed.
 
     Args:
@@ -134,7 +136,7 @@ def curves(loss: Sequence[Points], top1: Sequence[Points], limits: tuple[float, 
     left.set_ylim(max(0.0, low - 0.05 * (high - low)) if high > low else 0, high + 0.05 * max(high - low, 0.1))
     right.set_ylim(0, min(100.0, best * 1.1) or 100.0)
     figure.subplots_adjust(left=0.1, right=0.98, top=0.86, bottom=0.28, wspace=0.3)
-    return _svg(figure, "training loss and validation top-1")
+    return _svg(figure, f"training loss and validation top-1, {name}")
 
 
 def class_costs(totals: Mapping[str, ClassTotals], *, dense: float) -> str:
@@ -205,6 +207,7 @@ def _label(axis: Axes, marks: Sequence[Mark], line: Sequence[Mark]) -> None:
     left, bottom, right, top = (value * to_points for value in (frame.x0, frame.y0, frame.x1, frame.y1))
     points = [tuple(axis.transData.transform((mark.cost.mean, mark.top1.mean)) * to_points) for mark in marks]
     taken: list[tuple[float, float, float, float]] = [(x - 4, y - 4, x + 4, y + 4) for x, y in points]
+    around = [(x - 10, y - 7, x + 10, y + 7) for x, y in points]  # where a label would seem to be that point's
     for mark, (x, y) in zip(marks, points):
         if mark.top1.error is not None:
             wide, tall = (axis.transData.transform((mark.cost.mean + (mark.cost.error or 0), mark.top1.mean + mark.top1.error)) * to_points) - (x, y)
@@ -212,7 +215,7 @@ def _label(axis: Axes, marks: Sequence[Mark], line: Sequence[Mark]) -> None:
     corners = [axis.transData.transform((mark.cost.mean, mark.top1.mean)) * to_points for mark in line]
     for one, two in zip(corners, corners[1:]):
         taken += [(x - 2, y - 2, x + 2, y + 2) for x, y in np.linspace(one, two, int(np.hypot(*(two - one)) / 4) + 2)]
-    for mark, (x, y) in zip(marks, points):
+    for at, (mark, (x, y)) in enumerate(zip(marks, points)):
         text = f"{mark.number} {mark.label}" if named else str(mark.number)
         wide, tall = 0.56 * size * len(text), 1.15 * size
         places = []
@@ -221,7 +224,8 @@ def _label(axis: Axes, marks: Sequence[Mark], line: Sequence[Mark]) -> None:
             places += [(x + distance, y - tall / 2), (x - distance - wide, y - tall / 2), (x - wide / 2, y + distance - 1), (x - wide / 2, y - distance - tall + 1)]
             places += [(x + flat, y + distance), (x - flat - wide, y + distance), (x + flat, y - distance - tall), (x - flat - wide, y - distance - tall)]
         boxes = [(px, py, px + wide, py + tall) for px, py in places]
-        costs = [sum(_overlap(box, other) for other in taken) + 3 * _outside(box, (left, bottom, right, top)) + 0.5 * number for number, box in enumerate(boxes)]
+        others = [*taken, *around[:at], *around[at + 1 :]]
+        costs = [sum(_overlap(box, other) for other in others) + 3 * _outside(box, (left, bottom, right, top)) + 0.5 * number for number, box in enumerate(boxes)]
         box = boxes[int(np.argmin(costs))]
         taken.append(box)
         text_x, text_y = box[0] - x, box[1] - y
@@ -269,7 +273,7 @@ def _svg(figure: Figure, name: str, tips: Mapping[str, str] | None = None) -> st
         tips: text that appears when the pointer is on the parts with these ids.
     """
     buffer = io.StringIO()
-    with matplotlib.rc_context({**_FONT, "svg.hashsalt": name}), warnings.catch_warnings():
+    with matplotlib.rc_context({**_FONT, "svg.hashsalt": "atfr"}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about letters that the font lacks: the browser has its own
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
@@ -282,5 +286,8 @@ def _svg(figure: Figure, name: str, tips: Mapping[str, str] | None = None) -> st
         text = text.replace(colour, of_page)
     for gid, tip in (tips or {}).items():
         text = text.replace(f'<g id="{gid}">', f"<g><title>{html.escape(tip)}</title>")
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    # Ids are unique in the page, and only where something refers to them.
+    referenced, unique = set(re.findall(r"#(\w+)", text)), hashlib.sha256(text.encode()).hexdigest()[:8]
+    text = re.sub(r' id="([^"]*)"', lambda found: f' id="{found[1]}-{unique}"' if found[1] in referenced else "", text)
+    text = re.sub(r'(href="#|url\(#)(\w+)', rf"\1\2-{unique}", text)
     return re.sub(r">\s+<", ">\n<", text)

@@ -12,7 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from atfr.report import figures
-from atfr.report.compare import OF_THE_CLIP, Entry, entries_of, pareto, plain_line, protocol
+from atfr.report.compare import OF_THE_CLIP, Entry, entries_of, pareto, plain_line, protocol, untested
 from atfr.report.examples import Example, read_examples
 from atfr.report.runs import ClassTotals, Results, Run, class_totals
 from atfr.report.tables import Cell, Column, Table, class_table, front_table, main_table, seed_table, text_of, untested_table
@@ -81,10 +81,10 @@ def page_of(runs: Sequence[Run]) -> Page:
         return page
     page.main = main_table(entries)
     page.seeds = seed_table(entries) if tested > len(entries) else None
-    page.scatters = _scatters(entries)
+    page.scatters = _scatters(entries) if len(entries) > 1 else []
     front = pareto([(entry.gflops.mean, entry.top1.mean) for entry in entries])
     page.front = front_table(entries, front) if len(front) > 1 else None
-    page.histograms = [_panel(number, entry, figures.histogram([r.bins[0] for r in entry.results])) for number, entry in _adaptive(entries)]
+    page.histograms = [_panel(number, entry, figures.histogram([r.bins[0] for r in entry.results], f"{number} {entry.label}")) for number, entry in _adaptive(entries)]
     totals = _add_classes(page, entries, front)
     _add_examples(page, entries)
     _add_protocols(page, entries)
@@ -181,14 +181,17 @@ def _first_of_each_kind(examples: Sequence[Example]) -> list[Example]:
 def _curves(entries: Sequence[Entry], runs: Sequence[Run]) -> list[Panel]:
     """A panel for each entry, and for each run that is not tested yet."""
     drawn = [(number, entry.label, entry.runs) for number, entry in enumerate(entries, start=1)]
-    drawn += [(0, plain_line(run.name), (run,)) for run in runs if run.results is None]
+    drawn += [(0, f"{label} (not tested)", (run,)) for label, run in untested(runs)]
     drawn = [(number, label, of) for number, label, of in drawn if any(run.loss for run in of)]
-    losses = [value for _, _, of in drawn for run in of for _, value in run.loss]
     best = max((value for _, _, of in drawn for run in of for _, value in run.top1), default=0.0)
-    return [
-        Panel(number, label, Markup(figures.curves([run.loss for run in of], [run.top1 for run in of], (min(losses), max(losses), best))))
-        for number, label, of in drawn
-    ]
+    tested = [value for entry in entries for run in entry.runs for _, value in run.loss]
+    panels = []
+    for number, label, of in drawn:
+        # The losses of a run that diverged would hide those of the others.
+        values = sorted(tested or [value for run in of for _, value in run.loss])
+        limits = (values[0], values[int(0.99 * (len(values) - 1))], best)
+        panels.append(Panel(number, label, Markup(figures.curves([run.loss for run in of], [run.top1 for run in of], limits, f"{number} {label}"))))
+    return panels
 
 
 def _add_protocols(page: Page, entries: Sequence[Entry]) -> None:
@@ -197,7 +200,7 @@ def _add_protocols(page: Page, entries: Sequence[Entry]) -> None:
     keys = list(dict.fromkeys(key for _, _, one in protocols for key in one))
     same = [key for key in keys if len({_json(one.get(key)) for _, _, one in protocols}) == 1]
     different = [key for key in keys if key not in same]
-    page.same_protocol = [(plain_line(key), plain_line(_json(protocols[0][2][key]))) for key in same]
+    page.same_protocol = [(plain_line(key), plain_line(_json(protocols[0][2].get(key)))) for key in same]
     matters = [plain_line(key) for key in different if key not in OF_THE_CLIP]
     if matters:
         page.warnings.append(f"The runs were not tested in the same way, so their accuracies may not be comparable. See Protocol: {', '.join(matters)}.")

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from atfr.report.compare import SEED, Entry, Estimate, differing, entries_of, label_of, plain_line, short_names
+from atfr.report.compare import SEED, Entry, Estimate, entries_of, plain_line, untested
 from atfr.report.runs import ClassTotals, Run
 
 
@@ -213,10 +213,5 @@ def class_table(found: Mapping[int, Mapping[str, ClassTotals]], entries: Sequenc
 
 
 def untested_table(runs: Sequence[Run]) -> Table | None:
-    names = short_names(differing([run.config for run in runs if run.config]))
-    rows = [
-        [Cell(label_of(run, names) if run.config else plain_line(run.name), small=plain_line(run.name) if run.config else ""), Cell(plain_line(run.reason))]
-        for run in runs
-        if run.results is None
-    ]
+    rows = [[Cell(label, small=plain_line(run.name) if run.config else ""), Cell(plain_line(run.reason))] for label, run in untested(runs)]
     return Table([Column("Run", number=False), Column("Why it has no results", number=False)], rows) if rows else None
