@@ -56,7 +56,8 @@ def scatter(marks: Sequence[Mark], *, x_label: str, unit: str, dense: float | No
     front = pareto([(mark.cost.mean, mark.top1.mean) for mark in marks])
     costs, accuracies = np.array([mark.cost.mean for mark in marks]), np.array([mark.top1.mean for mark in marks])
     if len(front) > 1:
-        axis.plot(costs[front], accuracies[front], color=COLORS[2], linewidth=5, alpha=0.35, solid_capstyle="round", zorder=1, label="best for their cost (Pareto front)")
+        band: Any = {"color": COLORS[2], "linewidth": 5, "alpha": 0.35, "solid_capstyle": "round", "zorder": 1}
+        axis.plot(costs[front], accuracies[front], label="best for their cost (Pareto front)", **band)
     methods = list(dict.fromkeys(mark.method for mark in sorted(marks, key=lambda mark: ("adaptive", "dense", "fixed").index(mark.kind))))
     adaptive = [name for name in methods if any(mark.method == name and mark.kind == "adaptive" for mark in marks)]
     for name in methods:
@@ -101,7 +102,8 @@ def histogram(bins: Sequence[Bins], name: str) -> str:
     axis.bar(np.arange(1, frames + 1), shares, width=0.85, color=COLORS[0])
     axis.axvline(mean, color=DARK, linewidth=1)
     left = mean > frames * 0.6
-    axis.annotate(f"mean {mean:.1f}", (mean, 1), (-4 if left else 4, -2), xycoords=("data", "axes fraction"), textcoords="offset points", ha="right" if left else "left", va="top", fontsize=9, color=DARK)
+    beside: Any = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top", "fontsize": 9, "color": DARK}
+    axis.annotate(f"mean {mean:.1f}", (mean, 1), (-4 if left else 4, -2), ha="right" if left else "left", **beside)
     axis.set_xlim(0.4, frames + 0.6)
     axis.set_ylim(0, max(shares.max() * 1.3, 1))
     axis.set_xticks(sorted({1, frames // 2, frames} - {0}))
@@ -229,10 +231,11 @@ def _label(axis: Axes, marks: Sequence[Mark], line: Sequence[Mark]) -> None:
         box = boxes[int(np.argmin(costs))]
         taken.append(box)
         text_x, text_y = box[0] - x, box[1] - y
-        note = axis.annotate(text, (mark.cost.mean, mark.top1.mean), (text_x, text_y + 0.2 * size), textcoords="offset points", fontsize=size, color=DARK, parse_math=False, zorder=4)
+        point = (mark.cost.mean, mark.top1.mean)
+        note = axis.annotate(text, point, (text_x, text_y + 0.2 * size), textcoords="offset points", fontsize=size, color=DARK, parse_math=False, zorder=4)
         if min(abs(text_x), abs(text_x + wide)) > 12 and not box[0] <= x <= box[2] or abs(text_y + tall / 2) > 18:
-            ends = [(min(max(x, box[0]), box[2]) - x, (box[1] if text_y > 0 else box[3]) - y)]
-            axis.annotate("", (mark.cost.mean, mark.top1.mean), ends[0], textcoords="offset points", arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.8}, zorder=2)
+            end = (min(max(x, box[0]), box[2]) - x, (box[1] if text_y > 0 else box[3]) - y)
+            axis.annotate("", point, end, textcoords="offset points", arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.8}, zorder=2)
         note.set_gid(f"run-{mark.number}")
 
 

@@ -143,7 +143,8 @@ def _add_classes(page: Page, entries: Sequence[Entry], front: Sequence[int]) -> 
     if best_adaptive not in found or best_adaptive is None:
         return None
     dense = entries[best_adaptive].results[0].dense_gflops
-    page.class_figure = _panel(best_adaptive + 1, entries[best_adaptive], figures.class_costs({plain_line(name): one for name, one in found[best_adaptive].items()}, dense=dense))
+    named = {plain_line(name): one for name, one in found[best_adaptive].items()}
+    page.class_figure = _panel(best_adaptive + 1, entries[best_adaptive], figures.class_costs(named, dense=dense))
     return best_adaptive + 1, found[best_adaptive]
 
 
@@ -209,7 +210,8 @@ def _add_protocols(page: Page, entries: Sequence[Entry]) -> None:
     failed = [f"#{number}: {results.failed}" for number, entry in enumerate(entries, start=1) for results in entry.results if results.failed]
     if failed:
         page.warnings.append(f"Test videos that could not be read are not counted ({', '.join(failed)}).")
-    columns = [Column("#"), Column("Run", number=False), Column("Commit", number=False), Column("Tested checkpoint", number=False), *(Column(plain_line(key), number=False) for key in different)]
+    names = ("Run", "Commit", "Tested checkpoint", *map(plain_line, different))
+    columns = [Column("#"), *(Column(name, number=False) for name in names)]
     rows = []
     for number, entry, one in protocols:
         commits = dict.fromkeys(_commit(results) for results in entry.results)
@@ -263,14 +265,16 @@ def _answers(entries: Sequence[Entry], totals: tuple[int, dict[str, ClassTotals]
         timed = [entry for entry in entries if entry.clips_per_second is not None]
         if timed:
             fastest = max(timed, key=lambda entry: entry.clips_per_second.mean if entry.clips_per_second else 0.0)
-            found.append(("Fastest", f"#{entries.index(fastest) + 1} {fastest.label}: {text_of(fastest.clips_per_second, '.1f')} clips/s, top-1 {text_of(fastest.top1, '.2f')} %."))
+            speed, accuracy = text_of(fastest.clips_per_second, ".1f"), text_of(fastest.top1, ".2f")
+            found.append(("Fastest", f"#{entries.index(fastest) + 1} {fastest.label}: {speed} clips/s, top-1 {accuracy} %."))
     if totals is not None and len(totals[1]) > 1:
         ranked = sorted(totals[1].items(), key=lambda item: item[1].gflops / item[1].clips)
         (low, cheapest), (high, dearest) = ranked[0], ranked[-1]
         found.append(
             (
                 "Expensive clips",
-                f"With #{totals[0]}, those of class {plain_line(high)} cost most ({dearest.gflops / dearest.clips:.3g} GFLOPs, B' {dearest.bins / dearest.clips:.1f} on average),"
+                f"With #{totals[0]}, those of class {plain_line(high)} cost most"
+                f" ({dearest.gflops / dearest.clips:.3g} GFLOPs, B' {dearest.bins / dearest.clips:.1f} on average),"
                 f" those of {plain_line(low)} least ({cheapest.gflops / cheapest.clips:.3g}, B' {cheapest.bins / cheapest.clips:.1f}).",
             )
         )

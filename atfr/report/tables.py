@@ -66,7 +66,10 @@ QUANTITIES = (
         Column("B'", "of T", help="features kept of a clip's T features, mean over the test clips"),
         "bins", lambda entry: entry.over_seeds(lambda results: results.bins[0].mean) if all(results.bins for results in entry.results) else None, ".1f",
     ),
-    Quantity(Column("Speed", "clips/s", help="measured in the network alone, where the run was tested"), "clips_per_second", lambda entry: entry.clips_per_second, ".1f", max),
+    Quantity(
+        Column("Speed", "clips/s", help="measured in the network alone, where the run was tested"),
+        "clips_per_second", lambda entry: entry.clips_per_second, ".1f", max,
+    ),
 )
 
 
@@ -99,7 +102,8 @@ def main_table(entries: Sequence[Entry]) -> Table:
     for number, entry in enumerate(entries, start=1):
         folder = plain_line(entry.runs[0].name) + (f" and {len(entry.runs) - 1} more" if len(entry.runs) > 1 else "")
         seeds = [Cell(", ".join(map(str, entry.seeds)) or "–")] if several else []
-        rows.append([Cell(str(number), number), Cell(entry.label, small=folder, link=f"config-{number}"), *seeds, *_quantities(entry, bests, _common_frames(entries))])
+        name = Cell(entry.label, small=folder, link=f"config-{number}" if entry.runs[0].config_text else "")
+        rows.append([Cell(str(number), number), name, *seeds, *_quantities(entry, bests, _common_frames(entries))])
     return Table(columns, rows, name="runs")
 
 
@@ -171,7 +175,8 @@ def main_csv(runs: Sequence[Run]) -> str:
 
 def front_table(entries: Sequence[Entry], front: Sequence[int]) -> Table:
     """What each step along the Pareto front costs and brings."""
-    columns = [Column("#"), Column("Run", number=False), Column("GFLOPs", "per clip"), Column("Top-1", "%"), Column("More GFLOPs", "%"), Column("More top-1", "points")]
+    columns = [Column("#"), Column("Run", number=False), Column("GFLOPs", "per clip"), Column("Top-1", "%")]
+    columns += [Column("More GFLOPs", "%"), Column("More top-1", "points")]
     rows = []
     for place, index in enumerate(front):
         entry, before = entries[index], entries[front[place - 1]] if place else None
