@@ -29,7 +29,7 @@ from atfr.cli.config import build, check_root, choices, program, take_dry_run
 from atfr.cli.dry_run import print_plan
 from atfr.cli.launch import on_every_process
 from atfr.cli.recipe import Announcement, require_weights, say, with_experiment, with_recipe
-from atfr.cli.run_name import run_folder
+from atfr.cli.run_name import in_sweep, report_command, run_folder
 from atfr.data.mixup import mixing
 from atfr.data.transforms import Normalizer
 from atfr.engine.distributed import comm
@@ -118,6 +118,8 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, dist_info: com
             best = trainer.checkpointer.best
             checkpoint.load_weights(model, checkpoint.load(best)["model"], best)
             builders.test_and_report(model, source, clip, config=config, settings=settings, dist_info=dist_info, folder=folder, checkpoint=best, stop=stop)
+            if dist_info.is_main and not in_sweep():
+                print(report_command(folder), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -14,6 +15,7 @@ from atfr.cli.arguments import parse, value_text
 from atfr.engine.run.run_dir import PATHS
 
 SWEPT = "ATFR_SWEPT"  # environment variable of a job: the comma-separated keys that have several values in its sweep; see atfr.cli.sweep
+SWEEPS = Path("runs", "sweep")  # where the run folders of sweeps are
 LONGEST = 100  # letters of a name
 
 
@@ -34,7 +36,12 @@ def run_folder(output_dir: str | None, *, under: str = "") -> Path:
     swept = swept_part(overrides) if in_sweep() else []
     rest = [override for override in overrides if override not in swept and _key(override) not in free]
     name = folder_name([*sorted(map(_plain, swept)), *sorted(map(_without_folder, map(_plain, rest)))])
-    return Path("runs", under, "sweep", name) if in_sweep() else Path("runs", under, name)
+    return SWEEPS.parent / under / SWEEPS.name / name if in_sweep() else Path("runs", under, name)
+
+
+def report_command(folder: Path) -> str:
+    """Return the line that names the command for a report about a run folder or a folder of runs."""
+    return f"report: python tools/report.py {shlex.quote(str(folder))}"
 
 
 def swept_part(overrides: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Hydra callbacks that run when a sweep (`-m`) starts."""
+"""Hydra callbacks that run when a sweep (`-m`) starts or ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, read_write
 
 from atfr.cli.arguments import parse, quoted
-from atfr.cli.run_name import SWEPT
+from atfr.cli.run_name import SWEEPS, SWEPT, report_command
 from atfr.engine.distributed.preemption import handled_signals
 
 
@@ -37,3 +37,13 @@ class TellsWhatIsSwept(Callback):
         swept = sorted({override.get_key_element().lstrip("+") for override in overrides if override.is_sweep_override()})
         with read_write(config):
             config.hydra.overrides.hydra.append(f"+hydra.job.env_set.{SWEPT}={quoted(','.join(swept))}")
+
+
+class NamesReport(Callback):
+    """Print the command for a report about the runs of a sweep of trainings at its end."""
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        # Jobs with another output_dir are elsewhere; those without a test, and dry runs, leave nothing to report.
+        nothing = any(override.lstrip("+").startswith(("trainer.output_dir=", "trainer.test=", "dry_run=")) for override in config.hydra.overrides.task)
+        if config.hydra.job.name == "train" and not nothing:
+            print(report_command(SWEEPS), flush=True)

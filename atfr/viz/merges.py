@@ -16,9 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from atfr.models.video_net import Sampling
+from atfr.viz.colors import COLORS, DARK, GREY
 
-COLORS = ("#4c78c8", "#e8853d", "#4ca66b", "#c9504f", "#8d6cc2", "#8a6553", "#d474b0", "#b0a72c", "#35a5b5")
-GREY, DARK = "#d0d4d9", "#24292f"
 WIDTH = 12.0  # inches, of the strip of frames
 MOST_SHOWN = 32  # frames of a strip; of longer clips every second or fourth is shown
 

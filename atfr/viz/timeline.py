@@ -10,7 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from atfr.viz.merges import COLORS, DARK, GREY, image_of
+from atfr.viz.colors import COLORS, DARK, GREY
+from atfr.viz.merges import image_of
 
 MOST_FRAMES = 12  # of the strip
 WIDTH = 13.0  # inches
