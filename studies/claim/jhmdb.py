@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
-import math
 import os
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from claim_paired import Row, save, saved, table
 from claim_report import fill
 from torch import Tensor, nn
 
@@ -29,7 +28,6 @@ from atfr.data.video.decode import read_clip
 from atfr.models.factory import create_model
 from atfr.models.sgs.config import PRESETS, SGSConfig
 from atfr.models.video_net import VideoNet
-from atfr.utils.atomic_io import write_text
 from atfr.utils.progress import watched
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,27 +64,6 @@ class Clips:
     groups: np.ndarray  # [N] the source of each video
 
 
-@dataclass(frozen=True)
-class Row:
-    """What one method's features are worth."""
-
-    location: str
-    method: str
-    kept: int  # of the fixed methods at this budget
-    bins: float  # mean B'
-    gflops: float  # mean, of dense
-    top1: float
-    right: str  # for each video, in the order of folds.csv: 1 if its prediction is right
-
-    @property
-    def key(self) -> tuple[str, str, int]:
-        return self.location, self.method, self.kept
-
-    @property
-    def hits(self) -> np.ndarray:
-        return np.array([letter == "1" for letter in self.right], dtype=float)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, default=Path("../shared/data/videos/jhmdb"), help="folder with the videos and folds.csv (default: %(default)s)")
@@ -99,19 +76,19 @@ def main() -> None:
         sys.exit(f"error: {arguments.clips}/folds.csv is missing: --clips names the folder of JHMDB's videos with that list")
     weights = torch.load(checkpoint_of_i3d(), map_location="cpu", weights_only=False)["model"]
     data = read_clips(arguments.clips)
-    rows = {row.key: row for row in saved()}
-    if arguments.again or ("", "dense", 0) not in rows:
-        rows["", "dense", 0] = run(network(weights, None), None, data, "", "dense", 0)
-        save(rows)
+    rows = saved(ROWS)
+    if arguments.again or ("", "dense", 0, 0) not in rows:
+        rows["", "dense", 0, 0] = run(network(weights, None), None, data, "", "dense", 0)
+        save(ROWS, rows)
     for location in arguments.locations:
         before: list[Tensor] | None = None
         for method, kept in ((method, kept) for kept in KEPT[location] for method in arguments.methods):
-            if arguments.again or (location, method, kept) not in rows:
+            if arguments.again or (location, method, kept, 0) not in rows:
                 model = network(weights, options_of(method, location, kept))
                 before = before or features_before(model, data)
-                rows[location, method, kept] = run(model, before, data, location, method, kept)
-                save(rows)
-    text = table(rows, data.groups)
+                rows[location, method, kept, 0] = run(model, before, data, location, method, kept)
+                save(ROWS, rows)
+    text = table(list(rows.values()), data.groups)
     fill(Path("studies/claim/README.md"), "jhmdb", text, script="jhmdb.py")
     print(text)
 
@@ -191,9 +168,7 @@ def run(model: VideoNet, before: list[Tensor] | None, data: Clips, location: str
     costs = model.gflops_table(tuple(data.clips.shape[1:]))
     gflops = float(costs.estimate(bins).mean()) / costs.dense if bins else 1.0
     hits = predictions(torch.cat(features), data.labels, data.folds) == data.labels
-    row = Row(location, method, kept, float(np.mean(bins or FRAMES)), gflops, 100 * hits.float().mean().item(), "".join("01"[hit] for hit in hits.tolist()))
-    print(f"{location or 'all'} {method} {kept or ''}: {row.top1:.1f} % at {gflops:.2f} of the GFLOPs, B' {row.bins:.1f}", flush=True)
-    return row
+    return Row(location, method, kept, 0, float(np.mean(bins or FRAMES)), gflops, "".join("01"[hit] for hit in hits.tolist()))
 
 
 @torch.enable_grad()
@@ -216,40 +191,6 @@ def predictions(x: Tensor, labels: Tensor, folds: Tensor) -> Tensor:
         optimizer.step(loss)
         found[~train] = (given[~train] @ weight).argmax(dim=1)
     return found
-
-
-def paired(one: np.ndarray, other: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
-    """The mean difference of two rows' hits, in points, and its standard error with videos of one source as one draw."""
-    difference = one - other
-    sums = np.bincount(groups, difference - difference.mean())
-    return 100 * difference.mean(), 100 * math.sqrt(len(sums) / (len(sums) - 1) * np.square(sums).sum()) / len(difference)
-
-
-def table(rows: dict[tuple[str, str, int], Row], groups: np.ndarray) -> str:
-    """The rows as a table, each against the dense network and against the fixed methods at its location and budget."""
-    lines = ["| location | features kept | method | mean B' | GFLOPs of dense | top-1, % | against dense | against uniform | against stride |", "|---|---|---|---|---|---|---|---|---|"]
-    for row in rows.values():
-        others = (rows.get(("", "dense", 0)), *(rows.get((row.location, name, row.kept)) for name in ("uniform", "stride")))
-        cells = ["" if other is None or other is row else "{:+.1f} ± {:.1f}".format(*paired(row.hits, other.hits, groups)) for other in others]
-        lines.append(f"| {row.location} | {row.kept or 'all'} | {row.method} | {row.bins:.1f} | {row.gflops:.2f} | {row.top1:.1f} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def saved() -> list[Row]:
-    """The rows of jhmdb.csv; none where there is no such file."""
-    if not ROWS.exists():
-        return []
-    kinds = {"str": str, "int": int, "float": float}
-    with open(ROWS, newline="") as file:
-        return [Row(**{field.name: kinds[str(field.type)](line[field.name]) for field in fields(Row)}) for line in csv.DictReader(file)]
-
-
-def save(rows: dict[tuple[str, str, int], Row]) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([field.name for field in fields(Row)])
-    writer.writerows([f"{value:.4g}" if isinstance(value, float) else value for value in asdict(row).values()] for row in rows.values())
-    write_text(ROWS, text.getvalue())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""Rows of the studies on real videos (jhmdb.py, avletters.py): every prediction of a method, compared video by video.
+
+Folds are by source or speaker, so that each video is predicted once by a network that was not trained on its group. Differences
+are taken within a video, and their standard error is over the groups.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from atfr.utils.atomic_io import write_text
+
+
+@dataclass(frozen=True)
+class Row:
+    """The predictions of one method with one seed for all videos."""
+
+    location: str
+    method: str
+    kept: int  # features that the fixed methods keep at this budget; 0: all
+    seed: int
+    bins: float  # mean B'
+    gflops: float  # mean, of dense
+    right: str  # for each video, in the order of folds.csv: 1 if the prediction is right, else 0
+
+    @property
+    def key(self) -> tuple[str, str, int, int]:
+        return self.location, self.method, self.kept, self.seed
+
+    @property
+    def hits(self) -> np.ndarray:
+        return np.array([letter == "1" for letter in self.right], dtype=float)
+
+
+def paired(one: np.ndarray, other: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
+    """Return the mean difference of two arrays of hits, in points, and its standard error with the videos of a group as one draw."""
+    difference = one - other
+    sums = np.bincount(groups, difference - difference.mean())
+    return 100 * difference.mean(), 100 * math.sqrt(len(sums) / (len(sums) - 1) * np.square(sums).sum()) / len(difference)
+
+
+def table(rows: Sequence[Row], groups: np.ndarray) -> str:
+    """Format the rows, averaged over the seeds, against the dense network and against the fixed methods at the same budget."""
+    by_method: dict[tuple[str, str, int], list[Row]] = {}
+    for row in rows:
+        by_method.setdefault((row.location, row.method, row.kept), []).append(row)
+    lines = [
+        "| location | features kept | method | seeds | mean B' | GFLOPs of dense | top-1, % | against dense | against uniform | against stride |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (location, method, kept), own in by_method.items():
+        cells = [against(own, by_method.get(key, []), groups) for key in (("", "dense", 0), (location, "uniform", kept), (location, "stride", kept))]
+        bins, gflops, top1 = (np.mean(values) for values in ([r.bins for r in own], [r.gflops for r in own], [100 * r.hits.mean() for r in own]))
+        lines.append(f"| {location} | {kept or 'all'} | {method} | {len(own)} | {bins:.1f} | {gflops:.2f} | {top1:.1f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def against(own: Sequence[Row], others: Sequence[Row], groups: np.ndarray) -> str:
+    """The difference to another method over the seeds that both have; empty where there is none."""
+    seeds = {row.seed for row in own} & {row.seed for row in others}
+    if not seeds or own == others:
+        return ""
+    mine, theirs = (np.mean([row.hits for row in rows if row.seed in seeds], axis=0) for rows in (own, others))
+    return "{:+.1f} ± {:.1f}".format(*paired(mine, theirs, groups))
+
+
+def saved(path: Path) -> dict[tuple[str, str, int, int], Row]:
+    """Read the rows of a file; none where there is no such file."""
+    if not path.exists():
+        return {}
+    kinds = {"str": str, "int": int, "float": float}
+    with open(path, newline="") as file:
+        rows = [Row(**{field.name: kinds[str(field.type)](line[field.name]) for field in fields(Row)}) for line in csv.DictReader(file)]
+    return {row.key: row for row in rows}
+
+
+def save(path: Path, rows: dict[tuple[str, str, int, int], Row]) -> None:
+    """Write the rows, in their order."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([field.name for field in fields(Row)])
+    writer.writerows([f"{value:.4g}" if isinstance(value, float) else value for value in asdict(row).values()] for row in rows.values())
+    write_text(path, text.getvalue())
