@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import urllib.error
 import urllib.request
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,7 @@ def test_networks_that_share_a_file_are_all_listed():
     assert find_published("torchvision:resnet50").num_classes is None and "R50" in FITS["torchvision:resnet50"][0].upper()
 
 
-@pytest.mark.parametrize("name,network", [("torchvision:r3d_18", "r3d_18"), ("pytorchvideo:x3d_s", "x3d_s")])
+@pytest.mark.parametrize("name,network", [("torchvision:mc3_18", "mc3_18"), ("pytorchvideo:x3d_s", "x3d_s")])
 def test_without_a_network_one_line_names_the_url_and_the_file_to_put_there(offline, name, network, tmp_path):
     found = find_published(name)
     with pytest.raises(ValueError) as error:
@@ -169,7 +170,7 @@ def train(videos: Path, folder: Path, *more: str) -> Outcome:
     return run_tool("train", *small_job(videos, folder, "trainer.max_steps=1", "trainer.test=false", "trainer.statistics_clips=0", *more))
 
 
-@pytest.mark.parametrize("option", ["model.weights", "init_from"])
+@pytest.mark.parametrize("option", ["model.weights", pytest.param("init_from", marks=pytest.mark.slow)])
 def test_a_training_starts_from_published_weights_and_says_what_they_expect(server, small_videos, tmp_path, option):
     source = spread(torchvision.models.video.mc3_18())
     server.publish("torchvision:mc3_18", source.state_dict())
