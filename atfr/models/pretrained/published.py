@@ -61,7 +61,11 @@ class Published:
         return Path(torch.hub.get_dir(), "checkpoints", os.path.basename(self.url))
 
     def download(self, *, key: str = "weights", progress: bool = True) -> Path:
-        """Return the file, downloaded if it is not there; `key` is the option that named the weights. Processes may do so at a time.
+        """Return the file, downloaded if it is not there. Several processes may call this at the same time.
+
+        Args:
+            key: the option that named the weights.
+            progress: print a line, and show a bar on a terminal.
 
         Raises:
             ValueError: there is no network, or the file is not the published one; one line.
