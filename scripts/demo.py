@@ -65,7 +65,7 @@ def verdict(dense: Classification, sampled: Classification) -> str:
         return f"The first answer is the same with {share}."
     return (
         f"The first answer is another with {share}: {sampled.labels[0]} instead of {dense.labels[0]}."
-        " This network was trained without SGS and loses some classes; a larger --gflops loses fewer."
+        " The network was trained without SGS, and merging loses some classes; with a larger --gflops less is merged."
     )
 
 
