@@ -14,6 +14,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from atfr.cli.recipe import CONFIGS, recipes
+from atfr.models.factory import model_names
+from atfr.models.pretrained.published import FITS
 
 COLUMNS = ("`experiment=`", "network", "from", "clip", "batch", "rate", "epochs", "warm-up", "schedule", "decay", "views x crops", "source")
 TEXT = """# Training recipes
@@ -27,6 +29,7 @@ python tools/train.py dataset=kinetics400 model=slowfast dataset.root=/data/k400
 python tools/train.py dataset=kinetics400 model=slowfast_sgs dataset.root=/data/k400    # the same with SGS
 python tools/train.py experiment=base/pyslowfast model=i3d dataset=kinetics600 dataset.root=/data/k600    # a recipe of your choice
 python tools/train.py experiment=base/pyslowfast dataset=videolist model=x3d_sgs dataset.root=DIR dataset.train=train.csv dataset.test=test.csv
+python tools/train.py dataset=ucf101 model=x3d_sgs model.weights=pytorchvideo:x3d_s dataset.root=/data/ucf101             # fine-tuning, with a download
 python tools/train.py -m dataset=ucf101 model=x3d_sgs model.weights=X3D_S.pyth dataset.split=1,2,3
 ```
 
@@ -37,9 +40,21 @@ published, it uses the nearest:
 - on UCF101 and HMDB51, finetune/DATASET;
 - on Something-Something, base/pyslowfast_ssv2.
 
-A recipe that starts from Kinetics weights needs `model.weights=FILE` or `init_from=RUN`. Without these the network's recipe for Kinetics-400 is
+A recipe that starts from Kinetics weights needs `model.weights` or `init_from=RUN`. Without these the network's recipe for Kinetics-400 is
 used, from scratch. Options on the command line win over the recipe; `optimizer=` or `schedule=` replaces the whole group, and `~experiment`
 leaves the recipe out.
+
+## Published weights
+
+`model.weights` takes a file, or the name of weights that are downloaded once:
+
+WEIGHTS
+
+Weights of another network are refused with the names that fit. Without a connection the error names the URL and the file to copy it to, in the
+folder of torch.hub (`~/.cache/torch/hub/checkpoints`, or in `$TORCH_HOME`). The classifier is loaded if the dataset has 400 classes: those of
+Kinetics-400 in alphabetical order, which are `torchvision.models.video.R3D_18_Weights.DEFAULT.meta["categories"]`. Otherwise it is replaced.
+The weights of torchvision expect another normalisation than the default; a warning prints the options. In Python:
+`atfr.create_model("r3d_18", weights="torchvision:r3d_18")`.
 
 ## Change the batch or the number of epochs
 
@@ -80,7 +95,16 @@ def main() -> None:
 def document() -> str:
     """Return the text of docs/recipes.md."""
     rows = [COLUMNS, tuple("---" for _ in COLUMNS), *(row(name, source) for name, source in recipes().items())]
-    return TEXT + "".join(f"| {' | '.join(cells)} |\n" for cells in rows) + NOTES
+    return TEXT.replace("WEIGHTS\n", weights_table(), 1) + "".join(f"| {' | '.join(cells)} |\n" for cells in rows) + NOTES
+
+
+def weights_table() -> str:
+    """Return the table of published weights: the networks that have the same parameters, and the weights of these."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for name, networks in FITS.items():
+        names.setdefault(tuple(f"{backbone} {size}" for backbone, size in map(model_names().__getitem__, networks)), []).append(f"`{name}`")
+    rows = [("network, size", "`model.weights=`"), ("---", "---"), *((", ".join(networks), ", ".join(those)) for networks, those in names.items())]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
 def row(name: str, source: str) -> tuple[str, ...]:

@@ -93,6 +93,15 @@ def test_from_the_second_batch_of_a_shape_on_the_cut_is_decided_before_the_stem_
             model(clips)
 
 
+def test_however_many_shapes_there_are_few_are_remembered_and_the_results_stay(monkeypatch):
+    monkeypatch.setattr("atfr.models.video_net.MOST_SHAPES", 2)
+    model = x3d(size="tiny", num_classes=3, sgs=SGSConfig.from_preset("atfr", width=0.4)).eval()
+    batches = [torch.randn(2, 3, frames, 32, 32).cumsum(dim=2) for frames in (4, 5, 6)]
+    with torch.inference_mode():
+        first, second = ([model(clips) for clips in batches] for _ in range(2))
+    assert len(model._frames) <= 2 and all(map(torch.equal, first, second))
+
+
 def test_a_decision_for_another_number_of_features_is_made_anew():
     model = x3d(size="tiny", num_classes=3, sgs=CLIP).eval()
     layers, clips = list(model.sgs.values()), phases(8, 8)

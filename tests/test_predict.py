@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import runpy
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from run_tools import Outcome, run_tool, small_job
+from run_tools import ROOT, Outcome, run_tool, small_job
 
 import atfr
 from atfr.cli.classifier import Classification
@@ -50,13 +51,21 @@ def test_a_folder_is_classified_as_each_video_is_alone(trained, small_videos):
 def test_results_are_written_as_a_table_csv_or_json_lines():
     result = Classification("a, b.mp4", ("down", "right"), (0.75, 0.25), ((3, 2), (4, 4)), 1.5, 2.0)
     table, rows, line = (Writer(form).header() + Writer(form).result(result) for form in ("table", "csv", "jsonl"))
-    assert table == "a, b.mp4  (1.5 of 2 GFLOPs a view; B' 3/2 4/4)\n   75.0 %  down\n   25.0 %  right\n"
+    assert table == f"{result}\n" == "a, b.mp4  (1.5 of 2 GFLOPs a view; B' 3/2 4/4)\n   75.0 %  down\n   25.0 %  right\n"
     expected = {"video": "a, b.mp4", "bins": "3/2 4/4", "gflops": "1.5", "dense_gflops": "2"}
     assert list(csv.DictReader(rows.splitlines())) == [
         {**expected, "rank": "1", "label": "down", "probability": "0.7500"}, {**expected, "rank": "2", "label": "right", "probability": "0.2500"},
     ]  # fmt: skip
     classes = [{"label": "down", "probability": 0.75}, {"label": "right", "probability": 0.25}]
     assert json.loads(line) == {"video": "a, b.mp4", "classes": classes, "bins": ["3/2", "4/4"], "gflops": 1.5, "dense_gflops": 2.0}
+
+
+def test_the_demo_says_whether_sgs_changed_the_answer(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    verdict = runpy.run_path(str(ROOT / "scripts/demo.py"))["verdict"]
+    dense, same, other = (Classification("a.mp4", labels, (0.75, 0.25), ((8,),), gflops, 2.0) for labels, gflops in ((("x", "y"), 2.0), (("x", "z"), 1.0), (("y", "x"), 0.5)))
+    assert verdict(dense, same) == "The first answer is the same with 50% of the GFLOPs."
+    assert verdict(dense, other).startswith("The first answer is another with 25% of the GFLOPs: y instead of x.")
 
 
 def test_scores_are_the_mean_over_the_views(trained, small_videos):
@@ -121,6 +130,7 @@ def test_a_network_without_sgs_takes_a_preset_and_its_pictures_show_it(trained, 
         (["sgs=atfr"], "error: sgs=atfr needs a budget: add gflops=0.5"),
         (["gflops=50"], "error: gflops=50 must be above 0 and at most 1"),
         (["hop_s=1"], "error: hop_s is the distance between windows: set window_s, too"),
+        (["top=x"], "error: top='x' is not of type int"),
         (["tops=3"], "error: tops is not an option; did you mean top?"),
     ],
 )

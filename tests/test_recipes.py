@@ -53,4 +53,4 @@ def test_the_papers_layer_can_be_chosen_with_a_recipe():
 def test_fine_tuning_without_weights_is_refused_in_one_line(tmp_path):
     overrides = miniature("ucf101", tmp_path / "data")[1:]
     outcome = run_tool("train", "experiment=finetune/ucf101", *overrides, "trainer.accelerator=cpu", f"trainer.output_dir={tmp_path / 'run'}")
-    assert outcome.code == 1 and outcome.err.startswith("error: experiment=finetune/ucf101 starts from pretrained weights: add model.weights=FILE") and outcome.err.count("\n") == 1
+    assert outcome.code == 1 and outcome.err.startswith("error: experiment=finetune/ucf101 starts from pretrained weights: add model.weights=pytorchvideo:x3d_s, or") and outcome.err.count("\n") == 1

@@ -74,7 +74,8 @@ def calibrate_and_test(config: DictConfig, settings: TrainerSettings, dist_info:
         layer.set_budget(1.0)  # raises for a layer that follows no budget, before the work begins
     path = folder / "calibration.json"
     done = {entry["budget"]: entry for entry in json.loads(path.read_text())} if path.exists() else {}
-    files = contents(source, builders.weights_given(config))
+    start = builders.weights_given(config)
+    files = contents(source, start and start.file)
     for entry in done.values():
         require_same_contents(entry.get("contents", files), files, of=path, way_out="choose another trainer.output_dir", warn=dist_info.is_main)
     missing = [budget for budget in budgets if budget not in done]

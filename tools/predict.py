@@ -25,11 +25,8 @@ from atfr.utils.atomic_io import atomic_write
 
 @program("predict")
 def main(config: DictConfig) -> None:
-    for name in ("checkpoint", "video"):
-        if OmegaConf.is_missing(config, name):
-            raise ValueError(f"{name} is not set; add {name}=... to the command")
     values = OmegaConf.create({"_target_": f"{PredictSettings.__module__}.PredictSettings", **OmegaConf.to_container(config)})
-    settings: PredictSettings = build(values, "predict")
+    settings: PredictSettings = build(values, "")
     paths = find_videos(settings.video)
     classifier = prepared(settings, paths)
     failed: list[VideoError] = []

@@ -68,14 +68,14 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, dist_info: com
         source = builders.load_source(config, dist_info)
     builders.require_videos(source, "train", "val", *(["test"] if settings.test else []))
     # A run that resumes has its own weights.
-    starts = not (folder / "checkpoints" / "last.pt").exists()
+    starts, given = not (folder / "checkpoints" / "last.pt").exists(), builders.weights_given(config)
     model = builders.build_model(config, num_classes=len(source.class_names), dist_info=dist_info, seed=settings.seed, pretrained=starts)
     builders.check_batch_norm(model, clip, settings, dist_info)
     plain = OmegaConf.to_container(config, resolve=True)
     if dist_info.is_main:
         claim_folder(folder, plain, "training", resume=settings.resume)
-        if not starts and (given := builders.weights_given(config)):
-            print(f"{given[0]} is ignored: this run resumes from {folder / 'checkpoints' / 'last.pt'}", flush=True)
+        if not starts and given is not None:
+            print(f"{given.option} is ignored: this run resumes from {folder / 'checkpoints' / 'last.pt'}", flush=True)
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         print(
             f"{source.name}: {len(source.train)} training, {len(source.val)} validation, {len(source.test)} test videos,"
@@ -108,7 +108,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, dist_info: com
         settings=settings,
         dist_info=dist_info,
         folder=folder,
-        identity={"config": plain, "choices": choices(), "class_names": list(source.class_names), "contents": contents(source, builders.weights_given(config))},
+        identity={"config": plain, "choices": choices(), "class_names": list(source.class_names), "contents": contents(source, given and given.file)},
         mix=mix,
         stop=stop,
     )

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -24,8 +24,10 @@ from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.distributed.preemption import StopFlag
 from atfr.engine.evaluator import Evaluation, evaluate
 from atfr.engine.settings import TrainerSettings, precision_dtype
+from atfr.models.factory import BACKBONES, full_name
 from atfr.models.flops import GflopsTable
 from atfr.models.pretrained.load import load_pretrained
+from atfr.models.pretrained.published import Published, find_published
 from atfr.models.video_net import VideoNet
 from atfr.utils.atomic_io import write_text
 from atfr.utils.printable import printable
@@ -130,9 +132,13 @@ def build_model(config: DictConfig, *, num_classes: int, dist_info: DistInfo, se
         raise ValueError(f"dataset.clip.frames={config.dataset.clip.frames}, dataset.clip.crop_size={config.dataset.clip.crop_size}: {error}") from error
     given = weights_given(config)
     if pretrained and given is not None:
-        report = load_pretrained(model, given[1], key=given[0])
+        if given.published is not None:
+            with comm.main_first(dist_info):
+                given.published.download(key=given.option, progress=dist_info.is_main)
+        report = load_pretrained(model, given.file, key=given.option)
         if dist_info.is_main:
             print(report.as_table(), flush=True)
+            say_what_is_normalised(given, config)
     return model.to(dist_info.device)
 
 
@@ -145,18 +151,46 @@ def check_batch_norm(model: VideoNet, clip: ClipSettings, settings: TrainerSetti
         model.check_training(clip.frames, clip.crop_size, clip.crop_size)
 
 
-def weights_given(config: DictConfig) -> tuple[str, Path] | None:
-    """Return the option that names the weights to start from, and their file; for a run folder, its best checkpoint.
+class Start(NamedTuple):
+    """Where a network starts from: the option, its file, and what it is if it is downloaded to that file."""
+
+    option: str
+    file: Path
+    published: Published | None = None
+
+
+def weights_given(config: DictConfig) -> Start | None:
+    """Return the weights to start from. A run folder means its best checkpoint.
 
     Raises:
-        ValueError: both options are set.
+        ValueError: both options are set, or there are no published weights of that name for this network.
     """
     weights, start = config.model.get("weights"), config.get("init_from")
     if weights is not None and start is not None:
         raise ValueError(f"model.weights={weights} and init_from={start} both say what to start from: set one of them to null")
-    if start is None:
-        return None if weights is None else ("model.weights", weights_file(weights, "model.weights"))
-    return "init_from", weights_file(start, "init_from")
+    if weights is None and start is None:
+        return None
+    option, value = ("model.weights", str(weights)) if start is None else ("init_from", str(start))
+    published = find_published(value, key=option)
+    if published is not None:
+        published.require_fit(network_name(config.model), key=option)
+        return Start(option, published.file, published)
+    return Start(option, weights_file(value, option))
+
+
+def network_name(model: DictConfig) -> str | None:
+    """Return the name that `create_model` has for the network of a config; None if it has none."""
+    targets = {f"{build.__module__}.{build.__qualname__}": name for name, (build, _, _) in BACKBONES.items()}
+    backbone = targets.get(model.get("_target_"))
+    return None if backbone is None else full_name(backbone, str(model.size))
+
+
+def say_what_is_normalised(start: Start, config: DictConfig) -> None:
+    """Print a line if published weights were trained on clips with another normalisation."""
+    clip, published = config.dataset.clip, start.published
+    if published is not None and (tuple(clip.mean), tuple(clip.std)) != (published.mean, published.std):
+        expected = f"dataset.clip.mean={list(published.mean)} dataset.clip.std={list(published.std)}".replace(", ", ",")
+        print(f"warning: {published.name} was trained with {expected}", flush=True)
 
 
 def weights_file(value: str, option: str) -> Path:

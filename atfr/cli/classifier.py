@@ -43,9 +43,9 @@ class Classification:
     dense_gflops: float  # of a view of the dense network
 
     def __str__(self) -> str:
-        classes = ", ".join(f"{label} {100 * p:.1f} %" for label, p in zip(self.labels, self.probabilities))
         kept = " ".join("/".join(map(str, bins)) for bins in self.bins)
-        return f"{classes}; B' {kept}; {self.gflops:.3g} of {self.dense_gflops:.3g} GFLOPs a view"
+        head = f"{self.path}  ({self.gflops:.3g} of {self.dense_gflops:.3g} GFLOPs a view; B' {kept})"
+        return "\n".join([head, *(f"  {100 * p:>5.1f} %  {label}" for label, p in zip(self.labels, self.probabilities))])
 
 
 class Classifier:

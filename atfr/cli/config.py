@@ -41,7 +41,7 @@ ROOT_KEYS = ("dataset", "model", "optimizer", "schedule", "trainer", "experiment
 
 
 def build(node: DictConfig, key: str, **extra: Any) -> Any:
-    """Call the `_target_` of the config node at `key` with the node's values and `extra`.
+    """Call the `_target_` of the config node at `key` with the node's values and `extra`. The key of a whole config is "".
 
     Raises:
         ValueError: a key is unknown, missing or of a wrong type (the message has its full name), or the target
@@ -51,7 +51,7 @@ def build(node: DictConfig, key: str, **extra: Any) -> Any:
         node = with_resolved_sgs(node)
     values = OmegaConf.to_container(node, resolve=False)
     for name in _unset(values):
-        raise ValueError(f"{key}.{name} is not set; add {key}.{name}=... to the command")
+        raise ValueError(f"{_full(key, name)} is not set; add {_full(key, name)}=... to the command")
     kept = OmegaConf.masked_copy(node, [name for name in values if name not in SHARED_KEYS.get(key, ())])
     kept._set_parent(node._get_parent())
     _check(OmegaConf.to_container(kept, resolve=True), key, given=extra)
@@ -61,6 +61,10 @@ def build(node: DictConfig, key: str, **extra: Any) -> Any:
         if error.__cause__ is None:
             raise
         raise error.__cause__ from None
+
+
+def _full(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
 
 
 def _unset(values: dict[str, Any]) -> list[str]:
@@ -145,18 +149,18 @@ def _check(values: dict[str, Any], key: str, given: typing.Collection[str] = ())
         if name.startswith("_"):
             continue
         if name not in parameters and not takes_any:
-            meant = did_you_mean([f"{key}.{other}" for other in similar(name, parameters)])
-            raise ValueError(f"{key}.{name} is not an option of {values['_target_']}{meant or ';'} it takes {', '.join(parameters)}")
+            meant = did_you_mean([_full(key, other) for other in similar(name, parameters)])
+            raise ValueError(f"{_full(key, name)} is not an option of {values['_target_']}{meant or ';'} it takes {', '.join(parameters)}")
         if isinstance(value, dict) and "_target_" in value:
-            _check(value, f"{key}.{name}")
+            _check(value, _full(key, name))
         elif not _fits(value, hints.get(name, Any)):
-            group = f"{key}.{name}".replace(".", "/")
+            group = _full(key, name).replace(".", "/")
             way_out = f"; a file of that group is chosen with {group}={value}" if group in GROUPS else ""
-            raise ValueError(f"{key}.{name}={value!r} is not of type {_readable(hints[name])}{way_out}")
+            raise ValueError(f"{_full(key, name)}={value!r} is not of type {_readable(hints[name])}{way_out}")
     variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     lacking = [n for n, p in parameters.items() if p.default is p.empty and p.kind not in variable and n not in values and n not in given]
     if lacking and not values.get("_partial_"):
-        raise ValueError(f"{key}.{lacking[0]} is not set; add {key}.{lacking[0]}=... to the command")
+        raise ValueError(f"{_full(key, lacking[0])} is not set; add {_full(key, lacking[0])}=... to the command")
 
 
 def _target(path: str, key: str) -> Callable[..., Any]:

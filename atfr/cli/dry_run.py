@@ -27,6 +27,7 @@ from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.distributed.launch_env import read_launch_env
 from atfr.engine.run.run_dir import flat
 from atfr.engine.settings import TrainerSettings, precision_dtype
+from atfr.models.pretrained.load import require_file
 from atfr.models.video_net import VideoNet
 
 COMMAND_LINE = "command line"
@@ -91,8 +92,8 @@ def check_start(config: DictConfig, model: VideoNet, clip: ClipSettings, setting
     TrainSampler(1, seed=0, global_batch=settings.batch_size, world=processes)  # raises if a batch has fewer clips than processes
     builders.check_batch_norm(model, clip, settings, DistInfo(0, processes, torch.device("cpu")))
     start = builders.weights_given(config)
-    if start is not None and not start[1].is_file():
-        raise FileNotFoundError(f"{start[0]}={start[1]} does not exist, or is not a file")
+    if start is not None and start.published is None:
+        require_file(start.file, start.option)
 
 
 def world_size(settings: TrainerSettings) -> int:

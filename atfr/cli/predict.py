@@ -135,9 +135,7 @@ class Writer:
             return json.dumps({"video": result.path, **span, "classes": classes, "bins": bins, "gflops": result.gflops, "dense_gflops": result.dense_gflops}) + "\n"
         if window is not None:
             return f"{window.start:>8.1f} s to {window.end:>6.1f} s  {window.label:<32} {window.probability:>4.0%}, {window.cost:>4.0%} of the dense GFLOPs\n"
-        lines = [f"{result.path}  ({result.gflops:.3g} of {result.dense_gflops:.3g} GFLOPs a view; B' {' '.join(bins)})"]
-        lines += [f"  {100 * p:>5.1f} %  {label}" for label, p in zip(result.labels, result.probabilities)]
-        return "\n".join(lines) + "\n"
+        return f"{result}\n"
 
 
 def _csv_line(cells: Iterable[object]) -> str:

@@ -18,8 +18,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from atfr.cli.arguments import is_sweep, parse, value_text
+from atfr.cli.builders import network_name
 from atfr.cli.home import expand_home
 from atfr.cli.suggestions import CONFIGS
+from atfr.models.pretrained.published import names_for
 
 EXPERIMENTS = CONFIGS / "experiment"
 SOURCE, SIZES = "# Source: ", "# Sizes: "
@@ -144,7 +146,7 @@ def _startable(recipe: Recipe | None, config: DictConfig, model: str, given: Seq
     if weights is None or named is not None or (Path(weights).exists() and not is_given("model.weights", given)):
         return recipe, ()
     scratch = find_recipe(model=model, size=config.model.get("size"), dataset="kinetics400")
-    line = f"without pretrained weights this trains from scratch; with model.weights=FILE it runs experiment={recipe.name}, which starts from them"
+    line = f"without pretrained weights this trains from scratch; with {_weights_for(config)} it runs experiment={recipe.name}, which starts from them"
     return (None, ()) if scratch is None else (replace(scratch, published=False), (line,))
 
 
@@ -188,7 +190,12 @@ def require_weights(config: DictConfig) -> None:
     if weights is None or is_given("model.weights", HydraConfig.get().overrides.task) or Path(weights).exists():
         return
     experiment = HydraConfig.get().runtime.choices["experiment"]
-    raise ValueError(f"experiment={experiment} starts from pretrained weights: add model.weights=FILE, or model.weights=null to train from scratch")
+    raise ValueError(f"experiment={experiment} starts from pretrained weights: add {_weights_for(config)}, or model.weights=null to train from scratch")
+
+
+def _weights_for(config: DictConfig) -> str:
+    """Return the option that gives the network pretrained weights: published ones, if there are any."""
+    return f"model.weights={(names_for(network_name(config.model)) or ['FILE'])[0]}"
 
 
 def _remember(choices: DictConfig, overrides: list[str]) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping
 
 from torch import nn
 
 from atfr.models.backbones import csn, inception_i3d, r2plus1d, resnet3d, resnets, slowfast, torchvision3d, x3d
+from atfr.models.pretrained.load import load_pretrained
+from atfr.models.pretrained.published import find_published
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
+
+log = logging.getLogger(__name__)
 
 # The function of each file of configs/model, its sizes, and the size of the bare name.
 BACKBONES: dict[str, tuple[Callable[..., VideoNet], Iterable[str], str]] = {
@@ -29,23 +35,40 @@ BACKBONES: dict[str, tuple[Callable[..., VideoNet], Iterable[str], str]] = {
 }
 
 
-def create_model(name: str, num_classes: int, *, sgs: str | SGSConfig | None = None, **options: Any) -> VideoNet:
-    """Build the network `name`, with random weights, for clips [N, 3, T, H, W].
+def create_model(
+    name: str, num_classes: int | None = None, *, sgs: str | SGSConfig | None = None, weights: str | Path | None = None, **options: Any
+) -> VideoNet:
+    """Build the network `name` for clips [N, 3, T, H, W].
 
     Args:
         name: a backbone or a backbone and its size, such as "x3d", "x3d_s" or "slowfast_4x16_r50" (see `model_names`).
+        num_classes: None: as many as the published `weights` have.
         sgs: where and how features are sampled: a preset's name or an SGSConfig; None for the dense network.
+        weights: published weights such as "torchvision:r3d_18" or "pytorchvideo:x3d_s", downloaded once, or a file (see
+            `load_pretrained`); a classifier of other classes stays new. None: random weights.
         options: further arguments of the backbone, such as `dropout`.
 
     Raises:
-        ValueError: there is no such network, or options of `sgs` do not fit it (see `VideoNet`).
+        ValueError: there is no such network, options of `sgs` do not fit it (see `VideoNet`), or the weights are of another
+            network or cannot be downloaded or read.
+        FileNotFoundError: there is no such file of weights.
     """
     found = model_names().get(name.lower().replace("-", "_"))
     if found is None:
         near = difflib.get_close_matches(name.lower(), model_names(), n=5) or list(BACKBONES)
         raise ValueError(f"there is no model {name!r}; did you mean {', '.join(near)}?")
     backbone, size = found
-    return BACKBONES[backbone][0](size=size, num_classes=num_classes, sgs=sgs_config(sgs), **options)
+    published = None if weights is None else find_published(str(weights))
+    if published is not None:
+        published.require_fit(full_name(backbone, size))
+        num_classes = published.num_classes if num_classes is None else num_classes
+    if num_classes is None:
+        raise ValueError("num_classes is not set, and no published weights of a video network give it")
+    model = BACKBONES[backbone][0](size=size, num_classes=num_classes, sgs=sgs_config(sgs), **options)
+    if weights is not None:
+        file = Path(weights) if published is None else published.download()
+        log.info(load_pretrained(model, file, key="weights").as_table())
+    return model
 
 
 def model_names() -> dict[str, tuple[str, str]]:
@@ -53,8 +76,13 @@ def model_names() -> dict[str, tuple[str, str]]:
     names = {}
     for backbone, (_, sizes, default) in BACKBONES.items():
         names[backbone] = backbone, default
-        names.update({f"{backbone}_{size.lower().replace('-', '_')}": (backbone, size) for size in sizes})
+        names.update({full_name(backbone, size): (backbone, size) for size in sizes})
     return names
+
+
+def full_name(backbone: str, size: str) -> str:
+    """Return the name of a backbone with its size, as `create_model` takes it."""
+    return f"{backbone}_{size.lower().replace('-', '_')}"
 
 
 def add_sgs(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
+MOST_SHAPES = 256  # of clips, whose T at the layers is remembered
 TOLERANCE = 1e-3  # of the self-check, in standard deviations of the logits; a leak between clips is 0.05 and more
 
 
@@ -227,6 +228,8 @@ class VideoNet(nn.Module):
             decision = decide(layers, self._frames[shape], [None] * len(layers), asked, clips)
         features = self.run_stem(clips)
         if layers[0].options.embeds_clip:  # all layers have the same options
+            if shape not in self._frames and len(self._frames) >= MOST_SHAPES:
+                self._frames.clear()
             self._frames[shape] = tuple(int(x.shape[2]) for x in features[: len(layers)])
         return self.run_trunk(*features, forced=forced, decision=decision)
 

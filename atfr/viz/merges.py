@@ -18,7 +18,7 @@ from torch import Tensor
 from atfr.models.video_net import Sampling
 from atfr.viz.colors import COLORS, DARK, GREY
 
-WIDTH = 12.0  # inches, of the strip of frames
+WIDTH, TEXT = 12.0, 2.6  # inches, of the strip of frames and of what stands beside it
 MOST_SHOWN = 32  # frames of a strip; of longer clips every second or fourth is shown
 
 
@@ -64,42 +64,43 @@ def as_frames(clip: Tensor) -> np.ndarray:
     return clip.permute(1, 2, 3, 0).cpu().numpy()
 
 
-def merge_picture(frames: np.ndarray, merges: Sequence[Merge], *, gflops: float, dense_gflops: float, title: str = "") -> Image.Image:
+def merge_picture(frames: np.ndarray, merges: Sequence[Merge], *, gflops: float, dense_gflops: float, title: str = "", width: float = WIDTH) -> Image.Image:
     """Draw a clip's frames, for each layer the bins and kept features below, and the clip's cost beside them.
 
     Args:
         frames: uint8 [T, H, W, 3].
         merges: one for each layer, in order; none for a dense network.
         gflops, dense_gflops: of the clip, and of the network that keeps all.
+        width: inches, of the strip of frames. Letters keep their size.
     """
     shown = _shown(len(frames))
-    tall = len(frames) / len(shown) * frames.shape[1] / frames.shape[2] * WIDTH / len(frames)  # of a frame, in inches
-    rows = [tall + 0.45, *(0.72 + tall + (0.62 if merge.costs is not None else 0) for merge in merges)]
-    figure = Figure(figsize=(WIDTH + 2.6, max(sum(rows), 1.2) + 0.1), facecolor="white")
+    tall = len(frames) / len(shown) * frames.shape[1] / frames.shape[2] * width / len(frames)  # of a frame, in inches
+    rows = [tall + 0.45, *(0.52 + tall + (0.62 if merge.costs is not None else 0) for merge in merges)]
+    figure = Figure(figsize=(width + TEXT, max(sum(rows), 1.2) + 0.1), facecolor="white")
     FigureCanvasAgg(figure)
     axis = figure.add_axes((0.01, 0.01, 0.98, 0.98))
-    axis.set_xlim(0, WIDTH + 2.6)
+    axis.set_xlim(0, width + TEXT)
     axis.set_ylim(-max(sum(rows), 1.2) - 0.1, 0)
     axis.axis("off")
     axis.text(0, -0.22, title or f"{len(frames)} frames", fontsize=12, fontweight="bold", color=DARK, va="center")
-    step = WIDTH / len(frames)
+    step = width / len(frames)
     for at in shown:
         _image(axis, frames[at], at * step, -0.4 - tall, len(frames) / len(shown) * step, tall)
     top = -rows[0]
     for merge, height in zip(merges, rows[1:]):
-        _draw_merge(axis, frames, merge, top, tall, several=len(merges) > 1)
+        _draw_merge(axis, frames, merge, top, tall, width, several=len(merges) > 1)
         top -= height
-    _draw_cost(axis, merges, gflops, dense_gflops, top=-0.4)
+    _draw_cost(axis, merges, gflops, dense_gflops, left=width + 0.15, top=-0.4)
     return image_of(figure)
 
 
-def _draw_merge(axis: Axes, frames: np.ndarray, merge: Merge, top: float, tall: float, *, several: bool) -> None:
+def _draw_merge(axis: Axes, frames: np.ndarray, merge: Merge, top: float, tall: float, width: float, *, several: bool) -> None:
     """Draw one layer: a bar for each run of features in one bin, the kept features below, and the costs of merging."""
-    step = WIDTH / len(merge.assignment)  # of a feature
+    step = width / len(merge.assignment)  # of a feature
     contiguous = len(merge.runs) == merge.kept
-    wide = min(tall * frames.shape[2] / frames.shape[1], WIDTH / merge.kept - 0.04)
-    centres = _centres(merge, step, wide + 0.04, contiguous=contiguous)
-    box_top = top - 0.62
+    wide = min(tall * frames.shape[2] / frames.shape[1], width / merge.kept - 0.04)
+    centres = _centres(merge, width, wide + 0.04, contiguous=contiguous)
+    box_top = top - 0.42
     for kept, first, end in merge.runs:
         if kept < 0:
             continue
@@ -115,42 +116,43 @@ def _draw_merge(axis: Axes, frames: np.ndarray, merge: Merge, top: float, tall: 
         _image(axis, frames[members].mean(axis=0).astype(np.uint8), centre - wide / 2, box_top - tall, wide, tall, gap=0)
         axis.add_patch(Rectangle((centre - wide / 2, box_top - tall), wide, tall, fill=False, edgecolor=color, linewidth=2))
     kept_text = f"{merge.kept} of {len(merge.assignment)} features kept" + (f" after {merge.name}" if several else "")
-    axis.text(WIDTH + 0.15, box_top - tall / 2, kept_text.replace(" after", "\nafter"), fontsize=11, color=DARK, va="center")
+    axis.text(width + 0.15, box_top - tall / 2, kept_text.replace(" after", "\nafter"), fontsize=11, color=DARK, va="center")
     if merge.costs is not None:
-        _draw_costs(axis, merge, step, box_top - tall - 0.12)
+        _draw_costs(axis, merge, width, box_top - tall - 0.12)
 
 
-def _draw_costs(axis: Axes, merge: Merge, step: float, top: float) -> None:
+def _draw_costs(axis: Axes, merge: Merge, width: float, top: float) -> None:
     """A bar at each border of two features: what it would cost to merge them. Grey where they were merged."""
     assert merge.costs is not None
+    step = width / len(merge.assignment)
     highest = max(float(merge.costs.max()), 1e-12)
-    axis.plot([0, WIDTH], [top - 0.5, top - 0.5], color=GREY, linewidth=1)
+    axis.plot([0, width], [top - 0.5, top - 0.5], color=GREY, linewidth=1)
     for at, cost in enumerate(merge.costs, start=1):
         merged = merge.assignment[at] == merge.assignment[at - 1]
         axis.add_patch(Rectangle((at * step - 0.2 * step, top - 0.5), 0.4 * step, 0.5 * cost / highest, color="#a3aab2" if merged else DARK, linewidth=0))
-    axis.text(WIDTH + 0.15, top - 0.28, "cost of merging neighbours\n(black: kept apart)", fontsize=9, color=DARK, va="center")
+    axis.text(width + 0.15, top - 0.28, "cost of merging neighbours\n(black: kept apart)", fontsize=9, color=DARK, va="center")
 
 
-def _draw_cost(axis: Axes, merges: Sequence[Merge], gflops: float, dense: float, *, top: float) -> None:
+def _draw_cost(axis: Axes, merges: Sequence[Merge], gflops: float, dense: float, *, left: float, top: float) -> None:
     """Two bars: the GFLOPs of the dense network and of this clip."""
-    left, full = WIDTH + 0.9, 1.1
+    bars, full = left + 0.75, 1.1
     for number, (label, value, color) in enumerate((("dense", dense, GREY), ("this clip", gflops, COLORS[0]))[: 2 if merges else 1]):
         bottom = top - 0.3 - 0.4 * number
-        axis.add_patch(Rectangle((left, bottom), full * value / dense, 0.24, color=color, linewidth=0))
-        axis.text(WIDTH + 0.15, bottom + 0.12, label, fontsize=9, color=DARK, va="center")
-        axis.text(left + full * value / dense + 0.06, bottom + 0.12, f"{value:.3g}", fontsize=9, fontweight="bold", color=DARK, va="center")
-    axis.text(WIDTH + 0.15, top + 0.16, "GFLOPs", fontsize=9, color=DARK, va="center")
+        axis.add_patch(Rectangle((bars, bottom), full * value / dense, 0.24, color=color, linewidth=0))
+        axis.text(left, bottom + 0.12, label, fontsize=9, color=DARK, va="center")
+        axis.text(bars + full * value / dense + 0.06, bottom + 0.12, f"{value:#.3g}".rstrip("."), fontsize=9, fontweight="bold", color=DARK, va="center")
+    axis.text(left, top + 0.16, "GFLOPs", fontsize=9, color=DARK, va="center")
 
 
-def _centres(merge: Merge, step: float, wide: float, *, contiguous: bool) -> list[float]:
+def _centres(merge: Merge, width: float, wide: float, *, contiguous: bool) -> list[float]:
     """Where each kept feature is drawn: below the middle of its bin, but `wide` apart."""
     if not contiguous:
-        return [(kept + 0.5) * WIDTH / merge.kept for kept in range(merge.kept)]
-    centres = [(first + end) / 2 * step for _, first, end in merge.runs]
+        return [(kept + 0.5) * width / merge.kept for kept in range(merge.kept)]
+    centres = [(first + end) / 2 * width / len(merge.assignment) for _, first, end in merge.runs]
     for at in range(len(centres)):
         centres[at] = max(centres[at], centres[at - 1] + wide if at else wide / 2)
     for at in reversed(range(len(centres))):
-        centres[at] = min(centres[at], centres[at + 1] - wide if at + 1 < len(centres) else WIDTH - wide / 2)
+        centres[at] = min(centres[at], centres[at + 1] - wide if at + 1 < len(centres) else width - wide / 2)
     return centres
 
 

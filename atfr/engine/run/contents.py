@@ -20,15 +20,15 @@ START, FILES = "start", "files"
 HASHED_VIDEOS = 4  # training videos whose contents are hashed, to recognise other copies of a dataset
 
 
-def contents(source: VideoSource, start: tuple[str, Path] | None) -> dict[str, str | None]:
+def contents(source: VideoSource, start: Path | None) -> dict[str, str | None]:
     """Hash the list of each split, some training videos, and the weights that training starts from.
 
     Args:
-        start: the option that names the weights, and their file; None: training starts from scratch.
+        start: the file of the weights; None: training starts from scratch.
     """
     found = {split: _of_list(getattr(source, split)) for split in SPLITS}
     found[FILES] = " ".join(_of_video(video) for video in source.train[:: -(-len(source.train) // HASHED_VIDEOS) or 1])
-    found[START] = None if start is None else _of_file(start[1])
+    found[START] = None if start is None else _of_file(start)
     return found
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from atfr.models.pretrained import names as weight_names
+from atfr.models.pretrained.published import similar_names
 from atfr.models.video_net import VideoNet
 
 CONTAINERS = ("model_state", "state_dict", "model")  # where a file may keep the state dict
@@ -153,8 +154,7 @@ def read_tensors(path: Path, *, key: str = "model.weights") -> File:
         FileNotFoundError: there is no such file.
         ValueError: it is no file of torch.save, is damaged, or holds no tensors or more than tensors.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{key}={path} does not exist, or is not a file")
+    require_file(path, key)
     with open(path, "rb") as file:
         start = file.read(64)
     if not start.startswith(ZIP) and LEGACY not in start:
@@ -171,6 +171,13 @@ def read_tensors(path: Path, *, key: str = "model.weights") -> File:
                 return File({**tensors, **averages}, bool(averages), OURS <= contents.keys())
     holds = f"it has the keys {_some(map(str, contents))}" if isinstance(contents, Mapping) else f"it is a {type(contents).__name__}"
     raise ValueError(f"{key}={path} holds no weights: {holds}; names and tensors may be all of it, or under {', '.join(CONTAINERS)}")
+
+
+def require_file(path: Path, key: str) -> None:
+    """Raise FileNotFoundError unless there is this file, which the option `key` named."""
+    if not path.is_file():
+        meant = similar_names(str(path))
+        raise FileNotFoundError(f"{key}={path} does not exist, or is not a file" + (f"; did you mean {' or '.join(meant)}?" if meant else ""))
 
 
 def _averages(contents: Mapping) -> dict[str, Tensor]:
