@@ -42,6 +42,7 @@ def test_the_cost_of_merging_two_frames_is_what_it_adds_to_the_variance_within_b
 
 def test_runs_are_the_neighbouring_features_of_one_bin():
     assert Merge("", np.array([0, 0, 1, 0, 2, 2]), None).runs == [(0, 0, 2), (1, 2, 3), (0, 3, 4), (2, 4, 6)]
+    assert Merge("", np.array([-1, 0, -1, -1, 1]), None).runs == [(0, 1, 2), (1, 4, 5)]
 
 
 @pytest.mark.parametrize("count", [8, 16, 64])

@@ -30,7 +30,7 @@ class Merge:
         name: of the location.
         assignment: [T] the kept feature that each of the clip's features went into; -1 where into none.
         costs: [T - 1] what merging each feature with the one before it costs: half of the mean squared distance of their
-            embeddings; None for a layer that compares nothing.
+            embeddings; None for a layer that compares nothing or leaves features out.
     """
 
     name: str
@@ -44,9 +44,9 @@ class Merge:
 
     @property
     def runs(self) -> list[tuple[int, int, int]]:
-        """(bin, first, end) of each run of neighbouring features in one bin, in the order of time."""
+        """(bin, first, end) of each run of neighbouring features that went into one bin, in the order of time."""
         borders = [0, *(np.flatnonzero(np.diff(self.assignment)) + 1), len(self.assignment)]
-        return [(int(self.assignment[first]), int(first), int(end)) for first, end in zip(borders, borders[1:])]
+        return [(int(self.assignment[first]), int(first), int(end)) for first, end in zip(borders, borders[1:]) if self.assignment[first] >= 0]
 
 
 def merges_of(sampling: Sampling, clip: int) -> list[Merge]:
@@ -54,8 +54,10 @@ def merges_of(sampling: Sampling, clip: int) -> list[Merge]:
     found = []
     for layer in sampling.layers:
         z, count = layer.proposal.z[clip].detach().float().cpu(), layer.given[clip]
-        costs = (z[1:count] - z[: count - 1]).square().mean(dim=1) / 2 if z.shape[1] > 1 else None
-        found.append(Merge(layer.layer, layer.assignment[clip, :count].cpu().numpy(), None if costs is None else costs.numpy()))
+        assignment = layer.assignment[clip, :count].cpu().numpy()
+        merges = z.shape[1] > 1 and assignment.min() >= 0  # not one that leaves features out
+        costs = (z[1:count] - z[: count - 1]).square().mean(dim=1) / 2
+        found.append(Merge(layer.layer, assignment, costs.numpy() if merges else None))
     return found
 
 
@@ -102,8 +104,6 @@ def _draw_merge(axis: Axes, frames: np.ndarray, merge: Merge, top: float, tall: 
     centres = _centres(merge, width, wide + 0.04, contiguous=contiguous)
     box_top = top - 0.42
     for kept, first, end in merge.runs:
-        if kept < 0:
-            continue
         color = COLORS[kept % len(COLORS)]
         axis.add_patch(Rectangle((first * step + 0.02, top - 0.1), (end - first) * step - 0.04, 0.1, color=color, linewidth=0))
         if contiguous:
