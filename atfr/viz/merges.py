@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +76,6 @@ def merge_picture(frames: np.ndarray, merges: Sequence[Merge], *, gflops: float,
     tall = len(frames) / len(shown) * frames.shape[1] / frames.shape[2] * WIDTH / len(frames)  # of a frame, in inches
     rows = [tall + 0.45, *(0.72 + tall + (0.62 if merge.costs is not None else 0) for merge in merges)]
     figure = Figure(figsize=(WIDTH + 2.6, max(sum(rows), 1.2) + 0.1), facecolor="white")
-    FigureCanvasAgg(figure)
     axis = figure.add_axes((0.01, 0.01, 0.98, 0.98))
     axis.set_xlim(0, WIDTH + 2.6)
     axis.set_ylim(-max(sum(rows), 1.2) - 0.1, 0)
@@ -134,12 +132,12 @@ def _draw_costs(axis: Axes, merge: Merge, step: float, top: float) -> None:
 
 def _draw_cost(axis: Axes, merges: Sequence[Merge], gflops: float, dense: float, *, top: float) -> None:
     """Two bars: the GFLOPs of the dense network and of this clip."""
-    left, full = WIDTH + 0.9, 1.1
+    left, full = WIDTH + 0.9, 1.0 / max(gflops, dense)
     for number, (label, value, color) in enumerate((("dense", dense, GREY), ("this clip", gflops, COLORS[0]))[: 2 if merges else 1]):
         bottom = top - 0.3 - 0.4 * number
-        axis.add_patch(Rectangle((left, bottom), full * value / dense, 0.24, color=color, linewidth=0))
+        axis.add_patch(Rectangle((left, bottom), full * value, 0.24, color=color, linewidth=0))
         axis.text(WIDTH + 0.15, bottom + 0.12, label, fontsize=9, color=DARK, va="center")
-        axis.text(left + full * value / dense + 0.06, bottom + 0.12, f"{value:.3g}", fontsize=9, fontweight="bold", color=DARK, va="center")
+        axis.text(left + full * value + 0.06, bottom + 0.12, f"{value:.3g}", fontsize=9, fontweight="bold", color=DARK, va="center")
     axis.text(WIDTH + 0.15, top + 0.16, "GFLOPs", fontsize=9, color=DARK, va="center")
 
 
@@ -171,9 +169,10 @@ def _image(axis: Axes, image: np.ndarray, left: float, bottom: float, width: flo
 
 def image_of(figure: Figure, dpi: int = 110) -> Image.Image:
     """Render a figure."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=dpi)
-    return Image.open(buffer).convert("RGB")
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def save(picture: Image.Image, path: Path) -> None:
