@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import shutil
+import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +34,8 @@ from atfr.engine.evaluator import View
 from atfr.engine.examples import KINDS, choose_examples, write_examples
 from atfr.engine.optim import groups
 from atfr.engine.run import checkpoint
+from atfr.engine.run.metric_logger import MetricLogger
+from atfr.engine.validation import ClipResults, Validation
 from atfr.models.video_net import VideoNet
 from atfr.viz.clips import merge_pictures
 from atfr.viz.validation import accuracy_by_bins_picture, class_accuracy_picture, confusion_picture
@@ -67,10 +69,9 @@ def job(videos: Path, folder: Path, *more: str) -> None:
 
 @pytest.fixture(scope="module")
 def run(videos, tmp_path_factory) -> Path:
-    """A run of two epochs of two steps in two pieces, the first of which ends within an epoch."""
+    """A run of two epochs of two steps."""
     folder = tmp_path_factory.mktemp("run")
-    for more in (["trainer.max_steps=3", "trainer.test=false"], []):
-        job(videos, folder, "trainer.tensorboard_pictures=3", "trainer.examples=2", *more)
+    job(videos, folder, "trainer.tensorboard_pictures=3", "trainer.examples=2")
     return folder
 
 
@@ -138,7 +139,7 @@ def test_the_confusion_matrix_and_the_accuracy_of_each_class_are_those_of_a_plai
     moved[0] = moved[0][[1, 0, 2]]
     for tag, draw in (("confusion", confusion_picture), ("accuracy", class_accuracy_picture)):
         shown = pictures(events, f"val_classes/{tag}")
-        assert list(shown) == [2, 4]  # the steps at the ends of the epochs; not 3, where the first piece of the run ended
+        assert list(shown) == [2, 4]
         assert same(shown[4], draw(counts, CLASSES)) and not same(shown[4], draw(moved, CLASSES))
 
 
@@ -202,6 +203,25 @@ def test_pictures_change_nothing_that_is_trained_and_without_them_none_is_writte
     assert not tags["images"] and not tags["histograms"] and "val/top1" in tags["scalars"]
 
 
+def test_a_run_that_resumes_shows_no_epoch_twice(tmp_path):
+    def validation(prediction: int) -> Validation:
+        clips = ClipResults(np.array([0, 2]), np.array([prediction] * 2), {"stem": np.array([3, 4])}, (8,), np.array([0.3, 0.4]), 0.8, CLASSES)
+        return Validation({"top1": 50.0}, clips, (Image.new("RGB", (8, 8), (100 * prediction, 0, 0)),))
+
+    for pieces in ([0, 2], [1]):
+        log = MetricLogger(tmp_path)
+        log.open(step=4 * (len(pieces) == 1), evaluated=2 * (len(pieces) == 1))  # the validation after step 4 was not saved
+        for step, prediction in zip((2, 4)[-len(pieces) :], pieces):
+            log.write_validation(validation(prediction), step=step, epoch=step // 2 - 1)
+        log.close()
+        time.sleep(1.01 - time.time() % 1)  # TensorBoard reads files of one second in the order of their names, number 10 before number 9
+    events = events_of(tmp_path / "tensorboard")
+    for tag in ("val_classes/confusion", "val_clips/accuracy_by_bins", "val_merges/clip_1"):
+        assert list(pictures(events, tag)) == [2, 4]
+    assert pictures(events, "val_merges/clip_1")[4].convert("RGB").getpixel((0, 0)) == (100, 0, 0)
+    assert [event.step for event in events.Histograms("val_clips/bins")] == [event.step for event in events.Scalars("val/top1")] == [2, 4]
+
+
 def test_the_scalars_of_steps_validations_and_the_test_are_in_one_run(run, plain):
     events = events_of(run / "tensorboard")
     names = ("loss", "lr", "top1", "top5", "step_s", "data_s", "clips_per_second", "memory_gib", "grad_norm", "sgs_width", "bins")
@@ -219,19 +239,16 @@ def test_the_scalars_of_steps_validations_and_the_test_are_in_one_run(run, plain
 
 
 def test_the_hyperparameters_are_in_the_event_file_of_the_run(run):
-    files = sorted((run / "tensorboard").iterdir())
-    with_scalars = [events for events in map(events_of, files) if "train/loss" in events.Tags()["scalars"]]
-    assert len(with_scalars) == 2  # one a piece of the run
-    for events in with_scalars:
-        content = events.PluginTagToContent("hparams")
-        start = parse_session_start_info_plugin_data(content["_hparams_/session_start_info"])
-        found = {name: value.number_value if value.HasField("number_value") else value.string_value for name, value in start.hparams.items()}
-        expected = {"model": "x3d_sgs", "dataset": "videolist", "model/sgs": "atfr", "model.sgs.after": "stem", "model.sgs.keep_ratio": 0.5}
-        expected |= {"optimizer.lr": 0.1, "trainer.batch_size": 3, "trainer.epochs": 2, "trainer.seed": 0, "dataset.clip.train_short_side": "32+40"}
-        assert expected.items() <= found.items()
-        assert not {"trainer.output_dir", "trainer.workers", "trainer.max_steps", "dataset.root", "trainer.tensorboard_pictures"} & set(found)
-        metrics = {info.name.tag for info in parse_experiment_plugin_data(content["_hparams_/experiment"]).metric_infos}
-        assert metrics == {"val/top1", "val/bins", "test/top1", "test/gflops"} and "_hparams_/session_end_info" in content
+    (events,) = [events for events in map(events_of, (run / "tensorboard").iterdir()) if "train/loss" in events.Tags()["scalars"]]
+    content = events.PluginTagToContent("hparams")
+    start = parse_session_start_info_plugin_data(content["_hparams_/session_start_info"])
+    found = {name: value.number_value if value.HasField("number_value") else value.string_value for name, value in start.hparams.items()}
+    expected = {"model": "x3d_sgs", "dataset": "videolist", "model/sgs": "atfr", "model.sgs.after": "stem", "model.sgs.keep_ratio": 0.5}
+    expected |= {"optimizer.lr": 0.1, "trainer.batch_size": 3, "trainer.epochs": 2, "trainer.seed": 0, "dataset.clip.train_short_side": "32+40"}
+    assert expected.items() <= found.items()
+    assert not {"trainer.output_dir", "trainer.workers", "trainer.max_steps", "dataset.root", "trainer.tensorboard_pictures"} & set(found)
+    metrics = {info.name.tag for info in parse_experiment_plugin_data(content["_hparams_/experiment"]).metric_infos}
+    assert metrics == {"val/top1", "val/bins", "test/top1", "test/gflops"} and "_hparams_/session_end_info" in content
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -314,13 +331,16 @@ def test_a_test_lists_clips_of_its_predictions_and_draws_them(run):
         assert bool(found) == bool(costs) and (not found or found[0] == pytest.approx(best(costs)))
 
 
-def test_a_later_test_replaces_the_pictures(run, tmp_path):
-    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
-    before = listed(tmp_path)
-    outcome = run_tool("test", f"checkpoint={tmp_path}", "trainer.examples=1")
-    assert outcome.code == 0, outcome.err
-    counts = [sum(entry["kind"] == kind for entry in listed(tmp_path)) for kind in KINDS]
-    assert max(counts) == 1 and len(listed(tmp_path)) < len(before)
+def test_a_later_test_replaces_the_pictures(run, plain, videos, tmp_path):
+    model, clip = plain.classifier.model, plain.classifier.clip
+    clips = TestClips([Video(str(videos / f"{number}.mp4"), number % 3) for number in range(6, 15)], clip, views=2, crops=1)
+    views = [View(i, 1, "", label, np.eye(3)[found], (bins,)) for i, (label, found, bins) in enumerate(zip(plain.labels, plain.predictions, plain.bins))]
+    options = {"table": model.gflops_table((3, 8, 32, 32)), "normalise": Normalizer(clip.mean, clip.std), "class_names": CLASSES, "folder": tmp_path}
+    for each in (3, 1, 0):
+        write_examples(model, views, clips, each=each, **options)
+        if each:
+            assert max(Counter(entry["kind"] for entry in listed(tmp_path)).values()) == each
+    assert not list((tmp_path / "examples").iterdir())
 
 
 class Unreadable:

@@ -12,7 +12,7 @@ from atfr.models.graph.probing import evaluating
 from atfr.models.video_net import VideoNet
 from atfr.viz.merges import as_frames, merge_picture, merges_of
 
-LONGEST_NAME = 50  # letters of a class in a title
+LONGEST_NAME = 40  # letters of a class in a title
 
 
 def merge_pictures(

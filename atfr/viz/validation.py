@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -35,19 +36,20 @@ def confusion_picture(counts: np.ndarray, class_names: Sequence[str]) -> Image:
     letter = min(max(size / classes * 72 * 0.75, 6.0), 11.0)  # height of a name, in points
     names = [shortened(name, LETTERS) for name in class_names]
     margin = 0.75 + (max(map(len, names)) * letter * 0.6 / 72 if named else 0.4)
-    right = 1.2 if named else 7.2
+    right = 0.3 if classes <= MOST_COUNTED else 1.2 if named else 7.2
     bottom = margin - 0.1
-    width, height = margin + size + right, 0.6 + size + bottom
+    width, height = margin + size + right, 0.75 + size + bottom
     figure = Figure(figsize=(width, height), facecolor="white")
     axis = figure.add_axes((margin / width, bottom / height, size / width, size / height))
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     image = axis.imshow(100 * shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
-    beside = figure.add_axes(((margin + size + 0.15) / width, bottom / height, 0.2 / width, size / height))
-    bar = figure.colorbar(image, cax=beside, ticks=[0, 1, 5, 20, 50, 100])
-    bar.set_label("% of the clips of the class", fontsize=10)
+    if classes > MOST_COUNTED:
+        beside = figure.add_axes(((margin + size + 0.15) / width, bottom / height, 0.2 / width, size / height))
+        figure.colorbar(image, cax=beside, ticks=[0, 1, 5, 20, 50, 100]).set_label("% of the clips of the class", fontsize=10)
     right_ones, total = int(np.trace(counts)), int(counts.sum())
-    title = f"Confusion matrix: {classes} classes, {total:,} clips, {100 * right_ones / max(total, 1):.1f} % correct (on the diagonal)"
-    figure.text(0.15 / width, 1 - 0.2 / height, title, fontsize=12, fontweight="bold", color=DARK, va="top")
+    figure.text(0.15 / width, 1 - 0.15 / height, "Confusion matrix", fontsize=12, fontweight="bold", color=DARK, va="top")
+    found = f"{classes} classes, {total:,} clips, {100 * right_ones / max(total, 1):.1f} % correct (the diagonal)"
+    figure.text(0.15 / width, 1 - 0.4 / height, found, fontsize=10, color=DARK, va="top")
     axis.set_xlabel("prediction", fontsize=11, fontweight="bold")
     axis.set_ylabel("class", fontsize=11, fontweight="bold")
     if named:
@@ -100,7 +102,7 @@ def class_accuracy_picture(counts: np.ndarray, class_names: Sequence[str]) -> Im
         axis.set_xlim(0, 100)
         axis.set_xlabel(f"% correct (line: mean of the classes, {mean:.1f})", fontsize=10)
         axis.set_title(title, fontsize=12, fontweight="bold", color=DARK, loc="left", x=-margin / 3.8 * 0.9)
-        _tidy(axis)
+        _tidy(axis, grid="x")
     return image_of(figure)
 
 
@@ -131,12 +133,12 @@ def accuracy_by_bins_picture(right: Sequence[np.ndarray], total: Sequence[np.nda
         axis.set_ylabel("% correct", fontsize=11)
         axis.set_xlabel(f"B', the features that a clip keeps of {len(clips) - 1}" + (f" after {layer}" if len(layers) > 1 else ""), fontsize=11)
         axis.set_title(f"Accuracy by B' (line: all clips, {mean:.1f} %)", fontsize=12, fontweight="bold", color=DARK, loc="left")
-        _tidy(axis)
+        _tidy(axis, grid="y")
     return image_of(figure)
 
 
-def _tidy(axis: Axes) -> None:
+def _tidy(axis: Axes, *, grid: Literal["x", "y"]) -> None:
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
-    axis.grid(color=GREY, linewidth=0.5)
+    axis.grid(axis=grid, color=GREY, linewidth=0.5)
     axis.set_axisbelow(True)
