@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from atfr.models.graph.probing import evaluating
 from atfr.models.video_net import VideoNet
+from atfr.utils.printable import printable
 from atfr.viz.merges import as_frames, merge_picture, merges_of
 
 LONGEST_NAME = 40  # letters of a class in a title
@@ -57,5 +58,6 @@ def _title(class_names: Sequence[str], label: int | None, prediction: int, score
 
 
 def shortened(name: str, longest: int) -> str:
-    """Cut a name that is longer than `longest` letters."""
+    """Return a name as one line that can be drawn, cut after `longest` letters."""
+    name = " ".join(printable(name).split())
     return name if len(name) <= longest else name[: longest - 1].rstrip() + "…"

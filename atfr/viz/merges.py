@@ -80,7 +80,7 @@ def merge_picture(frames: np.ndarray, merges: Sequence[Merge], *, gflops: float,
     axis.set_xlim(0, WIDTH + 2.6)
     axis.set_ylim(-max(sum(rows), 1.2) - 0.1, 0)
     axis.axis("off")
-    axis.text(0, -0.22, title or f"{len(frames)} frames", fontsize=12, fontweight="bold", color=DARK, va="center")
+    axis.text(0, -0.22, title or f"{len(frames)} frames", fontsize=12, fontweight="bold", color=DARK, va="center", parse_math=False)
     step = WIDTH / len(frames)
     _image(axis, _strip(frames[shown]), 0, -0.4 - tall, len(frames) * step, tall)
     top = -rows[0]
