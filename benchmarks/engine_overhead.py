@@ -36,6 +36,7 @@ from atfr.engine.distributed.preemption import StopFlag
 from atfr.engine.optim import sgd
 from atfr.engine.settings import TrainerSettings
 from atfr.engine.trainer import Trainer
+from atfr.engine.validation import Validation
 from atfr.models.backbones.resnets import slow
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
@@ -172,7 +173,7 @@ def trainer_of(model: VideoNet, batches: Callable[[int, int], Iterator[Batch]], 
         learning_rate_factor=lambda step, total: 1.0,
         batches=batches,
         steps_per_epoch=steps,
-        validate=lambda: {"top1": 0.0},
+        validate=lambda: Validation({"top1": 0.0}),
         normalise=Normalizer([0.45] * 3, [0.225] * 3).to(dist_info.device),
         settings=replace(SETTINGS, batch_size=4 * dist_info.world),
         dist_info=dist_info,

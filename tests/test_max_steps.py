@@ -14,6 +14,7 @@ from test_train import SETTINGS, batch, trainer_of
 from atfr.engine.optim import cosine
 from atfr.engine.run import checkpoint
 from atfr.engine.trainer import Trainer
+from atfr.engine.validation import Validation
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
 
@@ -33,7 +34,7 @@ def run(folder: Path, **settings: Any) -> Trainer:
         learning_rate_factor=cosine(warmup=0.2, start_factor=0.1, end_factor=0.0),
         batches=lambda epoch, start: BATCHES[start:],
         steps_per_epoch=3,
-        validate=lambda: {"top1": TOP1.get(trainer.state.step, 90.0)},
+        validate=lambda: Validation({"top1": TOP1.get(trainer.state.step, 90.0)}),
         settings=replace(WHOLE, **settings),
     )
     trainer.run()

@@ -67,6 +67,8 @@ def test_every_command_is_accepted(page, command, monkeypatch):
         assert set(re.findall(r"\w+", words[3])) <= set(setup["options.extras_require"])
     elif words[0] == "pytest":
         assert all((ROOT / word).exists() for word in words[1:] if "/" in word)
+    elif words[0] == "tensorboard":
+        assert words[1] == "--logdir" and words[2].split("/")[0] == "runs"
     elif script == "scripts/slurm/train.sbatch" or script in HYDRA:
         assert (ROOT / script).is_file()
         accepted_by_hydra(script, words[words.index(script) + 1 :])

@@ -15,6 +15,7 @@ from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.run import checkpoint
 from atfr.engine.settings import TrainerSettings
 from atfr.engine.trainer import Trainer
+from atfr.engine.validation import Validation
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
@@ -53,7 +54,7 @@ def trainer_of(model: VideoNet, folder: Path, *, lr: float = 0.1, **options: Any
     usual = {
         "optimizer": torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),
         "learning_rate_factor": lambda step, total: 1.0,
-        "validate": lambda: {"top1": 0.0},
+        "validate": lambda: Validation({"top1": 0.0}),
         "normalise": nn.Identity(),
         "settings": SETTINGS,
         "dist_info": DistInfo(0, 1, torch.device("cpu")),
@@ -110,9 +111,9 @@ def test_averaged_weights_are_validated_and_saved_and_training_continues_with_it
     batches, validated = [batch(seed) for seed in range(4)], []
     model = network()
 
-    def validate() -> dict[str, float]:
+    def validate() -> Validation:
         validated.append({name: value.detach().clone() for name, value in model.state_dict().items()})
-        return {"top1": 1.0}
+        return Validation({"top1": 1.0})
 
     trainer = train(tmp_path, batches, replace(SETTINGS, ema=0.15), model, validate=validate)
     average = dict(network().state_dict())

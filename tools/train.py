@@ -22,19 +22,21 @@ import os
 from functools import partial
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from atfr.cli import builders
 from atfr.cli.config import build, check_root, choices, program, take_dry_run
 from atfr.cli.dry_run import print_plan
+from atfr.cli.hyperparameters import hyperparameters
 from atfr.cli.launch import on_every_process
 from atfr.cli.recipe import Announcement, require_weights, say, with_experiment, with_recipe
 from atfr.cli.run_name import in_sweep, report_command, run_folder
+from atfr.cli.validation import Validator
 from atfr.data.mixup import mixing
 from atfr.data.transforms import Normalizer
 from atfr.engine.distributed import comm
 from atfr.engine.distributed.launch_env import read_launch_env
-from atfr.engine.metrics import accuracy
 from atfr.engine.run import checkpoint
 from atfr.engine.run.contents import contents
 from atfr.engine.run.run_dir import claim_folder
@@ -88,14 +90,6 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, dist_info: com
     comm.barrier()
 
     steps_per_epoch, batches = builders.train_batches(source, clip, settings, dist_info)
-
-    def validate() -> dict[str, float]:
-        evaluation = builders.run_views(
-            model, source.val, clip, views=1, crops=1, settings=settings, dist_info=dist_info, title="validation", stop=stop
-        )
-        bins = [view.bins[0] for view in evaluation.views]
-        return {**accuracy(evaluation.views), "bins": sum(bins) / len(bins), "failed": len(evaluation.failed)}
-
     mix = mixing(mixup=settings.mixup, cutmix=settings.cutmix, num_classes=len(source.class_names), seed=settings.seed)
     trainer = Trainer(
         model=model,
@@ -103,12 +97,13 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, dist_info: com
         learning_rate_factor=build(config.schedule, "schedule"),
         batches=batches,
         steps_per_epoch=steps_per_epoch,
-        validate=validate,
+        validate=Validator(model, source, clip, settings=settings, dist_info=dist_info, stop=stop),
         normalise=Normalizer(clip.mean, clip.std).to(dist_info.device),
         settings=settings,
         dist_info=dist_info,
         folder=folder,
         identity={"config": plain, "choices": choices(), "class_names": list(source.class_names), "contents": contents(source, given and given.file)},
+        hyperparameters=hyperparameters(config, choices(), HydraConfig.get().overrides.task),
         mix=mix,
         stop=stop,
     )
@@ -117,7 +112,12 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, dist_info: com
         if settings.test:
             best = trainer.checkpointer.best
             checkpoint.load_weights(model, checkpoint.load(best)["model"], best)
-            builders.test_and_report(model, source, clip, config=config, settings=settings, dist_info=dist_info, folder=folder, checkpoint=best, stop=stop)
+            results = builders.test_and_report(
+                model, source, clip, config=config, settings=settings, dist_info=dist_info, folder=folder, checkpoint=best, stop=stop
+            )
+            if results is not None:
+                values = {name: results[name] for name in ("top1", "top5", "mean_class_accuracy")}
+                trainer.logger.write_test({**values, "gflops": results["gflops"]["mean"], "bins": results["bins"]["mean"]}, step=trainer.state.step)
             if dist_info.is_main and not in_sweep():
                 print(report_command(folder), flush=True)
 

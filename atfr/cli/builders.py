@@ -23,6 +23,7 @@ from atfr.engine.distributed import comm
 from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.distributed.preemption import StopFlag
 from atfr.engine.evaluator import Evaluation, evaluate
+from atfr.engine.examples import write_examples
 from atfr.engine.settings import TrainerSettings, precision_dtype
 from atfr.models.factory import BACKBONES, full_name
 from atfr.models.flops import GflopsTable
@@ -270,20 +271,35 @@ def test_and_report(
     folder: Path,
     checkpoint: Path,
     stop: StopFlag | None = None,
-) -> None:
-    """Test with all views, write `results.json`, `predictions.csv` and `test_config.yaml`, and print the table."""
+) -> dict[str, Any] | None:
+    """Test with all views, write `results.json`, `predictions.csv`, `test_config.yaml` and `examples/`, and print the table.
+
+    Returns the results on rank 0.
+    """
     evaluation = run_views(model, source.test, clip, views=clip.views, crops=clip.crops, settings=settings, dist_info=dist_info, title="test", stop=stop)
     if not dist_info.is_main:
-        return
+        return None
     with stop.raises_immediately("during the test") if stop else nullcontext():
         table = gflops_table(model, clip)
         summary = metrics.summarise(evaluation, table, protocol=protocol(config, model, clip, source, settings, dist_info, checkpoint=checkpoint))
         metrics.write_results(summary, folder)
         metrics.write_predictions(evaluation, table, folder, class_names=source.class_names)
         write_text(folder / "test_config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        write_examples(
+            model,
+            evaluation.views,
+            TestClips(source.test, clip, views=clip.views, crops=clip.crops),
+            each=settings.examples,
+            table=table,
+            normalise=Normalizer(clip.mean, clip.std).to(dist_info.device),
+            class_names=source.class_names,
+            folder=folder,
+            precision=precision_dtype(settings.precision, dist_info.device),
+        )
     for video in evaluation.failed.values():
         print(printable(f"failed: {video.path}: {video.reason}"))
     print(metrics.as_table(summary, folder=folder))
+    return summary
 
 
 def protocol(

@@ -149,23 +149,19 @@ class Classifier:
         clips = (clip.clip for clip in (views[item] for item in range(len(views))) if clip.clip is not None)
         calibrate(self.model, (self._normalise(clip[None].to(self._device)) for clip in clips), gflops=gflops)
 
-    @torch.inference_mode()
     def picture(self, path: Path_) -> Image:
         """Draw which frames of the video's middle view went together.
 
         Raises:
             VideoError: the video cannot be read.
         """
-        from atfr.viz.merges import as_frames, merge_picture, merges_of  # matplotlib takes a second to import
+        from atfr.viz.clips import merge_pictures  # matplotlib takes a second to import
 
         clip = TestClips([Video(os.fspath(path), 0)], self.clip, views=1, crops=1)[0]
         if clip.clip is None:
             raise VideoError(os.fspath(path), clip.error)
-        logits, sampling = self.model(self._normalise(clip.clip[None].to(self._device)), return_sampling=True)
-        probability, label = logits[0].float().softmax(dim=0).max(dim=0)
-        dense = builders.gflops_table(self.model, self.clip).dense
-        title = f"{self.class_names[int(label)]}, {100 * probability.item():.0f} %"
-        return merge_picture(as_frames(clip.clip), merges_of(sampling, 0), gflops=self._gflops(sampling.bins), dense_gflops=dense, title=title)
+        (picture,) = merge_pictures(self.model, [clip.clip], normalise=self._normalise, class_names=self.class_names)
+        return picture
 
     def with_views(self, **changes: object) -> Classifier:
         """Return a classifier of the same network with other `ClipSettings`, such as `views=10`."""

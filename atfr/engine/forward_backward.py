@@ -24,6 +24,7 @@ class BatchResult:
 
     loss: Tensor  # scalar; its mean over the ranks is the mean loss of the global batch
     norm: Tensor  # scalar, norm of the gradients before they were clipped
+    accuracy: Tensor | None = None  # [2] top-1 and top-5 in percent, their means over the ranks as that of the loss; None with mixed clips
     sampled: list[tuple[Sampled, ...]] = field(default_factory=list)  # one tuple for each part of the batch, one item a layer
     bins: list[tuple[int, ...]] = field(default_factory=list)  # B' of each clip, one number a layer
 
@@ -74,7 +75,7 @@ class ForwardBackward:
         if self.mix is not None:
             clips, targets = self.mix(clips, targets, step)  # targets: [N, classes]
         self.optimizer.zero_grad(set_to_none=True)
-        total, sampled, bins = torch.zeros((), device=device), [], []
+        total, hits, sampled, bins = torch.zeros((), device=device), torch.zeros(2, device=device), [], []
         parts = list(zip(clips.chunk(self.settings.accumulate), targets.chunk(self.settings.accumulate)))
         for number, (part, part_targets) in enumerate(parts, start=1):
             # Gradients are averaged over the ranks once, with the last part.
@@ -84,10 +85,13 @@ class ForwardBackward:
                 loss = self.loss(logits.float(), part_targets) * (factor * len(part) * world / self.settings.batch_size)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
+            if self.mix is None:
+                hits += top_hits(logits.detach(), part_targets)
             sampled.append(sampling.layers)
             bins += sampling.bins
         self.scaler.unscale_(self.optimizer)
-        return BatchResult(total, clip_gradients(self.parameters, self.settings.clip_norm), sampled, bins)
+        accuracy = hits * (100 * world / self.settings.batch_size) if self.mix is None else None
+        return BatchResult(total, clip_gradients(self.parameters, self.settings.clip_norm), accuracy, sampled, bins)
 
     def _predict(self, clips: Tensor) -> tuple[Tensor, Sampling, float]:
         """Return logits, what the SGS layers did, and a factor for the loss: 1, or NaN if the step has to be skipped."""
@@ -102,3 +106,9 @@ class ForwardBackward:
                 logits, sampling = self.network(torch.zeros_like(clips), return_sampling=True)
                 factor = math.nan
         return logits, sampling, factor
+
+
+def top_hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Count the clips whose label [N] is the largest, and among the five largest, of their logits [N, classes]. Returns [2] on their device."""
+    hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # [N, 5]
+    return torch.stack([hits[:, 0].sum(), hits.sum()])

@@ -38,6 +38,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     optimizer.load_state_dict({**state, "param_groups": saved + state["param_groups"][len(saved) :]})
 
 
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Return `lr`, that of the first group, and `lr_group_N` of each group N with another `base_lr` than the groups before it."""
+    found: dict[float, int] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        found.setdefault(group.get("base_lr", group["lr"]), number)
+    return {f"lr_group_{number}" if number else "lr": optimizer.param_groups[number]["lr"] for number in found.values()}
+
+
 def _on_gpu(model: nn.Module) -> bool | None:
     """Return whether a step of these parameters can be one launch; None leaves the choice to torch."""
     return all(p.is_cuda and p.is_floating_point() for p in model.parameters()) or None

@@ -44,10 +44,12 @@ class TrainerSettings:
     tf32: bool = False  # TF32 for float32 matrix products and convolutions on a GPU
     mixup: float | None = None  # alpha of its Beta distribution; None: off
     cutmix: float | None = None
+    tensorboard_pictures: int = 4  # validation clips that TensorBoard shows; 0: no pictures at all
+    examples: int = 2  # test clips of each kind that are drawn in examples/; 0: none
 
     def __post_init__(self) -> None:
         at_least_one = ("batch_size", "epochs", "max_steps", "eval_every", "log_every", "keep", "accumulate")
-        at_least_zero = ("seed", "workers", "statistics_clips", "save_every", "timeout_s", "skip_nonfinite", "overfit_batches", "profile")
+        at_least_zero = ("seed", "workers", "statistics_clips", "save_every", "timeout_s", "skip_nonfinite", "overfit_batches", "profile", "tensorboard_pictures", "examples")
         for name in at_least_one + at_least_zero:
             value, least = getattr(self, name), int(name in at_least_one)
             if value is not None and not value >= least:

@@ -22,7 +22,7 @@ from atfr.engine.distributed.preemption import Interrupted, StopFlag
 from atfr.engine.distributed.sync_batchnorm import sync_batchnorm
 from atfr.engine.ema import Ema
 from atfr.engine.forward_backward import BatchResult, ForwardBackward
-from atfr.engine.optim import Schedule, load_optimizer
+from atfr.engine.optim import Schedule, learning_rates, load_optimizer
 from atfr.engine.prefetch import prefetched
 from atfr.engine.run import checkpoint
 from atfr.engine.run.checkpointer import Checkpointer
@@ -32,8 +32,10 @@ from atfr.engine.run.metric_logger import MetricLogger
 from atfr.engine.run.profiler import profiler
 from atfr.engine.run.run_dir import way_out
 from atfr.engine.settings import TrainerSettings
+from atfr.engine.validation import Validation
 from atfr.models.sgs.sampling import NonFiniteFeatures
 from atfr.models.video_net import VideoNet
+from atfr.utils.memory import memory_in_use
 from atfr.utils.progress import StepProgress, watched
 
 log = logging.getLogger(__name__)
@@ -66,11 +68,12 @@ class Trainer:
         learning_rate_factor: the schedule.
         batches: `batches(epoch, n)` gives this rank's training batches of an epoch, starting at its n-th.
         steps_per_epoch: number of batches in an epoch.
-        validate: returns the metrics of the model on the validation split. The checkpoint with the highest `top1` is kept as
+        validate: returns the result of the model on the validation split. The checkpoint with the highest `top1` is kept as
             `best.pt`.
         normalise: converts clips from uint8 to the network's input.
         folder: the run folder.
         identity: plain data for every checkpoint: config, class names, and the `contents` of the data files.
+        hyperparameters: what TensorBoard compares runs by.
         mix: mixup or CutMix, called with clips, labels and step; None: off.
         stop: set by a signal. Training then saves a checkpoint after the current step and raises Interrupted.
     """
@@ -83,12 +86,13 @@ class Trainer:
         learning_rate_factor: Schedule,
         batches: Callable[[int, int], Iterable[ClipBatch]],
         steps_per_epoch: int,
-        validate: Callable[[], dict[str, float]],
+        validate: Callable[[], Validation],
         normalise: nn.Module,
         settings: TrainerSettings,
         dist_info: DistInfo,
         folder: Path,
         identity: Mapping[str, Any],
+        hyperparameters: Mapping[str, str | float] = {},
         mix: Mix | None = None,
         stop: StopFlag | None = None,
     ) -> None:
@@ -106,7 +110,7 @@ class Trainer:
         self.end_step = min(self.total_steps, settings.max_steps or self.total_steps)  # of this run
         self.checkpointer = Checkpointer(folder)
         self.metrics = MetricBuffer()
-        self.logger = MetricLogger(folder)
+        self.logger = MetricLogger(folder, hyperparameters)
         self.progress = StepProgress(total=self.end_step, shown=dist_info.is_main)
         self.profiler = profiler(folder / "profile", settings.profile if dist_info.is_main else 0)
         self.data_wait = DataWait()
@@ -136,6 +140,7 @@ class Trainer:
                     self.train_epoch(epoch)
                     self.finish_epoch(epoch)
             self.wait_for_checkpoints()
+            self.logger.end()
         finally:
             self.progress.close()
             self.checkpointer.close()
@@ -205,10 +210,11 @@ class Trainer:
             refresh_statistics(self.model, lambda: self.normalised(clips))
         else:
             comm.broadcast_buffers(self.model)  # each rank has running averages of its own clips
-        values = self.validate()
+        validation = self.validate()
+        values = validation.metrics
         self.model.train()
         self.progress.line(f"epoch {epoch + 1}/{self.settings.epochs} step {self.state.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
-        self.logger.write(step=self.state.step, epoch=epoch, split="val", values=values)
+        self.logger.write_validation(validation, step=self.state.step, epoch=epoch)
         if values["top1"] > self.state.best_top1:
             self.state.best_top1 = values["top1"]
             self.save(self.checkpointer.best, keep=1 if due else 2)
@@ -241,7 +247,8 @@ class Trainer:
         if not skipped:
             names = ("bins", *(f"bins_{key}" for key in list(self.model.sgs)[1:]))
             means = {name: sum(layer) / len(layer) for name, layer in zip(names, zip(*result.bins))}
-            self.metrics.add(result.loss, result.norm, batch.paths, **means, replaced=len(batch.bad), data_s=data_s, step_s=time.perf_counter() - began)
+            seconds = {"data_s": data_s, "step_s": time.perf_counter() - began}
+            self.metrics.add(result.loss, result.norm, batch.paths, accuracy=result.accuracy, **seconds, **means, replaced=len(batch.bad))
         self.progress.step()
         if self.state.step % settings.log_every == 0:
             self.log_metrics(epoch)
@@ -287,7 +294,9 @@ class Trainer:
         self.metrics = MetricBuffer()
         if self.settings.skip_nonfinite:
             values["skipped"] = self.state.skipped
-        values["lr"] = self.optimizer.param_groups[0]["lr"]
+        values |= learning_rates(self.optimizer)
+        values["clips_per_second"] = values.pop("steps_per_second") * self.settings.batch_size
+        values |= memory_in_use(self.dist_info.device)
         for key, layer in self.model.sgs.items():
             if layer.tracks_width:
                 values["sgs_width" if len(self.model.sgs) == 1 else f"sgs_width_{key}"] = layer.width.item()

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -38,7 +37,6 @@ def timeline_picture(frames: np.ndarray, windows: Sequence[Window]) -> Image.Ima
     strip = [round(at) for at in np.linspace(0, len(windows) - 1, min(MOST_FRAMES, len(windows)))]
     tall = WIDTH * 0.84 / len(strip) * frames.shape[1] / frames.shape[2]
     figure = Figure(figsize=(WIDTH, min(tall, 2.5) + 2.3), facecolor="white")
-    FigureCanvasAgg(figure)
     top, labels, costs = figure.subplots(3, 1, height_ratios=[min(tall, 2.5), 0.7, 1.0])
     figure.subplots_adjust(left=0.1, right=0.94, top=0.97, bottom=0.14, hspace=0.12)
     top.imshow(np.concatenate([frames[at] for at in strip], axis=1), extent=(begin, end, 0, 1), aspect="auto")

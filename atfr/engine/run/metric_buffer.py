@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Sequence
 
 import torch
@@ -20,29 +21,42 @@ def shortened(paths: Sequence[str]) -> str:
 
 
 class MetricBuffer:
-    """Collects the measurements of steps. Losses and norms stay on the device until they are needed."""
+    """Collects the measurements of steps. Losses, norms and accuracies stay on the device until they are needed."""
 
     def __init__(self) -> None:
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
+        self.accuracies: list[Tensor] = []
         self.paths: list[Sequence[str]] = []
         self.sums: dict[str, float] = {}
-        self._on_host: tuple[list[float], list[float]] | None = None
+        self._began = 0.0
+        self._on_host: tuple[list[float], ...] | None = None
 
-    def add(self, loss: Tensor, norm: Tensor, paths: Sequence[str], **values: float) -> None:
-        """Add a step: its loss, the norm of its gradient, the files of its clips, and further values."""
+    def add(self, loss: Tensor, norm: Tensor, paths: Sequence[str], *, accuracy: Tensor | None = None, data_s: float, step_s: float, **values: float) -> None:
+        """Add a step that ends now.
+
+        Args:
+            norm: of the gradient.
+            paths: files of the clips.
+            accuracy: [2] top-1 and top-5 of this rank in percent; None for all steps or for none.
+            data_s, step_s: seconds that the step waited for its clips, and took after that.
+        """
+        if not self.losses:
+            self._began = time.perf_counter() - step_s - data_s
         self.losses.append(loss)
         self.norms.append(norm)
+        self.accuracies += [] if accuracy is None else [accuracy]
         self.paths.append(paths)
         self._on_host = None
-        for name, value in values.items():
+        for name, value in {**values, "data_s": data_s, "step_s": step_s}.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def losses_and_norms(self) -> tuple[list[float], list[float]]:
-        """Copy losses and norms to the host, which waits for the device."""
+    def on_host(self) -> tuple[list[float], ...]:
+        """Copy losses, norms, and top-1 and top-5 if there are any to the host, which waits for the device."""
         if self._on_host is None:
-            values, count = torch.stack([*self.losses, *self.norms]).tolist(), len(self.losses)
-            self._on_host = values[:count], values[count:]
+            values, count = torch.cat([torch.stack([*self.losses, *self.norms]), *self.accuracies]).tolist(), len(self.losses)
+            accuracies = (values[2 * count :: 2], values[2 * count + 1 :: 2]) if self.accuracies else ()
+            self._on_host = values[:count], values[count : 2 * count], *accuracies
         return self._on_host
 
     def check(self, step: int, *, scaled: bool) -> None:
@@ -54,7 +68,7 @@ class MetricBuffer:
         """
         if not self.losses:
             return
-        losses, norms = self.losses_and_norms()
+        losses, norms, *_ = self.on_host()
         first = step - len(losses) + 1
         for number, (loss, norm, paths) in enumerate(zip(losses, norms, self.paths), start=first):
             if not math.isfinite(loss):
@@ -63,11 +77,15 @@ class MetricBuffer:
                 raise FloatingPointError(f"the gradient's norm is {norm} at step {number}; {REMEDY} (clips of this rank: {shortened(paths)})")
 
     def means(self, dist_info: DistInfo) -> dict[str, float]:
-        """Average over the steps and all ranks; `replaced` is a sum, the number of replaced videos."""
-        losses, norms = self.losses_and_norms()
-        totals = [math.fsum(losses), math.fsum(norms), *self.sums.values()]
+        """Average over the steps and all ranks.
+
+        `replaced` is a sum, the number of replaced videos. `steps_per_second` is measured from the start of the first step to now.
+        """
+        measured = dict(zip(("loss", "grad_norm", "top1", "top5"), self.on_host()))
+        steps, seconds = len(self.losses), time.perf_counter() - self._began
+        totals = [*map(math.fsum, measured.values()), *self.sums.values()]
         if dist_info.world > 1:
             totals = comm.summed(torch.tensor(totals, dtype=torch.float64, device=dist_info.device)).tolist()
-        means = dict(zip(("loss", "grad_norm", *self.sums), (total / len(losses) / dist_info.world for total in totals)))
-        means["replaced"] *= len(losses) * dist_info.world
-        return means
+        means = dict(zip((*measured, *self.sums), (total / steps / dist_info.world for total in totals)))
+        means["replaced"] *= steps * dist_info.world
+        return {**means, "steps_per_second": steps / seconds}

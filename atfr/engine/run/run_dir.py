@@ -15,7 +15,7 @@ FREE = frozenset(
     f"trainer.{name}"
     for name in (
         *("output_dir", "max_steps", "accelerator", "devices", "workers", "timeout_s", "save_every", "keep", "log_every", "profile", "resume", "test"),
-        *("checkpoint_activations", "compile"),
+        *("checkpoint_activations", "compile", "tensorboard_pictures", "examples"),
     )
 )
 # Paths of files, which may move. `contents.py` compares what is in the files.
