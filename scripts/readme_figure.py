@@ -1,4 +1,4 @@
-"""Draw docs/figure.png: three clips, the bins that the `atfr` preset cuts them into, and what each clip costs X3D-S.
+"""Draw docs/figure.png: two clips, the bins that the `atfr` preset cuts them into, and what each clip costs X3D-S.
 
     python scripts/readme_figure.py        # a minute on two CPU cores
 
@@ -23,7 +23,6 @@ from atfr.viz.merges import merge_picture, merges_of, save
 
 FRAMES, SIDE = 13, 160  # the clip that X3D-S was published with
 WIDTH = 7.5  # inches, of the frames of a clip
-MONTAGE = {4: 1, 12: 2, 20: 1, 25: 1, 31: 2, 33: 1, 45: 1, 48: 2, 53: 1, 54: 1}  # {video: frames}
 
 
 def main() -> None:
@@ -45,13 +44,8 @@ def main() -> None:
 
 
 def shown_clips() -> dict[str, np.ndarray]:
-    """Three clips [T, H, W, 3], by what they show: little change, a whole video, and a montage of several videos."""
-    cuts = [video(index, split="test")[8 : 8 + length] for index, length in MONTAGE.items()]
-    return {
-        "little change": video(38, split="test")[:FRAMES],
-        "four events": whole(video(61, split="test")),
-        "fast cuts": np.concatenate(cuts),
-    }
+    """Two clips [T, H, W, 3], by what they show: the start of a video, and a whole one."""
+    return {"little change": video(38, split="test")[:FRAMES], "four events": whole(video(61, split="test"))}
 
 
 def video(index: int, split: str = "train") -> np.ndarray:
