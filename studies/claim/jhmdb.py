@@ -38,6 +38,7 @@ ROWS = Path("studies/claim/jhmdb.csv")
 FRAMES, SIDE, BATCH = 32, 112, 8
 PENALTY = 100.0  # of the squared weights of the regression, for 620 clips; 10 to 1000 differ by less than 1.5 points for the dense network
 KEPT = {"input": (16, 11), "stem": (5, 2), "res3": (8,)}  # features that the fixed methods keep; about .5 and .35 of the GFLOPs, but for res3
+DENSE = ("", "dense", 0)  # the location, method and budget of the network that keeps every feature
 ATFR = PRESETS["atfr"]
 FEATURES = replace(ATFR, embed_from="features", grid=1)
 METHODS = {
@@ -77,24 +78,22 @@ def main() -> None:
     weights = torch.load(checkpoint_of_i3d(), map_location="cpu", weights_only=False)["model"]
     data = read_clips(arguments.clips)
     rows = saved(ROWS)
-    if arguments.again or ("", "dense", 0, 0) not in rows:
-        rows["", "dense", 0, 0] = run(network(weights, None), None, data, "", "dense", 0)
-        save(ROWS, rows)
     for location in arguments.locations:
-        before: list[Tensor] | None = None
-        for method, kept in ((method, kept) for kept in KEPT[location] for method in arguments.methods):
-            if arguments.again or (location, method, kept, 0) not in rows:
-                model = network(weights, options_of(method, location, kept))
-                before = before or features_before(model, data)
-                rows[location, method, kept, 0] = run(model, before, data, location, method, kept)
-                save(ROWS, rows)
+        jobs = [(location, method, kept) for kept in KEPT[location] for method in arguments.methods]
+        missing = [job for job in (DENSE, *jobs) if arguments.again or (*job, 0) not in rows]
+        before = features_before(network(weights, options_of(*DENSE, at=location)), data) if missing else []
+        for where, method, kept in missing:
+            rows[where, method, kept, 0] = run(network(weights, options_of(where, method, kept, at=location)), before, data, where, method, kept)
+            save(ROWS, rows)
     text = table(list(rows.values()), data.groups)
     fill(Path("studies/claim/README.md"), "jhmdb", text, script="jhmdb.py")
     print(text)
 
 
-def options_of(method: str, location: str, kept: int) -> SGSConfig:
-    """The layer of a method that keeps `kept` features on average, or of every clip."""
+def options_of(location: str, method: str, kept: int, *, at: str) -> SGSConfig:
+    """The layer, at the location `at`, of a method that keeps `kept` features on average, or of every clip."""
+    if (location, method, kept) == DENSE:
+        return replace(PRESETS["identity"], after=at)
     options, frames = METHODS[method], FRAMES if location == "input" else FRAMES // 2
     if options.is_baseline:
         return replace(options, after=location, num_bins=kept, gflops=None)
@@ -105,7 +104,7 @@ def options_of(method: str, location: str, kept: int) -> SGSConfig:
     return replace(options, after=location, keep_ratio=kept / frames, gflops=None)
 
 
-def network(weights: dict[str, Tensor], options: SGSConfig | None) -> VideoNet:
+def network(weights: dict[str, Tensor], options: SGSConfig) -> VideoNet:
     """I3D with its Kinetics weights."""
     torch.manual_seed(0)  # of the reference's embedding
     model = create_model("i3d_inception", 400, sgs=options)
@@ -141,37 +140,33 @@ def features_before(model: VideoNet, data: Clips) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def run(model: VideoNet, before: list[Tensor] | None, data: Clips, location: str, method: str, kept: int) -> Row:
+def run(model: VideoNet, before: list[Tensor], data: Clips, location: str, method: str, kept: int) -> Row:
     """Calibrate, compute the features that the head is given, and classify them."""
-    batches = data.clips.split(BATCH)
+    batches, (layer,) = data.clips.split(BATCH), model.sgs.values()
 
     def inputs(number: int) -> tuple[Tensor, ...]:
         """What `run_trunk` takes: the features to sample, and the clips where the layer embeds these."""
         clips = normalised(batches[number]).contiguous(memory_format=torch.channels_last_3d)
         if not before:
             return (clips,)
-        return (before[number].float(), clips) if METHODS[method].embeds_clip else (before[number].float(),)
+        return (before[number].float(), clips) if layer.options.embeds_clip else (before[number].float(),)
 
-    for layer in model.sgs.values():
-        if layer.tracks_width:
-            proposals = [layer(given[0], None, given[-1]) for given in map(inputs, range(0, len(batches), 7))]
-            layer.calibrate(torch.cat([p.z for p in proposals]), torch.cat([p.valid for p in proposals]))
+    if layer.tracks_width:
+        proposals = [layer(given[0], None, given[-1]) for given in map(inputs, range(0, len(batches), 7))]
+        layer.calibrate(torch.cat([p.z for p in proposals]), torch.cat([p.valid for p in proposals]))
     features: list[Tensor] = []
     hook = model.dense_network.head.register_forward_pre_hook(lambda module, given: features.append(given[0]))
     bins: list[tuple[int, ...]] = []
     for number in watched(range(len(batches)), f"{location} {method} {kept}", unit="batch"):
-        if location:
-            bins += [(b,) for b in model.run_trunk(*inputs(number))[1][0].segments.lengths]
-        else:
-            model(*inputs(number))
+        bins += [(kept_of_clip,) for kept_of_clip in model.run_trunk(*inputs(number))[1][0].segments.lengths]
     hook.remove()
     costs = model.gflops_table(tuple(data.clips.shape[1:]))
-    gflops = float(costs.estimate(bins).mean()) / costs.dense if bins else 1.0
+    gflops = float(costs.estimate(bins).mean()) / costs.dense if location else 1.0
     hits = predictions(torch.cat(features), data.labels, data.folds) == data.labels
-    return Row(location, method, kept, 0, float(np.mean(bins or FRAMES)), gflops, "".join("01"[hit] for hit in hits.tolist()))
+    return Row(location, method, kept, 0, float(np.mean(bins)), gflops, "".join("01"[hit] for hit in hits.tolist()))
 
 
-@torch.enable_grad()
+@torch.inference_mode(False)
 def predictions(x: Tensor, labels: Tensor, folds: Tensor) -> Tensor:
     """Predict each fold by a logistic regression that was fitted to the other two: features [N, D] -> classes [N]."""
     x, classes, found = x.clone().double(), int(labels.max()) + 1, torch.empty_like(labels)

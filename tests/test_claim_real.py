@@ -1,0 +1,97 @@
+"""The studies on real videos: their statistics against loops, and the runs that they ask for."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from atfr.cli.config import build, with_resolved_sgs
+from atfr.models.sgs.config import SGSConfig
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "studies" / "claim"))
+import avletters  # noqa: E402
+import claim_paired  # noqa: E402
+import jhmdb  # noqa: E402
+
+
+def row(method: str, right: str, seed: int = 0) -> claim_paired.Row:
+    return claim_paired.Row("" if method == "dense" else "stem", method, 0 if method == "dense" else 4, seed, 4.0, 0.5, right)
+
+
+def test_a_difference_and_its_error_are_those_of_a_loop_over_groups():
+    rng = np.random.default_rng(0)
+    one, other, groups = rng.integers(0, 2, 60).astype(float), rng.integers(0, 2, 60).astype(float), rng.integers(0, 7, 60)
+    mean = sum(a - b for a, b in zip(one, other)) / 60
+    sums = [sum(a - b - mean for a, b, g in zip(one, other, groups) if g == group) for group in range(7)]
+    error = math.sqrt(7 / 6 * sum(value**2 for value in sums)) / 60
+    assert claim_paired.paired(one, other, groups) == pytest.approx((100 * mean, 100 * error))
+
+
+def test_the_table_averages_seeds_and_compares_those_that_both_methods_have():
+    groups = np.array([0, 0, 1, 1])
+    rows = [row("dense", "1111"), row("uniform", "1010"), row("atfr", "1110"), row("atfr", "0000", seed=1)]
+    lines = claim_paired.table(rows, groups).splitlines()[2:]
+    cells = {cell[2]: cell for line in lines if (cell := [part.strip() for part in line.split("|")[1:-1]])}
+    assert cells["dense"][6:] == ["100.0", "", "", ""]
+    assert cells["atfr"][3] == "2" and cells["atfr"][6] == "37.5"
+    assert cells["atfr"][7].startswith("-25.0 ±") and cells["atfr"][8].startswith("+25.0 ±") and cells["atfr"][9] == ""
+
+
+def test_rows_are_read_as_they_were_saved(tmp_path):
+    rows = {one.key: one for one in (row("dense", "0110"), row("atfr", "1111", seed=2))}
+    claim_paired.save(tmp_path / "rows.csv", rows)
+    assert claim_paired.saved(tmp_path / "rows.csv") == rows
+    assert claim_paired.saved(tmp_path / "none.csv") == {}
+
+
+def test_the_regression_predicts_classes_that_a_line_separates_in_folds_it_has_not_seen():
+    labels = torch.arange(3).repeat(20)
+    x = torch.eye(3)[labels] + 0.05 * torch.randn(60, 3)
+    folds = torch.arange(60) // 20
+    with torch.inference_mode():
+        assert jhmdb.predictions(x.clone(), labels, folds).equal(labels)
+        unknown = torch.where(folds == 0, 2, labels % 2)  # class 2 is in fold 0 alone
+        assert not (jhmdb.predictions(x, unknown, folds)[folds == 0] == 2).any()
+
+
+@pytest.mark.parametrize("method", avletters.METHODS)
+def test_every_method_on_avletters_is_a_training_that_the_configs_know(method):
+    command = avletters.Job("speakers", method, 0 if method == "dense" else 4, 1, 2).command(Path("videos"))
+    overrides = [word for word in command[2:] if not word.startswith("trainer.output_dir")]
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = compose("train", overrides)
+    assert config.dataset.test.endswith("speakers_2_test.csv") and config.trainer.seed == 1
+    model = with_resolved_sgs(config.model)
+    if method == "dense":
+        assert model.get("sgs") is None
+        return
+    options = build(model.sgs, "model.sgs")
+    assert isinstance(options, SGSConfig)
+    assert options.keep_ratio == 0.25 or options.num_bins == 4
+    assert options.time_embedding == ("time" in method) and (options.kernel == "middle") == ("middle" in method)
+
+
+@pytest.mark.parametrize("location", jhmdb.KEPT)
+@pytest.mark.parametrize("method", jhmdb.METHODS)
+def test_every_method_on_jhmdb_is_a_layer(location, method):
+    kept = jhmdb.KEPT[location][0]
+    options = jhmdb.options_of(location, method, kept, at=location)
+    assert options.locations == (location,) and options.gflops is None
+    assert kept in (options.num_bins, round((options.keep_ratio or 0) * (32 if location == "input" else 16))) or method == "reference"
+
+
+def test_the_lists_leave_each_speaker_or_repetition_out_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    videos = [avletters.Video(f"A/A{number}_{speaker}.mp4", "A", speaker, fold) for number in (1, 2, 3) for fold, speaker in enumerate(("Kate", "Yi", "Bill"))]
+    for protocol, part in (("speakers", "_Yi"), ("repetitions", "A2")):
+        avletters.write_lists(videos, protocol)
+        test, train = ((tmp_path / avletters.LISTS / f"{protocol}_1_{split}.csv").read_text().splitlines()[1:] for split in ("test", "train"))
+        assert len(test) == 3 and all(part in line for line in test)
+        assert len(train) == 6 and not set(test) & set(train)
