@@ -12,7 +12,7 @@ import termios
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import pytest
 import torch
@@ -179,7 +179,26 @@ def test_a_signal_ends_a_test_within_a_few_batches_and_the_statistics_before_the
     assert outcome.code == TRY_AGAIN and "stopped by SIGUSR1 in the statistics after step 0" in outcome.err, outcome.err
 
 
-def test_a_second_signal_ends_a_process_whose_main_thread_is_blocked():
+@pytest.fixture
+def script() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts a program and waits until it has printed a line. Programs that a failed test leaves are killed."""
+    started: list[subprocess.Popen] = []
+
+    def start(text: str, *, before: Callable[[], None] | None = None, **options: Any) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-c", text], stdout=subprocess.PIPE, text=True, preexec_fn=before, env={**os.environ, "PYTHONPATH": str(ROOT)}, **options
+        )
+        started.append(process)
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_a_second_signal_ends_a_process_whose_main_thread_is_blocked(script):
     """A mutex locked twice blocks Python's signal handlers, like a collective whose other ranks are gone."""
     process = script(
         "import ctypes; from atfr.engine.distributed.preemption import listen; flag = listen(); lock = ctypes.create_string_buffer(64); libc = ctypes.CDLL(None);"
@@ -207,17 +226,8 @@ def test_a_signal_is_a_second_one_if_it_comes_more_than_a_second_after_the_first
     assert ended == ([] if number in (signal.SIGUSR1, signal.SIGUSR2) else [128 + number])
 
 
-def script(text: str, *, before: Callable[[], None] | None = None, **options: Any) -> subprocess.Popen:
-    """Start a program and wait until it has printed a line."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", text], stdout=subprocess.PIPE, text=True, preexec_fn=before, env={**os.environ, "PYTHONPATH": str(ROOT)}, **options
-    )
-    assert process.stdout.readline() == "ready\n"
-    return process
-
-
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
-def test_a_signal_that_was_ignored_at_the_start_stays_ignored(number):
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored(script, number):
     """As under `nohup`, or in the background of a script."""
     process = script(
         "from atfr.engine.distributed.preemption import listen; flag = listen(); print('ready', flush=True); input(); print(flag.signal)",
@@ -229,13 +239,13 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored(number):
     assert out == "None\n" and process.returncode == 0
 
 
-def test_a_program_still_saves_after_its_terminal_was_closed(tmp_path):
+def test_a_program_still_saves_after_its_terminal_was_closed(script, tmp_path):
     ours, theirs = pty.openpty()
     process = script(
         "import os, sys, time; from atfr.engine.distributed.preemption import Interrupted, end, listen; flag = listen(); print('ready', flush=True); os.dup2(2, 1)\n"
         "while flag.signal is None: \n try: print('step', flush=True); time.sleep(0.01)\n except OSError: pass  # before the signal has arrived\n"
         f"time.sleep(0.2); print('one more', flush=True); open({str(tmp_path / 'saved')!r}, 'w').close(); end(Interrupted(flag.signal, 'now'), is_main=True)",
-        before=lambda: (os.setsid(), fcntl.ioctl(2, termios.TIOCSCTTY, 0)),
+        before=lambda: (os.setsid(), fcntl.ioctl(2, termios.TIOCSCTTY, 0), signal.signal(signal.SIGHUP, signal.SIG_DFL)),  # which nohup ignores
         stderr=theirs,
     )
     os.close(theirs)
