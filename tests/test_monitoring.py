@@ -375,3 +375,31 @@ def test_runs_are_compared_by_their_budget_and_a_dense_network_has_all_of_it():
     }  # fmt: skip
     sampled = found({"after": ["slow.res3", "fast.res2"], "gflops": 0.4})
     assert sampled == {**usual, "model/sgs": "uniform", "model.sgs.after": "slow.res3+fast.res2", "model.sgs.gflops": 0.4}
+
+
+def test_charts_of_many_clips_have_no_bar_or_line_that_cannot_be_drawn():
+    names = [f"class {number}" for number in range(400)]
+    for rate in (0.0025, 0.3):
+        counts = np.random.default_rng(0).binomial(50, rate, (400, 400)) + np.eye(400, dtype=int)
+        counts[7] *= 1000
+        assert class_accuracy_picture(counts, names).width > 0 and confusion_picture(counts, names).width > 0
+    for total in (9_999, 20_000, 1_000_000):
+        clips = np.zeros(9, dtype=int)
+        clips[4] = total
+        for right in (0, 1, total // 400, total):
+            picture = accuracy_by_bins_picture([clips * right // total], [clips], ["stem"])
+            blue = (np.array(picture) == [0x4C, 0x78, 0xC8]).all(axis=2).any(axis=1).sum()  # height of the bar
+            assert blue == pytest.approx(220 * right / total, abs=1)
+
+
+def test_a_picture_that_cannot_be_drawn_costs_neither_the_validation_nor_the_results(videos, tmp_path, monkeypatch, capfd):
+    def fails(*_: object, **__: object) -> None:
+        raise ValueError("no ink")
+
+    monkeypatch.setattr("atfr.viz.clips.merge_picture", fails)
+    monkeypatch.setattr("atfr.engine.run.metric_logger.add_validation", fails)
+    outcome = run_tool("train", *small_job(videos, tmp_path, "model.sgs.keep_ratio=0.5", "trainer.tensorboard_pictures=1", "trainer.examples=1", "trainer.epochs=1"))
+    assert outcome.code == 0, outcome.err
+    assert "TensorBoard lacks pictures of this validation: ValueError: no ink" in outcome.err + outcome.out
+    assert f"{tmp_path} has no examples: ValueError: no ink" in outcome.err + outcome.out
+    assert (tmp_path / "checkpoints/best.pt").exists() and (tmp_path / "results.json").exists()

@@ -20,6 +20,12 @@ def test_a_preset_is_built_again_from_the_options_that_it_uses(preset):
     assert all(name in options or getattr(PRESETS[preset], name) == UNUSED[name] for name in UNUSED)
 
 
+def test_options_name_the_kernel_of_contiguous_bins_only_where_it_is_not_the_mean():
+    """So that run folders from before there was a choice can be resumed."""
+    assert "kernel" not in PRESETS["atfr"].used_options()
+    assert SGSConfig.from_preset("atfr", kernel="middle").used_options()["kernel"] == "middle"
+
+
 def test_configs_that_sample_alike_are_equal():
     assert SGSConfig.from_preset("reference") == replace(PRESETS["reference"], cost_exponent=0.7, grid=2, width=None, noise_floor=False)
     assert SGSConfig(similarity="uniform", metric="cosine", embedding_dim=3) == SGSConfig.from_preset("uniform")

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from atfr.cli.config import build, warn_of_ignored
 from atfr.data.clips import ClipSettings, TestClips, TrainClips
 from atfr.data.known_bad import leave_out_bad
-from atfr.data.loader import TrainSampler, test_loader, train_loader
+from atfr.data.loader import TrainSampler, test_loader, train_loader, with_time_limit
 from atfr.data.transforms import Normalizer
 from atfr.data.types import Video, VideoSource
 from atfr.engine import metrics
@@ -31,6 +31,7 @@ from atfr.models.pretrained.load import load_pretrained
 from atfr.models.pretrained.published import Published, find_published
 from atfr.models.video_net import VideoNet
 from atfr.utils.atomic_io import write_text
+from atfr.utils.optional import or_warn
 from atfr.utils.printable import printable
 
 # Options of `dataset.clip` that only affect training or speed. All others belong to a test's protocol.
@@ -139,7 +140,7 @@ def build_model(config: DictConfig, *, num_classes: int, dist_info: DistInfo, se
         report = load_pretrained(model, given.file, key=given.option)
         if dist_info.is_main:
             print(report.as_table(), flush=True)
-            say_what_is_normalised(given, config)
+            warn_of_normalisation(given, config)
     return model.to(dist_info.device)
 
 
@@ -153,7 +154,7 @@ def check_batch_norm(model: VideoNet, clip: ClipSettings, settings: TrainerSetti
 
 
 class Start(NamedTuple):
-    """Where a network starts from: the option, its file, and what it is if it is downloaded to that file."""
+    """Where a network starts from: the option, the file, and the published weights if they are downloaded."""
 
     option: str
     file: Path
@@ -186,7 +187,7 @@ def network_name(model: DictConfig) -> str | None:
     return None if backbone is None else full_name(backbone, str(model.size))
 
 
-def say_what_is_normalised(start: Start, config: DictConfig) -> None:
+def warn_of_normalisation(start: Start, config: DictConfig) -> None:
     """Print a line if published weights were trained on clips with another normalisation."""
     clip, published = config.dataset.clip, start.published
     if published is not None and (tuple(clip.mean), tuple(clip.std)) != (published.mean, published.std):
@@ -285,10 +286,14 @@ def test_and_report(
         metrics.write_results(summary, folder)
         metrics.write_predictions(evaluation, table, folder, class_names=source.class_names)
         write_text(folder / "test_config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    for video in evaluation.failed.values():
+        print(printable(f"failed: {video.path}: {video.reason}"))
+    print(metrics.as_table(summary, folder=folder), flush=True)
+    with stop.raises_immediately("after the test") if stop else nullcontext(), or_warn(f"{folder} has no examples"):
         write_examples(
             model,
             evaluation.views,
-            TestClips(source.test, clip, views=clip.views, crops=clip.crops),
+            with_time_limit(TestClips(source.test, clip, views=clip.views, crops=clip.crops), timeout_s=settings.timeout_s),
             each=settings.examples,
             table=table,
             normalise=Normalizer(clip.mean, clip.std).to(dist_info.device),
@@ -296,9 +301,6 @@ def test_and_report(
             folder=folder,
             precision=precision_dtype(settings.precision, dist_info.device),
         )
-    for video in evaluation.failed.values():
-        print(printable(f"failed: {video.path}: {video.reason}"))
-    print(metrics.as_table(summary, folder=folder))
     return summary
 
 

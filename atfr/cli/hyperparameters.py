@@ -11,7 +11,7 @@ from atfr.cli.arguments import parse
 from atfr.engine.run.run_dir import FREE, PATHS
 
 ALWAYS = ("optimizer.lr", "trainer.batch_size", "trainer.epochs", "trainer.seed")
-NO_HYPERPARAMETERS = {"dry_run", *FREE, *PATHS}
+NO_HYPERPARAMETERS = {"dry_run", *FREE, *PATHS} - {"trainer.max_steps"}
 
 
 def hyperparameters(config: DictConfig, chosen: dict[str, str], overrides: Iterable[str]) -> dict[str, str | float]:

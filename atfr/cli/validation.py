@@ -10,14 +10,16 @@ from torch import Tensor
 
 from atfr.cli import builders
 from atfr.data.clips import ClipSettings, TestClips
+from atfr.data.loader import with_time_limit
 from atfr.data.transforms import Normalizer
 from atfr.data.types import Video, VideoSource
 from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.distributed.preemption import StopFlag
 from atfr.engine.metrics import accuracy
 from atfr.engine.settings import TrainerSettings, precision_dtype
-from atfr.engine.validation import Validation, clip_results
+from atfr.engine.validation import ClipResults, Validation, clip_results
 from atfr.models.video_net import VideoNet
+from atfr.utils.optional import or_warn
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,16 +42,20 @@ class Validator:
         metrics = {**accuracy(evaluation.views), "bins": sum(bins) / len(bins), "failed": len(evaluation.failed)}
         if not (self.settings.tensorboard_pictures and self.dist_info.is_main):
             return Validation(metrics)
-        table = builders.gflops_table(self.model, self.clip) if self.model.sgs else None
-        clips = clip_results(evaluation, layers=list(self.model.sgs), class_names=self.source.class_names, table=table)
-        return Validation(metrics, clips, self._merges(evaluation.failed) if self.model.sgs else ())
+        clips: ClipResults | None = None
+        merges: tuple[Image, ...] = ()
+        with or_warn("TensorBoard lacks pictures of this validation"):
+            table = builders.gflops_table(self.model, self.clip) if self.model.sgs else None
+            clips = clip_results(evaluation, layers=list(self.model.sgs), class_names=self.source.class_names, table=table)
+            merges = self._merges(evaluation.failed) if self.model.sgs else ()
+        return Validation(metrics, clips, merges)
 
     def _merges(self, failed: Collection[int]) -> tuple[Image, ...]:
         """Draw the merges of a few clips, which are read at the first call."""
         from atfr.viz.clips import merge_pictures  # matplotlib takes a second to import
 
         if self._shown is None:
-            dataset = TestClips(self.source.val, self.clip, views=1, crops=1)
+            dataset = with_time_limit(TestClips(self.source.val, self.clip, views=1, crops=1), timeout_s=self.settings.timeout_s)
             read = [dataset[number] for number in spread(self.source.val, self.settings.tensorboard_pictures, without=failed)]
             self._shown = [one.clip for one in read if one.clip is not None], [one.label for one in read if one.clip is not None]
         clips, labels = self._shown

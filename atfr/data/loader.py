@@ -140,7 +140,7 @@ def train_loader(
     A batch of a worker, or without workers a single read, may take `timeout_s` seconds (0: no limit). Then iteration
     raises TimeoutError, which names the file.
     """
-    return ClipLoader(_limited(dataset, workers, timeout_s), batch_sampler=sampler, **_settings(workers, timeout_s, pin_memory))
+    return ClipLoader(with_time_limit(dataset, workers=workers, timeout_s=timeout_s), batch_sampler=sampler, **_settings(workers, timeout_s, pin_memory))
 
 
 def test_loader(
@@ -163,14 +163,14 @@ def test_loader(
     if not 0 <= rank < world:
         raise ValueError(f"rank is {rank}, it must be in [0, {world})")
     items = range(rank, len(dataset), world)
-    limited = _limited(dataset, workers, timeout_s)
+    limited = with_time_limit(dataset, workers=workers, timeout_s=timeout_s)
     return ClipLoader(limited, batch_size=batch_size, sampler=items, **_settings(workers, timeout_s, pin_memory))
 
 
 test_loader.__test__ = False  # type: ignore[attr-defined]  # not a pytest test
 
 
-def _limited(dataset: Clips, workers: int, timeout_s: float) -> Clips:
+def with_time_limit(dataset: Clips, *, workers: int = 0, timeout_s: float) -> Clips:
     """Return a copy of the dataset that limits how long reads may take."""
     limited = copy.copy(dataset)
     try:

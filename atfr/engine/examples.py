@@ -28,14 +28,14 @@ def choose_examples(views: Sequence[View], costs: Sequence[float], each: int) ->
 
     Of clips that cost the same, those with the highest score of the predicted class come first.
     """
-    rows = [(cost, -float(view.scores.max()), view) for view, cost in zip(views, costs)]
+    rows = [(cost, -float(view.scores.max()), bool(view.scores.argmax() == view.label), view) for view, cost in zip(views, costs)]
     chosen: list[tuple[str, View, float]] = []
     for kind in KINDS:
-        order = sorted(rows, key=lambda row: (row[0] if kind.startswith("cheapest") else -row[0], row[1]))
-        left = each
-        for cost, _, view in order:
-            is_right = view.scores.argmax() == view.label
-            if left and is_right == kind.endswith("right") and all(view.video != other.video for _, other, _ in chosen):
+        sign, left = 1 if kind.startswith("cheapest") else -1, each
+        for cost, _, is_right, view in sorted(rows, key=lambda row: (sign * row[0], row[1])):
+            if not left:
+                break
+            if is_right == kind.endswith("right") and all(view.video != other.video for _, other, _ in chosen):
                 chosen.append((kind, view, cost))
                 left -= 1
     return chosen

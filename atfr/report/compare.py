@@ -105,7 +105,7 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     An option that has one value for each method, network, dataset, optimizer or schedule follows from that choice, and is left
     out, except for budgets.
     """
-    found = []
+    configs, found = [set_options(config) for config in configs], []
     for key in dict.fromkeys(key for config in configs for key in config):
         if key in _NOT_OF_THE_RUN or key == SEED or key in _METHOD or key.startswith(_DERIVED):
             continue
@@ -116,6 +116,11 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
         if any(len(within) > 1 for within in by_choice.values()) or (len(values) > 1 and (key in _BUDGETS or key.endswith("._target_"))):
             found.append(key)
     return sorted(found, key=lambda key: (key not in _BUDGETS, not key.startswith("model.")))
+
+
+def set_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out options that are null or false: a run from before an option existed equals one that does not use it."""
+    return {key: value for key, value in config.items() if value is not None and value is not False}
 
 
 def _choice(key: str, config: Mapping[str, Any]) -> str:
@@ -197,7 +202,7 @@ def _differ_in_seed(run: Run, group: Sequence[Run]) -> bool:
 
 
 def _experiment(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
-    config = {key: value for key, value in run.config.items() if key not in _NOT_OF_THE_RUN and key != SEED}
+    config = {key: value for key, value in set_options(run.config).items() if key not in _NOT_OF_THE_RUN and key != SEED}
     return config, protocol(run.results) if run.results else {}
 
 

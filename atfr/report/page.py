@@ -185,11 +185,11 @@ def _curves(entries: Sequence[Entry], runs: Sequence[Run]) -> list[Panel]:
     drawn += [(0, f"{label} (not tested)", (run,)) for label, run in untested(runs)]
     drawn = [(number, label, of) for number, label, of in drawn if any(run.loss for run in of)]
     best = max((value for _, _, of in drawn for run in of for _, value in run.top1), default=0.0)
-    tested = [value for entry in entries for run in entry.runs for _, value in run.loss]
+    tested = sorted(value for entry in entries for run in entry.runs for _, value in run.loss)
     panels = []
     for number, label, of in drawn:
         # The losses of a run that diverged would hide those of the others.
-        values = sorted(tested or [value for run in of for _, value in run.loss])
+        values = tested or sorted(value for run in of for _, value in run.loss)
         limits = (values[0], values[int(0.99 * (len(values) - 1))], best)
         panels.append(Panel(number, label, Markup(figures.curves([run.loss for run in of], [run.top1 for run in of], limits, f"{number} {label}"))))
     return panels

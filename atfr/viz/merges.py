@@ -75,7 +75,7 @@ def merge_picture(frames: np.ndarray, merges: Sequence[Merge], *, gflops: float,
         width: inches, of the strip of frames. Letters keep their size.
     """
     shown = _shown(len(frames))
-    tall = len(frames) / len(shown) * frames.shape[1] / frames.shape[2] * width / len(frames)  # of a frame, in inches
+    tall = frames.shape[1] / frames.shape[2] * width / len(shown)  # of a frame, in inches
     rows = [tall + 0.45, *(0.52 + tall + (0.62 if merge.costs is not None else 0) for merge in merges)]
     figure = Figure(figsize=(width + TEXT, max(sum(rows), 1.2) + 0.1), facecolor="white")
     axis = figure.add_axes((0.01, 0.01, 0.98, 0.98))
@@ -83,8 +83,7 @@ def merge_picture(frames: np.ndarray, merges: Sequence[Merge], *, gflops: float,
     axis.set_ylim(-max(sum(rows), 1.2) - 0.1, 0)
     axis.axis("off")
     axis.text(0, -0.22, title or f"{len(frames)} frames", fontsize=12, fontweight="bold", color=DARK, va="center", parse_math=False)
-    step = width / len(frames)
-    _image(axis, _strip(frames[shown]), 0, -0.4 - tall, len(frames) * step, tall)
+    _image(axis, _strip(frames[shown]), 0, -0.4 - tall, width, tall)
     top = -rows[0]
     for merge, height in zip(merges, rows[1:]):
         _draw_merge(axis, frames, merge, top, tall, width, several=len(merges) > 1)

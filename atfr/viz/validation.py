@@ -1,6 +1,6 @@
 """Pictures of a validation: the confusion matrix, the accuracy of each class, and the accuracy by B'.
 
-They are drawn with Pillow: matplotlib would take a second for the three of them, after each epoch.
+They are drawn with Pillow, with a font of matplotlib, which would take a second for the three of them after each epoch.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from atfr.viz.clips import shortened
-from atfr.viz.merges import COLORS, DARK, GREY
+from atfr.utils.printable import shortened
+from atfr.viz.colors import COLORS, DARK, GREY
 
 MOST_NAMED = 60  # classes of a confusion matrix with their names beside it
 MOST_COUNTED = 20  # classes of a confusion matrix with numbers in its cells
@@ -46,8 +46,10 @@ class _Sheet:
         self.image.paste(line.image.rotate(90, expand=True), (round(x - height / 2), round(top)))
 
     def box(self, left: float, top: float, right: float, bottom: float, color: str) -> None:
-        if right > left and bottom > top:
-            self.draw.rectangle((round(left), round(top), round(right) - 1, round(bottom) - 1), fill=color)
+        """Fill a rectangle; one that rounds to no pixel is not drawn."""
+        x, y, end_x, end_y = map(round, (left, top, right, bottom))
+        if end_x > x and end_y > y:
+            self.draw.rectangle((x, y, end_x - 1, end_y - 1), fill=color)
 
 
 def confusion_picture(counts: np.ndarray, class_names: Sequence[str]) -> Image.Image:
@@ -138,7 +140,7 @@ def class_accuracy_picture(counts: np.ndarray, class_names: Sequence[str]) -> Im
         left = place * each + margin + 8
         sheet.text(place * each + GAP, 24, title, size=TITLE, bold=True)
         for percent in range(0, 101, 20):
-            sheet.box(left + full * percent / 100, 46, left + full * percent / 100 + 1, bottom, GREY)
+            sheet.box(round(left + full * percent / 100), 46, round(left + full * percent / 100) + 1, bottom, GREY)
             sheet.text(left + full * percent / 100, bottom + 14, str(percent), anchor="mm")
         sheet.text(left + full / 2, bottom + 40, f"% correct (line: mean of the classes, {mean:.1f})", anchor="mm")
         sheet.box(left + full * mean / 100 - 1, 46, left + full * mean / 100 + 1, bottom, COLORS[1])
@@ -177,7 +179,7 @@ def _accuracy_by_bins(right: np.ndarray, total: np.ndarray, where: str) -> Image
     end = left + step * frames
     for percent in range(0, 101, 25):
         at = top + full * (1 - percent / 100)
-        sheet.box(left, at, end, at + 1, GREY)
+        sheet.box(left, round(at), end, round(at) + 1, GREY)
         sheet.text(left - 8, at, str(percent), anchor="rm")
     sheet.upright(GAP + 10, top + full / 2, "% correct", anchor="m")
     sheet.box(left, top + full * (1 - mean / 100) - 1, end, top + full * (1 - mean / 100) + 1, COLORS[1])

@@ -82,7 +82,7 @@ class Job:
         """The options that keep `kept` features: on average, or of every clip."""
         if not self.kept:
             return []
-        if self.method.endswith("equal"):  # at no price of a bin every clip keeps the most that it may
+        if self.method.endswith("equal"):  # with a width near 0 every clip keeps num_bins features
             return [f"model.sgs.num_bins={self.kept}", "model.sgs.width=1e-6"]
         return [f"model.sgs.keep_ratio={self.kept / FRAMES}" if self.method.startswith("atfr") else f"model.sgs.num_bins={self.kept}"]
 

@@ -14,6 +14,7 @@ from torch.utils.tensorboard.summary import hparams
 from atfr.engine.run.validation_summaries import add_validation
 from atfr.engine.validation import Validation
 from atfr.utils.atomic_io import write_text
+from atfr.utils.optional import or_warn
 
 COMPARED = ("val/top1", "val/bins", "test/top1", "test/gflops")  # metrics in the tab HParams of TensorBoard
 
@@ -66,7 +67,8 @@ class MetricLogger:
         """Log a validation after `step` steps, with its histograms and pictures. Does nothing before `open`."""
         self.write(step=step, epoch=epoch, split="val", values=validation.metrics)
         if self._writer is not None:
-            add_validation(self._writer, validation, step)
+            with or_warn("TensorBoard lacks pictures of this validation"):
+                add_validation(self._writer, validation, step)
 
     def end(self) -> None:
         """Log that the training has ended. Does nothing before `open`."""

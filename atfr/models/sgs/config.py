@@ -105,7 +105,7 @@ class SGSConfig:
         if self.is_baseline:
             keeps_all = {*budget, "num_bins"} if self.similarity == "none" else set()
             return {*UNUSED} - {*budget, "num_bins"} | keeps_all | (budget if self.num_bins is not None else _second_budget(self))
-        unused = {"metric", "order"} if self.similarity in SEGMENTING else {"metric"} if self.similarity == "magnitude" else set()
+        unused = {"metric", "order", *(["kernel"] if self.kernel == "mean" else [])} if self.similarity in SEGMENTING else {"metric"} if self.similarity == "magnitude" else set()
         unused |= {"edges"} if self.scale == "absolute" else {*budget, "gflops_range", "width"}
         unused |= {*budget, "gflops_range"} if self.width is not None else _second_budget(self)
         unused |= {"embedding_dim"} if self.embedding == "pooled" else {"grid"}

@@ -47,8 +47,8 @@ class TimeEmbedding(nn.Module):
 def time_features(times: Tensor, first: Tensor, last: Tensor, frames: int) -> Tensor:
     """Return [M, 3]: each feature's time, -1 to 1 in the clip, and the logarithms of the distances to the features before and behind.
 
-    All distances of a clip that keeps every feature are 1, and their logarithms 0. To the clip's border the distance is twice
-    as far, as to a feature that mirrors this one.
+    At the clip's border, the neighbour is the mirror image of the feature itself. All distances of a clip that keeps every
+    feature are 1, and their logarithms 0.
     """
     before = torch.where(first, 2 * times + 1, (times - times.roll(1)).abs())
     behind = torch.where(last, 2 * (frames - times) - 1, (times.roll(-1) - times).abs())
