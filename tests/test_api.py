@@ -116,7 +116,8 @@ def test_a_clip_keeps_as_many_features_as_it_has_scenes_and_costs_accordingly(sm
 @pytest.mark.parametrize(
     "sgs",
     [
-        *("atfr", "uniform", "stride", "random"),
+        *("atfr", "uniform"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("stride", "random")),
         pytest.param(atfr.SGSConfig(similarity="anchor"), id="anchor", marks=pytest.mark.slow),
         pytest.param(atfr.SGSConfig(embed_from="features"), id="features", marks=pytest.mark.slow),
     ],

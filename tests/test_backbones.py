@@ -12,6 +12,7 @@ from fvcore.nn.squeeze_excitation import SqueezeExcitation
 from pytorchvideo.models import hub
 from pytorchvideo.models.slowfast import create_slowfast
 from pytorchvideo.models.x3d import create_x3d
+from tiers import slow_but
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import video
@@ -75,6 +76,7 @@ CASES = {
     "resnet3d 50": Case(resnet3d.resnet3d, "50", None, (32, 224)),
 }
 WITH_SOURCE = [name for name, case in CASES.items() if case.source]
+LIGHT = ("x3d tiny", "x3d XS", "x3d S", "slow R50", "r2plus1d 18", "r3d 18", "mc3 18", "s3d base", "slowfast 4x16-R50", "resnet3d tiny", "resnet3d 18")
 
 
 def lively(network: nn.Module, *inputs: object) -> nn.Module:
@@ -115,7 +117,7 @@ def two_pathways(clips: torch.Tensor, alpha: int) -> list[torch.Tensor]:
     return [clips[:, :, chosen], clips]
 
 
-@pytest.mark.parametrize("name", WITH_SOURCE)
+@pytest.mark.parametrize("name", slow_but(WITH_SOURCE, LIGHT.__contains__))
 def test_the_librarys_weights_load_and_give_its_logits(name):
     case = CASES[name]
     clips = small_clips(case)
@@ -178,7 +180,7 @@ class StopAtTorch(fx.Tracer):
         return super().call_module(module, forward, args, kwargs)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(CASES, LIGHT.__contains__))
 def test_the_network_can_be_traced_and_its_stages_are_called(name):
     case = CASES[name]
     with torch.device("meta"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from tiers import slow_but
 
 from atfr.cli.builders import clip_settings
 from atfr.cli.config import build, check_root
@@ -36,6 +37,9 @@ PAIRS = [(dataset, "x3d_sgs") for dataset in names("dataset")]
 PAIRS += [(dataset, model) for dataset in ("synthetic", "kinetics400") for model in names("model") if model != "x3d_sgs"]
 
 
+BUILT = ("x3d", "x3d_sgs", "slowfast_sgs", "r2plus1d", "s3d_sgs", "custom_sgs", "i3d_inception_sgs")  # in the main tier
+
+
 @pytest.mark.parametrize("dataset,model", PAIRS)
 def test_every_dataset_and_every_model_compose(dataset, model):
     config = composed(f"dataset={dataset}", f"model={model}")
@@ -44,7 +48,7 @@ def test_every_dataset_and_every_model_compose(dataset, model):
     build(config.trainer, "trainer")
 
 
-@pytest.mark.parametrize("model", names("model"))
+@pytest.mark.parametrize("model", slow_but(names("model"), BUILT.__contains__))
 def test_every_model_can_be_built_for_the_built_in_data(model):
     own = ["model.backbone._target_=torchvision.models.video.mc3_18"] if model.startswith("custom") else []
     location = ["model.sgs.after=layer2"] if model == "custom_sgs" else []
@@ -122,7 +126,7 @@ def test_a_size_that_looks_like_a_number_is_one_of_the_sizes(model, size):
     assert build(config.model, "model", num_classes=3) is not None
 
 
-@pytest.mark.parametrize("model", [name for name in names("model") if not name.endswith("_sgs")])
+@pytest.mark.parametrize("model", slow_but([name for name in names("model") if not name.endswith("_sgs")], BUILT.__contains__))
 def test_every_size_that_has_a_clip_is_a_size_and_every_model_has_a_twin_with_sgs(model):
     config = composed("dataset=kinetics400", f"model={model}")
     for size in config.model.get("clips", ()):

@@ -119,8 +119,13 @@ def test_a_dense_step_never_waits_for_the_device(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [SGSConfig.from_preset("reference"), ATFR, replace(ATFR, embed_from="clip"), replace(ATFR, gflops_range=(0.3, 0.7)), SGSConfig.from_preset("random", num_bins=8)],
-    ids=["reference", "atfr", "looks at the clip", "drawn", "random"],
+    [
+        pytest.param(SGSConfig.from_preset("reference"), id="reference", marks=pytest.mark.slow),
+        pytest.param(ATFR, id="atfr"),
+        pytest.param(replace(ATFR, embed_from="clip"), id="looks at the clip"),
+        pytest.param(replace(ATFR, gflops_range=(0.3, 0.7)), id="drawn"),
+        pytest.param(SGSConfig.from_preset("random", num_bins=8), id="random", marks=pytest.mark.slow),
+    ],
 )
 def test_a_step_with_sampling_waits_once_for_the_lengths(monkeypatch, tmp_path, options):
     assert step_on_gpu(monkeypatch, tmp_path, network(options)).count("wait") == 1

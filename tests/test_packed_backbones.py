@@ -14,6 +14,7 @@ import torch
 from outcomes import Outcome, run
 from test_backbones import CASES, CLASSES, lively, stages_of
 from test_packed import REFERENCE, TOLERANCE, Toy, uneven_clips
+from tiers import slow_but
 from torch import Tensor, nn
 
 from atfr.models.backbones.slowfast import FUSION_RULES, SIZES, Fusion
@@ -236,7 +237,16 @@ class Placed(NamedTuple):
     paths: dict[str, str]
 
 
-@pytest.fixture(scope="module", params=PLACED, ids=in_words)
+LIGHT = ("x3d tiny", "x3d S", "r2plus1d 18", "r3d 18", "mc3 18", "s3d base", "resnet3d tiny", "slowfast 4x16-R50")
+
+
+def is_quick(place: tuple) -> bool:
+    """Whether a place is tried in the main tier: several in a few light networks, and one of those that join two pathways."""
+    name, location, _ = place
+    return place == ("slowfast 8x8-R50", ("slow.res2", "fast.res3"), "aligned") or (name in LIGHT and location in ("stem", "res2", "slow.res2", ("stem", "res4")))
+
+
+@pytest.fixture(scope="module", params=[place if is_quick(place) else pytest.param(place, marks=pytest.mark.slow) for place in PLACED], ids=in_words)
 def at(request) -> Placed:
     """A network with SGS somewhere; of module scope, so that its tests run one after the other."""
     name, location, rule = request.param
@@ -309,7 +319,7 @@ CHOOSING = [(name, "slow.res2" if name == "slowfast 4x16-R50" else "res2", "alig
 ]
 
 
-@pytest.mark.parametrize("name, location, rule", CHOOSING, ids=in_words)
+@pytest.mark.parametrize("name, location, rule", slow_but(CHOOSING, is_quick), ids=in_words)
 def test_a_clip_that_chooses_what_it_keeps_is_the_same_alone_and_in_any_batch(name, location, rule):
     net, clips = built(name, location, rule), clips_for(name, 5)
     with torch.no_grad():
@@ -441,7 +451,7 @@ def test_training_statistics_of_batch_norm_are_those_of_the_features_that_clips_
             norm.load_state_dict(before)
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", slow_but(NETS, LIGHT.__contains__))
 def test_sgs_leaves_the_names_of_the_backbones_parameters_unchanged(name):
     case = CASES[name]
     with torch.device("meta"):
@@ -590,7 +600,7 @@ def test_bucketed_execution_refuses_batch_norm_that_is_trained():
     assert net.dense_network.first.weight.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name, location, sgs", [("r2plus1d 18", "res2", ATFR), ("i3d R50", "stem", ATFR), ("x3d tiny", "res3", REFERENCE)])
+@pytest.mark.parametrize("name, location, sgs", [("r2plus1d 18", "res2", ATFR), pytest.param("i3d R50", "stem", ATFR, marks=pytest.mark.slow), ("x3d tiny", "res3", REFERENCE)])
 def test_bucketed_and_packed_execution_agree(name, location, sgs):
     nets = []
     for execution in ("packed", "bucketed"):

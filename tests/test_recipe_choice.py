@@ -93,6 +93,7 @@ def test_a_dry_run_shows_the_recipe_and_where_each_value_comes_from_and_runs_not
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_options_and_groups_of_the_command_line_win_over_the_recipe(tmp_path, monkeypatch):
     data = miniature("kinetics400", tmp_path / "data")
     monkeypatch.chdir(tmp_path)

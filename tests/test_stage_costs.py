@@ -30,7 +30,7 @@ def test_a_stage_of_a_dense_network_costs_what_fvcore_counts_in_its_module():
     assert rows[0].output == (1, 16, 8, 16, 16)
 
 
-@pytest.mark.parametrize("network", ["x3d", "slowfast"])
+@pytest.mark.parametrize("network", ["x3d", pytest.param("slowfast", marks=pytest.mark.slow)])
 def test_the_columns_add_up_and_only_what_follows_the_layer_gets_cheaper(network):
     frames = 8 if network == "x3d" else 16
     make, size = (x3d, "tiny") if network == "x3d" else (slowfast, "8x8-R50")
@@ -65,7 +65,7 @@ def test_the_number_of_features_shown_is_that_of_the_keep_ratio_or_the_fixed_num
     assert expected_bins(model, GflopsTable(model, CLIP)) == expected
 
 
-@pytest.mark.parametrize("preset", ["atfr", "uniform"])
+@pytest.mark.parametrize("preset", ["atfr", pytest.param("uniform", marks=pytest.mark.slow)])
 def test_the_number_of_features_shown_costs_the_budget_in_gflops(preset):
     model = x3d(size="tiny", num_classes=5, sgs=SGSConfig.from_preset(preset, gflops=0.7))
     table = GflopsTable(model, CLIP)

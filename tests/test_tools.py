@@ -122,6 +122,7 @@ def test_a_run_interrupted_in_the_middle_of_an_epoch_ends_with_the_same_weights(
         assert torch.equal(value, second[name]), name
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_it(small_videos, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     more = ("trainer.save_every=1", "trainer.keep=5", "trainer.test=false")
@@ -148,7 +149,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_it(small_video
     assert outcome.code == 1 and f"checkpoint {last} cannot be read" in outcome.err
 
 
-@pytest.mark.parametrize("killed_in", ["copyfile", "replace"])
+@pytest.mark.parametrize("killed_in", [pytest.param("copyfile", marks=pytest.mark.slow), "replace"])
 def test_a_kill_while_the_state_before_a_damaged_one_takes_its_place_does_not_begin_anew(small_videos, tmp_path, monkeypatch, killed_in):
     job = small_job(small_videos, tmp_path, "trainer.save_every=1", "trainer.keep=5", "trainer.test=false")
     assert run_tool("train", *job, "trainer.max_steps=2").code == 0
@@ -260,6 +261,7 @@ def test_a_checkpoint_is_found_in_a_folder_with_any_name(trained, tmp_path):
     assert outcome.code == 1 and "add trainer.output_dir=... for the results" in outcome.err
 
 
+@pytest.mark.slow
 def test_a_sweep_of_tests_keeps_the_results_of_every_job(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "it's a run"
