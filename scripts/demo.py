@@ -46,7 +46,7 @@ def main() -> None:
             save(classifier.picture(video), arguments.output)
         except (ValueError, OSError, VideoError) as error:
             sys.exit(f"error: {error}")
-    print(f"Which frames of the middle clip went together: {arguments.output}")
+    print(f"Which frames of view {arguments.views // 2 + 1} of {arguments.views} went together: {arguments.output}")
 
 
 def generated(path: Path) -> str:
@@ -62,7 +62,8 @@ def verdict(dense: Classification, sampled: Classification) -> str:
     """Say whether SGS changed the answer."""
     share = f"{sampled.gflops / dense.gflops:.0%} of the GFLOPs"
     if dense.labels[0] == sampled.labels[0]:
-        return f"The first answer is the same with {share}."
+        probability = f"its probability is {sampled.probabilities[0]:.0%} instead of {dense.probabilities[0]:.0%}"
+        return f"The first answer is the same with {share}; {probability}."
     return (
         f"The first answer is another with {share}: {sampled.labels[0]} instead of {dense.labels[0]}."
         " The network was trained without SGS, and merging loses some classes; with a larger --gflops less is merged."

@@ -26,10 +26,11 @@ def main() -> None:
     parser.add_argument("notebook", type=Path)
     path = parser.parse_args().notebook
     path.write_text(json.dumps(executed(json.loads(path.read_text(encoding="utf-8"))), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"{path} now contains the outputs of this run")
 
 
 def executed(notebook: dict[str, Any]) -> dict[str, Any]:
-    """Return the notebook with the outputs of its code cells: what is printed, the value of the last line, and figures."""
+    """Return the notebook with the outputs of its code cells: what is printed, figures, and the picture that the last line gives."""
     names: dict[str, Any] = {"__name__": "__main__"}
     cells, count = [], 0
     for cell in notebook["cells"]:

@@ -64,7 +64,7 @@ def test_the_demo_says_whether_sgs_changed_the_answer(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     verdict = runpy.run_path(str(ROOT / "scripts/demo.py"))["verdict"]
     dense, same, other = (Classification("a.mp4", labels, (0.75, 0.25), ((8,),), gflops, 2.0) for labels, gflops in ((("x", "y"), 2.0), (("x", "z"), 1.0), (("y", "x"), 0.5)))
-    assert verdict(dense, same) == "The first answer is the same with 50% of the GFLOPs."
+    assert verdict(dense, same) == "The first answer is the same with 50% of the GFLOPs; its probability is 75% instead of 75%."
     assert verdict(dense, other).startswith("The first answer is another with 25% of the GFLOPs: y instead of x.")
 
 
@@ -87,6 +87,8 @@ def test_what_cannot_be_read_is_listed_and_the_rest_is_done(trained, small_video
     assert outcome.code == 0 and outcome.out == f"1 videos in {tmp_path / 'found.csv'}\n"
     assert {row["video"] for row in csv.DictReader((tmp_path / "found.csv").open())} == {str(tmp_path / "b.mp4")}
     assert [line.partition(": ")[0] for line in outcome.err.splitlines() if line.startswith("cannot")] == [f"cannot read {tmp_path / name}" for name in ("a.mp4", "c.mp4")]
+    rows = [json.loads(line) for line in predict(trained["x3d"], tmp_path, "format=jsonl").out.splitlines()]
+    assert {Path(row["video"]).name: "error" in row for row in rows} == {"a.mp4": True, "b.mp4": False, "c.mp4": True}
     outcome = predict(trained["x3d"], tmp_path / "a.mp4")
     assert outcome.code == 1 and outcome.err.endswith("error: none of the 1 videos could be read\n")
     with pytest.raises(VideoError, match="a.mp4"):
@@ -101,6 +103,11 @@ def test_a_timeline_has_a_window_every_hop_and_its_picture(trained, small_videos
     assert [row["start_s"] for row in rows] == pytest.approx([0, 0.4, 0.8, 1.2, 1.6])
     assert all(row["end_s"] - row["start_s"] == pytest.approx(0.8) for row in rows)
     assert Image.open(tmp_path / "down 1.png").width > 1000
+    # The end of a video is in a window, too: three at 0, .55 and 1.1 s.
+    outcome = predict(trained["x3d"], small_videos / "down 1.mp4", "window_s=1.3", "hop_s=0.8", "format=jsonl", "top=1")
+    rows = [json.loads(line) for line in outcome.out.splitlines()]
+    assert [row["start_s"] for row in rows] == pytest.approx([0, 0.55, 1.1]) and rows[-1]["end_s"] == pytest.approx(2.4)
+    assert all(len(row["classes"]) == 1 for row in rows)
 
 
 def test_a_budget_at_prediction_time_changes_what_is_kept(trained, small_videos):
@@ -108,6 +115,9 @@ def test_a_budget_at_prediction_time_changes_what_is_kept(trained, small_videos)
     assert outcome.code == 0, outcome.err
     costs = [row["gflops"] / row["dense_gflops"] for row in map(json.loads, outcome.out.splitlines())]
     assert 0.5 < sum(costs) / len(costs) <= 0.6
+    assert f"gflops=0.6: {sum(costs) / len(costs):.0%} of the dense GFLOPs on the 12 videos" in outcome.err
+    outcome = predict(trained["x3d"], small_videos, "gflops=0.6")
+    assert outcome.code == 1 and "has no SGS layer whose budget gflops=0.6 could set: add sgs=atfr" in outcome.err
 
 
 @pytest.mark.slow

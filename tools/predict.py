@@ -22,6 +22,8 @@ from atfr.cli.predict import PredictSettings, find_videos, lines_of
 from atfr.data.types import VideoError
 from atfr.utils.atomic_io import atomic_write
 
+CALIBRATED = 64  # videos at most, to set a budget
+
 
 @program("predict")
 def main(config: DictConfig) -> None:
@@ -51,7 +53,11 @@ def prepared(settings: PredictSettings, paths: list[str]) -> Classifier:
     if changed:
         classifier = classifier.with_views(**changed)
     if settings.gflops is not None:
-        classifier.set_budget(settings.gflops, paths[:64])
+        if not classifier.model.sgs:
+            raise ValueError(f"checkpoint={settings.checkpoint} has no SGS layer whose budget gflops={settings.gflops} could set: add sgs=atfr")
+        used = paths[:CALIBRATED]
+        share = classifier.set_budget(settings.gflops, used)
+        print(f"gflops={settings.gflops}: {share:.0%} of the dense GFLOPs on the {len(used)} videos that it is calibrated on", file=sys.stderr)
     return classifier
 
 

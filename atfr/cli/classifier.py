@@ -139,25 +139,28 @@ class Classifier:
         table = builders.gflops_table(self.model, self.clip)
         return float(table.estimate(bins).mean()) if table.frames else table.dense
 
-    def set_budget(self, gflops: float, paths: Iterable[Path_]) -> None:
+    def set_budget(self, gflops: float, paths: Iterable[Path_]) -> float:
         """Calibrate the SGS layers on views of these videos so that they cost this share of the dense GFLOPs on average.
+
+        Returns:
+            The mean share that these views cost now. With few views it may be well below `gflops`.
 
         Raises:
             ValueError: none of them can be read, or the network has no SGS or cannot be that cheap.
         """
         views = TestClips([Video(os.fspath(path), 0) for path in paths], self.clip, views=self.clip.views, crops=1)
         clips = (clip.clip for clip in (views[item] for item in range(len(views))) if clip.clip is not None)
-        calibrate(self.model, (self._normalise(clip[None].to(self._device)) for clip in clips), gflops=gflops)
+        return calibrate(self.model, (self._normalise(clip[None].to(self._device)) for clip in clips), gflops=gflops)
 
     def picture(self, path: Path_) -> Image:
-        """Draw which frames of the video's middle view went together.
+        """Draw which frames of one of the video's views, the middle one, went together.
 
         Raises:
             VideoError: the video cannot be read.
         """
         from atfr.viz.clips import merge_pictures  # matplotlib takes a second to import
 
-        clip = TestClips([Video(os.fspath(path), 0)], self.clip, views=1, crops=1)[0]
+        clip = TestClips([Video(os.fspath(path), 0)], self.clip, views=self.clip.views, crops=1)[self.clip.views // 2]
         if clip.clip is None:
             raise VideoError(os.fspath(path), clip.error)
         (picture,) = merge_pictures(self.model, [clip.clip], normalise=self._normalise, class_names=self.class_names)

@@ -6,6 +6,7 @@ import csv
 import glob
 import io
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -82,8 +83,8 @@ def find_videos(given: str | Sequence[str]) -> list[str]:
     return list(found)
 
 
-def windows_of(classifier: Classifier, path: str, *, window_s: float, hop_s: float, batch_size: int = 8) -> list[tuple[Window, Classification]]:
-    """Classify windows of `window_s` seconds, about `hop_s` apart, from the start of a video to its end.
+def windows_of(classifier: Classifier, path: str, *, window_s: float, hop_s: float, top: int = 5, batch_size: int = 8) -> list[tuple[Window, Classification]]:
+    """Classify windows of `window_s` seconds, spread evenly from the start of a video to its end, at most `hop_s` apart.
 
     Raises:
         VideoError: the video cannot be read, or its frame rate is unknown.
@@ -91,11 +92,11 @@ def windows_of(classifier: Classifier, path: str, *, window_s: float, hop_s: flo
     from atfr.viz.timeline import Window  # matplotlib takes half a second to import
 
     duration = duration_of(path)
-    count = max(round((duration - window_s) / hop_s) + 1, 1)
+    count = max(math.ceil((duration - window_s) / hop_s - 1e-6) + 1, 1)
     clip = classifier.clip
     spread = classifier.with_views(views=count, crops=1, sampling="dense", fps=clip.stride * clip.frames / window_s, fallback_fps=None)
     starts = np.linspace(0, max(duration - window_s, 0), count)
-    results = spread.each_view(path, batch_size=batch_size)
+    results = spread.each_view(path, top=top, batch_size=batch_size)
     return [
         (Window(float(start), float(min(start + window_s, duration)), one.labels[0], one.probabilities[0], one.gflops / one.dense_gflops), one)
         for start, one in zip(starts, results)
@@ -137,6 +138,10 @@ class Writer:
             return f"{window.start:>8.1f} s to {window.end:>6.1f} s  {window.label:<32} {window.probability:>4.0%}, {window.cost:>4.0%} of the dense GFLOPs\n"
         return f"{result}\n"
 
+    def failed(self, error: VideoError) -> str:
+        """The line of a video that cannot be read; empty in formats that have no place for it."""
+        return json.dumps({"video": error.path, "error": str(error)}) + "\n" if self.form == "jsonl" else ""
+
 
 def _csv_line(cells: Iterable[object]) -> str:
     line = io.StringIO()
@@ -157,6 +162,7 @@ def _lines_of_videos(classifier: Classifier, paths: Sequence[str], settings: Pre
     for result in results:
         if isinstance(result, VideoError):
             failed.append(result)
+            yield writer.failed(result)
             continue
         yield writer.result(result)
         if files:
@@ -173,7 +179,7 @@ def _lines_of_windows(classifier: Classifier, paths: Sequence[str], settings: Pr
     files = picture_files(paths, Path(settings.pictures)) if settings.pictures is not None else {}
     for path in watched(paths, "prediction", unit="video", shown=len(paths) > 1):
         try:
-            found = windows_of(classifier, path, window_s=settings.window_s, hop_s=settings.hop_s or settings.window_s / 2, batch_size=settings.batch_size)
+            found = windows_of(classifier, path, window_s=settings.window_s, hop_s=settings.hop_s or settings.window_s / 2, top=settings.top, batch_size=settings.batch_size)
             windows = [window for window, _ in found]
             if files:
                 save(timeline_picture(middle_frames(path, windows), windows), files[path])

@@ -137,7 +137,7 @@ def curves(loss: Sequence[Points], top1: Sequence[Points], limits: tuple[float, 
     low, high, best = limits
     left.set_ylim(max(0.0, low - 0.05 * (high - low)) if high > low else 0, high + 0.05 * max(high - low, 0.1))
     right.set_ylim(0, min(100.0, best * 1.1) or 100.0)
-    figure.subplots_adjust(left=0.1, right=0.98, top=0.86, bottom=0.28, wspace=0.3)
+    figure.subplots_adjust(left=0.13, right=0.98, top=0.86, bottom=0.28, wspace=0.32)
     return _svg(figure, f"training loss and validation top-1, {name}")
 
 

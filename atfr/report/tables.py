@@ -198,14 +198,14 @@ def class_table(found: Mapping[int, Mapping[str, ClassTotals]], entries: Sequenc
         found: the classes by the index of an entry, summed over its seeds.
     """
     shown = sorted(found)
-    columns = [Column("Class", number=False), Column("Clips")]
+    columns = [Column("Class", number=False), Column("Clips", help="of one test; of each run where they differ")]
     for index in shown:
         columns += [Column(f"#{index + 1}", "% right"), *([Column(f"#{index + 1}", "GFLOPs")] if entries[index].kind == "adaptive" else [])]
     highest = max(one.gflops / one.clips for totals in found.values() for one in totals.values()) or 1.0
     rows = []
     for name in sorted({name for totals in found.values() for name in totals}):
-        clips = max(totals[name].clips // len(entries[index].runs) for index, totals in found.items() if name in totals)
-        cells = [Cell(plain_line(name)), Cell(str(clips), clips)]
+        clips = [found[index][name].clips // len(entries[index].runs) if name in found[index] else 0 for index in shown]
+        cells = [Cell(plain_line(name)), Cell(str(clips[0]) if len(set(clips)) == 1 else " / ".join(map(str, clips)), max(clips))]
         for index in shown:
             one, adaptive = found[index].get(name), entries[index].kind == "adaptive"
             if one is None:
