@@ -146,10 +146,10 @@ def run(model: VideoNet, before: list[Tensor], data: Clips, location: str, metho
 
     def inputs(number: int) -> tuple[Tensor, ...]:
         """What `run_trunk` takes: the features to sample, and the clips where the layer embeds these."""
+        if before and not layer.options.embeds_clip:
+            return (before[number].float(),)
         clips = normalised(batches[number]).contiguous(memory_format=torch.channels_last_3d)
-        if not before:
-            return (clips,)
-        return (before[number].float(), clips) if layer.options.embeds_clip else (before[number].float(),)
+        return (before[number].float(), clips) if before else (clips,)
 
     if layer.tracks_width:
         proposals = [layer(given[0], None, given[-1]) for given in map(inputs, range(0, len(batches), 7))]
