@@ -17,7 +17,7 @@ from atfr.report.page import render
 from atfr.report.runs import find_runs
 from atfr.report.tables import main_csv
 from atfr.utils.atomic_io import atomic_write
-from atfr.utils.printable import printable
+from atfr.utils.printable import one_line
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
         if arguments.csv is not None:
             write(arguments.csv, main_csv(runs), option="--csv")
     except (ValueError, OSError) as error:
-        print(printable(f"error: {' '.join(str(error).split())}"), file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(1)
     tested = sum(run.results is not None for run in runs)
     untested = f", {len(runs) - tested} without" if tested < len(runs) else ""

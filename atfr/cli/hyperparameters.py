@@ -8,10 +8,10 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from atfr.cli.arguments import parse
-from atfr.engine.run.run_dir import FREE, PATHS
+from atfr.engine.run.run_dir import NO_EFFECT, PATHS
 
 ALWAYS = ("optimizer.lr", "trainer.batch_size", "trainer.epochs", "trainer.seed")
-NO_HYPERPARAMETERS = {"dry_run", *FREE, *PATHS} - {"trainer.max_steps"}
+NO_HYPERPARAMETERS = {"dry_run", *NO_EFFECT, *PATHS}
 
 
 def hyperparameters(config: DictConfig, chosen: dict[str, str], overrides: Iterable[str]) -> dict[str, str | float]:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from atfr.engine.run.run_dir import FREE
+from atfr.engine.run.run_dir import NO_EFFECT
 from atfr.report.runs import Results, Run
-from atfr.utils.printable import printable
+from atfr.utils.printable import one_line
 
 FIXED = ("uniform", "stride", "random")  # similarities whose B' is the same for all clips
 SEED = "trainer.seed"
 # Options of the machine, and those that follow from others.
-_NOT_OF_THE_RUN = (FREE - {"trainer.max_steps"}) | {"dataset.root", "dataset.strip_prefix", "dataset.clip.cache", "dataset.make"}
+_NOT_OF_THE_RUN = NO_EFFECT | {"dataset.root", "dataset.strip_prefix", "dataset.clip.cache", "dataset.make"}
 _DERIVED = ("model.clip.", "model.clips.")
 _BUDGETS = tuple(f"model.sgs.{name}" for name in ("gflops", "keep_ratio", "gflops_range", "num_bins", "width"))
 _METHOD = ("model.sgs", "model.sgs._target_", "model.sgs.similarity")
@@ -157,20 +157,15 @@ def options_of(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str,
 def label_of(run: Run, names: Mapping[str, str]) -> str:
     """Name a run by its method and by the options that differ."""
     if not run.config:
-        return plain_line(run.name)
+        return one_line(run.name)
     options = ", ".join(f"{name}={value}" for name, value in options_of(run.config, names).items())
-    return plain_line(f"{method(run.config)} {options}".strip())
+    return one_line(f"{method(run.config)} {options}".strip())
 
 
 def untested(runs: Sequence[Run]) -> list[tuple[str, Run]]:
     """Return the runs without results, with the options that distinguish them from all others."""
     names = short_names(differing([run.config for run in runs if run.config]))
     return [(label_of(run, names), run) for run in runs if run.results is None]
-
-
-def plain_line(text: str) -> str:
-    """Make text of files printable, on one line."""
-    return " ".join(printable(text).split())
 
 
 def entries_of(runs: Sequence[Run]) -> list[Entry]:
@@ -189,7 +184,7 @@ def entries_of(runs: Sequence[Run]) -> list[Entry]:
     entries = []
     for group, label in zip(groups, labels):
         if labels.count(label) > 1:  # the same experiment twice
-            label = plain_line(f"{label} ({group[0].folder.name})")
+            label = one_line(f"{label} ({group[0].folder.name})")
         entries.append(Entry(tuple(group), label, method(group[0].config), options_of(group[0].config, names)))
     return sorted(entries, key=lambda entry: (-entry.top1.mean, entry.gflops.mean))
 

@@ -12,11 +12,11 @@ import jinja2
 from markupsafe import Markup
 
 from atfr.report import figures
-from atfr.report.compare import OF_THE_CLIP, Entry, entries_of, pareto, plain_line, protocol, untested
+from atfr.report.compare import OF_THE_CLIP, Entry, entries_of, pareto, protocol, untested
 from atfr.report.examples import Example, read_examples
 from atfr.report.runs import ClassTotals, Results, Run, class_totals
 from atfr.report.tables import Cell, Column, Table, class_table, front_table, main_table, seed_table, text_of, untested_table
-from atfr.utils.printable import printable
+from atfr.utils.printable import one_line, printable
 
 MOST_CLASS_COLUMNS = 6  # runs in the table of classes
 MOST_WITH_EXAMPLES = 4  # runs whose examples are shown
@@ -74,7 +74,7 @@ def page_of(runs: Sequence[Run]) -> Page:
     entries = entries_of(runs)
     tested = sum(len(entry.runs) for entry in entries)
     page = Page(title="atfr report", made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"), tested=tested)
-    page.notes = [(plain_line(run.name), plain_line(note)) for run in runs for note in run.notes]
+    page.notes = [(one_line(run.name), one_line(note)) for run in runs for note in run.notes]
     page.untested = untested_table(runs)
     page.curves = _curves(entries, runs)
     if not entries:
@@ -90,7 +90,7 @@ def page_of(runs: Sequence[Run]) -> Page:
     _add_protocols(page, entries)
     page.answers = _answers(entries, totals)
     page.configs = [
-        (number, entry.label, plain_line(str(entry.runs[0].folder)), printable(entry.runs[0].config_text))
+        (number, entry.label, one_line(str(entry.runs[0].folder)), printable(entry.runs[0].config_text))
         for number, entry in enumerate(entries, start=1)
         if entry.runs[0].config_text
     ]
@@ -131,7 +131,7 @@ def _add_classes(page: Page, entries: Sequence[Entry], front: Sequence[int]) -> 
         try:
             totals = _sum_classes([class_totals(run.folder) for run in entries[index].runs if run.budget is None])
         except ValueError as error:
-            page.notes.append((plain_line(entries[index].runs[0].name), plain_line(str(error))))
+            page.notes.append((one_line(entries[index].runs[0].name), one_line(str(error))))
             continue
         if totals:
             found[index] = totals
@@ -143,7 +143,7 @@ def _add_classes(page: Page, entries: Sequence[Entry], front: Sequence[int]) -> 
     if best_adaptive not in found or best_adaptive is None:
         return None
     dense = entries[best_adaptive].results[0].dense_gflops
-    named = {plain_line(name): one for name, one in found[best_adaptive].items()}
+    named = {one_line(name): one for name, one in found[best_adaptive].items()}
     page.class_figure = _panel(best_adaptive + 1, entries[best_adaptive], figures.class_costs(named, dense=dense))
     return best_adaptive + 1, found[best_adaptive]
 
@@ -166,7 +166,7 @@ def _add_examples(page: Page, entries: Sequence[Entry]) -> None:
     for number, entry in enumerate(entries, start=1):
         found, note = read_examples(entry.runs[0].folder)
         if note:
-            page.notes.append((plain_line(entry.runs[0].name), note))
+            page.notes.append((one_line(entry.runs[0].name), note))
         with_examples += bool(found)
         if found and len(page.examples) < MOST_WITH_EXAMPLES:
             page.examples.append((number, entry.label, _first_of_each_kind(found)))
@@ -201,8 +201,8 @@ def _add_protocols(page: Page, entries: Sequence[Entry]) -> None:
     keys = list(dict.fromkeys(key for _, _, one in protocols for key in one))
     same = [key for key in keys if len({_json(one.get(key)) for _, _, one in protocols}) == 1]
     different = [key for key in keys if key not in same]
-    page.same_protocol = [(plain_line(key), plain_line(_json(protocols[0][2].get(key)))) for key in same]
-    matters = [plain_line(key) for key in different if key not in OF_THE_CLIP]
+    page.same_protocol = [(one_line(key), one_line(_json(protocols[0][2].get(key)))) for key in same]
+    matters = [one_line(key) for key in different if key not in OF_THE_CLIP]
     if matters:
         page.warnings.append(f"The runs were not tested in the same way, so their accuracies may not be comparable. See Protocol: {', '.join(matters)}.")
     if any(_chosen_on_test_videos(run) for entry in entries for run in entry.runs):
@@ -210,7 +210,7 @@ def _add_protocols(page: Page, entries: Sequence[Entry]) -> None:
     failed = [f"#{number}: {results.failed}" for number, entry in enumerate(entries, start=1) for results in entry.results if results.failed]
     if failed:
         page.warnings.append(f"Test videos that could not be read are not counted ({', '.join(failed)}).")
-    names = ("Run", "Commit", "Tested checkpoint", *map(plain_line, different))
+    names = ("Run", "Commit", "Tested checkpoint", *map(one_line, different))
     columns = [Column("#"), *(Column(name, number=False) for name in names)]
     rows = []
     for number, entry, one in protocols:
@@ -218,8 +218,8 @@ def _add_protocols(page: Page, entries: Sequence[Entry]) -> None:
         checkpoint = str(entry.results[0].protocol.get("checkpoint") or "–")
         if f"/{entry.runs[0].folder.name}/checkpoints/" in checkpoint:
             checkpoint = checkpoint.rpartition("/")[2]  # in the run folder
-        own = [Cell(plain_line(_json(one.get(key)))) for key in different]
-        rows.append([Cell(str(number), number), Cell(entry.label), Cell(", ".join(commits)), Cell(plain_line(checkpoint)), *own])
+        own = [Cell(one_line(_json(one.get(key)))) for key in different]
+        rows.append([Cell(str(number), number), Cell(entry.label), Cell(", ".join(commits)), Cell(one_line(checkpoint)), *own])
     page.protocols = Table(columns, rows)
 
 
@@ -232,7 +232,7 @@ def _chosen_on_test_videos(run: Run) -> bool:
 def _commit(results: Results) -> str:
     """The commit as recorded, shortened; a + is kept, which marks uncommitted changes."""
     commit = results.protocol.get("commit")
-    return plain_line(commit[:12] + "+" * commit.endswith("+")) if isinstance(commit, str) else "not recorded"
+    return one_line(commit[:12] + "+" * commit.endswith("+")) if isinstance(commit, str) else "not recorded"
 
 
 def _json(value: Any) -> str:
@@ -273,9 +273,9 @@ def _answers(entries: Sequence[Entry], totals: tuple[int, dict[str, ClassTotals]
         found.append(
             (
                 "Expensive clips",
-                f"With #{totals[0]}, those of class {plain_line(high)} cost most"
+                f"With #{totals[0]}, those of class {one_line(high)} cost most"
                 f" ({dearest.gflops / dearest.clips:.3g} GFLOPs, B' {dearest.bins / dearest.clips:.1f} on average),"
-                f" those of {plain_line(low)} least ({cheapest.gflops / cheapest.clips:.3g}, B' {cheapest.bins / cheapest.clips:.1f}).",
+                f" those of {one_line(low)} least ({cheapest.gflops / cheapest.clips:.3g}, B' {cheapest.bins / cheapest.clips:.1f}).",
             )
         )
     return found

@@ -18,6 +18,7 @@ import yaml
 
 from atfr.engine.run.run_dir import flat
 from atfr.engine.run.run_lock import DEAD_S, NAME
+from atfr.utils.printable import one_line
 
 MARKS = ("config.yaml", "results.json")  # a folder with one of these is a run
 CONTENTS = "config.yaml, metrics.jsonl, checkpoints/, and after the test results.json and predictions.csv"
@@ -154,14 +155,14 @@ def _calibrated(path: Path, config: dict[str, Any], config_text: str) -> list[Ru
             runs.append(Run(path.parent, budget, _parse_results(entry), config=own, config_text=config_text))
         return runs
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        return [Run(path.parent, reason=f"{path.name} is damaged: {_in_one_line(error)}", config=config, config_text=config_text)]
+        return [Run(path.parent, reason=f"{path.name} is damaged: {one_line(str(error))}", config=config, config_text=config_text)]
 
 
 def _results_of(path: Path) -> tuple[Results | None, str]:
     try:
         return _parse_results(json.loads(path.read_text(encoding="utf-8"))), ""
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        return None, f"{path.name} is damaged: {_in_one_line(error)}"
+        return None, f"{path.name} is damaged: {one_line(str(error))}"
 
 
 def _parse_results(raw: Any) -> Results:
@@ -215,7 +216,7 @@ def _config(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
             raise ValueError("it holds no options")
         return text, flat(config)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        notes.append(f"{path.name} is damaged: {_in_one_line(error)}")
+        notes.append(f"{path.name} is damaged: {one_line(str(error))}")
         return "", {}
 
 
@@ -242,7 +243,7 @@ def _metrics(path: Path, config: Mapping[str, Any], notes: list[str]) -> tuple[P
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     except OSError as error:
-        notes.append(f"{path.name} cannot be read: {_in_one_line(error)}")
+        notes.append(f"{path.name} cannot be read: {one_line(str(error))}")
         lines = []
     for line in lines:
         try:
@@ -327,9 +328,5 @@ def class_totals(folder: Path) -> dict[str, ClassTotals]:
         raise ValueError(f"{path.name} cannot be read ({error.strerror})") from error
     except (ValueError, IndexError, csv.Error) as error:
         clips = sum(one.clips for one in totals.values())
-        raise ValueError(f"{path.name} is damaged after {clips} clips: {_in_one_line(error)}") from error
+        raise ValueError(f"{path.name} is damaged after {clips} clips: {one_line(str(error))}") from error
     return totals
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

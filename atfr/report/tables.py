@@ -8,8 +8,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from atfr.report.compare import SEED, Entry, Estimate, entries_of, plain_line, untested
+from atfr.report.compare import SEED, Entry, Estimate, entries_of, untested
 from atfr.report.runs import ClassTotals, Run
+from atfr.utils.printable import one_line
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def main_table(entries: Sequence[Entry]) -> Table:
     rows = []
     bests = [_best(quantity, entries) for quantity in QUANTITIES]
     for number, entry in enumerate(entries, start=1):
-        folder = plain_line(entry.runs[0].name) + (f" and {len(entry.runs) - 1} more" if len(entry.runs) > 1 else "")
+        folder = one_line(entry.runs[0].name) + (f" and {len(entry.runs) - 1} more" if len(entry.runs) > 1 else "")
         seeds = [Cell(", ".join(map(str, entry.seeds)) or "–")] if several else []
         name = Cell(entry.label, small=folder, link=f"config-{number}" if entry.runs[0].config_text else "")
         rows.append([Cell(str(number), number), name, *seeds, *_quantities(entry, bests, _common_frames(entries))])
@@ -147,7 +148,7 @@ def seed_table(entries: Sequence[Entry]) -> Table:
             seed = run.config.get(SEED)
             alone = Entry((run,), entry.label, entry.method, entry.options)
             at = Cell(str(seed), float(seed) if isinstance(seed, (int, float)) else None)
-            rows.append([Cell(str(number), number), Cell(entry.label, small=plain_line(run.name)), at, *_quantities(alone, [None] * len(QUANTITIES), _common_frames(entries))])
+            rows.append([Cell(str(number), number), Cell(entry.label, small=one_line(run.name)), at, *_quantities(alone, [None] * len(QUANTITIES), _common_frames(entries))])
     return Table(columns, rows)
 
 
@@ -205,7 +206,7 @@ def class_table(found: Mapping[int, Mapping[str, ClassTotals]], entries: Sequenc
     rows = []
     for name in sorted({name for totals in found.values() for name in totals}):
         clips = [found[index][name].clips // len(entries[index].runs) if name in found[index] else 0 for index in shown]
-        cells = [Cell(plain_line(name)), Cell(str(clips[0]) if len(set(clips)) == 1 else " / ".join(map(str, clips)), max(clips))]
+        cells = [Cell(one_line(name)), Cell(str(clips[0]) if len(set(clips)) == 1 else " / ".join(map(str, clips)), max(clips))]
         for index in shown:
             one, adaptive = found[index].get(name), entries[index].kind == "adaptive"
             if one is None:
@@ -218,5 +219,5 @@ def class_table(found: Mapping[int, Mapping[str, ClassTotals]], entries: Sequenc
 
 
 def untested_table(runs: Sequence[Run]) -> Table | None:
-    rows = [[Cell(label, small=plain_line(run.name) if run.config else ""), Cell(plain_line(run.reason))] for label, run in untested(runs)]
+    rows = [[Cell(label, small=one_line(run.name) if run.config else ""), Cell(one_line(run.reason))] for label, run in untested(runs)]
     return Table([Column("Run", number=False), Column("Why it has no results", number=False)], rows) if rows else None

@@ -8,7 +8,12 @@ def printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
+def one_line(text: str) -> str:
+    """Return text as one printable line."""
+    return " ".join(printable(text).split())
+
+
 def shortened(text: str, longest: int) -> str:
     """Return text as one printable line, cut after `longest` letters."""
-    text = " ".join(printable(text).split())
+    text = one_line(text)
     return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"

@@ -18,6 +18,7 @@ FREE = frozenset(
         *("checkpoint_activations", "compile", "tensorboard_pictures", "examples"),
     )
 )
+NO_EFFECT = FREE - {"trainer.max_steps"}  # options that change no result
 # Paths of files, which may move. `contents.py` compares what is in the files.
 PATHS = frozenset(
     f"dataset.{name}"
