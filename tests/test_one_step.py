@@ -32,6 +32,7 @@ SMALL = [
     "trainer.log_every=1",
     "trainer.workers=0",
     "trainer.statistics_clips=0",
+    "trainer.tensorboard_pictures=0",  # they take longer than the step; tests/test_monitoring.py looks at them
     "trainer.accelerator=cpu",
     "trainer.test=false",
 ]
