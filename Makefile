@@ -15,11 +15,12 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python scripts/demo.py $(if $(VIDEO),"$(VIDEO)")
 
 # Runs the main tests; `make test-all` also runs those that train for minutes.
+# Three processes for two cores: the longest file waits for SLURM nearly all the time.
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-all: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
