@@ -186,10 +186,11 @@ CHECKS: dict[str, tuple[Callable, tuple]] = {
 }
 
 
-def run_all() -> dict[str, str]:
-    """What each check failed with."""
+def run_all(names: list[str]) -> dict[str, str]:
+    """What each of these checks failed with."""
     failures = {}
-    for name, (check, arguments) in CHECKS.items():
+    for name in names:
+        check, arguments = CHECKS[name]
         torch.manual_seed(0)
         try:
             check(*arguments)
@@ -200,4 +201,4 @@ def run_all() -> dict[str, str]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    Path(sys.argv[1]).write_text(json.dumps(run_all()))
+    Path(sys.argv[1]).write_text(json.dumps(run_all(sys.argv[2:])))

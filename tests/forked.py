@@ -73,6 +73,11 @@ def start(function: Callable[..., None], *arguments: Any, output: Path | None = 
     return process
 
 
+def start_together(function: Callable[..., None], *arguments: Any, processes: int, output: Path | None = None) -> list[ForkServerProcess]:
+    """The same, as the processes that torchrun starts."""
+    return [start(function, *arguments, output=output, **place) for place in torchrun_places(processes)]
+
+
 def ended(process: ForkServerProcess, seconds: float = 300) -> int:
     """Its exit code, once there is one."""
     process.join(seconds)

@@ -28,7 +28,7 @@ def failing_optimizer(model: nn.Module, lr: float, kind: str, **_: Any) -> SGD:
 
 
 class DawdlingSGD(SGD):
-    """SGD in whose first `starts`, in a SLURM job, a step takes a second: it is still training when the job has to stop."""
+    """SGD in whose first `starts`, in a SLURM job, a step takes two seconds: it is still training when the job has to stop."""
 
     def __init__(self, *arguments: Any, starts: int, **more: Any) -> None:
         super().__init__(*arguments, **more)
@@ -36,7 +36,7 @@ class DawdlingSGD(SGD):
 
     def step(self, *arguments: Any) -> Any:
         if os.environ.get("SLURM_JOB_ID") and int(os.environ.get("SLURM_RESTART_COUNT", 0)) < self.starts:
-            time.sleep(1)
+            time.sleep(2)
         return super().step(*arguments)
 
 

@@ -1,10 +1,9 @@
-"""Run by test_sync_norm.py under torchrun: batch norm over several ranks compared with one that has all clips. Exits non-zero if they differ."""
+"""Run by test_sync_norm.py as two ranks: batch norm over several ranks compared with one that has all clips. Exits non-zero if they differ."""
 
 from __future__ import annotations
 
 import copy
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Iterable
@@ -25,7 +24,6 @@ from atfr.models.video_net import VideoNet
 ATFR = SGSConfig.from_preset("atfr", keep_ratio=0.5)
 PATH = SGSConfig.from_preset("atfr", similarity="path", embedding="frozen", embed_from="features", noise_floor=True, keep_ratio=0.5)  # its embedding has a batch norm
 SETTINGS = replace(test_train.SETTINGS, batch_size=6, label_smoothing=0.1, clip_norm=5.0, statistics_clips=12, sync_batch_norm=True)
-STEPS = 20
 
 
 def clips(seed: int) -> Tensor:
@@ -48,18 +46,18 @@ def statistics_of(options: SGSConfig, rank: int, world: int, *, untrained: bool)
     return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
-def losses_of(folder: Path, dist_info: DistInfo) -> list[dict[str, float]]:
-    """Return what 20 steps log."""
+def losses_of(folder: Path, dist_info: DistInfo, steps: int) -> list[dict[str, float]]:
+    """Return what these steps log."""
     model = network()
 
     def batches(epoch: int, start: int) -> Iterable[test_train.Batch]:
-        for step in range(start, STEPS):
+        for step in range(start, steps):
             x, labels = clips(step)[dist_info.rank :: dist_info.world], torch.arange(6)[dist_info.rank :: dist_info.world] % 3
             yield test_train.Batch(x, labels, ("a",) * len(x))
 
     settings = replace(SETTINGS, checkpoint_activations=dist_info.world > 1)  # which must change nothing
     optimizer = sgd(model, lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=True)
-    test_train.trainer_of(model, folder, optimizer=optimizer, batches=batches, steps_per_epoch=STEPS, settings=settings, dist_info=dist_info).run()
+    test_train.trainer_of(model, folder, optimizer=optimizer, batches=batches, steps_per_epoch=steps, settings=settings, dist_info=dist_info).run()
     assert "forward" not in model.dense_network.blocks[0].norm.__dict__, "the forward methods were not restored"
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"train"' in line] if dist_info.is_main else []
 
@@ -98,10 +96,8 @@ def check_layer(rank: int) -> None:
             same(together.eval()(part), alone.eval()(whole)[own])
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    cases = [(options, untrained) for options in (ATFR, PATH) for untrained in (True, False)]
+def main(folder: Path, steps: int, thorough: bool) -> None:
+    cases = [(options, untrained) for options in (ATFR, PATH) for untrained in (True, False) if thorough or untrained == (options is ATFR)]
     # Before there is a group: alone.
     expected = [statistics_of(options, 0, 1, untrained=untrained) for options, untrained in cases]
     dist_info = comm.start(accelerator="cpu", devices=None)
@@ -109,18 +105,15 @@ def main() -> None:
     for (options, untrained), buffers in zip(cases, expected):
         for name, value in statistics_of(options, dist_info.rank, dist_info.world, untrained=untrained).items():
             torch.testing.assert_close(value, buffers[name], rtol=1e-4, atol=1e-5, msg=lambda text: f"{options.similarity}: {name}: {text}")
-    lines = losses_of(folder / "together", dist_info)
+    lines = losses_of(folder / "together", dist_info, steps)
     if dist_info.is_main:
         comm.stop()
-        compare(losses_of(folder / "alone", DistInfo(0, 1, torch.device("cpu"))), lines)
+        compare(losses_of(folder / "alone", DistInfo(0, 1, torch.device("cpu")), steps), lines, steps)
 
 
-def compare(alone: list[dict[str, float]], together: list[dict[str, float]]) -> None:
-    assert len(alone) == len(together) == STEPS and len({line["loss"] for line in alone}) == STEPS
+def compare(alone: list[dict[str, float]], together: list[dict[str, float]], steps: int) -> None:
+    assert len(alone) == len(together) == steps and len({line["loss"] for line in alone}) == steps
     for one, other in zip(alone, together):
         for key in ("loss", "grad_norm", "bins", "sgs_width"):
             torch.testing.assert_close(other[key], one[key], rtol=1e-4, atol=0, msg=lambda text: f"step {one['step']}: {key}: {text}")
 
-
-if __name__ == "__main__":
-    main()

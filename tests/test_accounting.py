@@ -42,7 +42,14 @@ def test_the_number_of_parameters_is_pytorchvideos():
 
 
 @pytest.mark.filterwarnings("ignore:.*:torch.jit.TracerWarning")
-@pytest.mark.parametrize("options", [REFERENCE, ATFR, replace(ATFR, embed_from="features")], ids=["reference", "atfr", "embeds features"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(REFERENCE, id="reference", marks=pytest.mark.slow),
+        pytest.param(ATFR, id="atfr"),
+        pytest.param(replace(ATFR, embed_from="features"), id="embeds features", marks=pytest.mark.slow),
+    ],
+)
 def test_the_table_equals_a_direct_analysis_of_a_clip(options):
     model = x3d(size="tiny", num_classes=6, sgs=options).eval()
     table = GflopsTable(model, SHAPE)
@@ -75,7 +82,7 @@ def test_a_clip_costs_more_the_more_features_it_keeps_and_the_dense_network_when
 @pytest.mark.parametrize(
     "build, sgs",
     [
-        pytest.param(x3d, ATFR, id="constant"),
+        pytest.param(x3d, ATFR, id="constant", marks=pytest.mark.slow),
         pytest.param(r2plus1d, ATFR, id="staircase", marks=pytest.mark.slow),
         pytest.param(r2plus1d, replace(ATFR, execution="bucketed"), id="bucketed", marks=pytest.mark.slow),
     ],

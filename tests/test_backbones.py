@@ -117,7 +117,7 @@ def two_pathways(clips: torch.Tensor, alpha: int) -> list[torch.Tensor]:
     return [clips[:, :, chosen], clips]
 
 
-@pytest.mark.parametrize("name", slow_but(WITH_SOURCE, LIGHT.__contains__))
+@pytest.mark.parametrize("name", slow_but(WITH_SOURCE, ("x3d tiny", "slow R50", "mc3 18", "s3d base", "slowfast 4x16-R50").__contains__))
 def test_the_librarys_weights_load_and_give_its_logits(name):
     case = CASES[name]
     clips = small_clips(case)
@@ -249,7 +249,7 @@ DENSE = [
 ]
 
 
-@pytest.mark.parametrize("name, frames, side, published", DENSE)
+@pytest.mark.parametrize("name, frames, side, published", slow_but(DENSE, lambda row: row[0] in ("x3d M", "slow R50", "r3d 18", "s3d base")))
 def test_a_dense_clip_costs_the_published_gflops(name, frames, side, published):
     assert counted(CASES[name], frames=frames, side=side)[0] == pytest.approx(published, abs=0.0075)
 
@@ -268,7 +268,7 @@ DENSE_WITH_BATCH_NORM = [
 ]
 
 
-@pytest.mark.parametrize("name, side, published", DENSE_WITH_BATCH_NORM)
+@pytest.mark.parametrize("name, side, published", slow_but(DENSE_WITH_BATCH_NORM, lambda row: row[0] in ("x3d M", "slowfast 4x16-R50", "r2plus1d R50")))
 def test_a_dense_clip_costs_what_pytorchvideo_published(name, side, published):
     assert counted(CASES[name], side=side, batch_norm=5)[0] == pytest.approx(published, abs=0.0075)
 
@@ -288,7 +288,7 @@ BEHIND = {
 }
 
 
-@pytest.mark.parametrize("name", BEHIND)
+@pytest.mark.parametrize("name", slow_but(BEHIND, ("x3d S", "slow R50", "slowfast 4x16-R50", "resnet3d 18", "i3d R50").__contains__))
 def test_the_stages_lie_where_their_share_of_the_cost_says(name):
     total, of = counted(CASES[name])
     stages = stages_of(CASES[name])
@@ -310,7 +310,7 @@ def test_the_tiny_3dresnet_is_that_of_depth_18_with_half_of_its_channels():
 
 
 @pytest.mark.filterwarnings("ignore:.*:torch.jit.TracerWarning")
-@pytest.mark.parametrize("size, fixed, per_bin", [("18", 2.68, 0.485), ("50", 2.85, 0.895)])
+@pytest.mark.parametrize("size, fixed, per_bin", [("18", 2.68, 0.485), pytest.param("50", 2.85, 0.895, marks=pytest.mark.slow)])
 def test_the_papers_network_costs_what_the_paper_says_with_sgs_after_res2(size, fixed, per_bin):
     network = resnet3d.resnet3d(size=size, num_classes=400).dense_network.eval()
     # Cost goes with the area, and 64 pixels a side are quicker than the paper's 224.
@@ -344,7 +344,7 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", slow_but(PARAMETERS, LIGHT.__contains__))
 def test_the_number_of_parameters_is_the_published_one(name):
     with torch.device("meta"):
         model = CASES[name].build(size=CASES[name].size, num_classes=400)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.testing._internal.distributed.fake_pg  # registers the backend "fake"
-from forked import torchrun_places
-from run_tools import torchrun_script
+import two_processes
+from forked import ended, start_together, torchrun_places
 
 from atfr.data.loader import TrainSampler
 from atfr.engine.distributed import comm
@@ -17,8 +17,9 @@ from atfr.engine.distributed.comm import DistInfo
 
 
 def test_two_ranks_agree_on_nans_signals_and_inputs(tmp_path):
-    outcome = torchrun_script(2, "tests/two_processes.py", str(tmp_path))
-    assert outcome.code == 0, outcome.err
+    said = tmp_path / "said.txt"
+    processes = start_together(two_processes.main, tmp_path, processes=2, output=said)
+    assert [ended(process) for process in processes] == [0, 0], said.read_text()
 
 
 def test_incomplete_launcher_variables_are_refused_naming_the_missing_ones(monkeypatch):

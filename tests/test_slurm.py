@@ -39,7 +39,7 @@ def cluster():
 
 def overrides(videos: Path, folder: Path, *more: str) -> list[str]:
     return small_job(
-        videos, folder, "trainer.accelerator=cpu", "trainer.batch_size=2", "trainer.epochs=40", "trainer.eval_every=40", "trainer.test=false", "trainer.workers=0", *more
+        videos, folder, "trainer.accelerator=cpu", "trainer.batch_size=2", "trainer.epochs=20", "trainer.eval_every=20", "trainer.test=false", "trainer.workers=0", *more
     )
 
 
@@ -97,7 +97,7 @@ def test_jobs_on_two_nodes_that_have_to_stop_are_queued_again_and_end_with_the_s
         assert restarts == stops or (how == "time limit" and restarts > stops)  # on a busy machine that look may have come first
         assert text.count("the job is requeued") == restarts and "Traceback" not in text, text
         # Wherever it stopped, no step was lost or done twice.
-        assert [line["step"] for line in logged(folder)["train"]] == list(range(1, 161))
+        assert [line["step"] for line in logged(folder)["train"]] == list(range(1, 81))
         torch.testing.assert_close(checkpoint.load(folder / "checkpoints/last.pt")["model"], undisturbed, rtol=0, atol=0)
 
 

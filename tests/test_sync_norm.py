@@ -5,18 +5,21 @@ from __future__ import annotations
 from typing import Any, Callable
 
 import pytest
+import sync_norm_processes
 import torch
 import torch.distributed as dist
-from run_tools import torchrun_script
+from forked import ended, start_together
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atfr.engine.distributed import sync_batchnorm
 
 
-def test_batch_norm_statistics_and_twenty_steps_of_two_processes_are_those_of_one_with_all_clips(tmp_path):
-    outcome = torchrun_script(2, "tests/sync_norm_processes.py", str(tmp_path))
-    assert outcome.code == 0, outcome.err
+@pytest.mark.parametrize("steps, thorough", [(5, False), pytest.param(20, True, marks=pytest.mark.slow)])
+def test_batch_norm_statistics_and_steps_of_two_processes_are_those_of_one_with_all_clips(tmp_path, steps, thorough):
+    said = tmp_path / "said.txt"
+    processes = start_together(sync_norm_processes.main, tmp_path, steps, thorough, processes=2, output=said)
+    assert [ended(process) for process in processes] == [0, 0], said.read_text()
 
 
 def test_a_group_of_one_process_normalises_as_torch_does(tmp_path):

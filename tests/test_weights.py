@@ -15,6 +15,7 @@ from pytorchvideo.models.resnet import create_resnet
 from pytorchvideo.models.slowfast import create_slowfast
 from pytorchvideo.models.x3d import create_x3d
 from run_tools import run_tool, small_job
+from tiers import slow_but
 from torch import nn
 from torchvision.models import video
 
@@ -157,12 +158,28 @@ def test_a_zoo_file_of_pytorchvideo_gives_our_x3d_its_logits(tmp_path, zipped):
     assert sum(entry.size for entry in report.loaded) == sum(v.numel() for n, v in source.state_dict().items() if "num_batches" not in n)
 
 
-SOURCES = [source_slow, source_c2d, source_i3d, source_r2plus1d, source_slowfast, source_csn]
-SOURCES += [lambda: spread(video.r2plus1d_18(num_classes=5)), lambda: spread(video.r3d_18(num_classes=5))]
+def source_r3d():
+    return spread(video.r3d_18(num_classes=5))
 
 
-@pytest.mark.parametrize("build", SOURCES)
-@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": {f"module.model.{name}": v for name, v in state.items()}}])
+def source_torchvision_r2plus1d():
+    return spread(video.r2plus1d_18(num_classes=5))
+
+
+def plain(state):
+    return state
+
+
+def wrapped(state):
+    return {"state_dict": {f"module.model.{name}": v for name, v in state.items()}}
+
+
+SOURCES = [source_slow, source_c2d, source_i3d, source_r2plus1d, source_slowfast, source_csn, source_r3d, source_torchvision_r2plus1d]
+# Each library's names once, and each wrapper.
+QUICK = {(source_slowfast, plain), *((build, wrapped) for build in SOURCES[:-1])}
+
+
+@pytest.mark.parametrize("build, wrap", slow_but([(build, wrap) for build in SOURCES for wrap in (plain, wrapped)], QUICK.__contains__))
 def test_state_dicts_of_the_libraries_load_with_and_without_wrappers(tmp_path, build, wrap):
     source, network = build(), build()
     torch.save(wrap(source.state_dict()), tmp_path / "file")
@@ -171,7 +188,7 @@ def test_state_dicts_of_the_libraries_load_with_and_without_wrappers(tmp_path, b
     assert not report.skipped and not report.new
 
 
-@pytest.mark.parametrize("build", [video.mc3_18, video.s3d])
+@pytest.mark.parametrize("build", [video.mc3_18, pytest.param(video.s3d, marks=pytest.mark.slow)])
 def test_the_head_of_torchvision_is_replaced_for_another_number_of_classes(tmp_path, build):
     source, network = build(num_classes=9), build(num_classes=4)
     torch.save(source.state_dict(), tmp_path / "vision.pth")
@@ -186,7 +203,13 @@ def test_the_head_of_torchvision_is_replaced_for_another_number_of_classes(tmp_p
 
 
 @pytest.mark.parametrize(
-    "build,names", [(source_slow, native_resnet()), (source_c2d, native_resnet()), (source_i3d, native_resnet()), (source_slowfast, native_slowfast())]
+    "build,names",
+    [
+        (source_slow, native_resnet()),
+        (source_c2d, native_resnet()),
+        pytest.param(source_i3d, native_resnet(), marks=pytest.mark.slow),
+        (source_slowfast, native_slowfast()),
+    ],
 )
 def test_pyslowfasts_own_names_are_understood(tmp_path, build, names):
     source, network = build(), build()
@@ -421,8 +444,8 @@ def test_a_training_starts_from_the_weights_once_and_a_test_never_reads_them(sma
     weights = tmp_path / "zoo.pyth"
     torch.save({"model_state": source_x3d(classes=400).state_dict()}, weights)
     key = f"++model.weights={weights}"
-    job = small_job(small_videos, tmp_path / "run", "model=x3d", "optimizer.lr=0.0", "trainer.max_steps=1", "trainer.statistics_clips=0", key)
-    outcome = run_tool("train", *job, "trainer.test=false")
+    job = small_job(small_videos, tmp_path / "run", "model=x3d", "optimizer.lr=0.0", "trainer.max_steps=1", "trainer.statistics_clips=0", "trainer.test=false", key)
+    outcome = run_tool("train", *job)
     assert outcome.code == 0, outcome.err
     assert outcome.out.count("weights from ") == 1 and "head of 400 classes replaced by one of 2" in outcome.out
     trained = checkpoint.load(tmp_path / "run/checkpoints/last.pt")["model"]
@@ -439,12 +462,12 @@ def test_a_training_starts_from_the_weights_once_and_a_test_never_reads_them(sma
 
 def test_a_training_starts_from_the_averaged_weights_of_another_run_with_its_own_schedule_and_then_goes_on_from_itself(small_videos, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
-    options = ("model=x3d", "trainer.test=false", "trainer.statistics_clips=0")
+    options = ("model=x3d", "trainer.epochs=1", "trainer.test=false", "trainer.statistics_clips=0")
     outcome = run_tool("train", *small_job(small_videos, first, *options, "trainer.ema=0.9"))
     assert outcome.code == 0, outcome.err
     source = checkpoint.load(first / "checkpoints/last.pt")
     averages = source["ema"]["averages"]
-    assert source["step"] == 4 and any(not torch.equal(value, source["model"][name]) for name, value in averages.items())
+    assert source["step"] == 2 and any(not torch.equal(value, source["model"][name]) for name, value in averages.items())
 
     start = [*options, "optimizer.lr=0.0", f"init_from={first}/checkpoints/last.pt"]
     outcome = run_tool("train", *small_job(small_videos, second, *start, "trainer.max_steps=1"))

@@ -1,9 +1,8 @@
-"""Run by test_distributed.py under torchrun: checks on which two ranks must agree. Exits non-zero if they do not."""
+"""Run by test_distributed.py as two ranks: checks on which two ranks must agree. Exits non-zero if they do not."""
 
 from __future__ import annotations
 
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
@@ -139,17 +138,12 @@ def check_that_both_ranks_skip_a_nan_in_the_features_of_one(folder: Path, dist_i
         raise AssertionError("a third step in a row was skipped")
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def main(folder: Path) -> None:
     dist_info = comm.start(accelerator="cpu", devices=2)
     assert dist_info.world == 2
-    check_that_different_checkpoints_and_lists_are_refused_on_both(Path(sys.argv[1]), dist_info)
+    check_that_different_checkpoints_and_lists_are_refused_on_both(folder, dist_info)
     check_that_a_signal_on_one_rank_ends_the_evaluation_on_both(dist_info)
     check_that_delayed_max_returns_the_previous_result(dist_info)
-    check_that_a_nan_on_one_rank_stops_both(Path(sys.argv[1]) / "stops", dist_info)
-    check_that_both_ranks_skip_a_nan_in_the_features_of_one(Path(sys.argv[1]), dist_info)
+    check_that_a_nan_on_one_rank_stops_both(folder / "stops", dist_info)
+    check_that_both_ranks_skip_a_nan_in_the_features_of_one(folder, dist_info)
     comm.stop()
-
-
-if __name__ == "__main__":
-    main()
