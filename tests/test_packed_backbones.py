@@ -237,13 +237,21 @@ class Placed(NamedTuple):
     paths: dict[str, str]
 
 
-LIGHT = ("x3d tiny", "x3d S", "r2plus1d 18", "r3d 18", "mc3 18", "s3d base", "resnet3d tiny", "slowfast 4x16-R50")
+QUICK = {  # one location or two in each kind of network
+    "x3d tiny": ("stem", "res2"),
+    "r2plus1d 18": ("res2",),
+    "mc3 18": ("res2",),
+    "s3d base": ("stem",),
+    "resnet3d tiny": ("res2", ("stem", "res4")),
+    "slowfast 4x16-R50": ("slow.res2",),
+    "slowfast 8x8-R50": (("slow.res2", "fast.res3"),),
+}
 
 
 def is_quick(place: tuple) -> bool:
-    """Whether a place is tried in the main tier: several in a few light networks, and one of those that join two pathways."""
-    name, location, _ = place
-    return place == ("slowfast 8x8-R50", ("slow.res2", "fast.res3"), "aligned") or (name in LIGHT and location in ("stem", "res2", "slow.res2", ("stem", "res4")))
+    """Whether a place is tried in the main tier."""
+    name, location, rule = place
+    return location in QUICK.get(name, ()) and rule == "aligned"
 
 
 @pytest.fixture(scope="module", params=[place if is_quick(place) else pytest.param(place, marks=pytest.mark.slow) for place in PLACED], ids=in_words)
@@ -451,7 +459,7 @@ def test_training_statistics_of_batch_norm_are_those_of_the_features_that_clips_
             norm.load_state_dict(before)
 
 
-@pytest.mark.parametrize("name", slow_but(NETS, LIGHT.__contains__))
+@pytest.mark.parametrize("name", slow_but(NETS, QUICK.__contains__))
 def test_sgs_leaves_the_names_of_the_backbones_parameters_unchanged(name):
     case = CASES[name]
     with torch.device("meta"):
@@ -600,7 +608,7 @@ def test_bucketed_execution_refuses_batch_norm_that_is_trained():
     assert net.dense_network.first.weight.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name, location, sgs", [("r2plus1d 18", "res2", ATFR), pytest.param("i3d R50", "stem", ATFR, marks=pytest.mark.slow), ("x3d tiny", "res3", REFERENCE)])
+@pytest.mark.parametrize("name, location, sgs", [pytest.param("r2plus1d 18", "res2", ATFR, marks=pytest.mark.slow), pytest.param("i3d R50", "stem", ATFR, marks=pytest.mark.slow), ("x3d tiny", "res3", REFERENCE)])
 def test_bucketed_and_packed_execution_agree(name, location, sgs):
     nets = []
     for execution in ("packed", "bucketed"):
