@@ -71,6 +71,7 @@ def test_a_keep_ratio_is_refined_to_what_the_clips_themselves_cost():
     assert refined(0.4, 0.25, lambda ratio: 0.2) == pytest.approx(0.6)  # every ratio near it is cheap enough
 
 
+@pytest.mark.slow
 def test_the_pathways_of_slowfast_have_a_table_and_lie_side_by_side():
     model = slowfast(size="4x16-R50", num_classes=2, sgs=SGSConfig())
     table = model.gflops_table((3, 32, 32, 32))
@@ -106,13 +107,13 @@ def test_a_baseline_keeps_its_keep_ratio_at_once_and_an_adaptive_layer_up_to_all
 def dense(small_videos, tmp_path_factory) -> str:
     """A small dense network's checkpoint."""
     folder = tmp_path_factory.mktemp("dense")
-    outcome = run_tool("train", *small_job(small_videos, folder, "model=x3d", "trainer.test=false"))
+    outcome = run_tool("train", *small_job(small_videos, folder, "model=x3d", "trainer.max_steps=1", "trainer.statistics_clips=0", "trainer.test=false"))
     assert outcome.code == 0, outcome.err
     return f"{folder}/checkpoints/last.pt"
 
 
 def calibrated(small_videos, folder, dense, *more: str):
-    job = small_job(small_videos, folder, "model=x3d_sgs", "model.sgs.after=stem", f"model.weights={dense}", *more)
+    job = small_job(small_videos, folder, "model=x3d_sgs", "model.sgs.after=stem", "dataset.clip.views=1", f"model.weights={dense}", *more)
     outcome = run_tool("calibrate", *job)
     assert outcome.code == 0, outcome.err
     return json.loads((folder / "calibration.json").read_text()), outcome.out

@@ -122,8 +122,8 @@ def test_a_dense_step_never_waits_for_the_device(monkeypatch, tmp_path):
     [
         pytest.param(SGSConfig.from_preset("reference"), id="reference", marks=pytest.mark.slow),
         pytest.param(ATFR, id="atfr"),
-        pytest.param(replace(ATFR, embed_from="clip"), id="looks at the clip"),
-        pytest.param(replace(ATFR, gflops_range=(0.3, 0.7)), id="drawn"),
+        pytest.param(replace(ATFR, embed_from="clip"), id="looks at the clip", marks=pytest.mark.slow),
+        pytest.param(replace(ATFR, gflops_range=(0.3, 0.7)), id="drawn", marks=pytest.mark.slow),
         pytest.param(SGSConfig.from_preset("random", num_bins=8), id="random", marks=pytest.mark.slow),
     ],
 )
@@ -132,6 +132,7 @@ def test_a_step_with_sampling_waits_once_for_the_lengths(monkeypatch, tmp_path, 
     assert step_on_gpu(monkeypatch, tmp_path, network(options), accumulate=2).count("wait") == 2  # once for each part
 
 
+@pytest.mark.slow
 def test_both_pathways_of_a_slowfast_are_one_level(monkeypatch, tmp_path):
     model = slowfast(size="8x8-R50", num_classes=3, sgs=replace(ATFR, after="res2"))
     assert step_on_gpu(monkeypatch, tmp_path, model).count("wait") == 1

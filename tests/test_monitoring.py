@@ -398,7 +398,7 @@ def test_a_picture_that_cannot_be_drawn_costs_neither_the_validation_nor_the_res
 
     monkeypatch.setattr("atfr.viz.clips.merge_picture", fails)
     monkeypatch.setattr("atfr.engine.run.metric_logger.add_validation", fails)
-    outcome = run_tool("train", *small_job(videos, tmp_path, "model.sgs.keep_ratio=0.5", "trainer.tensorboard_pictures=1", "trainer.examples=1", "trainer.epochs=1"))
+    outcome = run_tool("train", *small_job(videos, tmp_path, "model/sgs=uniform", "model.sgs.keep_ratio=0.5", "trainer.tensorboard_pictures=1", "trainer.examples=1", "trainer.epochs=1"))
     assert outcome.code == 0, outcome.err
     assert "TensorBoard lacks pictures of this validation: ValueError: no ink" in outcome.err + outcome.out
     assert f"{tmp_path} has no examples: ValueError: no ink" in outcome.err + outcome.out

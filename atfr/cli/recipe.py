@@ -6,6 +6,7 @@ values (`# Source: ...`) and, if they were not published for all sizes of the ne
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -233,6 +234,7 @@ def _summary(config: DictConfig) -> str:
     return f"{config.trainer.epochs} epochs, batches of {config.trainer.batch_size}, optimizer.lr={shown(config.optimizer.lr)}"
 
 
+@functools.cache
 def _alone(recipe: Recipe) -> DictConfig:
-    """Compose the recipe without the overrides of the command."""
+    """Compose the recipe without the overrides of the command; the result is only read."""
     return compose("train", [f"experiment={recipe.name}"])

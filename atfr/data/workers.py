@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
+from types import ModuleType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from atfr.data.worker_signals import ignore_main_signals, main_signals_blocked
@@ -36,7 +38,7 @@ def cores() -> int:
 def run_each(work: Callable[[Any, Heartbeat], T], items: Iterable[Any], *, processes: int, timeout_s: float) -> Generator[Outcome[T], None, None]:
     """Call `work(item, heartbeat)` for each item in `processes` spawned processes; yield outcomes in any order.
 
-    `work` and the items must be picklable. An exception of `work` becomes the reason of its outcome. A process that
+    `work` and the items must be picklable, and of modules other than the program itself. An exception of `work` becomes the reason of its outcome. A process that
     dies, or neither returns nor calls `heartbeat` for `timeout_s` seconds (0: no limit), is killed and replaced.
 
     Raises:
@@ -78,7 +80,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(work, theirs), daemon=True)
-        with main_signals_blocked():
+        with main_signals_blocked(), _program_not_imported():
             self.process.start()
         theirs.close()  # so that the pipe closes when the process ends
         self.ready = self.busy = self.lost = False
@@ -118,6 +120,17 @@ class _Worker:
         self.process.kill()
         self.process.join()
         self.connection.close()
+
+
+@contextmanager
+def _program_not_imported() -> Iterator[None]:
+    """Keep processes that are spawned meanwhile from importing the program again, and with it torch: seconds and memory in each."""
+    program = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = program
 
 
 def _serve(work: Callable[[Any, Heartbeat], Any], connection: Connection) -> None:
