@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from pathlib import Path
@@ -22,6 +23,12 @@ torch.set_num_threads(1)  # the networks are small, and the tests run in paralle
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: one that starts last would be waited for alone. Each file is run by one process."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    """Keep what the imports left out of every garbage collection, half a second of which passes over it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

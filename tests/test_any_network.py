@@ -12,6 +12,7 @@ from outcomes import run
 from pytorchvideo.models import hub
 from pytorchvideo.models.x3d import create_x3d
 from test_packed import ATFR, Toy, lively, uneven_clips
+from tiers import slow_but
 from torch import Tensor, fx, nn
 from torchvision.models import video
 
@@ -42,7 +43,7 @@ def average_of_bins(x: Tensor, bins: int) -> Tensor:
     return torch.stack([x[:, :, [t for t in range(length) if t * bins // length == b]].mean(dim=2) for b in range(bins)], dim=2)
 
 
-@pytest.mark.parametrize("name", LIBRARYS)
+@pytest.mark.parametrize("name", slow_but(LIBRARYS, "x3d".__eq__))
 def test_pytorchvideos_own_networks_run_packed_as_they_come(name):
     net = ours(LIBRARYS[name])
     assert net.execution == "packed"
@@ -57,7 +58,7 @@ def test_pytorchvideos_own_networks_run_packed_as_they_come(name):
             handle.remove()
 
 
-@pytest.mark.parametrize("name", LIBRARYS)
+@pytest.mark.parametrize("name", slow_but(LIBRARYS, "x3d".__eq__))
 def test_a_librarys_network_is_what_it_was_on_the_clip_that_it_is_of(name):
     net = lively(ours(LIBRARYS[name], after=None), 8, 64).eval()
     theirs = LIBRARYS[name](model_num_class=CLASSES).eval()

@@ -75,7 +75,7 @@ def test_an_error_that_has_another_reason_stays_what_it_is():
         VideoNet(Broken(nn.Identity()), stages={}, sgs=None)(torch.full((1, 3, 4, 64, 64), 1e6))
 
 
-@pytest.mark.parametrize("model, frames, least", [("i3d_sgs", 1, 2), ("s3d_sgs", 8, 13)])
+@pytest.mark.parametrize("model, frames, least", [pytest.param("i3d_sgs", 1, 2, marks=pytest.mark.slow), ("s3d_sgs", 8, 13)])
 def test_the_tools_refuse_a_clip_that_is_too_short_with_its_key(model, frames, least):
     outcome = run_tool("flops", f"model={model}", f"dataset.clip.frames={frames}")
     assert outcome.code == 1

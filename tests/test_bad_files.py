@@ -155,7 +155,7 @@ def test_bad_files_are_replaced_or_listed_alike_for_any_number_of_workers(tmp_pa
 
 def test_training_and_testing_complete_on_a_dataset_with_bad_files(miniature, tmp_path, caplog):
     root, broken = miniature
-    outcome = run_tool("train", *small_job(root, tmp_path, "trainer.workers=1", "trainer.batch_size=19"))
+    outcome = run_tool("train", *small_job(root, tmp_path, "model=x3d", "trainer.workers=1", "trainer.batch_size=19"))
     assert outcome.code == 0, outcome.err
     results = json.loads((tmp_path / "results.json").read_text())
     assert sorted(os.path.basename(path) for path in results["failed"]) == broken

@@ -22,7 +22,6 @@ from torch._subclasses import FakeTensorMode
 from atfr.models.packed import convolution, ops, segments
 from atfr.models.packed.kernels import depthwise, support
 
-
 SLOW = [str(case) for case in (*CASES[2:5], *CASES[6:])]
 
 

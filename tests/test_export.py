@@ -13,6 +13,7 @@ import torch
 from outcomes import run
 from run_tools import run_tool, small_job
 from test_backbones import lively
+from tiers import slow_but
 from torch import nn
 
 from atfr.models import export
@@ -116,20 +117,19 @@ def test_features_of_a_size_that_the_grid_does_not_divide(format, tmp_path):
     check(model, samples, tmp_path, format)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"similarity": "path", "embedding": "pooled", "scale": "absolute", "width": 0.7, "kernel": "mean", "noise_floor": True},
-        {"similarity": "path", "edges": "inclusive", "metric": "cosine"},
-        {"similarity": "partition", "embedding": "pooled", "scale": "absolute", "width": 0.3, "kernel": "middle", "order": "time", "time_embedding": True},
-        {"metric": "mahalanobis"},
-        {"metric": "l1", "kernel": "delta_normalized", "order": "time", "embedding": "frozen"},
-        {"similarity": "uniform", "kernel": "mean", "num_bins": 4},
-        {"similarity": "none", "kernel": "mean"},
-        {"execution": "bucketed"},
-    ],
-    ids=str,
+LAYERS = (
+    {"similarity": "path", "embedding": "pooled", "scale": "absolute", "width": 0.7, "kernel": "mean", "noise_floor": True},
+    {"similarity": "path", "edges": "inclusive", "metric": "cosine"},
+    {"similarity": "partition", "embedding": "pooled", "scale": "absolute", "width": 0.3, "kernel": "middle", "order": "time", "time_embedding": True},
+    {"metric": "mahalanobis"},
+    {"metric": "l1", "kernel": "delta_normalized", "order": "time", "embedding": "frozen"},
+    {"similarity": "uniform", "kernel": "mean", "num_bins": 4},
+    {"similarity": "none", "kernel": "mean"},
+    {"execution": "bucketed"},
 )
+
+
+@pytest.mark.parametrize("options", slow_but(LAYERS, lambda options: options.get("similarity") in ("partition", "uniform") or options == {"metric": "mahalanobis"}), ids=str)
 def test_every_choice_of_the_layer(options, tmp_path):
     model = small(**options)
     if options.get("noise_floor"):

@@ -14,7 +14,7 @@ from atfr.models.video_net import VideoNet
 
 # Frames of a clip, and features at each layer.
 NETWORKS = {"x3d_tiny": (16, [16]), "x3d_s": (16, [16]), "slow_r50": (16, [16]), "r2plus1d_18": (16, [16]), "resnet3d_18": (16, [16]), "slowfast_8x8_r50": (32, [8, 32])}
-LARGE = ("x3d_s", "slow_r50", "slowfast_8x8_r50")
+LARGE = ("x3d_s", "slow_r50", "r2plus1d_18", "slowfast_8x8_r50")
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in NETWORKS]
 BOUND = 1.1  # of the launches of the dense network, without those of the sampling
 

@@ -21,6 +21,7 @@ def pictures(notebook: dict) -> list[int]:
     return [sum("data" in output for output in cell.get("outputs", ())) for cell in notebook["cells"]]
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_without_jupyter_and_prints_what_is_stored():
     stored = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     assert NOTEBOOK.stat().st_size < 300_000 and sum(pictures(stored)) == 3

@@ -22,6 +22,8 @@ SMALL = (
     "trainer.epochs=1",
     "trainer.workers=0",
     "trainer.statistics_clips=0",
+    "trainer.tensorboard_pictures=0",
+    "trainer.examples=0",
 )
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from outcomes import run
 from pytorchvideo.models.x3d import create_x3d
+from tiers import slow_but
 from torch import nn
 
 from atfr.models.backbones.resnets import slow
@@ -58,7 +59,7 @@ def uneven_clips(count: int, frames: int = 16, size: int = 32, least: int = 1) -
     return clips
 
 
-@pytest.mark.parametrize("options, after", ANYWHERE)
+@pytest.mark.parametrize("options, after", slow_but(ANYWHERE, lambda place: place[0] in ("atfr", "reference") or place == ("embeds features", "res2")))
 def test_a_clip_has_the_same_logits_alone_and_in_any_batch(options, after):
     model = lively(x3d(size="tiny", num_classes=6, sgs=replace(OPTIONS[options], after=after))).eval()
     clips = uneven_clips(16)
@@ -73,7 +74,7 @@ def test_a_clip_has_the_same_logits_alone_and_in_any_batch(options, after):
             torch.testing.assert_close(batch.logits, expected, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", slow_but(OPTIONS, ("atfr", "reference").__contains__))
 def test_gradients_of_a_batch_are_the_sum_of_those_of_its_clips(options):
     model = lively(x3d(size="tiny", num_classes=6, sgs=OPTIONS[options])).eval().double()
     clips = uneven_clips(5).double()
@@ -217,7 +218,7 @@ def test_clips_of_another_shape_or_on_another_device_are_refused():
         model(torch.zeros(1, 3, 16, 32, 32, device="meta"))
 
 
-@pytest.mark.parametrize("build, size, after, reach", [(slow, "R50", "res2", 0), (x3d, "tiny", "stem", 2)], ids=["slow", "x3d"])
+@pytest.mark.parametrize("build, size, after, reach", [pytest.param(slow, "R50", "res2", 0, id="slow", marks=pytest.mark.slow), pytest.param(x3d, "tiny", "stem", 2, id="x3d")])
 @pytest.mark.parametrize("similarity", ["partition", "anchor"])
 def test_features_of_a_static_clip_are_one_but_for_those_near_enough_to_its_ends_to_see_the_padding(build, size, after, reach, similarity):
     sgs = SGSConfig.from_preset("atfr", after=after, embed_from="features", keep_ratio=0.4, similarity=similarity)

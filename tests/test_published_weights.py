@@ -13,6 +13,7 @@ import torch
 import torchvision
 from pytorchvideo.models import hub
 from run_tools import Outcome, run_tool, small_job
+from tiers import slow_but
 from torch import nn
 
 import atfr
@@ -108,7 +109,7 @@ def shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in network.state_dict().items()}
 
 
-@pytest.mark.parametrize("name", [name for name in FITS if name != "torchvision:resnet50"])
+@pytest.mark.parametrize("name", slow_but([name for name in FITS if name != "torchvision:resnet50"], ("pytorchvideo:x3d_s", "pytorchvideo:slow_r50", "torchvision:mc3_18").__contains__))
 def test_every_published_name_is_of_the_networks_that_it_is_said_to_fit(name):
     found = find_published(name)
     assert found is not None and found.url.startswith("https://") and found.num_classes == 400

@@ -132,7 +132,10 @@ def test_every_page_is_in_the_index():
     assert pages == set(re.findall(r"\]\(([\w-]+\.md)\)", PAGES["docs/index.md"]))
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python" and not b.tag], ids=lambda block: block.page)
+RUN = [b for b in BLOCKS if b.language == "python" and not b.tag]
+
+
+@pytest.mark.parametrize("block", [pytest.param(b, id=b.page, marks=() if b.page == "README.md" or len(b.text.splitlines()) < 12 else pytest.mark.slow) for b in RUN])
 def test_every_python_example_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = block.text
