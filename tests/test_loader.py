@@ -1,6 +1,7 @@
 """Who reads what: the sampler's order over ranks and resumes, and the test split over processes."""
 
 import itertools
+import multiprocessing
 import os
 import signal
 import time
@@ -144,8 +145,10 @@ def test_a_shortage_that_ends_a_worker_is_said_in_one_line_with_the_way_out(tmp_
         raise RuntimeError(message)
 
     monkeypatch.setattr(TestClips, "__getitem__", fail)
+    before = multiprocessing.active_children()
     with pytest.raises(OSError) as caught:
         list(test_loader(data, batch_size=1, workers=1, timeout_s=30))
+    assert multiprocessing.active_children() == before, "a worker is left"
     assert all(part in str(caught.value) for part in parts) and "\n" not in str(caught.value)
     with pytest.raises(RuntimeError):
         list(test_loader(data, batch_size=1, workers=0))

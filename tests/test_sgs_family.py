@@ -103,7 +103,7 @@ def test_weights_equal_a_loop_over_frames(similarity, metric, scale, edges, orde
             assert not clip[length:].any()
 
 
-@pytest.mark.parametrize("min_bins", [1, 3])
+@pytest.mark.parametrize("min_bins", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_padded_clip_is_sampled_as_it_is_alone(min_bins):
     z, valid = torch.randn(4, 9, 3, dtype=torch.float64), torch.tensor([9, 4, 6, 3])
     z[3] = z[3, :1]  # a static one

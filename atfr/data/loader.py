@@ -113,8 +113,11 @@ class ClipLoader(DataLoader):
         except (RuntimeError, OSError) as error:
             short = explain_shortage(error, workers=self.num_workers, needed=self._shared_bytes) if self.num_workers else None
             if short:
+                self._end_workers()
                 raise OSError(short) from error
             reads = self.dataset.limit.current_reads()
+            if "timed out" not in str(error):
+                self._end_workers()
             if not str(error).startswith("DataLoader") or not reads:
                 raise
             files = [f"{self.dataset.videos[number].path} ({seconds:.0f} s so far)" for number, seconds in reads]
@@ -124,6 +127,12 @@ class ClipLoader(DataLoader):
                     " or raise trainer.timeout_s if files are slow"
                 ) from error
             raise ChildProcessError(f"{' '.join(str(error).split())}; its workers were reading {', '.join(files)}") from error
+
+    def _end_workers(self) -> None:
+        """End the workers now: otherwise a later garbage collection ends them, and waits for them for five seconds wherever it happens."""
+        batches, self._iterator = getattr(self, "_iterator", None), None
+        if batches is not None:
+            batches._shutdown_workers()
 
     def _shared_bytes(self) -> int:
         """Return the bytes of the prefetched batches and the one in use."""
