@@ -13,9 +13,13 @@ import torch
 from devices import hide_gpus, number_of_gpus
 from video_files import write_video
 
-LONGEST = ("test_slurm", "test_tools", "test_kill", "test_readme", "test_packed_backbones", "test_accounting", "test_api")
+LONGEST = (
+    *("test_slurm", "test_tools", "test_kill", "test_packed_backbones", "test_one_step", "test_configs", "test_command_line"),
+    *("test_weights", "test_backbones", "test_readme", "test_accounting", "test_api", "test_predict", "test_monitoring"),
+)
 
 hide_gpus()
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # the seconds that a garbage collection waits for a worker of a loader that is gone; 5 in torch
 torch.set_num_threads(1)  # the networks are small, and the tests run in parallel
 
 

@@ -348,13 +348,14 @@ def test_real_files_have_as_many_frames_as_a_full_decode_found():
 
 
 @needs_data
-def test_seeking_in_real_files_finds_the_frames_that_decoding_all_of_them_does(monkeypatch):
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_seeking_in_real_files_finds_the_frames_that_decoding_all_of_them_does(monkeypatch, number):
     decoded, rng = counted(monkeypatch), np.random.default_rng(0)
     sets = ("kinetics400", "something", "ucf101", "hmdb51", "tennis", "stock", "hd_phone")
     with open(os.path.join(DATA, "videos", "decode_stats.csv")) as stream:
         paths = [row["relative_path"] for row in csv.DictReader(stream)]
     fewer = 0
-    for path in [path for name in sets for path in [path for path in paths if path.startswith(name)][:2]]:
+    for path in [[path for path in paths if path.startswith(name)][number] for name in sets]:
         video = AvVideo(os.path.join(DATA, "videos", path))
         wanted = sorted(set(rng.integers(0, video.num_frames - 2, 6).tolist()))
         decoded.clear()
@@ -363,7 +364,7 @@ def test_seeking_in_real_files_finds_the_frames_that_decoding_all_of_them_does(m
         through, _ = video.read(wanted, 64, seek=False)
         fewer += count < len(decoded) - count
         assert all(np.array_equal(sought[i], through[i]) for i in wanted), path
-    assert fewer >= 4
+    assert fewer >= 2
 
 
 @needs_data

@@ -243,7 +243,6 @@ QUICK = {  # one location or two in each kind of network
     "mc3 18": ("res2",),
     "s3d base": ("stem",),
     "resnet3d tiny": ("res2", ("stem", "res4")),
-    "slowfast 4x16-R50": ("slow.res2",),
     "slowfast 8x8-R50": (("slow.res2", "fast.res3"),),
 }
 

@@ -388,7 +388,7 @@ def test_overfitting_sees_the_same_clips_every_epoch_and_a_trace_is_left(small_v
 
 
 def test_flops_prints_a_table_and_json():
-    clip = ("dataset=synthetic", "dataset.clip.frames=4", "dataset.clip.crop_size=32")
+    clip = ("~experiment", "model.size=tiny", "dataset=synthetic", "dataset.clip.frames=4", "dataset.clip.crop_size=32")
     outcome = run_tool("flops", *clip, "json=true")
     values = json.loads(outcome.out.strip().splitlines()[-1])
     assert values.keys() == {"params", "dense_gflops", "gflops_by_bins"} and len(values["gflops_by_bins"]) == 4
