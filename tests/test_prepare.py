@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import av
 import numpy as np
@@ -321,3 +322,13 @@ def test_files_that_crash_or_wedge_a_process_have_a_reason_and_the_others_a_resu
         "hang": (None, "no answer within 0.5 s: its decoder or its disk hangs, or timeout_s is too short"),
         "wrong": (None, "in two lines"),
     }  # fmt: skip
+
+
+def test_the_processes_do_not_run_the_program_again(tmp_path, monkeypatch):
+    """Which takes seconds in each, and memory."""
+    program = ModuleType("__main__")
+    program.__file__ = str(tmp_path / "program.py")
+    (tmp_path / "program.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setitem(sys.modules, "__main__", program)
+    assert [outcome.result for outcome in run_each(work, ["a"], processes=1, timeout_s=30)] == ["A"]
+    assert not (tmp_path / "ran").exists() and sys.modules["__main__"] is program
