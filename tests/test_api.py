@@ -203,6 +203,7 @@ def test_a_plain_training_loop_learns(small):
     assert losses[-1] < 0.3 < losses[0] and model.scale.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_r3d_of_torchvision_takes_sgs_and_its_weights():
     from torchvision.models.video import r3d_18
 

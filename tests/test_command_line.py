@@ -163,7 +163,8 @@ def test_a_job_that_failed_elsewhere_is_reported_in_one_line():
     assert explain(error, "train", []) == f"a job of the sweep failed: a reason ({lines[0]}); other jobs may still run"
 
 
-@pytest.mark.parametrize("unbuffered,arguments", [pytest.param("", ["tools/flops.py", "--cfg", "job"], marks=pytest.mark.slow), ("1", ["tools/flops.py", "dataset=synthetic", "model=x3d"])])
+@pytest.mark.slow
+@pytest.mark.parametrize("unbuffered,arguments", [("", ["tools/flops.py", "--cfg", "job"]), ("1", ["tools/flops.py", "dataset=synthetic", "model=x3d"])])
 def test_nobody_is_told_that_the_output_is_no_longer_read(arguments, unbuffered):
     read, write = os.pipe()
     os.close(read)
@@ -192,7 +193,8 @@ def test_the_name_of_a_sweeps_job_begins_with_what_tells_it_from_the_others(tmp_
     assert names < sweep_folders(tmp_path, monkeypatch, *again)
 
 
-@pytest.mark.parametrize("more", [pytest.param([], marks=pytest.mark.slow), ["dataset.root=/a b"]])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["dataset.root=/a b"]])
 def test_the_runs_of_the_official_splits_are_found_as_the_documentation_says(tmp_path, monkeypatch, more):
     pattern = re.search(r"mean_over_splits.py runs/sweep/(\S+)", (ROOT / "docs/datasets.md").read_text())[1]
     assert len(fnmatch.filter(sweep_folders(tmp_path, monkeypatch, "dataset=ucf101", "dataset.split=1,2,3", *more), pattern)) == 3

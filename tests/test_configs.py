@@ -37,7 +37,7 @@ PAIRS = [(dataset, "x3d_sgs") for dataset in names("dataset")]
 PAIRS += [(dataset, model) for dataset in ("synthetic", "kinetics400") for model in names("model") if model != "x3d_sgs"]
 
 
-BUILT = ("x3d", "x3d_sgs", "slowfast_sgs", "r2plus1d", "s3d_sgs", "custom_sgs", "i3d_inception_sgs")  # in the main tier
+BUILT = ("x3d", "x3d_sgs", "slowfast_sgs", "r2plus1d", "s3d_sgs", "i3d_inception_sgs")  # in the main tier
 
 
 @pytest.mark.parametrize("dataset,model", slow_but(PAIRS, lambda pair: pair[1] == "x3d_sgs" or (pair[0] == "kinetics400" and pair[1] in BUILT)))

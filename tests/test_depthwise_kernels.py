@@ -123,7 +123,7 @@ class Calls(test_host_waits.Waits):
         return result
 
 
-@pytest.mark.parametrize("sgs", [None, ATFR], ids=["dense", "packed"])
+@pytest.mark.parametrize("sgs", [pytest.param(None, id="dense", marks=pytest.mark.slow), pytest.param(ATFR, id="packed")])
 def test_a_step_of_x3d_calls_a_kernel_for_each_depthwise_convolution_and_moves_no_frames_for_it(monkeypatch, tmp_path, gpu, sgs):
     model, calls = network(sgs), Calls()
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv3d) and module.groups > 1]

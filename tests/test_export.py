@@ -129,7 +129,7 @@ LAYERS = (
 )
 
 
-@pytest.mark.parametrize("options", slow_but(LAYERS, lambda options: options.get("similarity") in ("partition", "uniform") or options == {"metric": "mahalanobis"}), ids=str)
+@pytest.mark.parametrize("options", slow_but(LAYERS, lambda options: options.get("similarity") in ("partition", "uniform")), ids=str)
 def test_every_choice_of_the_layer(options, tmp_path):
     model = small(**options)
     if options.get("noise_floor"):

@@ -112,7 +112,8 @@ def test_a_slurm_job_is_requeued_unless_it_was_cancelled(tmp_path, monkeypatch, 
     assert ("scontrol requeue 17: no such job" in capsys.readouterr().err) == bool(answer)
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_during_the_imports_ends_the_program_like_one_during_training(small_videos, tmp_path, processes):
     command = [sys.executable, str(ROOT / "tools/train.py"), *small_job(small_videos, tmp_path / "run", "trainer.accelerator=cpu", f"trainer.devices={processes}")]
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

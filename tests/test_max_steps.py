@@ -71,6 +71,7 @@ def test_a_run_in_several_pieces_gives_the_same_results_as_one_without_a_stop(tm
     assert not list((tmp_path / "checkpoints").glob("best-*"))
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_write_after_max_steps_changes_no_result(tmp_path, whole, monkeypatch):
     """Each write of a checkpoint is once the last one before a kill."""
     run(tmp_path, max_steps=7)

@@ -99,7 +99,7 @@ def test_a_run_resumes_after_its_data_moved_and_refuses_other_data(small_videos,
     assert outcome.code == 1 and "the test videos, their labels or their order" in outcome.err, outcome.err
 
 
-@pytest.mark.parametrize("replaced", ["one", "all"])
+@pytest.mark.parametrize("replaced", [pytest.param("one", marks=pytest.mark.slow), "all"])
 def test_other_files_with_the_same_names_are_refused_and_a_single_one_is_a_warning(small_videos, tmp_path, replaced):
     run = f"trainer.output_dir={tmp_path / 'run'}"
     first = copy_of(small_videos, tmp_path / "first")

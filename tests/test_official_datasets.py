@@ -34,10 +34,8 @@ def trained(folder, *overrides):
     return json.loads((folder / "results.json").read_text()), outcome.out
 
 
-FAST = "something_something_v2"
-
-
-@pytest.mark.parametrize("dataset", [dataset if dataset == FAST else pytest.param(dataset, marks=pytest.mark.slow) for dataset in DATASETS])
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", DATASETS)
 def test_each_dataset_trains_and_tests_on_a_miniature_in_its_official_layout(tmp_path, dataset):
     root, run = tmp_path / "data", tmp_path / "run"
     results, printed = trained(run, *miniature(dataset, root))

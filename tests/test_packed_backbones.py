@@ -371,7 +371,7 @@ def test_sampled_at_the_input_a_network_sees_the_averaged_frames_as_its_clip(nam
         assert torch.allclose(net.dense_network(average(clip, 1, bins)[None])[0], row, atol=1e-3)
 
 
-@pytest.mark.parametrize("name, stage, activation", [("x3d tiny", "res2", "blocks.1.res_blocks.{}.activation"), ("r3d 18", "res3", "layer2.{}.relu")])
+@pytest.mark.parametrize("name, stage, activation", [("x3d tiny", "res2", "blocks.1.res_blocks.{}.activation"), pytest.param("r3d 18", "res3", "layer2.{}.relu", marks=pytest.mark.slow)])
 def test_features_before_an_activation_are_sampled_before_it(name, stage, activation):
     options = replace(ATFR, after=stage, before_activation=True)
     net = VideoNet(backbone(name), stages=stages_of(CASES[name]), sgs=options, probe=NETS[name].probe).eval()

@@ -166,6 +166,7 @@ def examples(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_backbone_of_the_example_runs_with_sgs(examples):
     outcome = run_tool("train", "--config-dir=.", "model=my_backbone", "dry_run=true", "trainer.accelerator=cpu")
     assert outcome.code == 0, outcome.err

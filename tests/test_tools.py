@@ -147,7 +147,8 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_it(small_video
     assert outcome.code == 1 and f"checkpoint {last} cannot be read" in outcome.err
 
 
-@pytest.mark.parametrize("killed_in", [pytest.param("copyfile", marks=pytest.mark.slow), "replace"])
+@pytest.mark.slow
+@pytest.mark.parametrize("killed_in", ["copyfile", "replace"])
 def test_a_kill_while_the_state_before_a_damaged_one_takes_its_place_does_not_begin_anew(small_videos, tmp_path, monkeypatch, killed_in):
     job = small_job(small_videos, tmp_path, "trainer.save_every=1", "trainer.keep=5", "trainer.test=false")
     assert run_tool("train", *job, "trainer.max_steps=2").code == 0
@@ -340,6 +341,7 @@ def test_where_no_video_of_a_split_can_be_read_the_training_so_far_is_kept(small
     assert outcome.code == 1 and "error: cannot read" in outcome.err and "the last of 10 training videos, none of them readable" in outcome.err
 
 
+@pytest.mark.slow
 def test_the_jobs_of_a_sweep_have_run_folders_of_their_own(small_videos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     job = [o for o in small_job(small_videos, tmp_path) if not o.startswith("trainer.output_dir")]

@@ -440,6 +440,7 @@ def test_a_width_is_taken_over_unless_it_is_set(tmp_path):
 # ---------------------------------------------------------------- tests: the programs
 
 
+@pytest.mark.slow
 def test_a_training_starts_from_the_weights_once_and_a_test_never_reads_them(small_videos, tmp_path):
     weights = tmp_path / "zoo.pyth"
     torch.save({"model_state": source_x3d(classes=400).state_dict()}, weights)
