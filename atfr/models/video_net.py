@@ -76,6 +76,7 @@ class VideoNet(nn.Module):
         self.locations: dict[str, str] = {}
         self.stage_paths = {name: path for name, path in stages.items() if isinstance(path, str)}
         self._levels: list[list[str]] = []  # keys of `sgs`
+        self._num_classes = 0  # found where a layer needs it
         self._programs: tuple[nn.Module, ...] = (DenseNetwork(network),) if sgs is None else ()
         self._on_gpu: tuple[nn.Module, ...] = ()  # what runs there in place of `_programs`
         self._training_programs: tuple[nn.Module, ...] | None = None  # see `prepare`
@@ -109,6 +110,9 @@ class VideoNet(nn.Module):
                 shape = list(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
                 raise ValueError(f"sgs.after={name!r} gives {shape} for a clip of {probe}: SGS needs [N, C, T, H, W] with more than one feature in time")
             channels[name] = clip.shape[1] if name in of_clip else x.shape[1], x.shape[1]
+        if sgs.embedding == "glance":
+            with evaluating(self):
+                self._num_classes = int(self.dense_network(clip).shape[1])
         self._levels = [[_key(traced.cuts[cut]) for cut in cuts] for cuts in traced.levels]
         stem = traced.stem()
         if sgs.execution != "bucketed":
@@ -313,7 +317,7 @@ class VideoNet(nn.Module):
 
     def _add_layers(self, sgs: SGSConfig, channels: Mapping[str, tuple[int, int]], least: Mapping[str, int], **options: Any) -> None:
         layers = {
-            _key(name): SGS(embedded, sgs, name=name, sampled_channels=sampled, min_bins=least[name], **options) for name, (embedded, sampled) in channels.items()
+            _key(name): SGS(embedded, sgs, name=name, num_classes=self._num_classes, sampled_channels=sampled, min_bins=least[name], **options) for name, (embedded, sampled) in channels.items()
         }
         self.sgs = nn.ModuleDict(layers).to(self._like.device)
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from atfr.data.datasets.synthetic_distractors import distract
+from atfr.data.datasets.synthetic_distractors import draw_passing, film
 from atfr.data.datasets.synthetic_shapes import cover, paint
 
 PHASES: tuple[str, ...] = ("disc", "square", "cross", "ring")
@@ -44,6 +44,7 @@ DWELLS: tuple[str, ...] = ("uneven", "even", "brief")
 SPLITS: tuple[str, ...] = ("train", "test")
 
 CONCENTRATION = 0.3  # of the Dirichlet distribution of the slack; if small, one phase gets most of it
+SCENES = 3  # most times that the background is another one from a frame on, with distractors
 NOISE = 0.006  # standard deviation of the sensor noise; pixels are in 0..1
 VISIBLE = 0.55  # least mean absolute change (grey levels of 255) of a visible step
 
@@ -115,11 +116,16 @@ def render(
         busyness = amount = float(rng.uniform())
 
     video = _background(rng, size=size, frames=frames, busyness=busyness)
+    for _ in range(rng.binomial(SCENES, amount) if distractors else 0):
+        first = int(rng.integers(1, frames))
+        video[first:] = _background(rng, size=size, frames=frames - first, busyness=busyness)
     for _ in range(rng.binomial(3, busyness)):
         _draw_distractor(rng, video, busyness=busyness)
+    if distractors:
+        draw_passing(rng, video, amount=amount)
     _draw_object(rng, video, order=ORDERS[label], timeline=timeline, busyness=busyness)
     if distractors:
-        video = distract(rng, video, amount=amount)
+        video = film(rng, video, amount=amount)
     video += rng.normal(0.0, NOISE, video.shape).astype(np.float32)  # sensor noise
 
     pixels = np.rint(video.clip(0, 1) * 255).astype(np.uint8)
