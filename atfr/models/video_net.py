@@ -21,6 +21,7 @@ from atfr.models.locations import Stages, resolve
 from atfr.models.packed.registry import NoPackedForm
 from atfr.models.packed.segments import take
 from atfr.models.sgs.config import SGSConfig
+from atfr.models.sgs.glance import GlanceEmbedding
 from atfr.models.sgs.layer import SGS, Proposal
 from atfr.models.sgs.record import Sampling
 from atfr.models.sgs.sampling import AtLeast, Decision, Forced, Sampled, decide, sample
@@ -147,6 +148,8 @@ class VideoNet(nn.Module):
         sampled: tuple[Sampled, ...] = ()
         try:
             if self.sgs:
+                if not return_sampling:
+                    self._require_no_glance()
                 if forced is None and self.training and len(clips) == 1:  # two clips always have enough for batch norm
                     forced = [AtLeast(bins) for bins in self._least_alone(clips)] or None
                 logits, sampled = self._run_sampled(clips, forced)
@@ -158,6 +161,16 @@ class VideoNet(nn.Module):
             self._explain(error, clips)
             raise
         return (logits, Sampling(sampled, len(clips), tuple(clips.shape[1:]), self.gflops_table)) if return_sampling else logits
+
+    def _require_no_glance(self) -> None:
+        """Raise ValueError in a training step whose loss cannot contain that of an embedding which learns."""
+        if self.training and torch.is_grad_enabled():
+            for layer in self.sgs.values():
+                if isinstance(layer.embedding, GlanceEmbedding) and layer.embedding.learns:
+                    raise ValueError(
+                        f"SGS after {layer.name!r}: embedding=glance learns by a loss of its own: call the model with return_sampling=True and"
+                        " add sampling.glance_loss(loss, targets) to the loss, or freeze it with requires_grad_(False)"
+                    )
 
     @property
     def dense_network(self) -> nn.Module:

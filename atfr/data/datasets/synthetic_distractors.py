@@ -38,7 +38,8 @@ def draw_passing(rng: np.random.Generator, video: np.ndarray, *, amount: float) 
 
 def film(rng: np.random.Generator, video: np.ndarray, *, amount: float) -> np.ndarray:
     """Return what a bad camera in bad light makes of a video float32 [T, H, W, 3] in 0..1; amount is 0 (a good one) to 1."""
-    video = _shaken(rng, video * _light(rng, *video.shape[:2], amount)[..., None], amount)
+    frames, size = video.shape[:2]
+    video = _shaken(rng, video * _light(rng, frames, size, amount)[..., None], amount)
     return video + rng.normal(0.0, GRAIN * amount, video.shape).astype(np.float32)
 
 

@@ -37,6 +37,7 @@ class GlanceEmbedding(nn.Module):
             layers += [nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1), nn.GroupNorm(4, after), nn.ReLU()]
         self.look = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(CELLS), nn.Flatten(), nn.Linear(WIDTHS[-1] * CELLS**2, dim))
         self.classify = GlanceClassifier(dim, num_classes)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # of training so far
 
     def pool(self, x: Tensor) -> Tensor:
         """[N, C, T, H, W] -> [N, T, C g g], without a gradient: the sampled features are not trained for it."""
@@ -46,6 +47,15 @@ class GlanceEmbedding(nn.Module):
         """[N, T, C g g] -> [N, T, D]."""
         frames = pooled.reshape(-1, self.channels, self.grid, self.grid).to(self.classify.out.weight.dtype)  # [N T, C, g, g]
         return self.look(frames).unflatten(0, (pooled.shape[0], pooled.shape[1]))
+
+    def classified(self, z: Tensor, mask: Tensor) -> Tensor:
+        """Return the logits [N, classes] that a training step trains z [N, T, D] by; mask [N, T]: the frames that exist."""
+        self.steps += 1
+        return self.classify(z, mask)
+
+    @property
+    def learns(self) -> bool:
+        return self.classify.out.weight.requires_grad
 
 
 class GlanceClassifier(nn.Module):

@@ -195,10 +195,10 @@ class SGS(nn.Module):
 
     def _classified(self, z: Tensor, segments: Segments | None) -> Tensor | None:
         """Return the logits [N, classes] that a glance at z [N, T, D] is trained by, in a training step alone."""
-        if not (isinstance(self.embedding, GlanceEmbedding) and self.training and torch.is_grad_enabled()):
+        if not (isinstance(self.embedding, GlanceEmbedding) and self.embedding.learns and self.training and torch.is_grad_enabled()):
             return None
         time = torch.arange(z.shape[1], device=z.device)
-        return self.embedding.classify(z, (time < segments.counts[:, None]) if segments is not None else (time >= 0).expand(len(z), -1))
+        return self.embedding.classified(z, (time < segments.counts[:, None]) if segments is not None else (time >= 0).expand(len(z), -1))
 
     def _runs_kernel(self, z: Tensor) -> bool:
         """Return whether z is cut on a GPU by one kernel: the default way of sampling, for clips that it can take."""

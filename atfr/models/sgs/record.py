@@ -56,8 +56,11 @@ class Sampling:
         Args:
             loss: maps logits [N, classes] and the targets to a scalar, such as torch.nn.functional.cross_entropy.
         """
-        glances = [done.proposal for done in self.layers if done.proposal.glance is not None]
-        return sum(loss(glance.glance.float(), targets) + SHORT * glance.z.square().sum(dim=2).mean() for glance in glances)
+        total: Tensor | float = 0.0
+        for done in self.layers:
+            if done.proposal.glance is not None:
+                total = total + loss(done.proposal.glance.float(), targets) + SHORT * done.proposal.z.square().sum(dim=2).mean()
+        return total
 
     @property
     def gflops(self) -> Tensor:
