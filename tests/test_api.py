@@ -233,6 +233,8 @@ def test_create_model_knows_every_file_of_the_model_configs():
     assert model.sgs["stem"].options == PRESETS["atfr"] and model.blocks[-1].proj.out_features == 3
     assert atfr.create_model("x3d_tiny", 3, sgs="off").execution == atfr.create_model("x3d_tiny", 3).execution == "dense"
     assert model_names()["slowfast_4x16_r50"] == ("slowfast", "4x16-R50") and model_names()["x3d"] == ("x3d", "S")
+    with pytest.raises(ValueError, match=r"the size is a part of the name: create_model\('slowfast_4x16_r50', ...\)"):
+        atfr.create_model("slowfast", size="4x16-R50", num_classes=3)
     with pytest.raises(ValueError, match="there is no model 'x3d_q'; did you mean x3d"):
         atfr.create_model("x3d_q", 3)
 

@@ -115,7 +115,7 @@ def test_a_launcher_that_is_not_there_is_a_run_that_failed(tmp_path, monkeypatch
 
 
 def row(method: str, seed: int, top1: float, gflops: float) -> claim_rows.Row:
-    return claim_rows.Row("uneven-x3d", method, seed, "", top1, top1, gflops, 6, 1, 9, 16, "1:3 9:5", 0.5, 0.9, 1, 12, 0.6, "abc")
+    return claim_rows.Row("uneven-x3d", method, seed, "", top1, top1, gflops, 6, 1, 9, 16, "1:3 9:5", 0.5, 0.9, 1, 12, float("nan"), float("nan"), 0.6, "abc")
 
 
 def test_a_verdict_compares_within_seeds_and_allows_the_fixed_cost_one_more_feature():
@@ -258,11 +258,14 @@ def test_runs_from_scratch_have_as_many_epochs_as_those_with_a_warm_start():
 def test_the_probe_holds_some_clips_still_and_knows_how_much_the_others_change():
     dataset = claim.config_of("uneven").dataset
     played = list(itertools.islice(claim_change.plays(dataset, frames=16, side=32), 10))
-    assert [index for index, (_, change) in enumerate(played) if change == 0] == [0, 5]
-    still, change = played[0][0].float(), [change for _, change in played]
+    assert [index for index, play in enumerate(played) if play.change == 0] == [0, 5]
+    still, change = played[0].clip.float(), [play.change for play in played]
     assert 0 < (still[:, 1:] - still[:, :-1]).abs().mean() < 3  # noise alone, in grey levels
-    moving = [float((clip.float()[:, 1:] - clip.float()[:, :-1]).abs().mean()) for clip, _ in played]
+    moving = [float((clip.float()[:, 1:] - clip.float()[:, :-1]).abs().mean()) for clip in (play.clip for play in played)]
     assert claim_change.spearman(np.array(moving), np.array(change)) > 0.8
+    assert played[0].events == 0 and max(play.events for play in played) > 2 and all(play.distractors == 0 for play in played)
+    disturbed = next(claim_change.plays(claim.config_of("distractors").dataset, frames=16, side=32))
+    assert disturbed.distractors == render(0, split="test", distractors=True)[2].distractors > 0
 
 
 def test_a_phase_has_a_feature_of_its_own_where_a_bin_holds_nothing_else():

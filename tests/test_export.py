@@ -70,8 +70,8 @@ def find_width(model: VideoNet, samples: dict[str, torch.Tensor]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "sgs, format",
-    [(ATFR, "torch_export"), (ATFR, "onnx"), (replace(ATFR, embed_from="features", after="res2"), "onnx"), (REFERENCE, "onnx")],
-    ids=["atfr, torch_export", "atfr, onnx", "embeds features", "reference"],
+    [(ATFR, "torch_export"), (ATFR, "onnx"), (replace(ATFR, embed_from="features", after="res2"), "onnx"), (REFERENCE, "onnx"), (SGSConfig.from_preset("glance"), "onnx")],
+    ids=["atfr, torch_export", "atfr, onnx", "embeds features", "reference", "glance"],
 )
 def test_x3d(sgs, format, tmp_path):
     model, samples = x3d.x3d(size="tiny", num_classes=5, sgs=sgs), clips(12, 32)

@@ -124,6 +124,7 @@ def test_a_dense_step_never_waits_for_the_device(monkeypatch, tmp_path):
         pytest.param(ATFR, id="atfr"),
         pytest.param(replace(ATFR, embed_from="clip"), id="looks at the clip", marks=pytest.mark.slow),
         pytest.param(replace(ATFR, gflops_range=(0.3, 0.7)), id="drawn", marks=pytest.mark.slow),
+        pytest.param(replace(SGSConfig.from_preset("glance"), gflops=None, keep_ratio=0.5), id="glance", marks=pytest.mark.slow),
         pytest.param(SGSConfig.from_preset("random", num_bins=8), id="random", marks=pytest.mark.slow),
     ],
 )

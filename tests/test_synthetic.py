@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -18,6 +19,7 @@ from test_configs import composed
 
 from atfr.data.datasets import synthetic
 from atfr.data.datasets import synthetic_scene as scene
+from atfr.data.datasets import synthetic_shapes as shapes
 from atfr.data.datasets.synthetic import CLASSES, PHASES, generate, render
 from atfr.engine.run import checkpoint
 
@@ -66,7 +68,7 @@ def test_the_same_arguments_give_the_same_clip():
     assert np.array_equal(first[0], second[0]) and first[1:] == second[1:]
 
 
-@pytest.mark.parametrize("other", [{"seed": 2}, {"split": "train"}, {"index": 13}, {"dwell": "even"}])
+@pytest.mark.parametrize("other", [{"seed": 2}, {"split": "train"}, {"index": 13}, {"dwell": "even"}, {"distractors": True}])
 def test_another_seed_split_index_or_dwell_gives_another_clip(other):
     arguments = {"index": 5, "seed": 1, "split": "test"}
     assert not np.array_equal(render(**arguments)[0], render(**(arguments | other))[0])
@@ -142,11 +144,21 @@ def test_some_clips_are_almost_static_and_some_are_busy():
     assert np.median(typical[busy]) > 2.5 * np.median(typical[static])
 
 
+def test_with_distractors_change_follows_their_amount_and_phases_last_as_long_as_without():
+    disturbed, plain = ([render(i, distractors=with_them)[2] for i in range(80)] for with_them in (True, False))
+    change, amount = (np.array([getattr(truth, name) for truth in disturbed]) for name in ("change", "distractors"))
+    assert np.corrcoef(change, amount)[0, 1] > 0.8
+    assert change[amount > 0.5].mean() > 3 * np.mean([truth.change for truth in plain])
+    assert {truth.distractors for truth in plain} == {0}
+    longest = [np.mean([max(t.timeline.dwells) / sum(t.timeline.dwells) for t in truths]) for truths in (disturbed, plain)]
+    assert abs(longest[0] - longest[1]) < 0.08
+
+
 @pytest.mark.parametrize("shape", [*PHASES, "bar"])
 def test_a_horizontal_flip_shows_the_same_shape(shape):
     def cover(x: float, angle: float) -> np.ndarray:
         one = np.ones(1, np.float32)
-        return scene._cover(shape, 24 * one, x * one, 9 * one, angle * one, 56)
+        return shapes.cover(shape, 24 * one, x * one, 9 * one, angle * one, 56)
 
     assert np.allclose(cover(20, 0.3)[..., ::-1], cover(56 - 20, -0.3), atol=1e-3)
 
@@ -245,13 +257,24 @@ def test_an_interrupted_run_goes_on_where_it_stopped(root, tmp_path, monkeypatch
     assert tree(tmp_path) == tree(root)
 
 
+def test_a_folder_from_before_distractors_has_none(root, tmp_path):
+    shutil.copytree(root, tmp_path / "older")
+    marker = tmp_path / "older" / synthetic.MARKER
+    parameters = json.loads(marker.read_text())
+    del parameters["distractors"]
+    marker.write_text(json.dumps(parameters))
+    before = tree(tmp_path)
+    generate(tmp_path / "older", **SMALL, workers=1)
+    assert tree(tmp_path) == before
+
+
 def test_an_encoder_that_fails_leaves_no_file(tmp_path):
     with pytest.raises(Exception):
         synthetic.write_video(tmp_path / "a.mp4", np.zeros((2, 33, 33, 3), np.uint8))  # odd: yuv420p refuses
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("other", [{"seed": 4}, {"dwell": "even"}])
+@pytest.mark.parametrize("other", [{"seed": 4}, {"dwell": "even"}, {"distractors": True}])
 def test_other_parameters_at_the_same_root_are_refused_by_name(root, other):
     (name,) = other
     with pytest.raises(ValueError) as error:
@@ -295,7 +318,7 @@ def test_wrong_arguments_are_refused_by_name_and_value(tmp_path, wrong):
 
 def test_the_marker_records_all_parameters(root):
     assert json.loads((root / synthetic.MARKER).read_text()) == {
-        "version": synthetic.VERSION, "size": 56, "frames": 36, "dwell": "uneven", **SMALL
+        "version": synthetic.VERSION, "size": 56, "frames": 36, "dwell": "uneven", "distractors": False, **SMALL
     }  # fmt: skip
 
 

@@ -40,6 +40,7 @@ from atfr.engine.run import checkpoint
 from atfr.engine.run.contents import contents, require_same_contents
 from atfr.engine.run.run_dir import claim_folder
 from atfr.engine.settings import TrainerSettings
+from atfr.models.sgs.glance import GlanceEmbedding
 from atfr.models.video_net import VideoNet
 from atfr.utils.atomic_io import write_text
 
@@ -72,6 +73,8 @@ def calibrate_and_test(config: DictConfig, settings: TrainerSettings, dist_info:
         raise ValueError(f"model={choices().get('model')} has no SGS layer to calibrate: choose model=NAME_sgs")
     for layer in model.sgs.values():
         layer.set_budget(1.0)  # raises for a layer that follows no budget, before the work begins
+        if isinstance(layer.embedding, GlanceEmbedding) and not layer.embedding.steps:
+            raise ValueError("model/sgs=glance has to be trained with the network (tools/train.py): these weights hold no embedding that learned; use model/sgs=atfr")
     path = folder / "calibration.json"
     done = {entry["budget"]: entry for entry in json.loads(path.read_text())} if path.exists() else {}
     start = builders.weights_given(config)

@@ -82,8 +82,9 @@ class ForwardBackward:
             with self.network.no_sync() if world > 1 and number < len(parts) else nullcontext():
                 logits, sampling, factor = self._predict(part)
                 # The mean over the ranks is the mean over the global batch, even if parts or ranks have unequal numbers of clips.
-                loss = self.loss(logits.float(), part_targets) * (factor * len(part) * world / self.settings.batch_size)
-                self.scaler.scale(loss).backward()
+                share = factor * len(part) * world / self.settings.batch_size
+                loss = self.loss(logits.float(), part_targets) * share
+                self.scaler.scale(loss + sampling.glance_loss(self.loss, part_targets) * share).backward()
             total += loss.detach()
             if self.mix is None:
                 hits += top_hits(logits.detach(), part_targets)

@@ -58,6 +58,8 @@ def create_model(
         near = difflib.get_close_matches(name.lower(), model_names(), n=5) or list(BACKBONES)
         raise ValueError(f"there is no model {name!r}; did you mean {', '.join(near)}?")
     backbone, size = found
+    if "size" in options:
+        raise ValueError(f"the size is a part of the name: create_model({full_name(backbone, str(options['size']))!r}, ...)")
     published = None if weights is None else find_published(str(weights))
     if published is not None:
         published.require_fit(full_name(backbone, size))

@@ -21,6 +21,7 @@ from atfr.models.locations import Stages, resolve
 from atfr.models.packed.registry import NoPackedForm
 from atfr.models.packed.segments import take
 from atfr.models.sgs.config import SGSConfig
+from atfr.models.sgs.glance import GlanceEmbedding
 from atfr.models.sgs.layer import SGS, Proposal
 from atfr.models.sgs.record import Sampling
 from atfr.models.sgs.sampling import AtLeast, Decision, Forced, Sampled, decide, sample
@@ -76,6 +77,7 @@ class VideoNet(nn.Module):
         self.locations: dict[str, str] = {}
         self.stage_paths = {name: path for name, path in stages.items() if isinstance(path, str)}
         self._levels: list[list[str]] = []  # keys of `sgs`
+        self._num_classes = 0  # found where a layer needs it
         self._programs: tuple[nn.Module, ...] = (DenseNetwork(network),) if sgs is None else ()
         self._on_gpu: tuple[nn.Module, ...] = ()  # what runs there in place of `_programs`
         self._training_programs: tuple[nn.Module, ...] | None = None  # see `prepare`
@@ -109,6 +111,9 @@ class VideoNet(nn.Module):
                 shape = list(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
                 raise ValueError(f"sgs.after={name!r} gives {shape} for a clip of {probe}: SGS needs [N, C, T, H, W] with more than one feature in time")
             channels[name] = clip.shape[1] if name in of_clip else x.shape[1], x.shape[1]
+        if sgs.embedding == "glance":
+            with evaluating(self):
+                self._num_classes = int(self.dense_network(clip).shape[1])
         self._levels = [[_key(traced.cuts[cut]) for cut in cuts] for cuts in traced.levels]
         stem = traced.stem()
         if sgs.execution != "bucketed":
@@ -143,6 +148,8 @@ class VideoNet(nn.Module):
         sampled: tuple[Sampled, ...] = ()
         try:
             if self.sgs:
+                if not return_sampling:
+                    self._require_no_glance()
                 if forced is None and self.training and len(clips) == 1:  # two clips always have enough for batch norm
                     forced = [AtLeast(bins) for bins in self._least_alone(clips)] or None
                 logits, sampled = self._run_sampled(clips, forced)
@@ -154,6 +161,16 @@ class VideoNet(nn.Module):
             self._explain(error, clips)
             raise
         return (logits, Sampling(sampled, len(clips), tuple(clips.shape[1:]), self.gflops_table)) if return_sampling else logits
+
+    def _require_no_glance(self) -> None:
+        """Raise ValueError in a training step whose loss cannot contain that of an embedding which learns."""
+        if self.training and torch.is_grad_enabled():
+            for layer in self.sgs.values():
+                if isinstance(layer.embedding, GlanceEmbedding) and layer.embedding.learns:
+                    raise ValueError(
+                        f"SGS after {layer.name!r}: embedding=glance learns by a loss of its own: call the model with return_sampling=True and"
+                        " add sampling.glance_loss(loss, targets) to the loss, or freeze it with requires_grad_(False)"
+                    )
 
     @property
     def dense_network(self) -> nn.Module:
@@ -313,7 +330,7 @@ class VideoNet(nn.Module):
 
     def _add_layers(self, sgs: SGSConfig, channels: Mapping[str, tuple[int, int]], least: Mapping[str, int], **options: Any) -> None:
         layers = {
-            _key(name): SGS(embedded, sgs, name=name, sampled_channels=sampled, min_bins=least[name], **options) for name, (embedded, sampled) in channels.items()
+            _key(name): SGS(embedded, sgs, name=name, num_classes=self._num_classes, sampled_channels=sampled, min_bins=least[name], **options) for name, (embedded, sampled) in channels.items()
         }
         self.sgs = nn.ModuleDict(layers).to(self._like.device)
 

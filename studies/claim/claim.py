@@ -41,7 +41,7 @@ from atfr.cli.config import build
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = Path("runs", "claim")
 FURTHER = 1 / 3  # epochs of every run that starts from it, of those that it had itself
-LONGER = {"even": 1, "uneven_long": 1}  # the same where that is too few, or where it is asked whether it is
+LONGER = {"even": 1, "uneven_long": 1, "distractors": 0.6}  # the same where that is too few, or where it is asked whether it is
 FINE_TUNING_LR = 0.02
 
 

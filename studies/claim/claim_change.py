@@ -5,13 +5,15 @@
 All of the built-in clips go through the same number of events, so this plays other ones: a random share of a test
 video stretched over a whole clip (none of it, in every fifth clip: one frame held), with sensor noise anew for each
 frame, as a camera that films something still would give. And the busiest clips that there can be: every frame of
-another video.
+another video. Where the videos have distractors, it also says how B' follows the number of events in a clip, and how the amount
+of change that means nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
 
@@ -28,6 +30,16 @@ from atfr.utils.atomic_io import write_text
 
 CLIPS, STATIC_EVERY, BATCH = 300, 5, 50
 RESULT = "change.json"
+
+
+@dataclass(frozen=True)
+class Play:
+    """A clip that shows a part of a test video."""
+
+    clip: Tensor  # uint8 [3, T, H, W]
+    change: float  # mean a step, in grey levels, without the sensor noise
+    events: int  # beginnings and ends of phases in it
+    distractors: float  # amount of change that means nothing in its video, 0 to 1
 
 
 def main() -> None:
@@ -48,9 +60,9 @@ def main() -> None:
         return found
 
     played = list(plays(config.dataset, frames=clip.frames, side=clip.crop_size))
-    kept = bins([shown for shown, _ in played])
-    busy = bins(shuffled([shown for shown, _ in played]))
-    change = [amount for _, amount in played]
+    kept = bins([play.clip for play in played])
+    busy = bins(shuffled([play.clip for play in played]))
+    change = [play.change for play in played]
     result = {
         "spearman": spearman(np.array(kept), np.array(change)),
         "static": float(np.mean(kept[::STATIC_EVERY])),
@@ -58,20 +70,27 @@ def main() -> None:
         "bins": kept,
         "change": change,
     }
+    if config.dataset.get("distractors"):
+        moving = np.arange(len(played)) % STATIC_EVERY > 0
+        for name in ("events", "distractors"):
+            values = np.array([getattr(play, name) for play in played])
+            result |= {name: values.tolist(), f"{name}_spearman": spearman(np.array(kept)[moving], values[moving])}
     write_text(folder / RESULT, json.dumps(result) + "\n")
     print({key: value for key, value in result.items() if isinstance(value, float)})
 
 
-def plays(dataset: OmegaConf, *, frames: int, side: int) -> Iterator[tuple[Tensor, float]]:
-    """Clips uint8 [3, T, H, W] and their mean change a step, in grey levels, without the sensor noise."""
+def plays(dataset: OmegaConf, *, frames: int, side: int) -> Iterator[Play]:
+    """Play the test videos."""
     for index in range(CLIPS):
-        video = render(index, seed=dataset.seed, split="test", dwell=dataset.dwell)[0]
+        video, _, truth = render(index, seed=dataset.seed, split="test", dwell=dataset.dwell, distractors=dataset.get("distractors", False))
         random = np.random.default_rng([index, CLIPS])
         span = 0.0 if index % STATIC_EVERY == 0 else random.uniform() * (WINDOW - 1)
         start = random.uniform(0, len(video) - 1 - span)
         shown = video[np.rint(np.linspace(start, start + span, frames)).astype(int)]  # [T, H, W, 3]
         noisy = np.rint((shown + random.normal(0, 255 * NOISE, shown.shape)).clip(0, 255)).astype(np.uint8)
-        yield test_crops(torch.from_numpy(noisy).permute(0, 3, 1, 2), short_side=side, crop_size=side, crops=1)[0], float(step_changes(shown).mean())
+        clip = test_crops(torch.from_numpy(noisy).permute(0, 3, 1, 2), short_side=side, crop_size=side, crops=1)[0]
+        events = sum(round(start) < event <= round(start + span) for event in (*truth.timeline.starts, truth.timeline.end))
+        yield Play(clip, float(step_changes(shown).mean()), events, truth.distractors)
 
 
 def shuffled(clips: list[Tensor]) -> list[Tensor]:

@@ -28,7 +28,7 @@ from atfr.models.sgs.layer import SGS
 from atfr.models.sgs.sampling import sample
 
 VIDEOS = 400  # of each split
-DATA = ("uneven", "even")  # files of configs/experiment/claim
+DATA = ("uneven", "even", "distractors")  # files of configs/experiment/claim
 LAYERS = {  # what the table calls them, and their options
     **{f"atfr-{share}": ("atfr", f"model.sgs.keep_ratio={share}") for share in (0.3, 0.34, 0.36, 0.4, 0.44, 0.5)},
     **{f"{name}-0.4": ("atfr", f"model.sgs.similarity={name}", "model.sgs.keep_ratio=0.4") for name in ("anchor", "path")},
@@ -70,7 +70,7 @@ def clips_of(dataset: DictConfig, split: str, count: int) -> Clips:
     frames, side, normalise = dataset.clip.frames, dataset.clip.crop_size, Normalizer(dataset.clip.mean, dataset.clip.std)
     shown, parts = [], []
     for index in tqdm(range(count), unit="video", desc=f"{dataset.dwell} {split}"):
-        video, _, truth = render(index, seed=dataset.seed, split=split, dwell=dataset.dwell)
+        video, _, truth = render(index, seed=dataset.seed, split=split, dwell=dataset.dwell, distractors=dataset.get("distractors", False))
         times = uniform_views(len(video), frames=frames, stride=dataset.clip.stride, views=1)[0]
         shown.append(test_crops(torch.from_numpy(video[times]).permute(0, 3, 1, 2), short_side=side, crop_size=side, crops=1)[0])
         parts.append(np.searchsorted([*truth.timeline.starts, truth.timeline.end], times, side="right"))

@@ -41,7 +41,7 @@ class Method:
 
 
 def sampled(preset: str, *more: str, after: str = "stem", start: str | None = WARM, briefly: bool = False, networks: tuple[str, ...] = tuple(NETWORKS)) -> Method:
-    adapts = preset in ("atfr", "reference", "frozen")
+    adapts = preset in ("atfr", "glance", "reference", "frozen")
     return Method((f"model/sgs={preset}", *more), after=after, start=start, adapts=adapts, briefly=briefly, networks=networks)
 
 
@@ -73,6 +73,10 @@ METHODS: dict[str, Method] = {
     # The layer of model/sgs=atfr, and what keeps equally many features of all clips.
     **{f"atfr-{ratio}": sampled("atfr", keep_ratio(ratio)) for ratio in KEEP_RATIOS},
     **{f"{name}-{k}": fixed(name, k) for name in ("uniform", "stride", "random") for k in KEPT},
+    # The same keeping middle frames, and with an embedding that learns which change matters.
+    **{f"middle-{ratio}": sampled("atfr", "model.sgs.kernel=middle", keep_ratio(ratio)) for ratio in (0.36, 0.4)},
+    **{f"glance-{ratio}": sampled("glance", keep_ratio(ratio)) for ratio in (0.32, 0.36, 0.4)},
+    "glance-mean-0.36": sampled("glance", "model.sgs.kernel=mean", keep_ratio(0.36)),
     # Its family, which looks at the features that it samples.
     **{f"features-{ratio}": sampled("atfr", FEATURES, keep_ratio(ratio)) for ratio in (0.32, 0.4)},
     "anchor-0.4": sampled("atfr", FEATURES, *ANCHOR, AT_HALF),

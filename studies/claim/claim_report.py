@@ -13,7 +13,7 @@ from claim_rows import ROWS, Row, updated
 from atfr.utils.atomic_io import write_text
 
 RESULTS, DETAILS, PLOT = Path("docs/results.md"), Path("studies/claim/README.md"), Path("docs/claim.png")
-OURS = ("atfr", "features", "input")  # the preset's layer, the same by what the sampled features show, and the same on the clips themselves
+OURS = ("atfr", "glance", "features", "input")  # the preset's layer, the one that learns, the preset's by what the sampled features show, and on the clips themselves
 FIXED = ("uniform", "stride", "random", "input-uniform", "input-stride")  # what keeps equally many features of all clips
 ONE = "one seed against"  # what `relation` says of it
 Groups = dict[tuple[str, str, str], list[Row]]  # by data, method and budget
@@ -156,6 +156,9 @@ def verdict_on(own: str, trained: dict[str, dict[int, Row]], cost: dict[str, flo
     if probed:
         follows, static, busy = (mean(getattr(row, name) for row in probed) for name in ("follows_played", "static", "busy"))
         lines.append(f"  - B' follows the change of clips of which that is known: rank correlation {follows:.2f}; {static:.1f} bins for static clips, {busy:.1f} of {probed[0].frames} for busy ones")
+    if probed and probed[0].follows_events == probed[0].follows_events:
+        events, distractors = (mean(getattr(row, name) for row in probed) for name in ("follows_events", "follows_distractors"))
+        lines.append(f"  - B' follows the number of events by a rank correlation of {events:.2f}, the change that means nothing by {distractors:.2f}")
     return Verdict(own, level, cost[own], dense, rival, lines)
 
 

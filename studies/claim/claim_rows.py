@@ -45,6 +45,8 @@ class Row:
     follows_played: float  # the same on the clips of claim_change.py, which differ in it
     static: float  # mean B' of clips that hold one frame
     busy: float  # mean B' of clips whose every frame is of another video
+    follows_events: float  # as follows_played, with the number of events; nan of videos without distractors
+    follows_distractors: float  # the same with the amount of change that means nothing
     time: float  # in the network, of dense; nan where it was not measured
     commit: str
 
@@ -71,7 +73,7 @@ def saved() -> list[Row]:
         return []
     kinds = {"str": str, "int": int, "float": float}
     with open(ROWS, newline="") as file:
-        return [Row(**{field.name: kinds[field.type](line[field.name]) for field in fields(Row)}) for line in csv.DictReader(file)]
+        return [Row(**{field.name: kinds[field.type](line.get(field.name, "nan")) for field in fields(Row)}) for line in csv.DictReader(file)]
 
 
 def found(runs: Path) -> Iterator[Row]:
@@ -89,7 +91,7 @@ def found(runs: Path) -> Iterator[Row]:
                 result["top1"], result["mean_class_accuracy"], gflops["mean"] / gflops["dense"],
                 bins["mean"], bins["min"], bins["max"], bins["frames"], " ".join(f"{kept}:{clips}" for kept, clips in bins["histogram"].items()),
                 follows_change(path.with_name("predictions.csv")) if "budget" not in result else NAN,
-                *(played.get(key, NAN) for key in ("spearman", "static", "busy")),
+                *(played.get(key, NAN) for key in ("spearman", "static", "busy", "events_spearman", "distractors_spearman")),
                 timed.get("time_of_dense", NAN), result["protocol"]["commit"] or "",
             )  # fmt: skip
 

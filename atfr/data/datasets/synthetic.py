@@ -40,7 +40,7 @@ FPS = 16
 SIZE, FRAMES = 56, 36  # height and width in pixels, frames per video
 MARKER = "dataset.json"
 UNFINISHED = "unfinished.json"  # replaces the marker while files are written
-TRUTH_COLUMNS = ("path", "label", "phase_starts", "end", "busyness", "change", "changed_steps")
+TRUTH_COLUMNS = ("path", "label", "phase_starts", "end", "busyness", "change", "changed_steps", "distractors")
 
 _KEYFRAME_EVERY = 12  # frames: a seek decodes at most this many unused frames
 
@@ -56,6 +56,7 @@ class _Spec:
     size: int
     frames: int
     dwell: str
+    distractors: bool = False
 
 
 class NotGenerated(ValueError):
@@ -65,7 +66,7 @@ class NotGenerated(ValueError):
 _Job = tuple[Path, _Spec, str, int]  # root, parameters, split, number of the video
 
 
-def synthetic(*, root: str, seed: int, train: int, test: int, dwell: str, num_classes: int, make: bool | None = None) -> VideoSource:
+def synthetic(*, root: str, seed: int, train: int, test: int, dwell: str, num_classes: int, distractors: bool = False, make: bool | None = None) -> VideoSource:
     """Read the built-in dataset; generate it in `root` first if it does not exist.
 
     Raises:
@@ -75,16 +76,16 @@ def synthetic(*, root: str, seed: int, train: int, test: int, dwell: str, num_cl
         raise ValueError(f"dataset.num_classes is {num_classes}, but dataset synthetic always has {len(CLASSES)} classes")
     root = expanded(root, "dataset.root")
     if make is not False:
-        generate(root, seed=seed, train=train, test=test, dwell=dwell)
-    elif not _is_complete(Path(root), _checked_spec(seed=seed, train=train, test=test, size=SIZE, frames=FRAMES, dwell=dwell)):
-        options = shlex.join([root, "--seed", str(seed), "--train", str(train), "--test", str(test), "--dwell", dwell])
+        generate(root, seed=seed, train=train, test=test, dwell=dwell, distractors=distractors)
+    elif not _is_complete(Path(root), _checked_spec(seed=seed, train=train, test=test, size=SIZE, frames=FRAMES, dwell=dwell, distractors=distractors)):
+        options = shlex.join([root, "--seed", str(seed), "--train", str(train), "--test", str(test), "--dwell", dwell, *(["--distractors"] if distractors else [])])
         raise NotGenerated(
             f"dataset synthetic is not in {os.path.abspath(root)}: set dataset.root to the folder that has it,"
             f" or make it with python scripts/make_synthetic.py {options}"
         )
     train_list, test_list = (os.path.join(root, f"{split}.csv") for split in SPLITS)
     source = videolist(root=root, train=train_list, test=test_list, class_names=CLASSES, name="synthetic")
-    return replace(source, notes={**source.notes, "seed": seed, "dwell": dwell, "version": VERSION})
+    return replace(source, notes={**source.notes, "seed": seed, "dwell": dwell, "distractors": distractors, "version": VERSION})
 
 
 def generate(
@@ -96,6 +97,7 @@ def generate(
     size: int = SIZE,
     frames: int = FRAMES,
     dwell: str = "uneven",
+    distractors: bool = False,
     workers: int | None = None,
 ) -> None:
     """Write the dataset to `root`, unless it exists. A killed run continues where it stopped.
@@ -106,12 +108,13 @@ def generate(
         frames: length of a video; each window of 31 frames (a clip of 16 at stride 2) shows all phases.
         dwell: how long the phases last: "uneven" (one often lasts most of the clip), "even", or "brief" (as uneven, but
             a short phase is a single frame of such a clip).
+        distractors: whether most of what changes means nothing (see `synthetic_distractors`).
         workers: number of processes; None: one per CPU core; 1: the calling process.
 
     Raises:
         ValueError: an argument is out of range, or `root` has a dataset with other parameters.
     """
-    spec = _checked_spec(seed=seed, train=train, test=test, size=size, frames=frames, dwell=dwell)
+    spec = _checked_spec(seed=seed, train=train, test=test, size=size, frames=frames, dwell=dwell, distractors=distractors)
     workers = cores() if workers is None else _integer("workers", workers, least=1)
     root = Path(expanded(str(root)))
     if _is_complete(root, spec):
@@ -145,7 +148,7 @@ def _make(job: _Job, heartbeat: Heartbeat | None = None) -> tuple[str, ...]:
     root, spec, split, index = job
     # Always rendered, which is quick: truth.csv needs the ground truth.
     pixels, label, truth = render(
-        index, seed=spec.seed, split=split, size=spec.size, frames=spec.frames, dwell=spec.dwell
+        index, seed=spec.seed, split=split, size=spec.size, frames=spec.frames, dwell=spec.dwell, distractors=spec.distractors
     )
     relative = f"{split}/{CLASSES[label]}/{index:05d}.mp4"
     if not (root / relative).exists():
@@ -159,6 +162,7 @@ def _make(job: _Job, heartbeat: Heartbeat | None = None) -> tuple[str, ...]:
         f"{truth.busyness:.4f}",
         f"{truth.change:.4f}",
         str(truth.changed_steps),
+        f"{truth.distractors:.4f}",
     )
 
 
@@ -180,7 +184,7 @@ def _checked_spec(**parameters: Any) -> _Spec:
         for name, least in (("seed", 0), ("train", 1), ("test", 1), ("size", 1), ("frames", 1))
     }
     check_scene(counts["size"], counts["frames"], parameters["dwell"])
-    return _Spec(version=VERSION, dwell=parameters["dwell"], **counts)
+    return _Spec(version=VERSION, dwell=parameters["dwell"], distractors=bool(parameters["distractors"]), **counts)
 
 
 def _integer(name: str, value: Any, *, least: int) -> int:
@@ -204,9 +208,10 @@ def _is_complete(root: Path, spec: _Spec) -> bool:
             continue
         except ValueError as error:
             raise ValueError(f"{root / name} is not a record of a dataset's parameters; {way_out}") from error
+        found = {"distractors": False, **found} if isinstance(found, dict) else {}  # a key that older folders lack
         for key, wanted in asdict(spec).items():
-            if not isinstance(found, dict) or found.get(key) != wanted:
-                has = found.get(key) if isinstance(found, dict) else None
+            if found.get(key) != wanted:
+                has = found.get(key)
                 raise ValueError(f"{root} holds a synthetic dataset with {key}={has!r}, not {wanted!r}; {way_out}")
         return name == MARKER
     # Files without a record of their parameters may be of any origin.

@@ -9,6 +9,8 @@ order, each exactly once, and then disappears. The class is the order. Only a te
 - the set of classes and all motion are symmetric under time reversal, so a model that sorts shuffled frames by their
   motion still confuses two classes.
 
+With distractors, most of what changes from frame to frame has nothing to do with the object's phases.
+
 Times are in frames, lengths in pixels and colours in 0..1 unless stated otherwise.
 """
 
@@ -18,6 +20,9 @@ import colorsys
 from dataclasses import dataclass
 
 import numpy as np
+
+from atfr.data.datasets.synthetic_distractors import draw_passing, film
+from atfr.data.datasets.synthetic_shapes import cover, paint
 
 PHASES: tuple[str, ...] = ("disc", "square", "cross", "ring")
 HUES: tuple[float, ...] = (0.0, 0.33, 0.62, 0.15)  # of each phase, in 0..1 as in colorsys
@@ -39,6 +44,7 @@ DWELLS: tuple[str, ...] = ("uneven", "even", "brief")
 SPLITS: tuple[str, ...] = ("train", "test")
 
 CONCENTRATION = 0.3  # of the Dirichlet distribution of the slack; if small, one phase gets most of it
+SCENES = 3  # most times that the background is another one from a frame on, with distractors
 NOISE = 0.006  # standard deviation of the sensor noise; pixels are in 0..1
 VISIBLE = 0.55  # least mean absolute change (grey levels of 255) of a visible step
 
@@ -66,6 +72,7 @@ class Truth:
     busyness: float  # 0 (static between the events) to 1: scales motion and clutter
     change: float  # mean absolute change per step, in grey levels of 255
     changed_steps: int  # number of steps from one frame to the next with a visible change
+    distractors: float  # 0 (none) to 1: amount of change that means nothing, see `synthetic_distractors`
 
 
 def check_scene(size: int, frames: int, dwell: str) -> None:
@@ -80,11 +87,19 @@ def check_scene(size: int, frames: int, dwell: str) -> None:
 
 
 def render(
-    index: int, *, seed: int = 0, split: str = "train", size: int = 56, frames: int = 36, dwell: str = "uneven"
+    index: int,
+    *,
+    seed: int = 0,
+    split: str = "train",
+    size: int = 56,
+    frames: int = 36,
+    dwell: str = "uneven",
+    distractors: bool = False,
 ) -> tuple[np.ndarray, int, Truth]:
     """Render clip `index` of a split: return RGB frames uint8 [T, H, W, 3], the label and the ground truth.
 
-    The clip depends only on the arguments.
+    The clip depends only on the arguments. With `distractors` most of its change means nothing: their amount is drawn for
+    each clip from 0 to 1, and scales the motion of object and background, too (`busyness`).
     """
     check_scene(size, frames, dwell)
     if split not in SPLITS:
@@ -96,11 +111,21 @@ def render(
     label = index % len(CLASSES)
     timeline = draw_timeline(rng, frames=frames, dwell=dwell)
     busyness = max(0.0, float(rng.uniform(-0.5, 1.0)))  # a third of the clips are static between the events
+    amount = 0.0
+    if distractors:
+        busyness = amount = float(rng.uniform())
 
     video = _background(rng, size=size, frames=frames, busyness=busyness)
+    for _ in range(rng.binomial(SCENES, amount) if distractors else 0):
+        first = int(rng.integers(1, frames))
+        video[first:] = _background(rng, size=size, frames=frames - first, busyness=busyness)
     for _ in range(rng.binomial(3, busyness)):
         _draw_distractor(rng, video, busyness=busyness)
+    if distractors:
+        draw_passing(rng, video, amount=amount)
     _draw_object(rng, video, order=ORDERS[label], timeline=timeline, busyness=busyness)
+    if distractors:
+        video = film(rng, video, amount=amount)
     video += rng.normal(0.0, NOISE, video.shape).astype(np.float32)  # sensor noise
 
     pixels = np.rint(video.clip(0, 1) * 255).astype(np.uint8)
@@ -111,6 +136,7 @@ def render(
         busyness=busyness,
         change=float(steps.mean()),
         changed_steps=int((steps > VISIBLE).sum()),
+        distractors=amount,
     )
 
 
@@ -185,33 +211,6 @@ def _course(rng: np.random.Generator, *, size: int, frames: int, busyness: float
     return y, x, scale, angle
 
 
-def _cover(shape: str, y: np.ndarray, x: np.ndarray, scale: np.ndarray, angle: np.ndarray, size: int) -> np.ndarray:
-    """Compute the part of each pixel that a shape covers, [T, H, W] in 0..1; `scale` is its radius in pixels."""
-    axis = np.arange(size, dtype=np.float32) + 0.5
-    dy = axis[None, :, None] - y[:, None, None]
-    dx = axis[None, None, :] - x[:, None, None]
-    cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
-    u, v = np.abs(cos * dx + sin * dy), np.abs(cos * dy - sin * dx)  # all shapes are symmetric
-    r = scale[:, None, None]
-    if shape == "disc":
-        distance = np.hypot(u, v) - r
-    elif shape == "square":
-        distance = np.maximum(u, v) - 0.85 * r
-    elif shape == "cross":
-        distance = np.minimum(np.maximum(u - r, v - 0.32 * r), np.maximum(v - r, u - 0.32 * r))
-    elif shape == "ring":
-        distance = np.abs(np.hypot(u, v) - 0.75 * r) - 0.27 * r
-    else:
-        assert shape == "bar", shape
-        distance = np.maximum(u - r, v - 0.3 * r)
-    return np.clip(0.5 - distance, 0, 1)  # one pixel of antialiasing
-
-
-def _paint(video: np.ndarray, cover: np.ndarray, colour: np.ndarray) -> None:
-    """Blend `colour` [3] into `video` [T, H, W, 3], in place, with opacity `cover` [T, H, W]."""
-    video += cover[..., None].astype(np.float32) * (colour.astype(np.float32) - video)
-
-
 def _draw_distractor(rng: np.random.Generator, video: np.ndarray, *, busyness: float) -> None:
     """Draw a small coloured bar that moves behind the object in part of the clip: change without information."""
     frames, size = video.shape[:2]
@@ -221,7 +220,7 @@ def _draw_distractor(rng: np.random.Generator, video: np.ndarray, *, busyness: f
     colour = np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0, 0.4), rng.uniform(0.2, 0.9)))
     first, last = np.sort(rng.integers(0, frames + 1, 2))
     during = slice(first, last)
-    _paint(video[during], _cover("bar", y[during], x[during], radius[during], angle[during], size), colour)
+    paint(video[during], cover("bar", y[during], x[during], radius[during], angle[during], size), colour)
 
 
 def _draw_object(
@@ -235,7 +234,7 @@ def _draw_object(
     jitter = rng.uniform(-1, 1, (len(PHASES), 3)) * (0.04, 0.15, 0.12) + (0, 0.82, 0.85)
     for phase, start, dwell in zip(order, timeline.starts, timeline.dwells):
         during = slice(start, start + dwell)
-        cover = _cover(PHASES[phase], y[during], x[during], radius[during], angle[during], size)
+        covered = cover(PHASES[phase], y[during], x[during], radius[during], angle[during], size)
         hue, saturation, value = jitter[phase]
         colour = np.array(colorsys.hsv_to_rgb((HUES[phase] + hue) % 1, saturation, value))
-        _paint(video[during], cover, colour)
+        paint(video[during], covered, colour)

@@ -10,7 +10,7 @@ from typing import Any, Sequence
 from atfr.models.sgs import functional
 from atfr.models.sgs.functional import BASELINES, SEGMENTING
 
-EMBEDDINGS = ("mlp", "pooled", "frozen")
+EMBEDDINGS = ("pooled", "glance", "mlp", "frozen")
 EMBED_SOURCES = ("features", "clip")
 EXECUTIONS = ("auto", "packed", "bucketed")
 DEFAULT_GFLOPS = 0.5
@@ -59,9 +59,9 @@ class SGSConfig:
     scale: str = "absolute"  # absolute: one bin width for all clips | relative: to each clip's largest distance
     edges: str = "released"  # released (2B) | inclusive (2B - 1)
     order: str = "time"  # of the kept features: similarity | time
-    embedding: str = "pooled"  # pooled (no parameters) | mlp (learned, as published) | frozen (the same, not learned)
-    embedding_dim: int = 8  # D of mlp and frozen
-    grid: int = 4  # cells per side of the pooled embedding
+    embedding: str = "pooled"  # pooled (no parameters) | glance (learned, see glance.py) | mlp (learned, as published) | frozen (the same, not learned)
+    embedding_dim: int = 8  # D of glance, mlp and frozen
+    grid: int = 4  # cells per side to which pooled and glance average a frame
     embed_from: str = "clip"  # clip: embed raw frames | features: embed the sampled features
     noise_floor: bool = False  # path: subtract the median step of the training clips from every step
     cost_exponent: float = 0.5  # partition: cost of a bin = width^2 x E_1^exponent; at 1, B' ignores the amount of change
@@ -108,7 +108,7 @@ class SGSConfig:
         unused = {"metric", "order", *(["kernel"] if self.kernel == "mean" else [])} if self.similarity in SEGMENTING else {"metric"} if self.similarity == "magnitude" else set()
         unused |= {"edges"} if self.scale == "absolute" else {*budget, "gflops_range", "width"}
         unused |= {*budget, "gflops_range"} if self.width is not None else _second_budget(self)
-        unused |= {"embedding_dim"} if self.embedding == "pooled" else {"grid"}
+        unused |= {"pooled": {"embedding_dim"}, "glance": set()}.get(self.embedding, {"grid"})
         unused |= set() if self.similarity == "path" else {"noise_floor"}
         return unused | (set() if self.similarity == "partition" else {"cost_exponent"})
 
@@ -200,6 +200,7 @@ _REFERENCE = SGSConfig(
 
 PRESETS = {
     "atfr": SGSConfig(),  # ours: the best cut of the clip into contiguous bins at a cost per bin
+    "glance": SGSConfig(embedding="glance", embedding_dim=16, grid=16, kernel="middle", cost_exponent=0.0),  # the same by an embedding that learns which change matters
     "reference": _REFERENCE,  # the released code of the paper, number for number
     "frozen": replace(_REFERENCE, embedding="frozen"),  # the same with an embedding that stays random
     "identity": SGSConfig(similarity="none"),  # keeps every feature

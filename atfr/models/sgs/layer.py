@@ -15,6 +15,7 @@ from atfr.models.sgs import functional
 from atfr.models.sgs.aggregate import at_least_float32
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.sgs.embedding import MLPEmbedding, PooledEmbedding
+from atfr.models.sgs.glance import GlanceEmbedding
 from atfr.models.sgs.partition import MOST_FRAMES, width_keeping
 from atfr.models.sgs.time_embedding import TimeEmbedding
 
@@ -30,6 +31,7 @@ class Proposal(NamedTuple):
     lengths: Tensor  # [N] B' of each clip
     report: Tensor  # [N] B' of each clip, or NOT_FINITE (what is embedded holds a NaN or an infinity), NO_WIDTH or BAD_EMBEDDING
     times: Tensor | None = None  # [N, B] the mean time of each bin's frames; None: not computed yet
+    glance: Tensor | None = None  # [N, classes] logits that a GlanceEmbedding is trained by
 
 
 class SGS(nn.Module):
@@ -40,6 +42,7 @@ class SGS(nn.Module):
 
     Args:
         channels: of what it embeds.
+        num_classes: of the clips; embedding=glance needs it.
         sampled_channels: of the features that it samples; None: the same.
         min_bins: the fewest features that the layers behind it can run on.
         gap: filler frames between packed clips in evaluation; 0: each operation pads for itself.
@@ -47,7 +50,7 @@ class SGS(nn.Module):
     """
 
     def __init__(
-        self, channels: int, options: SGSConfig, *, name: str, sampled_channels: int | None = None, min_bins: int = 1, gap: int = 0, norms: Sequence[nn.Module] = ()
+        self, channels: int, options: SGSConfig, *, name: str, num_classes: int = 0, sampled_channels: int | None = None, min_bins: int = 1, gap: int = 0, norms: Sequence[nn.Module] = ()
     ) -> None:
         super().__init__()
         self.options, self.name, self.min_bins, self.gap = options, name, min_bins, gap
@@ -59,6 +62,8 @@ class SGS(nn.Module):
             self.embedding = None
         elif options.embedding == "pooled":
             self.embedding = PooledEmbedding(options.grid)
+        elif options.embedding == "glance":
+            self.embedding = GlanceEmbedding(channels, options.embedding_dim, options.grid, num_classes)
         else:
             self.embedding = MLPEmbedding(channels, options.embedding_dim)
             self.embedding.requires_grad_(options.embedding == "mlp")
@@ -173,11 +178,12 @@ class SGS(nn.Module):
             z = z if segments is None else z[0][segments.padded]
         lengths = (frames,) * len(z) if segments is None else segments.lengths
         valid = None if segments is None else torch.tensor(lengths)  # on the host, where it is checked
+        glance = self._classified(z, segments)
         width = self.width if self.options.scale == "absolute" else None
         if self.keep_range is not None and self.training and torch.is_grad_enabled():  # not where statistics are taken
             width = self._drawn_width(z, valid, self.keep_range)
         if self._runs_kernel(z):
-            return self._cut_on_gpu(z, segments, torch.tensor(lengths), width=width, num_bins=num_bins, least=least)
+            return self._cut_on_gpu(z, segments, torch.tensor(lengths), width=width, num_bins=num_bins, least=least)._replace(glance=glance)
         # Batch norm spreads a NaN to the z of every clip, so the clip at fault shows in what was pooled.
         finite = finite_frames(x) if pooled is None else pooled.isfinite().all(dim=2)
         finite = (finite if segments is None else finite[0][segments.padded]).all(dim=1)
@@ -185,13 +191,20 @@ class SGS(nn.Module):
         report = kept.where(z.isfinite().all(), BAD_EMBEDDING).where(finite, NOT_FINITE)
         if self.options.scale == "absolute":
             report = report.masked_fill(self.width.isnan(), NO_WIDTH)
-        return Proposal(z, torch.tensor(lengths), weights.to(x.dtype), kept, report)
+        return Proposal(z, torch.tensor(lengths), weights.to(x.dtype), kept, report, glance=glance)
+
+    def _classified(self, z: Tensor, segments: Segments | None) -> Tensor | None:
+        """Return the logits [N, classes] that a glance at z [N, T, D] is trained by, in a training step alone."""
+        if not (isinstance(self.embedding, GlanceEmbedding) and self.embedding.learns and self.training and torch.is_grad_enabled()):
+            return None
+        time = torch.arange(z.shape[1], device=z.device)
+        return self.embedding.classified(z, (time < segments.counts[:, None]) if segments is not None else (time >= 0).expand(len(z), -1))
 
     def _runs_kernel(self, z: Tensor) -> bool:
         """Return whether z is cut on a GPU by one kernel: the default way of sampling, for clips that it can take."""
-        pooled = isinstance(self.embedding, PooledEmbedding)  # which gives a NaN to the clip alone that holds one
+        alone = isinstance(self.embedding, (PooledEmbedding, GlanceEmbedding))  # which give a NaN to the clip alone that holds one
         small = z.dtype == torch.float32 and z.shape[1] <= MOST_FRAMES
-        return pooled and small and self.options.similarity == "partition" and triton_runs(z.device)
+        return alone and small and self.options.similarity == "partition" and triton_runs(z.device)
 
     def _cut_on_gpu(self, z: Tensor, segments: Segments | None, valid: Tensor, *, width: Tensor, num_bins: int, least: int) -> Proposal:
         from atfr.models.sgs.partition_kernel import cut  # which needs Triton

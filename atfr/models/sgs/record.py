@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Callable
 import torch
 from torch import Tensor
 
+from atfr.models.sgs.glance import SHORT
 from atfr.models.sgs.sampling import Sampled
 
 if TYPE_CHECKING:
@@ -48,6 +49,18 @@ class Sampling:
     def times(self) -> tuple[tuple[Tensor, ...], ...]:
         """For each layer and clip [B']: the mean time of the frames in each kept feature."""
         return tuple(done.segments.times.split(done.segments.lengths) for done in self.layers)
+
+    def glance_loss(self, loss: Callable[[Tensor, Tensor], Tensor], targets: Tensor) -> Tensor | float:
+        """Return what trains embedding=glance, to be added to the loss of the logits; 0 if no layer has it, or outside of a training step.
+
+        Args:
+            loss: maps logits [N, classes] and the targets to a scalar, such as torch.nn.functional.cross_entropy.
+        """
+        total: Tensor | float = 0.0
+        for done in self.layers:
+            if done.proposal.glance is not None:
+                total = total + loss(done.proposal.glance.float(), targets) + SHORT * done.proposal.z.square().sum(dim=2).mean()
+        return total
 
     @property
     def gflops(self) -> Tensor:
