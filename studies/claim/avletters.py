@@ -43,8 +43,11 @@ METHODS = {
     "atfr-middle": ("model/sgs=atfr", MIDDLE),
     "atfr-time": ("model/sgs=atfr", TIME),
     "atfr-middle-time": ("model/sgs=atfr", MIDDLE, TIME),
+    "glance": ("model/sgs=glance",),
+    "glance-time": ("model/sgs=glance", TIME),
     "atfr-equal": ("model/sgs=atfr",),
     "atfr-middle-time-equal": ("model/sgs=atfr", MIDDLE, TIME),
+    "glance-time-equal": ("model/sgs=glance", TIME),
 }
 
 
@@ -84,7 +87,7 @@ class Job:
             return []
         if self.method.endswith("equal"):  # with a width near 0 every clip keeps num_bins features
             return [f"model.sgs.num_bins={self.kept}", "model.sgs.width=1e-6"]
-        return [f"model.sgs.keep_ratio={self.kept / FRAMES}" if self.method.startswith("atfr") else f"model.sgs.num_bins={self.kept}"]
+        return [f"model.sgs.keep_ratio={self.kept / FRAMES}" if self.method.startswith(("atfr", "glance")) else f"model.sgs.num_bins={self.kept}"]
 
 
 def main() -> None:
