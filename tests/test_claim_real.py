@@ -75,7 +75,7 @@ def test_every_method_on_avletters_is_a_training_that_the_configs_know(method):
     options = build(model.sgs, "model.sgs")
     assert isinstance(options, SGSConfig)
     assert options.keep_ratio == 0.25 or options.num_bins == 4
-    assert options.time_embedding == ("time" in method) and (options.kernel == "middle") == ("middle" in method)
+    assert options.time_embedding == ("time" in method) and (options.kernel == "middle") == ("middle" in method or "glance" in method)
 
 
 @pytest.mark.parametrize("location", jhmdb.KEPT)
