@@ -245,7 +245,7 @@ def test_options_of_a_preset_are_checked():
     assert atfr.SGSConfig.from_preset("atfr", keep_ratio=0.3).gflops is None
     assert atfr.SGSConfig.from_preset("atfr", width=0.3).used_options().keys().isdisjoint({"gflops", "keep_ratio"})
     for options, reason in (
-        ({"preset": "best"}, "preset 'best' does not exist; choose one of atfr, reference"),
+        ({"preset": "best"}, "preset 'best' does not exist; choose one of atfr, glance, reference"),
         ({"preset": "atfr", "bins": 4}, "sgs has no option 'bins'; choose from after"),
         ({"preset": "uniform", "metric": "l1"}, "metric='l1' has no effect with similarity=uniform"),
         ({"preset": "reference", "gflops": 0.4}, "gflops=0.4 has no effect with similarity=distance_to_mean, scale=relative"),

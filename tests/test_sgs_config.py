@@ -66,7 +66,7 @@ def test_a_baseline_embeds_no_clip(preset):
 @pytest.mark.parametrize(
     "preset, options, message",
     [
-        ("mean", {}, "sgs preset 'mean' does not exist; choose one of atfr, reference, frozen, identity, uniform, stride, random"),
+        ("mean", {}, "sgs preset 'mean' does not exist; choose one of atfr, glance, reference, frozen, identity, uniform, stride, random"),
         ("atfr", {"target": 0.5}, "sgs has no option 'target'; choose from after, before_activation, gflops"),
         ("atfr", {"gflops": 0.5, "keep_ratio": 0.4}, "sgs gflops and keep_ratio are both given: set one of them"),
         ("atfr", {"keep_ratio": 0.5, "width": 0.4}, "sgs keep_ratio and width are both given"),
@@ -84,7 +84,7 @@ def test_what_a_preset_does_not_take_is_refused_by_name(preset, options, message
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"embedding": "cnn"}, "embedding='cnn' does not exist; choose one of mlp, pooled, frozen"),
+        ({"embedding": "cnn"}, "embedding='cnn' does not exist; choose one of pooled, glance, mlp, frozen"),
         ({"embed_from": "frames"}, "embed_from='frames' does not exist; choose one of features, clip"),
         ({"execution": "fast"}, "execution='fast' does not exist"),
         ({"kernel": "mean"}, "kernel=mean passes no gradient to a learned embedding"),
