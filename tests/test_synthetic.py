@@ -18,6 +18,7 @@ from run_tools import run_tool
 from test_configs import composed
 
 from atfr.data.datasets import synthetic
+from atfr.data.datasets import synthetic_distractors as distractors
 from atfr.data.datasets import synthetic_scene as scene
 from atfr.data.datasets import synthetic_shapes as shapes
 from atfr.data.datasets.synthetic import CLASSES, PHASES, generate, render
@@ -144,14 +145,23 @@ def test_some_clips_are_almost_static_and_some_are_busy():
     assert np.median(typical[busy]) > 2.5 * np.median(typical[static])
 
 
-def test_with_distractors_change_follows_their_amount_and_phases_last_as_long_as_without():
+def test_with_distractors_change_follows_their_amount_and_phases_are_where_they_were():
     disturbed, plain = ([render(i, distractors=with_them)[2] for i in range(80)] for with_them in (True, False))
     change, amount = (np.array([getattr(truth, name) for truth in disturbed]) for name in ("change", "distractors"))
     assert np.corrcoef(change, amount)[0, 1] > 0.8
     assert change[amount > 0.5].mean() > 3 * np.mean([truth.change for truth in plain])
     assert {truth.distractors for truth in plain} == {0}
-    longest = [np.mean([max(t.timeline.dwells) / sum(t.timeline.dwells) for t in truths]) for truths in (disturbed, plain)]
-    assert abs(longest[0] - longest[1]) < 0.08
+    assert all(one.timeline == other.timeline for one, other in zip(disturbed, plain))
+
+
+def test_light_and_scenery_tell_nothing_of_the_direction_of_time():
+    rng = np.random.default_rng(0)
+    light = np.log([distractors._light(rng, 36, 8, 0.7).mean((1, 2)) for _ in range(2000)])  # [N, T]
+    assert light[:, :6].std() == pytest.approx(light[:, -6:].std(), rel=0.05)
+    steps = np.array([scene.step_changes(render(i, distractors=True)[0]) for i in range(60)])  # [N, T - 1]
+    cuts = (steps > 25).nonzero()[1]
+    assert len(cuts) > 25 and abs(cuts.mean() - 17) < 3 * 10 / np.sqrt(len(cuts))
+
 
 
 @pytest.mark.parametrize("shape", [*PHASES, "bar"])

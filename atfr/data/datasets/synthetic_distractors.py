@@ -14,7 +14,7 @@ from atfr.data.datasets.synthetic_shapes import cover, paint
 
 PASSING = 8  # most objects that pass
 SWITCHES = 3  # most times that the light is switched
-FLICKER, SWITCHED = 0.12, 0.35  # standard deviation of the logarithm of the brightness: of a frame, and from one switch to the next
+FLICKER, SWITCHED = 0.12, 0.35  # standard deviation of the logarithm of the brightness: of a frame, and of the time between two switches
 SHAKE = 0.05  # standard deviation of the camera's position
 GRAIN = 0.024  # standard deviation of the noise, in 0..1
 
@@ -44,10 +44,10 @@ def film(rng: np.random.Generator, video: np.ndarray, *, amount: float) -> np.nd
 
 
 def _light(rng: np.random.Generator, frames: int, size: int, amount: float) -> np.ndarray:
-    """Draw the brightness of each pixel, float32 [T, H, W]: each frame's own, and a slope from side to side."""
+    """Draw the brightness of each pixel, float32 [T, H, W]: a level, and slopes in y and x."""
     logarithm = FLICKER * amount * rng.normal(size=(frames, 3))  # of the centre, and the slopes in y and x
-    for _ in range(rng.binomial(SWITCHES, amount)):
-        logarithm[int(rng.integers(0, frames)) :] += SWITCHED * rng.normal(size=3)
+    for between in np.split(logarithm, np.sort(rng.integers(1, frames, rng.binomial(SWITCHES, amount)))):
+        between += SWITCHED * amount * rng.normal(size=3)
     axis = np.linspace(-1, 1, size)
     centre, along_y, along_x = logarithm.T[:, :, None, None]  # [T, 1, 1] each
     brightness = np.exp((centre + along_y * axis[:, None] + along_x * axis).clip(-0.7, 0.4))

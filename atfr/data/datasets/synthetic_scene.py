@@ -116,8 +116,8 @@ def render(
         busyness = amount = float(rng.uniform())
 
     video = _background(rng, size=size, frames=frames, busyness=busyness)
-    for _ in range(rng.binomial(SCENES, amount) if distractors else 0):
-        first = int(rng.integers(1, frames))
+    scenes = np.sort(rng.integers(1, frames, rng.binomial(SCENES, amount))) if distractors else ()
+    for first in map(int, scenes):
         video[first:] = _background(rng, size=size, frames=frames - first, busyness=busyness)
     for _ in range(rng.binomial(3, busyness)):
         _draw_distractor(rng, video, busyness=busyness)
