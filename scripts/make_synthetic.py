@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=56, help="height and width in pixels (default: %(default)s)")
     parser.add_argument("--frames", type=int, default=36, help="frames per video (default: %(default)s)")
     parser.add_argument("--dwell", choices=DWELLS, default="uneven", help="how long each phase lasts (default: %(default)s)")
-    parser.add_argument("--distractors", action="store_true", help="add camera shake, flicker, passing objects: change that means nothing")
+    parser.add_argument("--distractors", action="store_true", help="add change that means nothing: other scenery, passing objects, flicker, switched light, camera shake")
     parser.add_argument("--workers", type=int, default=None, help="processes (default: one per CPU core)")
     try:
         generate(**vars(parser.parse_args()))

@@ -59,7 +59,8 @@ def test_it_learns_to_cut_where_the_class_is_decided_and_not_where_the_light_cha
     optimizer = torch.optim.AdamW(embedding.parameters(), lr=3e-3)
     for _ in range(100):
         z = embedding(embedding.pool(clips))
-        loss = cross_entropy(embedding.classified(z, torch.ones(z.shape[:2])), labels) + SHORT * z.square().sum(dim=2).mean()
+        glance = embedding.glance(z, torch.ones(z.shape[:2]))
+        loss = cross_entropy(glance.logits, labels) + SHORT * glance.length
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -102,15 +103,17 @@ def test_it_learns_by_its_own_loss_alone_and_the_network_by_the_other_alone():
     assert have_gradients(cross_entropy(logits, labels)) == names - own
 
 
-def test_padding_beyond_a_clips_end_changes_no_prediction(monkeypatch):
+def test_padding_beyond_a_clips_end_changes_nothing(monkeypatch):
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
     embedding = embedding_of()
     z = torch.randn(3, FRAMES, 8)
     lengths = torch.tensor([8, 5, 3])
-    together = embedding.classify(z, torch.arange(FRAMES) < lengths[:, None])
+    together = embedding.glance(z, torch.arange(FRAMES) < lengths[:, None])
     for clip, length in enumerate(lengths.tolist()):
-        alone = embedding.classify(z[clip : clip + 1, :length], torch.ones(1, length))
-        torch.testing.assert_close(together[clip : clip + 1], alone)
+        alone = embedding.glance(z[clip : clip + 1, :length], torch.ones(1, length))
+        torch.testing.assert_close(together.logits[clip : clip + 1], alone.logits)
+    squares = [z[clip, :length].square().sum().item() for clip, length in enumerate(lengths.tolist())]
+    assert together.length.item() == pytest.approx(sum(squares) / 16)
 
 
 def test_a_loop_that_leaves_its_loss_out_is_told_so_and_a_frozen_one_is_not():
@@ -123,6 +126,38 @@ def test_a_loop_that_leaves_its_loss_out_is_told_so_and_a_frozen_one_is_not():
     _, sampling = model(clips, return_sampling=True)
     assert sampling.glance_loss(cross_entropy, torch.tensor([0, 1])) == 0
     assert all(torch.equal(value, before[name]) for name, value in model.sgs.state_dict().items())
+
+
+def test_a_frozen_one_is_frozen_in_a_copy_from_a_file(tmp_path):
+    model = network()
+    model.sgs.requires_grad_(False)
+    torch.save(model, tmp_path / "model.pt")
+    assert not any(p.requires_grad for p in torch.load(tmp_path / "model.pt", weights_only=False).sgs.parameters())
+
+
+@pytest.mark.parametrize("other, is_loaded", [({"num_classes": 5}, True), ({"embedding_dim": 8}, False)])
+def test_weights_of_other_classes_keep_what_has_learned_and_those_of_another_size_nothing(tmp_path, other, is_loaded):
+    trained = network()
+    trained.sgs["stem"].embedding.steps += 7
+    torch.save(trained.state_dict(), tmp_path / "trained.pt")
+    options = {"num_classes": 3, "embedding_dim": 16} | other
+    config = SGSConfig.from_preset("glance", width=0.3, embedding_dim=options["embedding_dim"])
+    model = atfr.create_model("r2plus1d_tiny", num_classes=options["num_classes"], sgs=config, weights=tmp_path / "trained.pt")
+    found, given = model.sgs["stem"].embedding, trained.sgs["stem"].embedding
+    assert (found.steps == 7) == torch.equal(found.look[0].weight, given.look[0].weight) == is_loaded
+
+
+def test_a_network_that_does_not_classify_is_refused():
+    class Scores(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv3d(3, 4, 3, padding=1)
+
+        def forward(self, clips: Tensor) -> Tensor:
+            return self.conv(clips).mean(dim=(1, 2, 3, 4))
+
+    with pytest.raises(ValueError, match=r"embedding=glance learns by classifying: it needs a network that gives logits \[N, classes\], not \[1\]"):
+        atfr.add_sgs(Scores(), after="conv", sgs="glance")
 
 
 def test_a_clip_is_the_same_alone_and_in_a_batch():

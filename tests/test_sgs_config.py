@@ -87,7 +87,7 @@ def test_what_a_preset_does_not_take_is_refused_by_name(preset, options, message
         ({"embedding": "cnn"}, "embedding='cnn' does not exist; choose one of pooled, glance, mlp, frozen"),
         ({"embed_from": "frames"}, "embed_from='frames' does not exist; choose one of features, clip"),
         ({"execution": "fast"}, "execution='fast' does not exist"),
-        ({"kernel": "mean"}, "kernel=mean passes no gradient to a learned embedding"),
+        ({"kernel": "mean"}, "kernel=mean passes no gradient to embedding=mlp"),
         ({"num_bins": 0}, "num_bins must be a whole number of at least 1, not 0"),
         ({"num_bins": "4"}, "num_bins must be a whole number of at least 1, not '4'"),
         ({"num_bins": 2.5}, "num_bins must be a whole number of at least 1, not 2.5"),

@@ -190,7 +190,7 @@ def test_a_kill_while_the_state_before_a_damaged_one_takes_its_place_does_not_be
         (["dataset.test=null"], "dataset videolist has no val videos"),
         (["+foo=3"], "foo is not an option; there are dataset, model"),
         (["+trainer.clip=5"], "trainer.clip is not an option of"),
-        (["model/sgs=reference", "model.sgs.kernel=mean"], "kernel=mean passes no gradient to a learned embedding"),
+        (["model/sgs=reference", "model.sgs.kernel=mean"], "kernel=mean passes no gradient to embedding=mlp"),
         (["dataset.train=nowhere.csv"], "nowhere.csv"),
         (["model=nope"], "model=nope does not exist; choose one of c2d, c2d_sgs, csn"),
         (["experiment=null"], "takes the name of one of its files, not null: ~GROUP (such as ~experiment)"),

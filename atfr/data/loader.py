@@ -116,7 +116,7 @@ class ClipLoader(DataLoader):
                 self._end_workers()
                 raise OSError(short) from error
             reads = self.dataset.limit.current_reads()
-            if "timed out" not in str(error):
+            if "timed out" not in str(error):  # a worker that hangs in a read would be waited for
                 self._end_workers()
             if not str(error).startswith("DataLoader") or not reads:
                 raise

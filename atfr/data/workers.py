@@ -38,8 +38,8 @@ def cores() -> int:
 def run_each(work: Callable[[Any, Heartbeat], T], items: Iterable[Any], *, processes: int, timeout_s: float) -> Generator[Outcome[T], None, None]:
     """Call `work(item, heartbeat)` for each item in `processes` spawned processes; yield outcomes in any order.
 
-    `work` and the items must be picklable, and of modules other than the program itself. An exception of `work` becomes the reason of its outcome. A process that
-    dies, or neither returns nor calls `heartbeat` for `timeout_s` seconds (0: no limit), is killed and replaced.
+    `work` and the items must be picklable, and defined in another module than `__main__`. An exception of `work` becomes the
+    reason of its outcome. A process that dies, or neither returns nor calls `heartbeat` for `timeout_s` seconds (0: no limit), is killed and replaced.
 
     Raises:
         ChildProcessError: a process cannot start.

@@ -21,7 +21,6 @@ from atfr.models.locations import Stages, resolve
 from atfr.models.packed.registry import NoPackedForm
 from atfr.models.packed.segments import take
 from atfr.models.sgs.config import SGSConfig
-from atfr.models.sgs.glance import GlanceEmbedding
 from atfr.models.sgs.layer import SGS, Proposal
 from atfr.models.sgs.record import Sampling
 from atfr.models.sgs.sampling import AtLeast, Decision, Forced, Sampled, decide, sample
@@ -113,7 +112,7 @@ class VideoNet(nn.Module):
             channels[name] = clip.shape[1] if name in of_clip else x.shape[1], x.shape[1]
         if sgs.embedding == "glance":
             with evaluating(self):
-                self._num_classes = int(self.dense_network(clip).shape[1])
+                self._num_classes = probing.num_classes(self.dense_network, clip)
         self._levels = [[_key(traced.cuts[cut]) for cut in cuts] for cuts in traced.levels]
         stem = traced.stem()
         if sgs.execution != "bucketed":
@@ -149,7 +148,8 @@ class VideoNet(nn.Module):
         try:
             if self.sgs:
                 if not return_sampling:
-                    self._require_no_glance()
+                    for layer in self.sgs.values():
+                        layer.require_no_glance()
                 if forced is None and self.training and len(clips) == 1:  # two clips always have enough for batch norm
                     forced = [AtLeast(bins) for bins in self._least_alone(clips)] or None
                 logits, sampled = self._run_sampled(clips, forced)
@@ -161,16 +161,6 @@ class VideoNet(nn.Module):
             self._explain(error, clips)
             raise
         return (logits, Sampling(sampled, len(clips), tuple(clips.shape[1:]), self.gflops_table)) if return_sampling else logits
-
-    def _require_no_glance(self) -> None:
-        """Raise ValueError in a training step whose loss cannot contain that of an embedding which learns."""
-        if self.training and torch.is_grad_enabled():
-            for layer in self.sgs.values():
-                if isinstance(layer.embedding, GlanceEmbedding) and layer.embedding.learns:
-                    raise ValueError(
-                        f"SGS after {layer.name!r}: embedding=glance learns by a loss of its own: call the model with return_sampling=True and"
-                        " add sampling.glance_loss(loss, targets) to the loss, or freeze it with requires_grad_(False)"
-                    )
 
     @property
     def dense_network(self) -> nn.Module:
@@ -391,6 +381,8 @@ def _rebuilt(kind: type[VideoNet], network: nn.Module, recipe: tuple, layers: nn
     with torch.random.fork_rng(devices=[]):
         model = kind(network, stages=stages, sgs=sgs, probe=probe)
     model.sgs.load_state_dict(layers.state_dict())
+    for own, given in zip(model.sgs.parameters(), layers.parameters()):
+        own.requires_grad_(given.requires_grad)
     model.sgs.train(training)
     model.training = training
     return model

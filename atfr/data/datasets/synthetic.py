@@ -2,7 +2,7 @@
 
     root/dataset.json                 format version and all parameters; written last
     root/train.csv, root/test.csv     path,label: paths relative to root, class names
-    root/truth.csv                    ground truth of each video: phase starts, busyness, amount of change
+    root/truth.csv                    ground truth of each video: phase starts, busyness, amount of change and of distractors
     root/<split>/<class>/<id>.mp4     H.264, yuv420p
 
 Video i of a split depends only on (seed, split, i) and the parameters of the scene, not on the number of worker

@@ -47,6 +47,19 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
             module._forward_hooks, module._forward_pre_hooks = after, before
 
 
+def num_classes(network: nn.Module, clip: Tensor) -> int:
+    """Return how many classes a network tells apart, by its output for a clip.
+
+    Raises:
+        ValueError: the output is not [N, classes].
+    """
+    logits = network(clip)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        given = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise ValueError(f"embedding=glance learns by classifying: it needs a network that gives logits [N, classes], not {given}")
+    return int(logits.shape[1])
+
+
 def check_clip(network: nn.Module, frames: int, height: int, width: int) -> None:
     """Run the network on the shape of one clip, on the meta device if possible.
 

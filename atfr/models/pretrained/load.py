@@ -129,8 +129,12 @@ def load_pretrained(model: VideoNet, path: Path, *, key: str = "model.weights") 
 
     own_sgs, more_skipped = _open_to_files(model.sgs, for_sgs)
     fitting_sgs, unfit = _match(own_sgs, for_sgs, missing="no such tensor in this network's sampling" if model.sgs else "this network does not sample")
-    for place in model.sgs:  # a single number, such as a width, is something without the rest of its layer
-        _all_or_none([name for name, value in own_sgs.items() if _in(name, place) and value.dim()], fitting_sgs, for_sgs, unfit)
+    for place in model.sgs:
+        # A glance's classifier may be of other classes. A single number, such as a width, is something without the rest of its layer.
+        classifies = [name for name in own_sgs if _in(name, f"{place}.embedding.classify")]
+        rest = [name for name, value in own_sgs.items() if _in(name, place) and name not in classifies and (value.dim() or name.endswith(".embedding.steps"))]
+        for together in (classifies, rest):
+            _all_or_none(together, fitting_sgs, for_sgs, unfit)
 
     model.dense_network.load_state_dict(fitting, strict=False)
     model.sgs.load_state_dict(fitting_sgs, strict=False)

@@ -163,7 +163,7 @@ def _check(config: SGSConfig) -> None:
     if not config.locations:
         raise ValueError("sgs after is empty: name a stage, or use the network without SGS")
     if config.kernel in ("mean", "middle") and config.embedding == "mlp" and not config.is_baseline:
-        raise ValueError(f"sgs kernel={config.kernel} passes no gradient to a learned embedding, which would stay random: set embedding=pooled or frozen")
+        raise ValueError(f"sgs kernel={config.kernel} passes no gradient to embedding=mlp, which would stay random: set embedding=glance, pooled or frozen")
     if config.num_bins is not None and (not isinstance(config.num_bins, int) or config.num_bins < 1):
         raise ValueError(f"sgs num_bins must be a whole number of at least 1, not {config.num_bins!r}")
     if config.embedding_dim < 1 or config.grid < 1:
@@ -200,7 +200,7 @@ _REFERENCE = SGSConfig(
 
 PRESETS = {
     "atfr": SGSConfig(),  # ours: the best cut of the clip into contiguous bins at a cost per bin
-    "glance": SGSConfig(embedding="glance", embedding_dim=16, grid=16, kernel="middle", cost_exponent=0.0),  # the same by an embedding that learns which change matters
+    "glance": SGSConfig(embedding="glance", embedding_dim=16, grid=16, kernel="middle", cost_exponent=0.0),  # cuts by an embedding that learns which change matters
     "reference": _REFERENCE,  # the released code of the paper, number for number
     "frozen": replace(_REFERENCE, embedding="frozen"),  # the same with an embedding that stays random
     "identity": SGSConfig(similarity="none"),  # keeps every feature

@@ -8,6 +8,8 @@ lost if two frames were merged (a variational information bottleneck: Alemi et a
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,13 @@ WIDTHS = (16, 32, 64)  # channels of the convolutions over a frame
 HIDDEN, KERNEL = 64, 5  # of the convolutions over time that classify
 CELLS = 2  # per side, of what the convolutions over a frame give
 SHORT = 1e-3  # factor of the mean squared length of z in the loss
+
+
+class Glance(NamedTuple):
+    """What a training step trains the embedding by."""
+
+    logits: Tensor  # [N, classes]
+    length: Tensor  # scalar, mean |z|^2 of the frames
 
 
 class GlanceEmbedding(nn.Module):
@@ -37,7 +46,7 @@ class GlanceEmbedding(nn.Module):
             layers += [nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1), nn.GroupNorm(4, after), nn.ReLU()]
         self.look = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(CELLS), nn.Flatten(), nn.Linear(WIDTHS[-1] * CELLS**2, dim))
         self.classify = GlanceClassifier(dim, num_classes)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # of training so far
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # forward passes of training so far
 
     def pool(self, x: Tensor) -> Tensor:
         """[N, C, T, H, W] -> [N, T, C g g], without a gradient: the sampled features are not trained for it."""
@@ -48,10 +57,10 @@ class GlanceEmbedding(nn.Module):
         frames = pooled.reshape(-1, self.channels, self.grid, self.grid).to(self.classify.out.weight.dtype)  # [N T, C, g, g]
         return self.look(frames).unflatten(0, (pooled.shape[0], pooled.shape[1]))
 
-    def classified(self, z: Tensor, mask: Tensor) -> Tensor:
-        """Return the logits [N, classes] that a training step trains z [N, T, D] by; mask [N, T]: the frames that exist."""
+    def glance(self, z: Tensor, mask: Tensor) -> Glance:
+        """Return what a training step trains z [N, T, D] by; mask [N, T]: the frames that exist."""
         self.steps += 1
-        return self.classify(z, mask)
+        return Glance(self.classify(z, mask), (z.square().sum(dim=2) * mask).sum() / mask.sum())
 
     @property
     def learns(self) -> bool:

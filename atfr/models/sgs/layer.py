@@ -15,7 +15,7 @@ from atfr.models.sgs import functional
 from atfr.models.sgs.aggregate import at_least_float32
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.sgs.embedding import MLPEmbedding, PooledEmbedding
-from atfr.models.sgs.glance import GlanceEmbedding
+from atfr.models.sgs.glance import Glance, GlanceEmbedding
 from atfr.models.sgs.partition import MOST_FRAMES, width_keeping
 from atfr.models.sgs.time_embedding import TimeEmbedding
 
@@ -31,7 +31,7 @@ class Proposal(NamedTuple):
     lengths: Tensor  # [N] B' of each clip
     report: Tensor  # [N] B' of each clip, or NOT_FINITE (what is embedded holds a NaN or an infinity), NO_WIDTH or BAD_EMBEDDING
     times: Tensor | None = None  # [N, B] the mean time of each bin's frames; None: not computed yet
-    glance: Tensor | None = None  # [N, classes] logits that a GlanceEmbedding is trained by
+    glance: Glance | None = None  # what a GlanceEmbedding is trained by
 
 
 class SGS(nn.Module):
@@ -178,7 +178,7 @@ class SGS(nn.Module):
             z = z if segments is None else z[0][segments.padded]
         lengths = (frames,) * len(z) if segments is None else segments.lengths
         valid = None if segments is None else torch.tensor(lengths)  # on the host, where it is checked
-        glance = self._classified(z, segments)
+        glance = self._glance(z, segments)
         width = self.width if self.options.scale == "absolute" else None
         if self.keep_range is not None and self.training and torch.is_grad_enabled():  # not where statistics are taken
             width = self._drawn_width(z, valid, self.keep_range)
@@ -193,12 +193,25 @@ class SGS(nn.Module):
             report = report.masked_fill(self.width.isnan(), NO_WIDTH)
         return Proposal(z, torch.tensor(lengths), weights.to(x.dtype), kept, report, glance=glance)
 
-    def _classified(self, z: Tensor, segments: Segments | None) -> Tensor | None:
-        """Return the logits [N, classes] that a glance at z [N, T, D] is trained by, in a training step alone."""
-        if not (isinstance(self.embedding, GlanceEmbedding) and self.embedding.learns and self.training and torch.is_grad_enabled()):
+    def _glance(self, z: Tensor, segments: Segments | None) -> Glance | None:
+        """Return what an embedding that learns is trained by, of z [N, T, D]; only in a training step."""
+        if not self._learns:
             return None
+        assert isinstance(self.embedding, GlanceEmbedding)
         time = torch.arange(z.shape[1], device=z.device)
-        return self.embedding.classified(z, (time < segments.counts[:, None]) if segments is not None else (time >= 0).expand(len(z), -1))
+        return self.embedding.glance(z, (time < segments.counts[:, None]) if segments is not None else (time >= 0).expand(len(z), -1))
+
+    def require_no_glance(self) -> None:
+        """Raise ValueError in a training step of an embedding that learns; for a step whose loss cannot contain that of the embedding."""
+        if self._learns:
+            raise ValueError(
+                f"SGS after {self.name!r}: embedding=glance learns by a loss of its own: call the model with return_sampling=True and"
+                " add sampling.glance_loss(loss, targets) to the loss, or freeze it with requires_grad_(False)"
+            )
+
+    @property
+    def _learns(self) -> bool:
+        return isinstance(self.embedding, GlanceEmbedding) and self.embedding.learns and self.training and torch.is_grad_enabled()
 
     def _runs_kernel(self, z: Tensor) -> bool:
         """Return whether z is cut on a GPU by one kernel: the default way of sampling, for clips that it can take."""

@@ -58,8 +58,8 @@ class Sampling:
         """
         total: Tensor | float = 0.0
         for done in self.layers:
-            if done.proposal.glance is not None:
-                total = total + loss(done.proposal.glance.float(), targets) + SHORT * done.proposal.z.square().sum(dim=2).mean()
+            if (glance := done.proposal.glance) is not None:
+                total = total + loss(glance.logits.float(), targets) + SHORT * glance.length
         return total
 
     @property
