@@ -194,7 +194,7 @@ def test_a_kill_while_the_state_before_a_damaged_one_takes_its_place_does_not_be
         (["dataset.train=nowhere.csv"], "nowhere.csv"),
         (["model=nope"], "model=nope does not exist; choose one of c2d, c2d_sgs, csn"),
         (["experiment=null"], "takes the name of one of its files, not null: ~GROUP (such as ~experiment)"),
-        (["model/sgs=nope"], "model/sgs=nope does not exist; choose one of atfr, frozen, identity, off, random, reference, stride, uniform"),
+        (["model/sgs=nope"], "model/sgs=nope does not exist; choose one of atfr, frozen, glance, identity, off, random, reference, stride, uniform"),
         (["model=x3d", "model/sgs=reference"], "this model has none: take its twin, model=NAME_sgs"),
         (["optimizer=[sgd"], "optimizer=[sgd is not understood ("),
         (["model.nope=3"], "model.nope is not an option; there are model.size"),
