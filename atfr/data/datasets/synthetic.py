@@ -211,8 +211,7 @@ def _is_complete(root: Path, spec: _Spec) -> bool:
         found = {"distractors": False, **found} if isinstance(found, dict) else {}  # a key that older folders lack
         for key, wanted in asdict(spec).items():
             if found.get(key) != wanted:
-                has = found.get(key)
-                raise ValueError(f"{root} holds a synthetic dataset with {key}={has!r}, not {wanted!r}; {way_out}")
+                raise ValueError(f"{root} holds a synthetic dataset with {key}={found.get(key)!r}, not {wanted!r}; {way_out}")
         return name == MARKER
     # Files without a record of their parameters may be of any origin.
     taken = next((name for name in (*SPLITS, "train.csv", "test.csv") if (root / name).exists()), None)
