@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 import torch
 from devices import hide_gpus, number_of_gpus
 from video_files import write_video
+
+from atfr.engine.distributed.preemption import SIGNALS
 
 LONGEST = (
     *("test_slurm", "test_tools", "test_kill", "test_packed_backbones", "test_one_step", "test_configs", "test_command_line"),
@@ -49,6 +52,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _seeded():
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_signal_handlers():
+    """A program run by a test handles signals; what it received must not stop the program of the next test."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

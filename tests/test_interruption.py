@@ -32,14 +32,6 @@ from atfr.engine.run import checkpoint
 MORE = ("trainer.batch_size=2", "trainer.epochs=6", "trainer.eval_every=6", "trainer.test=false", "trainer.workers=1", "trainer.accelerator=cpu")
 
 
-@pytest.fixture(autouse=True)
-def _own_handlers():
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture(scope="module")
 def whole(small_videos, tmp_path_factory):
     """The weights of a training without a signal, by its number of ranks."""
