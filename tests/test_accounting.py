@@ -97,6 +97,7 @@ def test_an_estimate_from_a_few_analyses_is_the_table(build, sgs):
     assert len(estimated._by_bins) < 8
 
 
+@pytest.mark.slow
 def test_a_clips_gflops_are_those_of_the_table_at_its_bins():
     model, clips = x3d(size="tiny", num_classes=6, sgs=ATFR).eval(), torch.randn(3, *SHAPE)
     clips[1] = clips[1, :, :1]

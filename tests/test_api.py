@@ -283,6 +283,7 @@ def test_the_wheel_works_in_an_environment_without_the_repository(tmp_path):
     assert found.stdout.split("\n")[0] == "(4, 4) 0.6 4", found.stdout + found.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "after"),
     [("x3d_tiny", "stem"), *(pytest.param("r2plus1d_tiny", after, marks=pytest.mark.slow) for after in ("stem", ["input", "res4"]))],

@@ -183,6 +183,7 @@ def sweep_folders(folder: Path, monkeypatch, *overrides: str) -> set[str]:
     return named
 
 
+@pytest.mark.slow
 def test_the_name_of_a_sweeps_job_begins_with_what_tells_it_from_the_others(tmp_path, monkeypatch):
     fixed = ["dataset=videolist", f"dataset.root=/{'x' * 90}", "dataset.train=a.csv", "dataset.test=b.csv", "trainer.workers=1"]
     names = sweep_folders(tmp_path, monkeypatch, *fixed, "trainer.seed=0,1", "model=x3d,slow", "+optimizer.x=5")

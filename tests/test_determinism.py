@@ -63,7 +63,7 @@ LAYERS = {"dense": None, "reference": SGSConfig.from_preset("reference"), "atfr"
 
 def is_quick(case: tuple[str, str]) -> bool:
     name, sgs = case
-    return name == "x3d tiny" or (sgs == "atfr" and name not in ("c2d R50", "csn R101", "mc3 18"))
+    return name == "x3d tiny" or (sgs == "atfr" and name in ("slowfast 8x8-R50", "r2plus1d 18"))
 
 
 @pytest.mark.parametrize("name, sgs", slow_but([(name, sgs) for name in NETWORKS for sgs in LAYERS], is_quick))

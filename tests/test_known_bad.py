@@ -107,6 +107,7 @@ def test_the_copies_are_the_same_dataset_with_the_same_bad_videos(tmp_path):
     assert len(leave_out_bad(split(output), "prepared/manifest.csv", decoder="pyav").train) == len(before.train)
 
 
+@pytest.mark.slow
 def test_a_training_with_it_keeps_the_protocol_and_lists_bad_test_videos(root, tmp_path):
     job = ["dataset=ucf101", f"dataset.root={root}", "dataset.num_classes=2", "dataset.manifest=prepared/manifest.csv", "dataset.clip.views=3", "~experiment"]
     outcome = run_tool("train", *SMALL, *job, f"trainer.output_dir={tmp_path}", "trainer.max_steps=1")

@@ -392,6 +392,7 @@ def test_charts_of_many_clips_have_no_bar_or_line_that_cannot_be_drawn():
             assert blue == pytest.approx(220 * right / total, abs=1)
 
 
+@pytest.mark.slow
 def test_a_picture_that_cannot_be_drawn_costs_neither_the_validation_nor_the_results(videos, tmp_path, monkeypatch, capfd):
     def fails(*_: object, **__: object) -> None:
         raise ValueError("no ink")

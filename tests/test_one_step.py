@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from miniatures import miniature
 from omegaconf import open_dict
 from run_tools import ROOT
+from tiers import slow_but
 
 from atfr.data.datasets.synthetic import generate
 from atfr.engine.trainer import Trainer
@@ -49,6 +50,8 @@ MODELS = [choice for choice in choices("model") if "sgs/" not in choice and not 
 DATASETS = [choice for choice in choices("dataset") if "clip/" not in choice]
 OTHERS = [*(choice for choice in choices("model/sgs") if choice != "model/sgs=options"), *choices("optimizer"), *choices("schedule"), *choices("trainer")]
 
+QUICK = ("dataset=videolist", "dataset=kinetics400", "model/sgs=atfr", "model/sgs=glance", "model/sgs=reference", "model/sgs=uniform", "optimizer=adamw", "schedule=step")
+
 
 @pytest.fixture(scope="module")
 def train():
@@ -77,7 +80,7 @@ def data(tmp_path_factory, small_videos):
     return overrides
 
 
-@pytest.mark.parametrize("choice", [*(pytest.param(choice, marks=pytest.mark.slow) for choice in (*EXPERIMENTS, *MODELS)), *DATASETS, *OTHERS])
+@pytest.mark.parametrize("choice", slow_but((*EXPERIMENTS, *MODELS, *DATASETS, *OTHERS), QUICK.__contains__))
 def test_every_choice_takes_a_training_step(tmp_path, data, train, monkeypatch, choice):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         recipe = [] if choice.startswith("experiment=") else ["~experiment"]  # what is looked at is this choice alone

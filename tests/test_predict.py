@@ -110,6 +110,7 @@ def test_a_timeline_has_a_window_every_hop_and_its_picture(trained, small_videos
     assert all(len(row["classes"]) == 1 for row in rows)
 
 
+@pytest.mark.slow
 def test_a_budget_at_prediction_time_changes_what_is_kept(trained, small_videos):
     outcome = predict(trained["x3d_sgs"], small_videos, "gflops=0.6", "format=jsonl", "views=1")
     assert outcome.code == 0, outcome.err

@@ -7,6 +7,7 @@ from hydra import compose, initialize_config_dir
 from miniatures import miniature
 from omegaconf import OmegaConf
 from run_tools import ROOT, run_script, run_tool
+from tiers import slow_but
 
 from atfr.cli.recipe import recipes
 
@@ -34,7 +35,7 @@ def test_every_network_has_a_recipe_for_kinetics_and_so_does_the_papers_for_mini
     assert {"finetune/ucf101", "finetune/hmdb51"} <= set(RECIPES)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", slow_but(RECIPES, ("x3d/kinetics400", "slowfast/kinetics400", "finetune/ucf101", "resnet3d/mini_kinetics").__contains__))
 def test_a_recipe_is_the_same_with_and_without_sgs_and_its_shares_are_whole_epochs(name):
     dense, model = composed(f"experiment={name}", *(["model=x3d"] if name.startswith("finetune/") else []))
     sampled, _ = composed(f"experiment={name}", f"model={model}_sgs")

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from tiers import slow_but
 from torch import Tensor
 
 from atfr.models.sgs.functional import calibrated_width, median_step, sampling_weights, uniform_bins
@@ -156,7 +157,7 @@ def test_the_farthest_frame_counts_in_its_bin_in_float32_as_it_does_in_float64()
 
 @measured
 @cut
-@pytest.mark.parametrize("kernel", ["linear", "linear_normalized"])
+@pytest.mark.parametrize("kernel", slow_but(["linear", "linear_normalized"], "linear_normalized".__eq__))
 def test_the_linear_kernels_gradient_passes_gradcheck(similarity, metric, scale, edges, kernel):
     z = torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True)
     width = max(max(loop_distances(clip, similarity, metric)) for clip in z.detach()) / 3.3 if scale == "absolute" else None

@@ -136,6 +136,7 @@ def test_onsets_vary():
     assert len({timeline.starts[0] for timeline in timelines(200)}) >= 4
 
 
+@pytest.mark.slow
 def test_some_clips_are_almost_static_and_some_are_busy():
     clips = [render(index) for index in range(48)]
     changed = np.array([truth.changed_steps for _, _, truth in clips])

@@ -95,6 +95,7 @@ def test_a_second_job_in_a_folder_is_refused_in_one_line_whatever_it_is(trained,
         assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.lock"]
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_in_the_middle_of_an_epoch_ends_with_the_same_weights(small_videos, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     more = ("trainer.batch_size=2", "trainer.save_every=1", "trainer.test=false", "model.sgs.width=0.3", "trainer.statistics_clips=0")
@@ -249,6 +250,7 @@ def test_a_checkpoint_of_another_model_or_dataset_is_refused(trained, tmp_path):
     assert outcome.code == 1 and "checkpoint nowhere.pt does not exist" in outcome.err
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_found_in_a_folder_with_any_name(trained, tmp_path):
     folder = tmp_path / "model=x3d_sgs,trainer.seed=1"
     shutil.copytree(trained[0], folder)
@@ -351,6 +353,7 @@ def test_the_jobs_of_a_sweep_have_run_folders_of_their_own(small_videos, tmp_pat
     assert len(folders) == 2 and all((folder / "checkpoints/last.pt").exists() for folder in folders)
 
 
+@pytest.mark.slow
 def test_a_dense_network_ignores_the_options_of_a_layer_and_says_so(small_videos, tmp_path):
     job = small_job(small_videos, tmp_path, "model=x3d", "trainer.max_steps=1", "trainer.test=false")
     outcome = run_tool("train", *job, "model.sgs.num_bins=4")

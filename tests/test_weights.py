@@ -461,6 +461,7 @@ def test_a_training_starts_from_the_weights_once_and_a_test_never_reads_them(sma
     assert outcome.code == 1 and "tools/test.py does not take" in outcome.err and "the weights tested are those of checkpoint=" in outcome.err
 
 
+@pytest.mark.slow
 def test_a_training_starts_from_the_averaged_weights_of_another_run_with_its_own_schedule_and_then_goes_on_from_itself(small_videos, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     options = ("model=x3d", "trainer.epochs=1", "trainer.test=false", "trainer.statistics_clips=0")
