@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -179,7 +180,7 @@ def test_it_works_in_several_places(after):
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_a_training_step_reports_the_loss_of_the_network_alone():
+def test_a_training_step_reports_the_losses_of_network_and_embedding_apart():
     model, clips, labels = network(), torch.randn(4, 3, 8, 32, 32), torch.tensor([0, 1, 2, 0])
     settings, alone = replace(SETTINGS, batch_size=4), DistInfo(0, 1, torch.device("cpu"))
     step = ForwardBackward(model, torch.optim.SGD(model.parameters(), lr=0.1), normalise=torch.nn.Identity(), settings=settings, dist_info=alone)
@@ -188,13 +189,19 @@ def test_a_training_step_reports_the_loss_of_the_network_alone():
     result = step(batch, 0)
     assert all(p.grad is not None for p in model.parameters())
     torch.manual_seed(5)
-    torch.testing.assert_close(result.loss, cross_entropy(model(clips, return_sampling=True)[0], labels).detach())
+    logits, sampling = model(clips, return_sampling=True)
+    torch.testing.assert_close(result.loss, cross_entropy(logits, labels).detach())
+    torch.testing.assert_close(result.glance_loss, sampling.glance_loss(cross_entropy, labels).detach())
+    step.settings = replace(settings, accumulate=2)
+    assert step(batch, 0).glance_loss.item() == pytest.approx(result.glance_loss.item(), abs=0.4)  # other noise, and no sum over the parts, which would be twice as much
 
 
-def test_a_run_counts_the_steps_that_trained_it(small_videos, tmp_path):
+def test_a_run_counts_the_steps_that_trained_it_and_logs_its_loss(small_videos, tmp_path):
     options = [*small_job(small_videos, tmp_path / "run", "model=r2plus1d_sgs", "model/sgs=glance", "model.sgs.keep_ratio=0.5"), "trainer.max_steps=2", "trainer.test=false"]
     assert (done := run_tool("train", *options)).code == 0, done.err
     assert torch.load(tmp_path / "run/checkpoints/last.pt", weights_only=False)["model"]["sgs.stem.embedding.steps"] == 2
+    losses = [line["glance_loss"] for line in map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines()) if line["split"] == "train"]
+    assert len(losses) == 2 and all(0.3 < loss < 3 for loss in losses)  # of two classes, without a chance to learn: about log 2
 
 
 def test_weights_without_a_trained_embedding_are_not_calibrated(small_videos, tmp_path):

@@ -25,6 +25,7 @@ class BatchResult:
     loss: Tensor  # scalar; its mean over the ranks is the mean loss of the global batch
     norm: Tensor  # scalar, norm of the gradients before they were clipped
     accuracy: Tensor | None = None  # [2] top-1 and top-5 in percent, their means over the ranks as that of the loss; None with mixed clips
+    glance_loss: Tensor | None = None  # scalar like `loss`: what embedding=glance is trained by, see `Sampling.glance_loss`
     sampled: list[tuple[Sampled, ...]] = field(default_factory=list)  # one tuple for each part of the batch, one item a layer
     bins: list[tuple[int, ...]] = field(default_factory=list)  # B' of each clip, one number a layer
 
@@ -75,7 +76,7 @@ class ForwardBackward:
         if self.mix is not None:
             clips, targets = self.mix(clips, targets, step)  # targets: [N, classes]
         self.optimizer.zero_grad(set_to_none=True)
-        total, hits, sampled, bins = torch.zeros((), device=device), torch.zeros(2, device=device), [], []
+        total, glance_total, hits, sampled, bins = torch.zeros((), device=device), None, torch.zeros(2, device=device), [], []
         parts = list(zip(clips.chunk(self.settings.accumulate), targets.chunk(self.settings.accumulate)))
         for number, (part, part_targets) in enumerate(parts, start=1):
             # Gradients are averaged over the ranks once, with the last part.
@@ -84,15 +85,18 @@ class ForwardBackward:
                 # The mean over the ranks is the mean over the global batch, even if parts or ranks have unequal numbers of clips.
                 share = factor * len(part) * world / self.settings.batch_size
                 loss = self.loss(logits.float(), part_targets) * share
-                self.scaler.scale(loss + sampling.glance_loss(self.loss, part_targets) * share).backward()
+                glance_loss = sampling.glance_loss(self.loss, part_targets) * share
+                self.scaler.scale(loss + glance_loss).backward()
             total += loss.detach()
+            if isinstance(glance_loss, Tensor):  # not 0.0, which no layer with such an embedding gives
+                glance_total = glance_loss.detach() + (0 if glance_total is None else glance_total)
             if self.mix is None:
                 hits += top_hits(logits.detach(), part_targets)
             sampled.append(sampling.layers)
             bins += sampling.bins
         self.scaler.unscale_(self.optimizer)
         accuracy = hits * (100 * world / self.settings.batch_size) if self.mix is None else None
-        return BatchResult(total, clip_gradients(self.parameters, self.settings.clip_norm), accuracy, sampled, bins)
+        return BatchResult(total, clip_gradients(self.parameters, self.settings.clip_norm), accuracy, glance_total, sampled, bins)
 
     def _predict(self, clips: Tensor) -> tuple[Tensor, Sampling, float]:
         """Return logits, what the SGS layers did, and a factor for the loss: 1, or NaN if the step has to be skipped."""

@@ -248,7 +248,9 @@ class Trainer:
             names = ("bins", *(f"bins_{key}" for key in list(self.model.sgs)[1:]))
             means = {name: sum(layer) / len(layer) for name, layer in zip(names, zip(*result.bins))}
             seconds = {"data_s": data_s, "step_s": time.perf_counter() - began}
-            self.metrics.add(result.loss, result.norm, batch.paths, accuracy=result.accuracy, **seconds, **means, replaced=len(batch.bad))
+            self.metrics.add(
+                result.loss, result.norm, batch.paths, accuracy=result.accuracy, glance_loss=result.glance_loss, **seconds, **means, replaced=len(batch.bad)
+            )  # fmt: skip
         self.progress.step()
         if self.state.step % settings.log_every == 0:
             self.log_metrics(epoch)

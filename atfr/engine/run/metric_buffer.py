@@ -27,18 +27,23 @@ class MetricBuffer:
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
         self.accuracies: list[Tensor] = []
+        self.glance_losses: list[Tensor] = []
         self.paths: list[Sequence[str]] = []
         self.sums: dict[str, float] = {}
         self._began = 0.0
-        self._on_host: tuple[list[float], ...] | None = None
+        self._on_host: dict[str, list[float]] | None = None
 
-    def add(self, loss: Tensor, norm: Tensor, paths: Sequence[str], *, accuracy: Tensor | None = None, data_s: float, step_s: float, **values: float) -> None:
+    def add(
+        self, loss: Tensor, norm: Tensor, paths: Sequence[str], *,
+        accuracy: Tensor | None = None, glance_loss: Tensor | None = None, data_s: float, step_s: float, **values: float,
+    ) -> None:  # fmt: skip
         """Add a step that ends now.
 
         Args:
             norm: of the gradient.
             paths: files of the clips.
             accuracy: [2] top-1 and top-5 of this rank in percent; None for all steps or for none.
+            glance_loss: what trained embedding=glance; None for all steps or for none.
             data_s, step_s: seconds that the step waited for its clips, and took after that.
         """
         if not self.losses:
@@ -46,17 +51,21 @@ class MetricBuffer:
         self.losses.append(loss)
         self.norms.append(norm)
         self.accuracies += [] if accuracy is None else [accuracy]
+        self.glance_losses += [] if glance_loss is None else [glance_loss]
         self.paths.append(paths)
         self._on_host = None
         for name, value in {**values, "data_s": data_s, "step_s": step_s}.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def on_host(self) -> tuple[list[float], ...]:
-        """Copy losses, norms, and top-1 and top-5 if there are any to the host, which waits for the device."""
+    def on_host(self) -> dict[str, list[float]]:
+        """Copy what was measured, by name with one value a step, to the host, which waits for the device."""
         if self._on_host is None:
-            values, count = torch.cat([torch.stack([*self.losses, *self.norms]), *self.accuracies]).tolist(), len(self.losses)
-            accuracies = (values[2 * count :: 2], values[2 * count + 1 :: 2]) if self.accuracies else ()
-            self._on_host = values[:count], values[count : 2 * count], *accuracies
+            columns = {"loss": self.losses, "grad_norm": self.norms, "glance_loss": self.glance_losses}
+            if self.accuracies:
+                columns |= dict(zip(("top1", "top5"), torch.stack(self.accuracies, dim=1)))
+            columns = {name: values for name, values in columns.items() if len(values)}
+            rows = torch.stack([torch.stack(list(values)) for values in columns.values()]).tolist()
+            self._on_host = dict(zip(columns, rows))
         return self._on_host
 
     def check(self, step: int, *, scaled: bool) -> None:
@@ -68,7 +77,7 @@ class MetricBuffer:
         """
         if not self.losses:
             return
-        losses, norms, *_ = self.on_host()
+        losses, norms = (self.on_host()[name] for name in ("loss", "grad_norm"))
         first = step - len(losses) + 1
         for number, (loss, norm, paths) in enumerate(zip(losses, norms, self.paths), start=first):
             if not math.isfinite(loss):
@@ -81,7 +90,7 @@ class MetricBuffer:
 
         `replaced` is a sum, the number of replaced videos. `steps_per_second` is measured from the start of the first step to now.
         """
-        measured = dict(zip(("loss", "grad_norm", "top1", "top5"), self.on_host()))
+        measured = self.on_host()
         steps, seconds = len(self.losses), time.perf_counter() - self._began
         totals = [*map(math.fsum, measured.values()), *self.sums.values()]
         if dist_info.world > 1:
