@@ -18,6 +18,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "studies" / "claim"))
 import avletters  # noqa: E402
 import claim_paired  # noqa: E402
+import claim_picture  # noqa: E402
+import claim_rows  # noqa: E402
 import jhmdb  # noqa: E402
 
 
@@ -95,3 +97,21 @@ def test_the_lists_leave_each_speaker_or_repetition_out_once(tmp_path, monkeypat
         test, train = ((tmp_path / avletters.LISTS / f"{protocol}_1_{split}.csv").read_text().splitlines()[1:] for split in ("test", "train"))
         assert len(test) == 3 and all(part in line for line in test)
         assert len(train) == 6 and not set(test) & set(train)
+
+
+def test_the_picture_knows_every_method_that_it_has_a_row_of_and_the_error_over_groups(tmp_path):
+    for rows in (claim_paired.saved(claim_picture.ROOT / f"studies/claim/{name}.csv").values() for name in ("avletters", "jhmdb")):
+        assert rows and all(claim_picture.style_of(row.method) for row in rows)
+    assert claim_picture.style_of("atfr-middle-time-equal") == "atfr-middle" and claim_picture.style_of("atfr-0.4") == "atfr"
+    assert claim_picture.style_of("glance-mean-0.36") == "glance" and not claim_picture.style_of("warm") and not claim_picture.style_of("strides-4")
+    (point,) = claim_picture.real([row("stride", "1100"), row("stride", "1000", seed=1)], np.array([0, 0, 1, 1]))
+    assert point[:4] == ("stride", "stem", 0.5, 37.5) and point.error == pytest.approx(37.5)  # the groups have 75 and 0 % right
+    generated = claim_picture.generated([r for r in claim_rows.saved() if r.data.startswith("distractors")])
+    assert {point.method for point in generated} >= {"dense", "glance-0.36", "uniform-6"}
+    claim_picture.draw([generated, [point], [point]], tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_the_points_of_a_method_are_one_curve_from_the_cheapest_on_and_locations_are_apart():
+    points = [claim_picture.Point(*values, 50.0, 1.0) for values in (("stride-6", "", 0.5), ("stride-4", "", 0.3), ("atfr", "stem", 0.5), ("atfr", "input", 0.5))]
+    assert [[p.gflops for p in curve] for curve in claim_picture.curves(points)] == [[0.3, 0.5], [0.5], [0.5]]

@@ -1,0 +1,138 @@
+"""The verdict in one picture: accuracy over GFLOPs on the three benchmarks, in docs/verdict.png.
+
+    python studies/claim/claim_picture.py --videos ../shared/data/videos
+
+Reads the rows that claim.py, avletters.py and jhmdb.py wrote. Error bars are one standard error of the accuracy: over seeds on the
+generated videos, over speakers and sources on the real ones, whose lists in `--videos` say which videos belong together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+import claim_paired
+import claim_rows
+import numpy as np
+from claim_report import standard_error
+
+ROOT = Path(__file__).resolve().parents[2]
+PICTURE = Path("docs/verdict.png")
+GENERATED = "distractors-r2plus1d"
+TITLES = (
+    "generated videos with distractors\ntiny R(2+1)D, from scratch",
+    "AVLetters: spoken letters\ntiny R(2+1)D, from scratch",
+    "JHMDB: actions\nKinetics I3D, frozen; sampled at three places",
+)
+STYLES = {  # by the beginning of a method's name, of which the longest counts: what the legend says, colour and marker
+    "dense": ("dense", "black", "*"),
+    "uniform": ("fixed cost: mean of equal parts", "tab:gray", "o"),
+    "stride": ("fixed cost: every k-th feature", "tab:brown", "s"),
+    "reference": ("published layer, random embedding", "tab:red", "X"),
+    "atfr": ("atfr: adaptive, by pixels", "tab:cyan", "v"),
+    "atfr-middle": ("the same, middle frames", "tab:blue", "^"),
+    "glance": ("glance: adaptive, learned", "tab:green", "D"),
+}  # fmt: skip
+
+
+class Point(NamedTuple):
+    """One method at one cost."""
+
+    method: str
+    location: str  # of the layer
+    gflops: float  # of dense
+    top1: float  # %
+    error: float  # one standard error; nan: of a single seed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--videos", type=Path, default=Path("../shared/data/videos"), help="folder of avletters/folds.csv and jhmdb/folds.csv (default: %(default)s)")
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+    panels = [generated(claim_rows.saved())]
+    for name in ("avletters", "jhmdb"):
+        folds = arguments.videos / name / "folds.csv"
+        if not folds.exists():
+            sys.exit(f"error: {folds} is missing: --videos names the folder of the real videos with their lists")
+        panels.append(real(list(claim_paired.saved(Path(f"studies/claim/{name}.csv")).values()), groups_in(folds)))
+    draw(panels, PICTURE)
+    print(f"wrote {PICTURE}")
+
+
+def generated(rows: list[claim_rows.Row]) -> list[Point]:
+    """The methods that were trained on the generated videos, over seeds."""
+    by_method: dict[str, list[claim_rows.Row]] = defaultdict(list)
+    for row in rows:
+        if row.data == GENERATED and not row.budget and style_of(row.method):
+            by_method[row.method].append(row)
+    return [Point(method, "", mean(r.gflops for r in own), mean(r.top1 for r in own), standard_error([r.top1 for r in own])) for method, own in by_method.items()]
+
+
+def real(rows: list[claim_paired.Row], groups: np.ndarray) -> list[Point]:
+    """The methods that were run on real videos."""
+    by_method: dict[tuple[str, str, int], list[claim_paired.Row]] = defaultdict(list)
+    for row in rows:
+        if style_of(row.method):
+            by_method[row.location, row.method, row.kept].append(row)
+    points = []
+    for (location, method, _), own in by_method.items():
+        hits = np.mean([row.hits for row in own], axis=0)
+        points.append(Point(method, location, mean(row.gflops for row in own), *claim_paired.paired(hits, np.zeros_like(hits), groups)))
+    return points
+
+
+def groups_in(folds: Path) -> np.ndarray:
+    """The number of the group of each video in a list."""
+    with open(folds, newline="") as file:
+        return np.unique([line["group"] for line in csv.DictReader(file)], return_inverse=True)[1]
+
+
+def style_of(method: str) -> str:
+    """The key of STYLES for a method; empty for one that the picture leaves out."""
+    return max((begin for begin in STYLES if f"{method}-".startswith(f"{begin}-")), key=len, default="")
+
+
+def curves(points: Iterable[Point]) -> list[list[Point]]:
+    """The points of each method and location, from the cheapest on. Of a method in the names of which its cost stands they are one curve."""
+    by_location: dict[tuple[str, str], list[Point]] = defaultdict(list)
+    for point in sorted(points, key=lambda point: point.gflops):
+        by_location[point.method.rstrip(".-0123456789"), point.location].append(point)
+    return list(by_location.values())
+
+
+def draw(panels: list[list[Point]], file: Path) -> None:
+    """Draw one panel a benchmark, and one legend for all."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.3))
+    for axis, title, points in zip(axes, TITLES, panels):
+        for key, (label, colour, marker) in STYLES.items():
+            for curve in curves(point for point in points if style_of(point.method) == key):
+                x, y, error = ([getattr(point, field) for point in curve] for field in ("gflops", "top1", "error"))
+                axis.errorbar(x, y, yerr=error, label=label, color=colour, marker=marker, markersize=7, capsize=2, linewidth=1)
+        axis.axvline(0.5, color="lightgray", linestyle=":", zorder=0)
+        axis.set_title(title, fontsize=10)
+        axis.set(xlabel="mean GFLOPs of a clip / dense", xlim=(0.25, 1.05))
+        axis.grid(alpha=0.2)
+    axes[0].set_ylabel("top-1, %")
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    labels = [label for label, *_ in STYLES.values() if label in handles]
+    figure.legend([handles[label] for label in labels], labels, loc="lower center", ncols=4, fontsize=9, frameon=False)
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
