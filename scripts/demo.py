@@ -36,17 +36,26 @@ def main() -> None:
         try:
             video = arguments.video or generated(Path(folder) / "generated.mp4")
             weights = checkpoint_of_i3d()
+            say(f"1 of 4: classifying {arguments.views} views with the dense network; on a CPU each of the four takes up to a minute")
             dense = atfr.load(weights).with_views(views=arguments.views)(video)
-            print(f"\ndense: {dense}", flush=True)
+            print(f"\ndense: {dense}\n")
+            say(f"2 of 4: calibrating SGS to {arguments.gflops:.0%} of the GFLOPs")
             classifier = atfr.load(weights, sgs="atfr", after=arguments.after).with_views(views=arguments.views)
             classifier.set_budget(arguments.gflops, [video])
+            say("3 of 4: classifying with SGS")
             sampled = classifier(video)
             print(f"\nwith SGS after {arguments.after}: {sampled}")
-            print(f"\n{verdict(dense, sampled)}")
+            print(f"\n{verdict(dense, sampled)}\n")
+            say("4 of 4: drawing which frames were merged")
             save(classifier.picture(video), arguments.output)
         except (ValueError, OSError, VideoError) as error:
             sys.exit(f"error: {error}")
     print(f"Which frames of view {arguments.views // 2 + 1} of {arguments.views} went together: {arguments.output}")
+
+
+def say(text: str) -> None:
+    """Print what takes long now, also into a pipe."""
+    print(text, flush=True)
 
 
 def generated(path: Path) -> str:
