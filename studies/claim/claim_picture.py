@@ -29,7 +29,7 @@ GENERATED = "distractors-r2plus1d"
 TITLES = (
     "generated videos with distractors\ntiny R(2+1)D, from scratch",
     "AVLetters: spoken letters\ntiny R(2+1)D, from scratch",
-    "JHMDB: actions\nKinetics I3D, frozen; sampled at three places",
+    "JHMDB: actions\nKinetics I3D, frozen, sampled at two places",
 )
 STYLES = {  # by the beginning of a method's name, of which the longest counts: what the legend says, colour and marker
     "dense": ("dense", "black", "*"),
