@@ -76,7 +76,8 @@ class ForwardBackward:
         if self.mix is not None:
             clips, targets = self.mix(clips, targets, step)  # targets: [N, classes]
         self.optimizer.zero_grad(set_to_none=True)
-        total, glance_total, hits, sampled, bins = torch.zeros((), device=device), None, torch.zeros(2, device=device), [], []
+        total, hits, sampled, bins = torch.zeros((), device=device), torch.zeros(2, device=device), [], []
+        glance_losses: list[Tensor] = []  # of the parts
         parts = list(zip(clips.chunk(self.settings.accumulate), targets.chunk(self.settings.accumulate)))
         for number, (part, part_targets) in enumerate(parts, start=1):
             # Gradients are averaged over the ranks once, with the last part.
@@ -89,13 +90,14 @@ class ForwardBackward:
                 self.scaler.scale(loss + glance_loss).backward()
             total += loss.detach()
             if isinstance(glance_loss, Tensor):  # not 0.0, which no layer with such an embedding gives
-                glance_total = glance_loss.detach() + (0 if glance_total is None else glance_total)
+                glance_losses.append(glance_loss.detach())
             if self.mix is None:
                 hits += top_hits(logits.detach(), part_targets)
             sampled.append(sampling.layers)
             bins += sampling.bins
         self.scaler.unscale_(self.optimizer)
         accuracy = hits * (100 * world / self.settings.batch_size) if self.mix is None else None
+        glance_total = torch.stack(glance_losses).sum() if glance_losses else None
         return BatchResult(total, clip_gradients(self.parameters, self.settings.clip_norm), accuracy, glance_total, sampled, bins)
 
     def _predict(self, clips: Tensor) -> tuple[Tensor, Sampling, float]:

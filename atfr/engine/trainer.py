@@ -289,7 +289,7 @@ class Trainer:
         All ranks call this at the same steps. A loss that is not finite on one of them is an error on all of them, before a
         checkpoint with it is saved.
         """
-        if not self.metrics.losses:
+        if not self.metrics.paths:
             return
         values = self.metrics.means(self.dist_info)
         self.metrics.check(self.state.step, scaled=self.scaler.is_enabled())

@@ -24,10 +24,7 @@ class MetricBuffer:
     """Collects the measurements of steps. Losses, norms and accuracies stay on the device until they are needed."""
 
     def __init__(self) -> None:
-        self.losses: list[Tensor] = []
-        self.norms: list[Tensor] = []
-        self.accuracies: list[Tensor] = []
-        self.glance_losses: list[Tensor] = []
+        self.measured: dict[str, list[Tensor]] = {}  # scalars, one a step
         self.paths: list[Sequence[str]] = []
         self.sums: dict[str, float] = {}
         self._began = 0.0
@@ -46,12 +43,15 @@ class MetricBuffer:
             glance_loss: what trained embedding=glance; None for all steps or for none.
             data_s, step_s: seconds that the step waited for its clips, and took after that.
         """
-        if not self.losses:
+        if not self.paths:
             self._began = time.perf_counter() - step_s - data_s
-        self.losses.append(loss)
-        self.norms.append(norm)
-        self.accuracies += [] if accuracy is None else [accuracy]
-        self.glance_losses += [] if glance_loss is None else [glance_loss]
+        measured = {"loss": loss, "grad_norm": norm}
+        if accuracy is not None:
+            measured["top1"], measured["top5"] = accuracy
+        if glance_loss is not None:
+            measured["glance_loss"] = glance_loss
+        for name, scalar in measured.items():
+            self.measured.setdefault(name, []).append(scalar)
         self.paths.append(paths)
         self._on_host = None
         for name, value in {**values, "data_s": data_s, "step_s": step_s}.items():
@@ -60,12 +60,8 @@ class MetricBuffer:
     def on_host(self) -> dict[str, list[float]]:
         """Copy what was measured, by name with one value a step, to the host, which waits for the device."""
         if self._on_host is None:
-            columns = {"loss": self.losses, "grad_norm": self.norms, "glance_loss": self.glance_losses}
-            if self.accuracies:
-                columns |= dict(zip(("top1", "top5"), torch.stack(self.accuracies, dim=1)))
-            columns = {name: values for name, values in columns.items() if len(values)}
-            rows = torch.stack([torch.stack(list(values)) for values in columns.values()]).tolist()
-            self._on_host = dict(zip(columns, rows))
+            rows = torch.stack([torch.stack(scalars) for scalars in self.measured.values()]).tolist()
+            self._on_host = dict(zip(self.measured, rows))
         return self._on_host
 
     def check(self, step: int, *, scaled: bool) -> None:
@@ -75,7 +71,7 @@ class MetricBuffer:
             step: number of the last step in the buffer.
             scaled: gradients have fp16 loss scaling, which handles those that are not finite.
         """
-        if not self.losses:
+        if not self.paths:
             return
         losses, norms = (self.on_host()[name] for name in ("loss", "grad_norm"))
         first = step - len(losses) + 1
@@ -91,7 +87,7 @@ class MetricBuffer:
         `replaced` is a sum, the number of replaced videos. `steps_per_second` is measured from the start of the first step to now.
         """
         measured = self.on_host()
-        steps, seconds = len(self.losses), time.perf_counter() - self._began
+        steps, seconds = len(self.paths), time.perf_counter() - self._began
         totals = [*map(math.fsum, measured.values()), *self.sums.values()]
         if dist_info.world > 1:
             totals = comm.summed(torch.tensor(totals, dtype=torch.float64, device=dist_info.device)).tolist()
