@@ -5,16 +5,14 @@ from __future__ import annotations
 import gc
 import os
 import random
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from devices import hide_gpus, number_of_gpus
+from run_tools import signal_handlers_kept
 from video_files import write_video
-
-from atfr.engine.distributed.preemption import SIGNALS
 
 LONGEST = (
     *("test_slurm", "test_tools", "test_kill", "test_packed_backbones", "test_one_step", "test_configs", "test_command_line"),
@@ -56,11 +54,9 @@ def _seeded():
 
 @pytest.fixture(autouse=True)
 def _own_signal_handlers():
-    """A program run by a test handles signals; what it received must not stop the program of the next test."""
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    """Also of a test that runs a program by other ways than `run_tool`."""
+    with signal_handlers_kept():
+        yield
 
 
 @pytest.fixture(scope="session")

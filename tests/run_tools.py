@@ -10,6 +10,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,17 @@ import torch
 from atfr.engine.distributed.preemption import SIGNALS
 
 ROOT = Path(__file__).parent.parent
+
+
+@contextlib.contextmanager
+def signal_handlers_kept() -> Iterator[None]:
+    """Put back the handlers that a program in this block replaces: what it received must not stop the next one."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @dataclass
@@ -37,17 +49,15 @@ def run_script(script: str, *arguments: str) -> Outcome:
     out, err = io.StringIO(), io.StringIO()
     before, sys.argv = sys.argv, [str(ROOT / script), *arguments]
     deterministic = torch.are_deterministic_algorithms_enabled()
-    level, handlers = logging.root.level, {number: signal.getsignal(number) for number in SIGNALS}
+    level = logging.root.level
     code = 0
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with signal_handlers_kept(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:
         sys.argv = before
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         if torch.are_deterministic_algorithms_enabled() != deterministic:
             torch.use_deterministic_algorithms(deterministic)
         logging.root.setLevel(level)  # hydra sets it, and may disable all loggers there are, for good

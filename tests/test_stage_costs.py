@@ -66,7 +66,7 @@ def test_the_number_of_features_shown_is_that_of_the_keep_ratio_or_the_fixed_num
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["atfr", pytest.param("uniform", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("preset", ["atfr", "uniform"])
 def test_the_number_of_features_shown_costs_the_budget_in_gflops(preset):
     model = x3d(size="tiny", num_classes=5, sgs=SGSConfig.from_preset(preset, gflops=0.7))
     table = GflopsTable(model, CLIP)
