@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from claim_paired import Row, save, saved, table
+from claim_paired import Row, groups_of, read_folds, save, saved, table
 from claim_report import fill
 
 from atfr.utils.atomic_io import write_text
@@ -100,10 +100,8 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=os.cpu_count(), help="runs at a time, one thread each (default: one a core)")
     arguments = parser.parse_args()
     os.chdir(ROOT)
-    if not (arguments.clips / "folds.csv").exists():
-        sys.exit(f"error: {arguments.clips}/folds.csv is missing: --clips names the folder of the videos with that list")
-    with open(arguments.clips / "folds.csv", newline="") as file:
-        videos = [Video(line["relative_path"], line["label"], line["group"], int(line["fold"])) for line in csv.DictReader(file)]
+    lines = read_folds(arguments.clips, way_out="--clips names the folder of the videos with that list")
+    videos = [Video(line["relative_path"], line["label"], line["group"], int(line["fold"])) for line in lines]
     write_lists(videos, arguments.protocol)
     wanted = [(method, kept if method != "dense" else 0, seed) for seed in arguments.seeds for method in arguments.methods for kept in arguments.kept]
     jobs = [Job(arguments.protocol, *one, fold) for one in dict.fromkeys(wanted) for fold in FOLDS]
@@ -116,7 +114,7 @@ def main() -> None:
             row = row_of(folds, videos, method=method, kept=kept, seed=seed)
             rows[row.key] = row
     save(path, rows)
-    text = table(list(rows.values()), np.unique([video.group for video in videos], return_inverse=True)[1])
+    text = table(list(rows.values()), groups_of(lines))
     fill(Path("studies/claim/README.md"), arguments.protocol, text, script="avletters.py")
     print(text)
     if failed:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -37,6 +38,20 @@ class Row:
     @property
     def hits(self) -> np.ndarray:
         return np.array([letter == "1" for letter in self.right], dtype=float)
+
+
+def read_folds(folder: Path, *, way_out: str) -> list[dict[str, str]]:
+    """Read a set's list: relative_path, label, group and fold of each video. Ends the program, with the way out, where it is missing."""
+    folds = folder / "folds.csv"
+    if not folds.exists():
+        sys.exit(f"error: {folds} is missing: {way_out}")
+    with open(folds, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def groups_of(videos: Sequence[dict[str, str]]) -> np.ndarray:
+    """The number of the group of each video [N]."""
+    return np.unique([video["group"] for video in videos], return_inverse=True)[1]
 
 
 def paired(one: np.ndarray, other: np.ndarray, groups: np.ndarray) -> tuple[float, float]:

@@ -9,9 +9,7 @@ generated videos, over speakers and sources on the real ones, whose lists in `--
 from __future__ import annotations
 
 import argparse
-import csv
 import os
-import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,7 +33,7 @@ STYLES = {  # by the beginning of a method's name, of which the longest counts: 
     "dense": ("dense", "black", "*"),
     "uniform": ("fixed cost: mean of equal parts", "tab:gray", "o"),
     "stride": ("fixed cost: every k-th feature", "tab:brown", "s"),
-    "reference": ("published layer, random embedding", "tab:red", "X"),
+    "reference": ("published layer", "tab:red", "X"),
     "atfr": ("atfr: adaptive, by pixels", "tab:cyan", "v"),
     "atfr-middle": ("the same, middle frames", "tab:blue", "^"),
     "glance": ("glance: adaptive, learned", "tab:green", "D"),
@@ -59,10 +57,8 @@ def main() -> None:
     os.chdir(ROOT)
     panels = [generated(claim_rows.saved())]
     for name in ("avletters", "jhmdb"):
-        folds = arguments.videos / name / "folds.csv"
-        if not folds.exists():
-            sys.exit(f"error: {folds} is missing: --videos names the folder of the real videos with their lists")
-        panels.append(real(list(claim_paired.saved(Path(f"studies/claim/{name}.csv")).values()), groups_in(folds)))
+        videos = claim_paired.read_folds(arguments.videos / name, way_out="--videos names the folder of the real videos with their lists")
+        panels.append(real(list(claim_paired.saved(Path(f"studies/claim/{name}.csv")).values()), claim_paired.groups_of(videos)))
     draw(panels, PICTURE)
     print(f"wrote {PICTURE}")
 
@@ -87,12 +83,6 @@ def real(rows: list[claim_paired.Row], groups: np.ndarray) -> list[Point]:
         hits = np.mean([row.hits for row in own], axis=0)
         points.append(Point(method, location, mean(row.gflops for row in own), *claim_paired.paired(hits, np.zeros_like(hits), groups)))
     return points
-
-
-def groups_in(folds: Path) -> np.ndarray:
-    """The number of the group of each video in a list."""
-    with open(folds, newline="") as file:
-        return np.unique([line["group"] for line in csv.DictReader(file)], return_inverse=True)[1]
 
 
 def style_of(method: str) -> str:

@@ -12,7 +12,6 @@ Writes the rows of studies/claim/jhmdb.csv and the table in studies/claim/README
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from claim_paired import Row, save, saved, table
+from claim_paired import Row, groups_of, read_folds, save, saved, table
 from claim_report import fill
 from torch import Tensor, nn
 
@@ -73,10 +72,9 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="also run what is in jhmdb.csv")
     arguments = parser.parse_args()
     os.chdir(ROOT)
-    if not (arguments.clips / "folds.csv").exists():
-        sys.exit(f"error: {arguments.clips}/folds.csv is missing: --clips names the folder of JHMDB's videos with that list")
+    videos = read_folds(arguments.clips, way_out="--clips names the folder of JHMDB's videos with that list")
     weights = torch.load(checkpoint_of_i3d(), map_location="cpu", weights_only=False)["model"]
-    data = read_clips(arguments.clips)
+    data = read_clips(arguments.clips, videos)
     rows = saved(ROWS)
     for location in arguments.locations:
         jobs = [(location, method, kept) for kept in KEPT[location] for method in arguments.methods]
@@ -113,10 +111,8 @@ def network(weights: dict[str, Tensor], options: SGSConfig) -> VideoNet:
     return model.eval()
 
 
-def read_clips(folder: Path) -> Clips:
+def read_clips(folder: Path, videos: list[dict[str, str]]) -> Clips:
     """Decode the middle 32 frames of each video; the last frame of a shorter one is repeated."""
-    with open(folder / "folds.csv", newline="") as file:
-        videos = list(csv.DictReader(file))
     names = sorted({video["label"] for video in videos})
     clips = torch.empty(len(videos), 3, FRAMES, SIDE, SIDE, dtype=torch.uint8)
     for video, clip in zip(watched(videos, "reading", unit="video"), clips):
@@ -124,7 +120,7 @@ def read_clips(folder: Path) -> Clips:
         top, left = ((size - SIDE) // 2 for size in frames.shape[1:3])
         clip.copy_(torch.from_numpy(frames[:, top : top + SIDE, left : left + SIDE].copy()).permute(3, 0, 1, 2))
     labels, folds = (torch.tensor(values) for values in ([names.index(video["label"]) for video in videos], [int(video["fold"]) for video in videos]))
-    return Clips(clips, labels, folds, np.unique([video["group"] for video in videos], return_inverse=True)[1])
+    return Clips(clips, labels, folds, groups_of(videos))
 
 
 def normalised(clips: Tensor) -> Tensor:
