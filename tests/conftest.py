@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from devices import hide_gpus, number_of_gpus
 from run_tools import signal_handlers_kept
 from video_files import write_video
@@ -21,6 +22,7 @@ LONGEST = (
 
 hide_gpus()
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # the seconds that a garbage collection waits for a worker of a loader that is gone; 5 in torch
+yaml.SafeLoader = yaml.CSafeLoader  # with which OmegaConf reads configs: the tests do that some thousand times
 torch.set_num_threads(1)  # the networks are small, and the tests run in parallel
 
 

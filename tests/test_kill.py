@@ -18,7 +18,7 @@ from atfr.engine.run import checkpoint
 MORE = ("trainer.save_every=1", "trainer.eval_every=6", "trainer.test=false", "trainer.mixup=0.8", "trainer.accumulate=2", "trainer.ema=0.9")
 
 
-@pytest.mark.parametrize("processes, kills, steps", [(1, 2, 14), pytest.param(1, 12, 24, marks=pytest.mark.slow), pytest.param(2, 8, 24, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes, kills, steps", [(1, 2, 8), pytest.param(1, 12, 24, marks=pytest.mark.slow), pytest.param(2, 8, 24, marks=pytest.mark.slow)])
 def test_a_training_that_is_killed_repeatedly_ends_with_exactly_the_same_weights(small_videos, tmp_path, processes, kills, steps):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     more = (*MORE, f"trainer.epochs={steps // 2}")

@@ -7,6 +7,7 @@ from functools import lru_cache
 import pytest
 import torch
 from launches import Launches, launches
+from tiers import slow_but
 
 from atfr.models.factory import create_model
 from atfr.models.sgs.config import SGSConfig
@@ -40,7 +41,7 @@ def counted(name: str, *, training: bool, triton: bool) -> tuple[Launches, Launc
     return launches(dense, shape, None, training=training, triton=triton), launches(packed, shape, forced, training=training, triton=triton)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(NAMES, "x3d_tiny".__eq__))
 def test_packed_clips_take_about_as_many_launches_as_dense_ones(name):
     for training in (True, False):
         dense, packed = counted(name, training=training, triton=True)

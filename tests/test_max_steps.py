@@ -53,7 +53,8 @@ def whole(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("ends", [(3,), *(pytest.param(ends, marks=pytest.mark.slow) for ends in ((2, 4), (6,), (7, 7), (20,)))], ids=str)
+@pytest.mark.slow  # test_kill.py stops a run, too
+@pytest.mark.parametrize("ends", [(3,), (2, 4), (6,), (7, 7), (20,)], ids=str)
 def test_a_run_in_several_pieces_gives_the_same_results_as_one_without_a_stop(tmp_path, whole, ends, capsys):
     for end in ends:
         run(tmp_path, max_steps=end)

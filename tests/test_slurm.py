@@ -66,7 +66,7 @@ def undisturbed(small_videos, tmp_path_factory):
 QUIET = pytest.mark.skipif(not os.environ.get("ATFR_QUIET_MACHINE"), reason="jobs must be through their imports in ten seconds; ATFR_QUIET_MACHINE=1 runs it")
 
 
-@pytest.mark.parametrize("how, stops", [("told and later preempted", 2), pytest.param("time limit", 1, marks=QUIET)])
+@pytest.mark.parametrize("how, stops", [("preempted", 1), pytest.param("told and later preempted", 2, marks=pytest.mark.slow), pytest.param("time limit", 1, marks=QUIET)])
 def test_jobs_on_two_nodes_that_have_to_stop_are_queued_again_and_end_with_the_same_weights(cluster, small_videos, tmp_path, undisturbed, how, stops):
     """One through sbatch and one through submitit, at the same time."""
     # SLURM looks every half a minute at what time is left.
@@ -80,11 +80,12 @@ def test_jobs_on_two_nodes_that_have_to_stop_are_queued_again_and_end_with_the_s
         for folder in (batch, swept):
             wait_for_step(folder, 2 if how != "time limit" else 0)
         jobs = [job, cluster.numbered(name)]
-        if how != "time limit":
+        if how.startswith("told"):
             cluster.ask("scancel", "--signal=USR1", *jobs)
-        for one in cluster.restarted(jobs):
-            cluster.ask("scontrol", "update", f"JobId={one}", "TimeLimit=60")  # the next look is not to stop it as well
-        if how != "time limit":
+        if how != "preempted":
+            for one in cluster.restarted(jobs):
+                cluster.ask("scontrol", "update", f"JobId={one}", "TimeLimit=60")  # the next look is not to stop it as well
+        if how.endswith("preempted"):
             for folder in (batch, swept):
                 wait_for_step(folder, len(logged(folder)["train"]) + 1)
             urgent = cluster.submit("--partition=high", "--nodes=2", "--exclusive", f"--output={tmp_path / 'urgent.txt'}", "--wrap=sleep 1")

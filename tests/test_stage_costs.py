@@ -53,11 +53,11 @@ def test_the_columns_add_up_and_only_what_follows_the_layer_gets_cheaper(network
 @pytest.mark.parametrize(
     "preset, options, expected",
     [
-        ("atfr", {"keep_ratio": 0.25}, (2,)),
+        pytest.param("atfr", {"keep_ratio": 0.25}, (2,), marks=pytest.mark.slow),
         ("atfr", {"keep_ratio": 0.5, "after": ["stem", "res3"]}, (4, 2)),  # the second keeps half of that half
         ("uniform", {"num_bins": 5}, (5,)),
-        ("identity", {}, (8,)),
-        ("reference", {"after": "stem"}, (4,)),
+        pytest.param("identity", {}, (8,), marks=pytest.mark.slow),
+        pytest.param("reference", {"after": "stem"}, (4,), marks=pytest.mark.slow),
     ],
 )
 def test_the_number_of_features_shown_is_that_of_the_keep_ratio_or_the_fixed_number_of_a_baseline(preset, options, expected):

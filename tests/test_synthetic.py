@@ -146,6 +146,7 @@ def test_some_clips_are_almost_static_and_some_are_busy():
     assert np.median(typical[busy]) > 2.5 * np.median(typical[static])
 
 
+@pytest.mark.slow
 def test_with_distractors_change_follows_their_amount_and_phases_are_where_they_were():
     disturbed, plain = ([render(i, distractors=with_them)[2] for i in range(80)] for with_them in (True, False))
     change, amount = (np.array([getattr(truth, name) for truth in disturbed]) for name in ("change", "distractors"))
@@ -155,6 +156,7 @@ def test_with_distractors_change_follows_their_amount_and_phases_are_where_they_
     assert all(one.timeline == other.timeline for one, other in zip(disturbed, plain))
 
 
+@pytest.mark.slow
 def test_light_and_scenery_tell_nothing_of_the_direction_of_time():
     rng = np.random.default_rng(0)
     light = np.log([distractors._light(rng, 36, 8, 0.7).mean((1, 2)) for _ in range(2000)])  # [N, T]

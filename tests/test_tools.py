@@ -274,12 +274,16 @@ def test_a_sweep_of_tests_keeps_the_results_of_every_job(trained, tmp_path, monk
     assert sorted(views) == [1, 3] and (folder / "results.json").read_text() == before
 
 
+OTHER_BUDGET = "use python tools/calibrate.py init_from=RUN budgets=[...]"
+
+
 @pytest.mark.parametrize(
     "argument,way_out",
     [
-        ("~model.sgs", "change the checkpoint's config key by key"),
         ("experiment=ut_interaction", "change the checkpoint's config key by key"),
-        *((budget, "use python tools/calibrate.py init_from=RUN budgets=[...]") for budget in ("model.sgs.gflops=0.4", "model.sgs.keep_ratio=0.4", "model.sgs.gflops_range=[0.3,1]")),
+        pytest.param("~model.sgs", "change the checkpoint's config key by key", marks=pytest.mark.slow),
+        ("model.sgs.gflops=0.4", OTHER_BUDGET),
+        *(pytest.param(budget, OTHER_BUDGET, marks=pytest.mark.slow) for budget in ("model.sgs.keep_ratio=0.4", "model.sgs.gflops_range=[0.3,1]")),
     ],
 )
 def test_what_a_test_cannot_override_is_refused(trained, argument, way_out):

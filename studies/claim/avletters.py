@@ -46,6 +46,7 @@ METHODS = {
     "glance": ("model/sgs=glance",),
     "glance-time": ("model/sgs=glance", TIME),
     "atfr-equal": ("model/sgs=atfr",),
+    "atfr-time-equal": ("model/sgs=atfr", TIME),
     "atfr-middle-time-equal": ("model/sgs=atfr", MIDDLE, TIME),
     "glance-time-equal": ("model/sgs=glance", TIME),
 }
