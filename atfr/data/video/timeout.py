@@ -21,6 +21,7 @@ from torch.utils.data import get_worker_info
 T = TypeVar("T")
 
 _NOTHING = -1.0
+_TICKS = 100
 
 
 class TimeLimit:
@@ -67,7 +68,11 @@ def _run_with_timeout(read: Callable[[], T], path: str, seconds: float) -> T:
     # A daemon, so that a read that hangs does not prevent the program from exiting.
     thread = threading.Thread(target=run, name=f"read {path}", daemon=True)
     thread.start()
-    thread.join(seconds)
+    # In ticks, since the clock goes on while a batch system has suspended the job, and the read does not.
+    for _ in range(_TICKS):
+        thread.join(seconds / _TICKS)
+        if not thread.is_alive():
+            break
     if errors:
         raise errors[0]
     if not results:
