@@ -24,7 +24,6 @@ from atfr.data.transforms import Normalizer
 from atfr.data.types import Unreadable, Video, VideoError
 from atfr.data.video import decode
 from atfr.data.video.decode import read_clip
-from atfr.data.video.timeout import TimeLimit
 from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.evaluator import evaluate
 from atfr.engine.metrics import summarise
@@ -248,33 +247,30 @@ def test_a_decoder_that_hangs_ends_in_an_error_that_names_its_file_in_time(wedge
     assert time.monotonic() - began < 1.8
 
 
-def read_slowly(tell: int) -> None:
-    """Take .4 s of a limit of 2 s, and write to `tell` when it begins."""
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_time_for_which_a_job_is_suspended_is_not_that_of_a_read(wedged, workers):
+    """SLURM can suspend a job for another, by the signals that this test sends."""
+    begun, tell = os.pipe()
 
-    def steps() -> bool:
+    def take_a_while():
         os.write(tell, b"begun")
         for _ in range(40):
             time.sleep(0.01)
-        return True
 
-    assert TimeLimit(2).read(steps, number=0, path="slow.avi")
-
-
-def test_the_time_for_which_a_job_is_suspended_is_not_that_of_a_read():
-    """SLURM can suspend a job for another, by the signals that this test sends."""
-    begun, tell = os.pipe()
+    videos = wedged(take_a_while)
     job = os.fork()
     if job == 0:
         code = 1
         try:
-            read_slowly(tell)
-            code = 0
+            os.setpgid(0, 0)  # with its worker
+            loader = test_loader(TestClips(videos, CLIP, views=1, crops=1), batch_size=3, workers=workers, timeout_s=2)
+            code = 0 if len(list(loader)) == 1 else 1
         finally:
             os._exit(code)
     assert os.read(begun, 5) == b"begun"
-    os.kill(job, signal.SIGSTOP)
-    time.sleep(2.5)
-    os.kill(job, signal.SIGCONT)
+    os.killpg(job, signal.SIGSTOP)
+    time.sleep(3.5)
+    os.killpg(job, signal.SIGCONT)
     assert os.waitstatus_to_exitcode(os.waitpid(job, 0)[1]) == 0
     os.close(begun)
     os.close(tell)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -109,7 +110,7 @@ class ClipLoader(DataLoader):
         try:
             with main_signals_blocked():
                 batches = super().__iter__()
-            yield from batches
+            yield from self._again_after_suspension(batches)
         except (RuntimeError, OSError) as error:
             short = explain_shortage(error, workers=self.num_workers, needed=self._shared_bytes) if self.num_workers else None
             if short:
@@ -127,6 +128,20 @@ class ClipLoader(DataLoader):
                     " or raise trainer.timeout_s if files are slow"
                 ) from error
             raise ChildProcessError(f"{' '.join(str(error).split())}; its workers were reading {', '.join(files)}") from error
+
+    def _again_after_suspension(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the batches. A timeout that took much longer than it should ended while the job was suspended: wait again."""
+        while True:
+            began = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "timed out" not in str(error) or time.monotonic() - began < 1.5 * self.timeout:
+                    raise
+                continue
+            yield batch
 
     def _end_workers(self) -> None:
         """End the workers now: otherwise a later garbage collection ends them, and waits for them for five seconds wherever it happens."""
