@@ -36,6 +36,7 @@ STYLES = {  # by the beginning of a method's name, of which the longest counts: 
     "reference": ("published layer", "tab:red", "X"),
     "atfr": ("atfr: adaptive, by pixels", "tab:cyan", "v"),
     "atfr-middle": ("the same, middle frames", "tab:blue", "^"),
+    "atfr-time-equal": ("cut by pixels, equally many parts", "tab:purple", "<"),
     "glance": ("glance: adaptive, learned", "tab:green", "D"),
 }  # fmt: skip
 
