@@ -22,7 +22,7 @@ LONGEST = (
 
 hide_gpus()
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # the seconds that a garbage collection waits for a worker of a loader that is gone; 5 in torch
-yaml.SafeLoader = yaml.CSafeLoader  # with which OmegaConf reads configs: the tests do that some thousand times
+yaml.SafeLoader = yaml.CSafeLoader  # OmegaConf reads configs with it; the parser in C is faster
 torch.set_num_threads(1)  # the networks are small, and the tests run in parallel
 
 

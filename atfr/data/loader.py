@@ -130,7 +130,7 @@ class ClipLoader(DataLoader):
             raise ChildProcessError(f"{' '.join(str(error).split())}; its workers were reading {', '.join(files)}") from error
 
     def _again_after_suspension(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield the batches. A timeout that took much longer than it should ended while the job was suspended: wait again."""
+        """Yield the batches; wait again after a timeout that took much longer than its limit, because the job was suspended meanwhile."""
         while True:
             began = time.monotonic()
             try:
@@ -140,8 +140,8 @@ class ClipLoader(DataLoader):
             except RuntimeError as error:
                 if "timed out" not in str(error) or time.monotonic() - began < 1.5 * self.timeout:
                     raise
-                continue
-            yield batch
+            else:
+                yield batch
 
     def _end_workers(self) -> None:
         """End the workers now: otherwise a later garbage collection ends them, and waits for them for five seconds wherever it happens."""
