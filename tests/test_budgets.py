@@ -112,9 +112,13 @@ def dense(small_videos, tmp_path_factory) -> str:
     return f"{folder}/checkpoints/last.pt"
 
 
-def calibrated(small_videos, folder, dense, *more: str):
+def calibrate(small_videos, folder, dense, *more: str):
     job = small_job(small_videos, folder, "model=x3d_sgs", "model.sgs.after=stem", "dataset.clip.views=1", f"model.weights={dense}", *more)
-    outcome = run_tool("calibrate", *job)
+    return run_tool("calibrate", *job)
+
+
+def calibrated(small_videos, folder, dense, *more: str):
+    outcome = calibrate(small_videos, folder, dense, *more)
     assert outcome.code == 0, outcome.err
     return json.loads((folder / "calibration.json").read_text()), outcome.out
 
@@ -140,7 +144,7 @@ def test_the_same_command_leaves_what_is_measured_and_adds_other_budgets(small_v
     both, _ = calibrated(small_videos, tmp_path, dense, "budgets=[0.8,0.6]", "trainer.workers=0")
     assert [entry["budget"] for entry in both] == [0.6, 0.8] and both[1] == first[0]
     assert (tmp_path / "checkpoints" / "budget-0.8.pt").stat().st_mtime_ns == written
-    outcome = run_tool("calibrate", *small_job(small_videos, tmp_path, "model.sgs.after=stem", f"model.weights={dense}", "model/sgs=uniform"))
+    outcome = calibrate(small_videos, tmp_path, dense, "model/sgs=uniform")
     assert outcome.code == 1 and "holds another experiment: model.sgs" in outcome.err
 
 

@@ -174,7 +174,6 @@ def trained(small_videos, tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_command_exports_a_checkpoint_and_checks_it_on_real_clips(trained, format):
     need(format)

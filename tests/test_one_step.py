@@ -64,18 +64,19 @@ def data(tmp_path_factory, small_videos):
     """Map a dataset's config to the overrides that it needs; each dataset is written once."""
     root, found = tmp_path_factory.mktemp("miniatures"), {}
 
-    def overrides(name: str, dwell: str | None) -> list[str]:
-        if (name, dwell) not in found:
-            folder = root / f"{name} {dwell}"
+    def overrides(name: str, dwell: str | None, distractors: bool) -> list[str]:
+        key = name, dwell, distractors
+        if key not in found:
+            folder = root / " ".join(map(str, key))
             if name == "videolist":
                 made = [f"dataset.root={small_videos}", "dataset.train=train.csv", "dataset.test=test.csv"]
             elif name == "synthetic":
-                generate(folder, train=2, test=1, dwell=dwell, workers=1)
+                generate(folder, train=2, test=1, dwell=dwell, distractors=distractors, workers=1)
                 made = [f"dataset.root={folder}", "dataset.train=2", "dataset.test=1"]
             else:
                 made = miniature(name, folder)[1:]  # the first one chooses it
-            found[name, dwell] = made
-        return found[name, dwell]
+            found[key] = made
+        return found[key]
 
     return overrides
 
@@ -96,7 +97,7 @@ def test_every_choice_takes_a_training_step(tmp_path, data, train, monkeypatch, 
     network = model.removesuffix("_sgs")
     size = [f"model.size={SMALLEST[network]}"] if network in SMALLEST else []
     frames = 16 if network in ("s3d", "custom") else 8  # the fewest that they take
-    config.merge_with_dotlist([*size, *OWN.get(model, []), *data(dataset, config.dataset.get("dwell")), *SMALL])
+    config.merge_with_dotlist([*size, *OWN.get(model, []), *data(dataset, config.dataset.get("dwell"), config.dataset.get("distractors", False)), *SMALL])
     config.merge_with_dotlist([f"dataset.clip.frames={frames}", f"trainer.output_dir={tmp_path}"])
     if config.model.sgs.preset in ("atfr", "uniform", "stride", "random") and choice != "model/sgs=atfr":
         config.model.sgs.keep_ratio = 0.5  # a budget in GFLOPs needs their table, which takes seconds

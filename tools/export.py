@@ -73,7 +73,7 @@ def different_clips(model: VideoNet, videos: Sequence[Video], settings: ClipSett
             continue
         name = printable(f"{Path(read.path).name} view {read.view} (item {item})")
         named = name, normalise(read.clip[None])
-        first = by_bins.setdefault(model(named[1]).bins[0], named)
+        first = by_bins.setdefault(model(named[1], return_sampling=True)[1].bins[0], named)
         if first is not named and len(others) < CHECKED:
             others.append(named)
     if not by_bins:
