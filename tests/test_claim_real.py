@@ -12,6 +12,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from atfr.cli.config import build, with_resolved_sgs
+from atfr.models.factory import create_model
 from atfr.models.sgs.config import SGSConfig
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +22,7 @@ import claim_paired  # noqa: E402
 import claim_picture  # noqa: E402
 import claim_rows  # noqa: E402
 import jhmdb  # noqa: E402
+import jhmdb_tuned  # noqa: E402
 
 
 def row(method: str, right: str, seed: int = 0) -> claim_paired.Row:
@@ -87,6 +89,33 @@ def test_every_method_on_jhmdb_is_a_layer(location, method):
     options = jhmdb.options_of(location, method, kept, at=location)
     assert options.locations == (location,) and options.gflops is None
     assert kept in (options.num_bins, round((options.keep_ratio or 0) * (32 if location == "input" else 16))) or method == "reference"
+
+
+def test_the_trained_blocks_go_on_where_the_frozen_layers_end():
+    model = create_model("i3d_inception", 5, sgs=jhmdb.options_of("input", "atfr", 16, at="input")).eval()
+    still = torch.randint(0, 255, (3, 3, 1, 64, 64), dtype=torch.uint8).expand(-1, -1, 32, -1, -1).clone()
+    still[1:, :, 16:] += torch.randint(0, 20, (2, 3, 16, 64, 64), dtype=torch.uint8)
+    data = jhmdb.Clips(still, torch.zeros(3), torch.zeros(3), np.arange(3))
+    features = jhmdb_tuned.frozen_features(model, data, name="test")
+    with torch.inference_mode():
+        logits, sampling = model(jhmdb.normalised(data.clips), return_sampling=True)
+        blocks = torch.nn.Sequential(*(model.get_submodule(name) for name in jhmdb_tuned.TRAINED))
+        found = jhmdb_tuned.logits(blocks, model.head, features.of_clips, torch.arange(3))
+    assert len({one.shape[1] for one in features.of_clips}) > 1 and features.bins == pytest.approx(np.mean(sampling.bins))
+    torch.testing.assert_close(found, logits, rtol=0, atol=0.01 * float(logits.std()))
+
+
+def test_each_fold_is_predicted_by_blocks_that_were_trained_on_the_others(monkeypatch):
+    features = [torch.randn(4, 1 + clip % 2, 2, 2) for clip in range(9)]
+    folds, trained = torch.arange(9) % 3, []
+    monkeypatch.setattr(jhmdb_tuned, "TRAINED", ("block",))
+    monkeypatch.setattr(jhmdb_tuned, "train", lambda blocks, classifier, features, labels, clips: trained.append(clips))
+    network = torch.nn.ModuleDict({"block": torch.nn.Identity(), "head": torch.nn.Linear(4, 400)})
+    found = jhmdb_tuned.predictions(network, features, jhmdb.Clips(torch.empty(0), torch.arange(9) % 2, folds, np.arange(9)), seed=0)
+    assert [sorted(folds[clips].unique().tolist()) for clips in trained] == [[1, 2], [0, 2], [0, 1]]
+    torch.manual_seed(0)
+    classifier = torch.nn.Linear(4, 2)
+    assert found.tolist() == [int(classifier(one.mean(dim=(1, 2, 3))).argmax()) for one in features]
 
 
 def test_the_lists_leave_each_speaker_or_repetition_out_once(tmp_path, monkeypatch):

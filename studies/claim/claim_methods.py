@@ -121,6 +121,8 @@ METHODS: dict[str, Method] = {
     # One network at many budgets, and no training at all.
     "drawn-0.36": sampled("atfr", DRAWN, keep_ratio(0.36)),
     "budgets-drawn-0.36": untrained("drawn-0.36", "atfr", "refresh_batch_norm=true"),
+    "glance-drawn-0.36": sampled("glance", DRAWN, keep_ratio(0.36)),
+    "budgets-glance-drawn-0.36": untrained("glance-drawn-0.36", "glance", "refresh_batch_norm=true"),
     "features-drawn-0.4": sampled("atfr", FEATURES, DRAWN, AT_HALF),
     "budgets-features-drawn-0.4": untrained("features-drawn-0.4", "atfr", FEATURES, "refresh_batch_norm=true"),
     "input-drawn-0.44": sampled("atfr", INPUT_DRAWN, keep_ratio(0.44), after="input"),

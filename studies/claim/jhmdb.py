@@ -73,9 +73,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.chdir(ROOT)
     videos = read_folds(arguments.clips, way_out="--clips names the folder of JHMDB's videos with that list")
-    weights = torch.load(checkpoint_of_i3d(), map_location="cpu", weights_only=False)["model"]
-    data = read_clips(arguments.clips, videos)
-    rows = saved(ROWS)
+    weights, data, rows = kinetics_weights(), read_clips(arguments.clips, videos), saved(ROWS)
     for location in arguments.locations:
         jobs = [(location, method, kept) for kept in KEPT[location] for method in arguments.methods]
         missing = [job for job in (DENSE, *jobs) if arguments.again or (*job, 0) not in rows]
@@ -86,6 +84,11 @@ def main() -> None:
     text = table(list(rows.values()), data.groups)
     fill(Path("studies/claim/README.md"), "jhmdb", text, script="jhmdb.py")
     print(text)
+
+
+def kinetics_weights() -> dict[str, Tensor]:
+    """The weights of I3D, which are fetched where they are not there yet."""
+    return torch.load(checkpoint_of_i3d(), map_location="cpu", weights_only=False)["model"]
 
 
 def options_of(location: str, method: str, kept: int, *, at: str) -> SGSConfig:
