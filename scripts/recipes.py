@@ -38,7 +38,8 @@ published, it uses the nearest:
 
 - on another Kinetics dataset, the recipe for Kinetics-400;
 - on UCF101 and HMDB51, finetune/DATASET;
-- on Something-Something, base/pyslowfast_ssv2.
+- on Something-Something, base/pyslowfast_ssv2;
+- otherwise, base/pyslowfast.
 
 A recipe that starts from Kinetics weights needs `model.weights` or `init_from=RUN`. Without these the network's recipe for Kinetics-400 is
 used, from scratch. Options on the command line win over the recipe; `optimizer=` or `schedule=` replaces the whole group, and `~experiment`

@@ -59,7 +59,7 @@ def main() -> None:
         features = frozen_features(model, data, name=" ".join(map(str, job)))
         for seed in missing:
             hits = predictions(model.dense_network, features.of_clips, data, seed) == data.labels
-            row = Row(*job, seed, features.bins, features.gflops, "".join("01"[hit] for hit in hits.tolist()))
+            row = Row(*job, seed, features.bins, 1.0 if job == DENSE else features.gflops, "".join("01"[hit] for hit in hits.tolist()))
             rows[row.key] = row
             save(ROWS, rows)
     text = table(list(rows.values()), data.groups)
