@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torchvision.models import video
 
 from atfr.models.backbones.custom import custom
+from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
 
 CLASSES = 6
@@ -56,6 +57,50 @@ def test_pytorchvideos_own_networks_run_packed_as_they_come(name):
             handle = net.dense_network.blocks[1].register_forward_hook(lambda module, inputs, output: average_of_bins(output, kept))
             torch.testing.assert_close(logits, net.dense_network(clip[None])[0], atol=1e-4, rtol=0)
             handle.remove()
+
+
+class Headed(nn.Module):
+    """A convolution, batch norm, one over time, and a head that averages the clip in its own way."""
+
+    def __init__(self, average: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.average = average
+        self.stem = nn.Conv3d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm3d(8)
+        self.temporal = nn.Conv3d(8, 8, (3, 1, 1), padding=(1, 0, 0))
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.average(torch.relu(self.temporal(self.norm(self.stem(x))))))
+
+
+AVERAGES = {
+    "a functional pool": lambda x: nn.functional.adaptive_avg_pool3d(x, 1).flatten(1),
+    "a functional pool of three sizes": lambda x: nn.functional.adaptive_avg_pool3d(x, output_size=(1, 1, 1))[:, :, 0, 0, 0],
+    "space, then time": lambda x: x.mean((3, 4)).mean(2),
+    "space, then time, by names": lambda x: torch.mean(torch.mean(x, dim=[-2, -1]), dim=-1),
+    "all positions": lambda x: x.flatten(2).mean(2),
+    "all positions, by names": lambda x: torch.flatten(x, start_dim=2, end_dim=-1).mean(dim=(-1,)),
+    "at once": lambda x: x.mean((2, 3, 4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+def test_a_head_may_average_the_clip_in_any_of_the_usual_ways(name):
+    network = Headed(AVERAGES[name])
+    net = lively(VideoNet(network, sgs=SGSConfig.from_preset("uniform", after="stem", num_bins=3)), 8, 16).eval()
+    assert net.execution == "packed"
+    clips, bins = uneven_clips(3, 8, 16), (1, 8, 4)
+    with torch.no_grad():
+        for clip, kept, logits in zip(clips, bins, net(clips, [bins])):
+            handle = network.stem.register_forward_hook(lambda module, inputs, output: average_of_bins(output, kept))
+            torch.testing.assert_close(logits, network(clip[None])[0], atol=1e-5, rtol=0)
+            handle.remove()
+
+
+@pytest.mark.parametrize("average", [lambda x: x.flatten(2)[:, :, 1:].mean(2), lambda x: x.flatten(2).amax(2), lambda x: x.mean((3, 4)).mean(2) + x.mean((3, 4)).amax(2)])
+def test_a_head_that_does_more_than_average_is_not_taken_for_one(average):
+    assert VideoNet(Headed(average), sgs=SGSConfig.from_preset("uniform", after="stem", num_bins=3)).execution == "bucketed"
 
 
 @pytest.mark.parametrize("name", slow_but(LIBRARYS, "x3d".__eq__))

@@ -151,6 +151,8 @@ class PackedTrunk:
             if hasattr(module, "packed_forward"):
                 return self._write_own(node)
             return self._write_module(node, registry.packed_op(module, node.target), sampled[0], times[0])
+        if registry.begins_mean(node):
+            return sampled[0]  # the mean that ends it reads the features themselves
         keepdim = registry.mean_over_clip(node)
         if keepdim is not None:
             (value,) = sampled

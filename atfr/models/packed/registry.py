@@ -112,11 +112,35 @@ def is_framewise(node: fx.Node) -> bool:
 
 def mean_over_clip(node: fx.Node) -> bool | None:
     """Return whether a mean over time and space keeps the dimensions; None for any other operation."""
-    if node.target not in ("mean", torch.mean) or not isinstance(dims := argument(node, 1, "dim", ()), (tuple, list)):
-        return None
-    if {d % 5 for d in dims} != {2, 3, 4}:
-        return None
-    return bool(argument(node, 2, "keepdim", False))
+    if node.target is nn.functional.adaptive_avg_pool3d:
+        return True if argument(node, 1, "output_size", None) in (1, (1, 1, 1), [1, 1, 1]) else None
+    keepdim = bool(argument(node, 2, "keepdim", False))
+    if _mean_dims(node) == (2, 3, 4):
+        return keepdim
+    return False if _ends_mean(node) and begins_mean(node.args[0]) and not keepdim else None
+
+
+def begins_mean(node: Any) -> bool:
+    """Return whether this is the first of two steps of a mean over time and space, all of whose readers are the second one.
+
+    `x.flatten(2).mean(2)` and `x.mean((3, 4)).mean(2)` have two steps.
+    """
+    if not isinstance(node, fx.Node):
+        return False
+    flat = node.target in ("flatten", torch.flatten) and argument(node, 1, "start_dim", 0) == 2 and argument(node, 2, "end_dim", -1) in (-1, 4)
+    pooled = _mean_dims(node) == (3, 4) and not argument(node, 2, "keepdim", False)
+    return (flat or pooled) and bool(node.users) and all(map(_ends_mean, node.users))
+
+
+def _ends_mean(node: fx.Node) -> bool:
+    """Return whether this averages [N, C, L] over L."""
+    return node.target in ("mean", torch.mean) and argument(node, 1, "dim", None) in (2, -1, (2,), (-1,), [2], [-1])
+
+
+def _mean_dims(node: fx.Node) -> tuple[int, ...]:
+    """The dimensions of [N, C, T, H, W] that a mean is over; () for any other operation."""
+    dims = argument(node, 1, "dim", ()) if node.target in ("mean", torch.mean) else ()
+    return tuple(sorted(d % 5 for d in dims)) if isinstance(dims, (tuple, list)) else ()
 
 
 def argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
