@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 
 import pytest
+import torch
 from run_tools import run_tool, small_job
 
 from atfr.cli import builders
@@ -187,11 +188,13 @@ def test_a_training_and_a_calibration_do_not_take_each_others_folder(small_video
     [
         (["model=x3d", "model.weights=DENSE"], "model=x3d has no SGS layer to calibrate"),
         (["model.weights=null"], "set model.weights or init_from"),
+        (["model.weights=THREE"], "leaves blocks.5.proj.weight, blocks.5.proj.bias untrained, and nothing is trained here: choose the network and the dataset (2 classes now)"),
         (["model.weights=DENSE", "budgets=[1.5]"], "must be shares of the dense GFLOPs"),
         (["model.weights=DENSE", "model.sgs.width=0.3", "budgets=[0.9]"], "follows no budget, since its width"),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused_in_one_line(arguments, message, small_videos, dense, tmp_path):
-    arguments = [argument.replace("DENSE", dense) for argument in arguments]
+    torch.save(x3d(size="tiny", num_classes=3).state_dict(), tmp_path / "three.pt")
+    arguments = [argument.replace("DENSE", dense).replace("THREE", str(tmp_path / "three.pt")) for argument in arguments]
     outcome = run_tool("calibrate", *small_job(small_videos, tmp_path, *arguments))
     assert outcome.code == 1 and message in outcome.err and len(outcome.err.strip().splitlines()) == 1

@@ -167,6 +167,15 @@ def examples(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_network_of_a_library_that_the_example_names_can_meet_the_default_budget(tmp_path, monkeypatch):
+    (command,) = [line for block in BLOCKS if block.page == "docs/extending.md" for line in block.text.splitlines() if "model=custom_sgs" in line]
+    monkeypatch.chdir(tmp_path)
+    outcome = run_tool("train", *shlex.split(command)[2:], "dry_run=true", "trainer.accelerator=cpu")
+    assert outcome.code == 0, outcome.err
+    assert "runs packed; with SGS: a clip that keeps B'" in outcome.out
+
+
+@pytest.mark.slow
 def test_the_backbone_of_the_example_runs_with_sgs(examples):
     outcome = run_tool("train", "--config-dir=.", "model=my_backbone", "dry_run=true", "trainer.accelerator=cpu")
     assert outcome.code == 0, outcome.err

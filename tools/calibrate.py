@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from atfr.cli import builders
@@ -68,7 +69,7 @@ def calibrate_and_test(config: DictConfig, settings: TrainerSettings, dist_info:
         say(recipe.before[:1])  # only the recipe's clip and views are used here
     clip, source = builders.clip_settings(config), builders.load_source(config, dist_info, make=False)
     builders.require_videos(source, "train", "test")
-    model = builders.build_model(config, num_classes=len(source.class_names), dist_info=dist_info, seed=settings.seed, pretrained=True)
+    model = builders.build_model(config, num_classes=len(source.class_names), dist_info=dist_info, seed=settings.seed, pretrained=True, trained=True)
     if not model.sgs:
         raise ValueError(f"model={choices().get('model')} has no SGS layer to calibrate: choose model=NAME_sgs")
     for layer in model.sgs.values():
@@ -92,6 +93,9 @@ def calibrate_and_test(config: DictConfig, settings: TrainerSettings, dist_info:
         builders.report_missing(source, folder)
     comm.barrier()
     clips = clips_for_statistics(builders.train_batches(source, clip, settings, dist_info)[1](0, 0), settings) if missing else []
+    number = int(comm.summed(torch.tensor(float(sum(map(len, clips))), device=dist_info.device)).item())
+    if dist_info.is_main and missing:
+        print(f"calibrating on {number} training clips", flush=True)
     normalise = Normalizer(clip.mean, clip.std).to(dist_info.device)
     calibrate = refresh_statistics if config.refresh_batch_norm else calibrate_layers
     for budget in budgets:
@@ -120,9 +124,11 @@ def state_of(model: VideoNet, plain: dict[str, Any], budget: float, source: Vide
 
 def as_line(entry: dict[str, Any]) -> str:
     gflops, bins = entry["gflops"], entry["bins"]
+    share = gflops["mean"] / gflops["dense"]
+    above = "; above the budget: these videos change more than the training clips, or there were too few of them" if share > entry["budget"] + 0.05 else ""
     return (
-        f"budget {entry['budget']:.2f}: top-1 {entry['top1']:.2f} %, GFLOPs {gflops['mean'] / gflops['dense']:.3f} of dense,"
-        f" B' mean {bins['mean']:.2f}, min {bins['min']}, max {bins['max']} of {bins['frames']}"
+        f"budget {entry['budget']:.2f}: top-1 {entry['top1']:.2f} %, GFLOPs {share:.3f} of dense,"
+        f" B' mean {bins['mean']:.2f}, min {bins['min']}, max {bins['max']} of {bins['frames']}{above}"
     )
 
 

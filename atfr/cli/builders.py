@@ -111,15 +111,16 @@ def clip_settings(config: DictConfig) -> ClipSettings:
     return build(node, "dataset.clip")
 
 
-def build_model(config: DictConfig, *, num_classes: int, dist_info: DistInfo, seed: int = 0, pretrained: bool = False) -> VideoNet:
+def build_model(config: DictConfig, *, num_classes: int, dist_info: DistInfo, seed: int = 0, pretrained: bool = False, trained: bool = False) -> VideoNet:
     """Build the network of `model` on this rank's device, with weights drawn from the seed.
 
     Args:
         pretrained: load the weights of `model.weights` or `init_from`, if one is set; rank 0 prints a report. Not needed
             where a checkpoint is loaded next.
+        trained: the network is used as it is: the weights must be those of all its tensors but the layer's own.
 
     Raises:
-        ValueError: options do not fit, or the network cannot run on clips of `dataset.clip`.
+        ValueError: options do not fit, weights are missing, or the network cannot run on clips of `dataset.clip`.
     """
     if dist_info.is_main:
         warn_of_ignored(config)
@@ -141,6 +142,11 @@ def build_model(config: DictConfig, *, num_classes: int, dist_info: DistInfo, se
         if dist_info.is_main:
             print(report.as_table(), flush=True)
             warn_of_normalisation(given, config)
+        if trained and (untrained := [entry.name for entry in report.new if not entry.name.startswith("sgs.")]):
+            raise ValueError(
+                f"{given.option}={given.file} leaves {', '.join(untrained[:3])} untrained, and nothing is trained here: choose the network and the dataset"
+                f" ({num_classes} classes now) that it was trained for"
+            )
     return model.to(dist_info.device)
 
 
