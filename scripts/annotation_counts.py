@@ -66,7 +66,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="file with the two marks; the table between them is replaced")
     arguments = parser.parse_args()
     try:
-        lines = table(dict(read_datasets(arguments.annotations)))
+        datasets = dict(read_datasets(arguments.annotations))
+        if all(lists.train is None and lists.test is None for lists in datasets.values()):
+            raise ValueError(f"{arguments.annotations} holds the lists of none of {', '.join(PUBLISHED)}")
+        lines = table(datasets)
     except (ValueError, OSError) as error:
         sys.exit(f"annotation_counts: {error}")
     print("\n".join(lines))

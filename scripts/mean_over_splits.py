@@ -1,7 +1,7 @@
 """The mean over the official splits of UCF101 or HMDB51, from the run folders of trainings that differ in nothing else.
 
     python tools/train.py -m dataset=ucf101 dataset.split=1,2,3
-    python scripts/mean_over_splits.py runs/sweep/dataset.split-*_dataset-ucf101*
+    python scripts/mean_over_splits.py runs/sweep/dataset.split-*
 
 Prints each run and the mean with the standard deviation over runs (of a sample, divisor n - 1).
 """

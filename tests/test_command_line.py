@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from run_tools import ROOT, run_script, run_tool, small_job
 
 from atfr.cli import run_name
-from atfr.cli.arguments import quote_where_needed
+from atfr.cli.arguments import mistaken_flag, quote_where_needed
 from atfr.cli.command_errors import as_text, explain, is_of_the_command
 from atfr.cli.home import expand_home
 from atfr.cli.run_name import folder_name
@@ -59,6 +59,25 @@ def test_a_path_with_a_comma_that_exists_is_one_value_of_a_sweep(tmp_path):
 
 def test_the_paths_of_a_list_are_quoted_one_by_one():
     assert values(quote_where_needed(["dataset.subset=[~/train é.txt,/data/val.txt]"])[0]) == [["~/train é.txt", "/data/val.txt"]]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--checkpoint", "runs/mine"], "--checkpoint is not an option: options are KEY=VALUE, such as checkpoint=runs/mine"),
+        (["trainer.seed=1", "--lr=0.1"], "--lr=0.1 is not an option: options are KEY=VALUE, such as lr=0.1"),
+        (["--epochs", "model=x3d"], "--epochs is not an option: options are KEY=VALUE, such as epochs=VALUE"),
+        (["--config-dir=.", "--cfg", "job", "--multirun", "-m", "model=x3d"], None),
+    ],
+)
+def test_an_option_written_as_a_flag_is_told_how_it_is_written(arguments, message):
+    assert mistaken_flag(arguments) == message
+
+
+@pytest.mark.parametrize("tool, message", [("test", ", such as checkpoint=runs/mine"), ("predict", ", such as video=runs/mine"), ("flops", "")])
+def test_a_value_without_its_key_is_told_which_one_it_may_be_of(tool, message):
+    outcome = run_tool(tool, "runs/mine")
+    assert outcome.code == 1 and outcome.err == f"error: runs/mine is not understood: options are KEY=VALUE{message}\n"
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_bad_and_missing_files_are_listed_with_reasons_and_the_good_ones_can_be_
     trained = run_tool("train", *small_job(root, tmp_path / "run", *command(outcome), "trainer.max_steps=1", "model=x3d"))
     assert trained.code == 0, trained.err
     bad = len(reasons) - 1  # not the link that leads nowhere
-    assert f"14 training, {4 + 6 + bad} validation, {4 + 6 + bad} test videos, 2 classes" in trained.out
+    assert f"14 training, {4 + 6 + bad} validation, {4 + 6 + bad} test videos (the same), 2 classes" in trained.out
     said = f"videolist: {bad} of the {14 + bad} training videos are left out, bad by {tmp_path}/prepared/manifest.csv\n"
     assert trained.out.count(said) == 1
     results = json.loads((tmp_path / "run/results.json").read_text())

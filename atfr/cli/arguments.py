@@ -10,6 +10,10 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 OPENING, CLOSING, QUOTES = "([{", ")]}", "'\""
+HYDRA_FLAGS = (
+    *("help", "hydra-help", "version", "cfg", "resolve", "package", "run", "multirun", "shell-completion"),
+    *("config-path", "config-name", "config-dir", "experimental-rerun", "info"),
+)
 TOP_PATHS = ("init_from", "checkpoint", "root", "output")  # paths at the top of a config; no config group has these names
 
 
@@ -61,6 +65,16 @@ def _quoted_argument(argument: str, sweep: bool) -> str:
         return f"{key}={quoted(value)}" if one_path and (not sweep or os.path.exists(os.path.expanduser(value))) else argument
     mended = f"{key}={_mended(value, lambda text: parse(f'{key}={text}') is not None, split=sweep)}"
     return argument if parse(mended) is None else mended
+
+
+def mistaken_flag(arguments: list[str]) -> str | None:
+    """Return what is wrong with the first argument that is written like a flag and is none of hydra's; None if there is none."""
+    for place, argument in enumerate(arguments):
+        name, _, value = argument[2:].partition("=")
+        if argument.startswith("--") and not any(flag.startswith(name) for flag in HYDRA_FLAGS):
+            following = arguments[place + 1] if place + 1 < len(arguments) and not is_override(arguments[place + 1]) else "VALUE"
+            return f"{argument} is not an option: options are KEY=VALUE, such as {name}={value or following}"
+    return None
 
 
 def _mended(value: str, parses: Callable[[str], bool], *, split: bool) -> str:

@@ -23,7 +23,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from atfr.cli.arguments import quote_where_needed
+from atfr.cli.arguments import mistaken_flag, quote_where_needed
 from atfr.cli.command_errors import JobLog, explain, is_of_the_command, one_line_errors, quiet_at_closed_pipe, unknown_option
 from atfr.cli.home import expand_home
 from atfr.cli.suggestions import GROUPS, did_you_mean, similar
@@ -227,6 +227,9 @@ def program(
         @functools.wraps(main)
         def start() -> None:
             nonlocal ours
+            if mistake := mistaken_flag(sys.argv[1:]):
+                print(f"error: {mistake}", file=sys.stderr, flush=True)
+                sys.exit(1)
             sys.argv[1:] = arguments(quote_where_needed(sys.argv[1:]))
             ours = os.environ.get(FULL_ERROR) != "1"
             if ours:
