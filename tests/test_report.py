@@ -27,7 +27,7 @@ from run_tools import ROOT, Outcome, run_tool, small_job
 from atfr.cli.sweep import NamesReport
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.sgs.functional import BASELINES
-from atfr.report.compare import FIXED, differing, pareto, short_names
+from atfr.report.compare import FIXED, differing, method, pareto, short_names
 
 NASTY = '<b>&"\' $x$'
 VOID = {"meta", "input", "img", "link", "br", "hr"}
@@ -245,6 +245,7 @@ def test_only_what_distinguishes_runs_is_named():
     dense = {"model._target_": "x.x3d", "model.sgs": None, "trainer.workers": 3, "trainer.seed": 1}
     assert differing([one, two, uniform, dense]) == ["model.sgs.gflops"]
     assert differing([one, uniform, dense]) == []
+    assert differing([one, config("glance")]) == [] and [method(c) for c in (one, config("glance"), uniform, dense)] == ["atfr", "glance", "uniform", "dense"]
     assert differing([one, config("atfr", keep_ratio=0.5)]) == ["model.sgs.gflops", "model.sgs.keep_ratio"]
     assert differing([one, config("atfr", grid=8)]) == ["model.sgs.grid"]
     assert differing([{**one, "optimizer.lr": 0.1}, {**two, "optimizer.lr": 0.2}]) == ["model.sgs.gflops", "optimizer.lr"]

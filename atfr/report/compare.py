@@ -89,7 +89,9 @@ class Entry:
 
 
 def method(config: Mapping[str, Any]) -> str:
-    """Name the sampling of a run: `dense`, `atfr`, the name of a baseline, or that of another similarity."""
+    """Name the sampling of a run: `dense`, `atfr`, `glance`, the name of a baseline, or that of another similarity."""
+    if config.get("model.sgs.embedding") == "glance":
+        return "glance"
     similarity = config.get("model.sgs.similarity")
     return {None: "dense", "none": "identity", "partition": "atfr"}.get(similarity, str(similarity))
 
