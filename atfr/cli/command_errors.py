@@ -146,10 +146,10 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
     text = " ".join(" ".join(lines).split())
     if _is_of_submitit(error):
         return f"a job of the sweep failed: {lines[-1].removeprefix('error: ')} ({lines[0]}); other jobs may still run"
-    if isinstance(error, OverrideParseException) and "=" not in error.override:
-        key = {"test": "checkpoint", "export": "checkpoint", "predict": "video", "calibrate": "init_from"}.get(config_name)
-        return f"{error.override} is not understood: options are KEY=VALUE{f', such as {key}={error.override}' if key else ''}"
     if isinstance(error, OverrideParseException):
+        if "=" not in error.override:
+            key = {"test": "checkpoint", "export": "checkpoint", "predict": "video", "calibrate": "init_from"}.get(config_name)
+            return f"{error.override} is not understood: options are KEY=VALUE{f', such as {key}={error.override}' if key else ''}"
         return f"{error.override} is not understood ({text}): put a value with ~ = , [ or spaces into quotes, twice for the shell: 'key=\"value\"'"
     if NULL_CHOICE in text:
         return "a config group takes the name of one of its files, not null: ~GROUP (such as ~experiment) chooses none"
