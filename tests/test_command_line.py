@@ -17,11 +17,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from run_tools import ROOT, run_script, run_tool, small_job
 
-from atfr.cli import run_name
-from atfr.cli.arguments import mistaken_flag, quote_where_needed
-from atfr.cli.command_errors import as_text, explain, is_of_the_command
-from atfr.cli.home import expand_home
-from atfr.cli.run_name import folder_name
+from atfr.cli.command import run_name
+from atfr.cli.command.arguments import mistaken_flag, quote_where_needed
+from atfr.cli.command.errors import as_text, explain, is_of_the_command
+from atfr.cli.command.home import expand_home
+from atfr.cli.command.run_name import folder_name
 
 NAMES = ("Видео", "视频", "é à", "a=b", "x,y", "[1]", "(copy)", "{z}", "it's", 'say "hi"', "$HOME", "100%!", "#1;2&3", "back\\slash", "~old")
 

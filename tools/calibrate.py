@@ -27,10 +27,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from atfr.cli import builders
+from atfr.cli.command.run_name import run_folder
 from atfr.cli.config import build, check_root, choices, program
 from atfr.cli.launch import on_every_process
 from atfr.cli.recipe import Announcement, require_weights, say, with_recipe
-from atfr.cli.run_name import run_folder
 from atfr.data.transforms import Normalizer
 from atfr.data.types import VideoSource
 from atfr.engine import metrics

@@ -26,12 +26,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from atfr.cli import builders
+from atfr.cli.command.run_name import in_sweep, report_command, run_folder
 from atfr.cli.config import build, check_root, choices, program, take_dry_run
 from atfr.cli.dry_run import print_plan
 from atfr.cli.hyperparameters import hyperparameters
 from atfr.cli.launch import on_every_process
 from atfr.cli.recipe import Announcement, require_weights, say, with_experiment, with_recipe
-from atfr.cli.run_name import in_sweep, report_command, run_folder
 from atfr.cli.validation import Validator
 from atfr.data.mixup import mixing
 from atfr.data.transforms import Normalizer

@@ -23,10 +23,10 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from atfr.cli.arguments import mistaken_flag, quote_where_needed
-from atfr.cli.command_errors import JobLog, explain, is_of_the_command, one_line_errors, quiet_at_closed_pipe, unknown_option
-from atfr.cli.home import expand_home
-from atfr.cli.suggestions import GROUPS, did_you_mean, similar
+from atfr.cli.command.arguments import mistaken_flag, quote_where_needed
+from atfr.cli.command.errors import JobLog, explain, is_of_the_command, one_line_errors, quiet_at_closed_pipe, unknown_option
+from atfr.cli.command.home import expand_home
+from atfr.cli.command.suggestions import GROUPS, did_you_mean, similar
 from atfr.models.sgs.config import PRESETS, SGSConfig
 
 log = logging.getLogger(__name__)

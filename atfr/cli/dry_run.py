@@ -14,10 +14,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from atfr.cli import builders
+from atfr.cli.command.suggestions import CONFIGS
 from atfr.cli.config import build
 from atfr.cli.launch import processes_to_start
 from atfr.cli.recipe import is_given
-from atfr.cli.suggestions import CONFIGS
 from atfr.data.clips import ClipSettings
 from atfr.data.datasets.synthetic import NotGenerated
 from atfr.data.loader import TrainSampler

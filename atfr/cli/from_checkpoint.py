@@ -17,8 +17,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from atfr.cli import builders
-from atfr.cli.arguments import is_override, parse, value_text
-from atfr.cli.run_name import run_folder
+from atfr.cli.command.arguments import is_override, parse, value_text
+from atfr.cli.command.run_name import run_folder
 from atfr.data.types import VideoSource
 from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.run import checkpoint

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from atfr.cli.arguments import parse
+from atfr.cli.command.arguments import parse
 from atfr.engine.run.run_dir import NO_EFFECT, PATHS
 
 ALWAYS = ("optimizer.lr", "trainer.batch_size", "trainer.epochs", "trainer.seed")

@@ -26,9 +26,9 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from atfr.cli.arguments import quoted
-from atfr.cli.command_errors import CLOSED_PIPE, JobFailed, as_text, output_is_closed
-from atfr.cli.run_name import in_sweep
+from atfr.cli.command.arguments import quoted
+from atfr.cli.command.errors import CLOSED_PIPE, JobFailed, as_text, output_is_closed
+from atfr.cli.command.run_name import in_sweep
 from atfr.engine.determinism import choose_algorithms, explaining_what_is_not_deterministic
 from atfr.engine.distributed import comm
 from atfr.engine.distributed.comm import DistInfo

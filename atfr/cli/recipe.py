@@ -18,10 +18,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from atfr.cli.arguments import is_sweep, parse, value_text
 from atfr.cli.builders import network_name
-from atfr.cli.home import expand_home
-from atfr.cli.suggestions import CONFIGS
+from atfr.cli.command.arguments import is_sweep, parse, value_text
+from atfr.cli.command.home import expand_home
+from atfr.cli.command.suggestions import CONFIGS
 from atfr.models.pretrained.published import names_for
 
 EXPERIMENTS = CONFIGS / "experiment"

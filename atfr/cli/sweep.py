@@ -10,8 +10,8 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, read_write
 
-from atfr.cli.arguments import parse, quoted
-from atfr.cli.run_name import SWEEPS, SWEPT, report_command
+from atfr.cli.command.arguments import parse, quoted
+from atfr.cli.command.run_name import SWEEPS, SWEPT, report_command
 from atfr.engine.distributed.preemption import handled_signals
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from atfr.cli.arguments import parse, value_text
+from atfr.cli.command.arguments import parse, value_text
 from atfr.engine.run.run_dir import PATHS
 
 SWEPT = "ATFR_SWEPT"  # environment variable of a job: the comma-separated keys that have several values in its sweep; see atfr.cli.sweep

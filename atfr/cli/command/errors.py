@@ -19,9 +19,9 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from atfr.cli import suggestions
-from atfr.cli.run_name import in_sweep, swept_part
-from atfr.cli.suggestions import did_you_mean, similar, similar_options
+from atfr.cli.command import suggestions
+from atfr.cli.command.run_name import in_sweep, swept_part
+from atfr.cli.command.suggestions import did_you_mean, similar, similar_options
 from atfr.data.types import VideoError
 
 CLOSED_PIPE = 128 + 13  # exit code of a program that SIGPIPE ended

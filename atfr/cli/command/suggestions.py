@@ -10,9 +10,9 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from atfr.cli.arguments import is_override, parse, value_text
+from atfr.cli.command.arguments import is_override, parse, value_text
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 GROUPS = ("dataset", "model", "model/sgs", "optimizer", "schedule", "trainer", "experiment")
 DERIVED = ("model.clip", "model.clips")  # defaults of dataset.clip, where users change them
 CLOSE = 0.8  # difflib's ratio

@@ -56,7 +56,7 @@ def value_text(override: Override) -> str:
 
 def _quoted_argument(argument: str, sweep: bool) -> str:
     key, _, value = argument.partition("=")
-    if key.startswith("hydra.") and value.startswith("~"):  # hydra does not expand ~; our own options are expanded by atfr.cli.home
+    if key.startswith("hydra.") and value.startswith("~"):  # hydra does not expand ~; our own options are expanded by atfr.cli.command.home
         argument = f"{key}={os.path.expanduser(value)}"
         value = argument.partition("=")[2]
     value, override = value.strip(), parse(argument)
