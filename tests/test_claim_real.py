@@ -129,7 +129,7 @@ def test_the_lists_leave_each_speaker_or_repetition_out_once(tmp_path, monkeypat
 
 
 def test_the_picture_knows_every_method_that_it_has_a_row_of_and_the_error_over_groups(tmp_path):
-    for rows in (claim_paired.saved(claim_picture.ROOT / f"studies/claim/{name}.csv").values() for name in ("avletters", "jhmdb")):
+    for rows in (claim_paired.saved(claim_picture.ROOT / f"studies/claim/{name}.csv").values() for name in ("avletters", "jhmdb_tuned")):
         assert rows and all(claim_picture.style_of(row.method) for row in rows)
     assert claim_picture.style_of("atfr-middle-time-equal") == "atfr-middle" and claim_picture.style_of("atfr-0.4") == "atfr"
     assert claim_picture.style_of("glance-mean-0.36") == "glance" and not claim_picture.style_of("warm") and not claim_picture.style_of("strides-4")

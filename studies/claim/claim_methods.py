@@ -63,6 +63,7 @@ PATH = ("model.sgs.similarity=path", "model.sgs.noise_floor=true")
 FEATURES = "model.sgs.embed_from=features"
 DRAWN = "model.sgs.gflops_range=[0.3,1]"  # 0.15 to 1 of the features after the stem
 INPUT_DRAWN = "model.sgs.gflops_range=[0.15,1]"  # the same of the input frames
+MEAN = "model.sgs.kernel=mean"
 TWELVE = "model.sgs.num_bins=12"  # of which the published layer fills about half
 REPAIRED = ("model.sgs.edges=inclusive", "model.sgs.kernel=linear_normalized", "model.sgs.order=time")
 ABSOLUTE = (*REPAIRED[1:], "model.sgs.scale=absolute", AT_HALF)  # whose bins have no edges to choose
@@ -76,7 +77,7 @@ METHODS: dict[str, Method] = {
     # The same keeping middle frames, and with an embedding that learns which change matters.
     **{f"middle-{ratio}": sampled("atfr", "model.sgs.kernel=middle", keep_ratio(ratio)) for ratio in (0.36, 0.4)},
     **{f"glance-{ratio}": sampled("glance", keep_ratio(ratio)) for ratio in (0.32, 0.36, 0.4)},
-    "glance-mean-0.36": sampled("glance", "model.sgs.kernel=mean", keep_ratio(0.36)),
+    "glance-mean-0.36": sampled("glance", MEAN, keep_ratio(0.36)),
     # Its family, which looks at the features that it samples.
     **{f"features-{ratio}": sampled("atfr", FEATURES, keep_ratio(ratio)) for ratio in (0.32, 0.4)},
     "anchor-0.4": sampled("atfr", FEATURES, *ANCHOR, AT_HALF),
@@ -108,7 +109,7 @@ METHODS: dict[str, Method] = {
     **{f"reference-D{dim}-12": sampled("reference", TWELVE, f"model.sgs.embedding_dim={dim}") for dim in (4, 32)},
     "frozen-12": sampled("frozen", TWELVE),
     "delta-12": sampled("reference", TWELVE, "model.sgs.kernel=delta"),
-    "mean-12": sampled("frozen", TWELVE, "model.sgs.kernel=mean"),  # no kernel that a learned embedding could learn by
+    "mean-12": sampled("frozen", TWELVE, MEAN),  # no kernel that a learned embedding could learn by
     "time-12": sampled("reference", TWELVE, "model.sgs.order=time"),
     "inclusive-12": sampled("reference", TWELVE, "model.sgs.edges=inclusive"),
     "normalized-12": sampled("reference", TWELVE, "model.sgs.edges=inclusive", "model.sgs.kernel=linear_normalized"),
@@ -123,6 +124,8 @@ METHODS: dict[str, Method] = {
     "budgets-drawn-0.36": untrained("drawn-0.36", "atfr", "refresh_batch_norm=true"),
     "glance-drawn-0.36": sampled("glance", DRAWN, keep_ratio(0.36)),
     "budgets-glance-drawn-0.36": untrained("glance-drawn-0.36", "glance", "refresh_batch_norm=true"),
+    "glance-mean-drawn-0.36": sampled("glance", MEAN, DRAWN, keep_ratio(0.36)),
+    "budgets-glance-mean-drawn-0.36": untrained("glance-mean-drawn-0.36", "glance", MEAN, "refresh_batch_norm=true"),
     "features-drawn-0.4": sampled("atfr", FEATURES, DRAWN, AT_HALF),
     "budgets-features-drawn-0.4": untrained("features-drawn-0.4", "atfr", FEATURES, "refresh_batch_norm=true"),
     "input-drawn-0.44": sampled("atfr", INPUT_DRAWN, keep_ratio(0.44), after="input"),

@@ -2,7 +2,7 @@
 
     python studies/claim/claim_picture.py --videos ../shared/data/videos
 
-Reads the rows that claim.py, avletters.py and jhmdb.py wrote. Error bars are one standard error of the accuracy: over seeds on the
+Reads the rows that claim.py, avletters.py and jhmdb_tuned.py wrote. Error bars are one standard error of the accuracy: over seeds on the
 generated videos, over speakers and sources on the real ones, whose lists in `--videos` say which videos belong together.
 """
 
@@ -27,7 +27,7 @@ GENERATED = "distractors-r2plus1d"
 TITLES = (
     "generated videos with distractors\ntiny R(2+1)D, from scratch",
     "AVLetters: spoken letters\ntiny R(2+1)D, from scratch",
-    "JHMDB: actions\nKinetics I3D, frozen, sampled at two places",
+    "JHMDB: actions\nKinetics I3D, last blocks trained",
 )
 STYLES = {  # by the beginning of a method's name, of which the longest counts: what the legend says, colour and marker
     "dense": ("dense", "black", "*"),
@@ -57,8 +57,8 @@ def main() -> None:
     arguments = parser.parse_args()
     os.chdir(ROOT)
     panels = [generated(claim_rows.saved())]
-    for name in ("avletters", "jhmdb"):
-        videos = claim_paired.read_folds(arguments.videos / name, way_out="--videos names the folder of the real videos with their lists")
+    for name, folder in (("avletters", "avletters"), ("jhmdb_tuned", "jhmdb")):
+        videos = claim_paired.read_folds(arguments.videos / folder, way_out="--videos names the folder of the real videos with their lists")
         panels.append(real(list(claim_paired.saved(Path(f"studies/claim/{name}.csv")).values()), claim_paired.groups_of(videos)))
     draw(panels, PICTURE)
     print(f"wrote {PICTURE}")
