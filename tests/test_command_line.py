@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from run_tools import ROOT, run_script, run_tool, small_job
 
 from atfr.cli.command import run_name
-from atfr.cli.command.arguments import mistaken_flag, quote_where_needed
+from atfr.cli.command.arguments import quote_where_needed, refuse_flags
 from atfr.cli.command.errors import as_text, explain, is_of_the_command
 from atfr.cli.command.home import expand_home
 from atfr.cli.command.run_name import folder_name
@@ -67,11 +67,15 @@ def test_the_paths_of_a_list_are_quoted_one_by_one():
         (["--checkpoint", "runs/mine"], "--checkpoint is not an option: options are KEY=VALUE, such as checkpoint=runs/mine"),
         (["trainer.seed=1", "--lr=0.1"], "--lr=0.1 is not an option: options are KEY=VALUE, such as lr=0.1"),
         (["--epochs", "model=x3d"], "--epochs is not an option: options are KEY=VALUE, such as epochs=VALUE"),
-        (["--config-dir=.", "--cfg", "job", "--multirun", "-m", "model=x3d"], None),
     ],
 )
 def test_an_option_written_as_a_flag_is_told_how_it_is_written(arguments, message):
-    assert mistaken_flag(arguments) == message
+    outcome = run_tool("flops", *arguments)
+    assert outcome.code == 1 and outcome.err == f"error: {message}\n"
+
+
+def test_the_flags_of_hydra_are_left_to_it():
+    refuse_flags(["--config-dir=.", "--cfg", "job", "--multirun", "-m", "model=x3d"])
 
 
 @pytest.mark.parametrize("tool, message", [("test", ", such as checkpoint=runs/mine"), ("predict", ", such as video=runs/mine"), ("flops", "")])

@@ -4,7 +4,8 @@
     python tools/test.py checkpoint=... dataset.clip.views=10 model.sgs.num_bins=8
 
 Writes results.json, predictions.csv, test_config.yaml (the whole config) and examples/ into the checkpoint's run
-folder, where they replace those of the last test, or into trainer.output_dir. The config is the one that the checkpoint was trained with; overrides change it.
+folder, where they replace those of the last test, or into trainer.output_dir. The config is the one that the
+checkpoint was trained with; overrides change it.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, dist_info: com
         if not starts and given is not None:
             print(f"{given.option} is ignored: this run resumes from {folder / 'checkpoints' / 'last.pt'}", flush=True)
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        same = " (the same)" if source.notes.get("validation") == "test list" else ""
+        same = " (the same)" if builders.validates_on_test(source) else ""
         print(
             f"{source.name}: {len(source.train)} training, {len(source.val)} validation, {len(source.test)} test videos{same},"
             f" {len(source.class_names)} classes; {millions:.2f} M parameters, {model.execution}, on {dist_info.device}; run folder {folder}",

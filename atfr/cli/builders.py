@@ -96,9 +96,14 @@ def report_missing(source: VideoSource, folder: Path) -> None:
         print(printable(line), flush=True)
 
 
+def validates_on_test(source: VideoSource) -> bool:
+    """Return whether the validation videos are the test videos, because the dataset has no validation list."""
+    return source.notes.get("validation") == "test list"
+
+
 def say_what_chooses_the_epoch(source: VideoSource, config: DictConfig, settings: TrainerSettings) -> None:
     """Print a line if the epoch is chosen on the test videos, which makes its accuracy optimistic."""
-    if source.notes.get("validation") != "test list" or settings.epochs <= settings.eval_every:
+    if not validates_on_test(source) or settings.epochs <= settings.eval_every:
         return
     others = "set dataset.val=LIST to choose it on others, or " if "val" in config.dataset else ""
     last = f"trainer.eval_every={settings.epochs} to test the last epoch"

@@ -23,7 +23,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from atfr.cli.command.arguments import mistaken_flag, quote_where_needed
+from atfr.cli.command.arguments import quote_where_needed, refuse_flags
 from atfr.cli.command.errors import JobLog, explain, is_of_the_command, one_line_errors, quiet_at_closed_pipe, unknown_option
 from atfr.cli.command.home import expand_home
 from atfr.cli.command.suggestions import GROUPS, did_you_mean, similar
@@ -227,14 +227,12 @@ def program(
         @functools.wraps(main)
         def start() -> None:
             nonlocal ours
-            if mistake := mistaken_flag(sys.argv[1:]):
-                print(f"error: {mistake}", file=sys.stderr, flush=True)
-                sys.exit(1)
             sys.argv[1:] = arguments(quote_where_needed(sys.argv[1:]))
             ours = os.environ.get(FULL_ERROR) != "1"
             if ours:
                 os.environ[FULL_ERROR] = "1"  # until main begins, because hydra prints up to 30 lines if it cannot compose a config
             try:
+                refuse_flags(sys.argv[1:])
                 with quiet_at_closed_pipe():
                     try:
                         run()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from atfr.data.video.decode import read_clip
 from atfr.models.factory import create_model
 from atfr.models.sgs.config import PRESETS, SGSConfig
+from atfr.models.sgs.layer import SGS, Proposal
 from atfr.models.video_net import VideoNet
 from atfr.utils.progress import watched
 
@@ -150,19 +152,34 @@ def run(model: VideoNet, before: list[Tensor], data: Clips, location: str, metho
         clips = normalised(batches[number]).contiguous(memory_format=torch.channels_last_3d)
         return (before[number].float(), clips) if before else (clips,)
 
-    if layer.tracks_width:
-        proposals = [layer(given[0], None, given[-1]) for given in map(inputs, range(0, len(batches), 7))]
-        layer.calibrate(torch.cat([p.z for p in proposals]), torch.cat([p.valid for p in proposals]))
+    calibrate(layer, (layer(given[0], None, given[-1]) for given in map(inputs, range(0, len(batches), 7))))
     features: list[Tensor] = []
     hook = model.dense_network.head.register_forward_pre_hook(lambda module, given: features.append(given[0]))
     bins: list[tuple[int, ...]] = []
     for number in watched(range(len(batches)), f"{location} {method} {kept}", unit="batch"):
         bins += [(kept_of_clip,) for kept_of_clip in model.run_trunk(*inputs(number))[1][0].segments.lengths]
     hook.remove()
-    costs = model.gflops_table(tuple(data.clips.shape[1:]))
-    gflops = float(costs.estimate(bins).mean()) / costs.dense if location else 1.0
+    gflops = mean_cost(model, data, bins) if location else 1.0
     hits = predictions(torch.cat(features), data.labels, data.folds) == data.labels
-    return Row(location, method, kept, 0, float(np.mean(bins)), gflops, "".join("01"[hit] for hit in hits.tolist()))
+    return Row(location, method, kept, 0, float(np.mean(bins)), gflops, in_digits(hits))
+
+
+def calibrate(layer: SGS, proposals: Iterable[Proposal]) -> None:
+    """Set the bin width, where the layer has one, by what it proposes for some clips."""
+    if layer.tracks_width:
+        given = list(proposals)
+        layer.calibrate(torch.cat([p.z for p in given]), torch.cat([p.valid for p in given]))
+
+
+def mean_cost(model: VideoNet, data: Clips, bins: list[tuple[int, ...]]) -> float:
+    """The mean GFLOPs of clips that keep these B', as a share of dense."""
+    costs = model.gflops_table(tuple(data.clips.shape[1:]))
+    return float(costs.estimate(bins).mean()) / costs.dense
+
+
+def in_digits(hits: Tensor) -> str:
+    """What `Row.right` says of right and wrong predictions [N]."""
+    return "".join("01"[hit] for hit in hits.tolist())
 
 
 @torch.inference_mode(False)

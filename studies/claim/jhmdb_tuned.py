@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from claim_paired import Row, read_folds, save, saved, table
 from claim_report import fill
-from jhmdb import BATCH, DENSE, KEPT, METHODS, ROOT, Clips, kinetics_weights, network, normalised, options_of, read_clips
+from jhmdb import BATCH, DENSE, KEPT, METHODS, ROOT, Clips, calibrate, in_digits, kinetics_weights, mean_cost, network, normalised, options_of, read_clips
 from torch import Tensor, nn
 
 from atfr.models.sgs.sampling import sample
@@ -59,7 +59,7 @@ def main() -> None:
         features = frozen_features(model, data, name=" ".join(map(str, job)))
         for seed in missing:
             hits = predictions(model.dense_network, features.of_clips, data, seed) == data.labels
-            row = Row(*job, seed, features.bins, 1.0 if job == DENSE else features.gflops, "".join("01"[hit] for hit in hits.tolist()))
+            row = Row(*job, seed, features.bins, 1.0 if job == DENSE else features.gflops, in_digits(hits))
             rows[row.key] = row
             save(ROWS, rows)
     text = table(list(rows.values()), data.groups)
@@ -70,19 +70,16 @@ def main() -> None:
 @torch.inference_mode()
 def frozen_features(model: VideoNet, data: Clips, *, name: str) -> Features:
     """Calibrate the layer, and run each clip alone: its sampled frames through the layers in front of Mixed_5b."""
-    layers = list(model.sgs.values())
-    if layers[0].tracks_width:
-        proposals = [layers[0](normalised(clips)) for clips in data.clips.split(BATCH)[::7]]
-        layers[0].calibrate(torch.cat([p.z for p in proposals]), torch.cat([p.valid for p in proposals]))
+    (layer,) = model.sgs.values()
+    calibrate(layer, (layer(normalised(clips)) for clips in data.clips.split(BATCH)[::7]))
     names = [name for name, _ in model.dense_network.named_children()]
     front = nn.Sequential(*list(model.dense_network.children())[: names.index(TRAINED[0])])
     features, bins = [], []
     for clip in watched(data.clips.split(1), name, unit="clip"):
-        (frames,), (done,) = sample(layers, [normalised(clip).contiguous(memory_format=torch.channels_last_3d)], [None])
+        (frames,), (done,) = sample([layer], [normalised(clip).contiguous(memory_format=torch.channels_last_3d)], [None])
         features.append(front(frames)[0].half())
         bins.append(done.segments.lengths)
-    costs = model.gflops_table(tuple(data.clips.shape[1:]))
-    return Features(features, float(np.mean(bins)), float(costs.estimate(bins).mean()) / costs.dense)
+    return Features(features, float(np.mean(bins)), mean_cost(model, data, bins))
 
 
 def predictions(network: nn.Module, features: list[Tensor], data: Clips, seed: int) -> Tensor:

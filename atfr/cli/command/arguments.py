@@ -67,14 +67,13 @@ def _quoted_argument(argument: str, sweep: bool) -> str:
     return argument if parse(mended) is None else mended
 
 
-def mistaken_flag(arguments: list[str]) -> str | None:
-    """Return what is wrong with the first argument that is written like a flag and is none of hydra's; None if there is none."""
+def refuse_flags(arguments: list[str]) -> None:
+    """Raise HydraException at the first argument that is written like a flag and is none of hydra's."""
     for place, argument in enumerate(arguments):
         name, _, value = argument[2:].partition("=")
         if argument.startswith("--") and not any(flag.startswith(name) for flag in HYDRA_FLAGS):
             following = arguments[place + 1] if place + 1 < len(arguments) and not is_override(arguments[place + 1]) else "VALUE"
-            return f"{argument} is not an option: options are KEY=VALUE, such as {name}={value or following}"
-    return None
+            raise HydraException(f"{argument} is not an option: options are KEY=VALUE, such as {name}={value or following}")
 
 
 def _mended(value: str, parses: Callable[[str], bool], *, split: bool) -> str:
