@@ -23,11 +23,9 @@ from atfr.models.sgs.config import SGSConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "studies" / "claim"))
 import claim  # noqa: E402
-import claim_change  # noqa: E402
-import claim_cuts  # noqa: E402
+import claim_probe  # noqa: E402
 import claim_report  # noqa: E402
 import claim_rows  # noqa: E402
-import claim_speed  # noqa: E402
 import claim_videos  # noqa: E402
 
 
@@ -38,9 +36,9 @@ def test_rank_correlation_agrees_with_ranks_counted_one_by_one():
     def ranks(values):  # half a rank for each equal one: the mean rank of equal values
         return [sum(other < value for other in values) + sum(other == value for other in values) / 2 for value in values]
 
-    assert claim_change.spearman(x, y) == pytest.approx(np.corrcoef(ranks(x), ranks(y))[0, 1])
-    assert claim_change.spearman(x, np.exp(x)) == pytest.approx(1)
-    assert np.isnan(claim_change.spearman(np.ones(40), y))
+    assert claim_probe.spearman(x, y) == pytest.approx(np.corrcoef(ranks(x), ranks(y))[0, 1])
+    assert claim_probe.spearman(x, np.exp(x)) == pytest.approx(1)
+    assert np.isnan(claim_probe.spearman(np.ones(40), y))
 
 
 def test_the_standard_error_is_that_of_a_mean_over_seeds():
@@ -61,8 +59,7 @@ def stubbed(tmp_path, monkeypatch):
         name = "results.json" if claim.METHODS[job.method].tool == "train" else "calibration.json"
         job.folder.mkdir(parents=True, exist_ok=True)
         (job.folder / name).write_text(json.dumps([{"budget": budget} for budget in claim.BUDGETS]))
-        for name in (claim.PROBED, claim.TIMED):
-            (job.folder / name).write_text("{}")
+        (job.folder / claim.PROBED).write_text("{}")
         return ""
 
     monkeypatch.setattr(claim, "run", run)
@@ -94,17 +91,17 @@ def test_a_calibration_that_was_interrupted_between_budgets_is_not_done(tmp_path
 
 def test_what_a_run_has_already_is_not_run_again(stubbed):
     job = claim.Job("x3d", "uneven", "atfr-0.4", 0)
-    assert [command[1] for command in job.missing()] == ["tools/train.py", "studies/claim/claim_change.py", "studies/claim/claim_speed.py"]
+    assert [command[1] for command in job.missing()] == ["tools/train.py", "studies/claim/claim_probe.py"]
     claim.run_all([job], parallel=1, through=[])
     assert job.done
-    (job.folder / claim.TIMED).unlink()
-    assert [command[1] for command in job.missing()] == ["studies/claim/claim_speed.py"]
+    (job.folder / claim.PROBED).unlink()
+    assert [command[1] for command in job.missing()] == ["studies/claim/claim_probe.py"]
 
 
 def test_ways_take_turns_and_the_first_batch_does_not_count():
     calls = []
     ways = (lambda batch: calls.append(("long", batch)) or time.sleep(0.05), lambda batch: calls.append(("short", batch)) or time.sleep(0.01))
-    long, short = claim_speed.in_turns(ways, [0, 1, 2])
+    long, short = claim_probe.in_turns(ways, [0, 1, 2])
     assert calls == [(way, batch) for batch in range(3) for way in ("long", "short")]
     assert long >= 0.1 and 0.02 <= short < long
 
@@ -164,9 +161,7 @@ def test_every_method_has_a_start_that_exists_and_a_command_with_its_seed():
         assert method.start is None or method.start in claim.METHODS, name
         (first, command), *others = claim.Job(method.networks[0], "even", name, 7).commands().items()
         assert "trainer.seed=7" in command and first == ("results.json" if method.tool == "train" else "calibration.json")
-        plain = any(word in command for word in ("model/sgs=uniform", "model/sgs=stride", "model/sgs=random", "model/sgs=identity")) or not method.after
-        asked = [claim.PROBED] * (not plain) + [claim.TIMED] * (method.after is not None)
-        assert [name for name, _ in others] == asked * (method.tool == "train"), name
+        assert [name for name, _ in others] == [claim.PROBED] * (method.after is not None and method.tool == "train"), name
 
 
 def test_every_method_has_options_of_the_layer_that_have_an_effect():
@@ -188,14 +183,6 @@ def test_the_command_of_a_method_composes(name):
         config = compose(method.tool, [word for word in words if not word.startswith("trainer.")])
     check_root(config)
     assert (config.model.sgs and config.model.sgs.after) == method.after
-
-
-def test_the_layers_of_the_table_of_cuts_keep_what_their_names_say():
-    clips = torch.randn(8, 3, 16, 32, 32).cumsum(dim=2)
-    seen = claim_cuts.Clips(clips, torch.arange(16).expand(8, 16) // 3)
-    for name in ("atfr-0.4", "path-0.4", "uniform-7"):
-        found = claim_cuts.found_by(claim_cuts.layer(*claim_cuts.LAYERS[name]), seen, seen)
-        assert found.kept == pytest.approx({"uniform-7": 7}.get(name, 6.4), abs=0.5), name
 
 
 def test_every_published_run_can_be_run_again():
@@ -257,40 +244,20 @@ def test_runs_from_scratch_have_as_many_epochs_as_those_with_a_warm_start():
 
 def test_the_probe_holds_some_clips_still_and_knows_how_much_the_others_change():
     dataset = claim.config_of("uneven").dataset
-    played = list(itertools.islice(claim_change.plays(dataset, frames=16, side=32), 10))
+    played = list(itertools.islice(claim_probe.plays(dataset, frames=16, side=32), 10))
     assert [index for index, play in enumerate(played) if play.change == 0] == [0, 5]
     still, change = played[0].clip.float(), [play.change for play in played]
     assert 0 < (still[:, 1:] - still[:, :-1]).abs().mean() < 3  # noise alone, in grey levels
     moving = [float((clip.float()[:, 1:] - clip.float()[:, :-1]).abs().mean()) for clip in (play.clip for play in played)]
-    assert claim_change.spearman(np.array(moving), np.array(change)) > 0.8
+    assert claim_probe.spearman(np.array(moving), np.array(change)) > 0.8
     assert played[0].events == 0 and max(play.events for play in played) > 2 and all(play.distractors == 0 for play in played)
-    disturbed = next(claim_change.plays(claim.config_of("distractors").dataset, frames=16, side=32))
+    disturbed = next(claim_probe.plays(claim.config_of("distractors").dataset, frames=16, side=32))
     assert disturbed.distractors == render(0, split="test", distractors=True)[2].distractors > 0
-
-
-def test_a_phase_has_a_feature_of_its_own_where_a_bin_holds_nothing_else():
-    parts = torch.tensor([[0, 1, 2, 2, 3, 4], [0, 1, 2, 2, 3, 4]])
-    bins = torch.tensor([[0, 0, 1, 2, 3, 4], [0, 1, 2, 2, 3, -1]])  # of the first clip, phase 1 with what is before it; the second one leaves phase 4 out
-    weights = (bins[:, None] == torch.arange(6)[:, None]).float()  # [N, B, T]
-    assert claim_cuts.own_features(weights, parts) == (6 / 8, 0)
-    weights[1, 4, 5] = 0.3
-    assert claim_cuts.own_features(weights, parts) == (7 / 8, 1 / 2)
-
-
-def test_parts_begin_where_a_clip_that_is_still_but_for_its_events_changes():
-    dataset = claim.config_of("uneven").dataset
-    clips, still = claim_cuts.clips_of(dataset, "test", 12), 0
-    for index, (shown, parts) in enumerate(zip(*clips)):
-        if render(index, seed=dataset.seed, split="test", dwell=dataset.dwell)[2].busyness == 0:
-            change = (shown[:, 1:] - shown[:, :-1]).abs().mean(dim=(0, 2, 3))  # [T - 1]; the noise alone makes .013
-            assert (change > 0.1).tolist() == (parts[1:] > parts[:-1]).tolist()
-            still += 1
-    assert still > 1
 
 
 def test_every_frame_of_a_busy_clip_is_of_another_video():
     clips = [torch.full((3, 16, 4, 4), index, dtype=torch.uint8) for index in range(50)]
-    for clip in claim_change.shuffled(clips):
+    for clip in claim_probe.shuffled(clips):
         assert len({int(frame.unique()) for frame in clip.unbind(1)}) == 16
 
 
@@ -336,9 +303,8 @@ def report_in(tmp_path, monkeypatch):
             }  # fmt: skip
             (folder / "results.json").write_text(json.dumps(result))
             (folder / "predictions.csv").write_text(f"video,bins\n{tmp_path}/data/claim/uneven/test/x/a.mp4,2\n{tmp_path}/data/claim/uneven/test/y/b.mp4,6\n")
-            (folder / "change.json").write_text(json.dumps({"spearman": 0.9, "static": 1.0, "busy": 12.0}))
-            if seed == 0:  # a run from before times were measured has none
-                (folder / "speed.json").write_text('{"time_of_dense": 0.6}')
+            times = {"time_of_dense": 0.6} if seed == 0 else {}  # a run from before times were measured has none
+            (folder / "probe.json").write_text(json.dumps({"spearman": 0.9, "static": 1.0, "busy": 12.0, **times}))
         claim_report.report(Path("runs"))
         return claim_report.DETAILS.read_text()
 

@@ -26,11 +26,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from claim_change import RESULT as PROBED
 from claim_methods import BUDGETS, METHODS, NETWORKS, WARM
+from claim_probe import RESULT as PROBED
 from claim_report import report
 from claim_rows import saved
-from claim_speed import RESULT as TIMED
 from claim_videos import shrink
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
@@ -87,10 +86,8 @@ class Job:
         if method.tool == "calibrate":
             return {"calibration.json": main}
         commands = {"results.json": main}
-        if method.adapts and is_generated(self.data):  # how B' follows the change of clips is known of these alone
-            commands[PROBED] = [sys.executable, "studies/claim/claim_change.py", str(self.folder)]
         if method.after:
-            commands[TIMED] = [sys.executable, "studies/claim/claim_speed.py", str(self.folder)]
+            commands[PROBED] = [sys.executable, "studies/claim/claim_probe.py", str(self.folder)]
         return commands
 
 

@@ -35,14 +35,12 @@ class Method:
     tool: str = "train"
     start: str | None = WARM  # the run whose weights it starts from; None: from scratch
     after: str | None = "stem"  # the location of the sampling layer; None: the network has none
-    adapts: bool = False  # whether B' has to do with what a clip shows
     briefly: bool = False  # a third of the further epochs that the other runs have
     networks: tuple[str, ...] = tuple(NETWORKS)  # those that have such a location
 
 
 def sampled(preset: str, *more: str, after: str = "stem", start: str | None = WARM, briefly: bool = False, networks: tuple[str, ...] = tuple(NETWORKS)) -> Method:
-    adapts = preset in ("atfr", "glance", "reference", "frozen")
-    return Method((f"model/sgs={preset}", *more), after=after, start=start, adapts=adapts, briefly=briefly, networks=networks)
+    return Method((f"model/sgs={preset}", *more), after=after, start=start, briefly=briefly, networks=networks)
 
 
 def fixed(preset: str, kept: int, **where: str | None) -> Method:

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Iterator
 
 import numpy as np
-from claim_change import RESULT as PROBED
-from claim_change import spearman
-from claim_speed import RESULT as TIMED
+from claim_probe import RESULT as PROBED
+from claim_probe import spearman
 
 from atfr.utils.atomic_io import write_text
 
@@ -42,7 +41,7 @@ class Row:
     frames: int
     histogram: str  # of B' over the test clips: 6:410 7:390; empty where it was not kept
     follows_change: float  # Spearman's rank correlation of B' with the true amount of change; nan where that is not known
-    follows_played: float  # the same on the clips of claim_change.py, which differ in it
+    follows_played: float  # the same on the clips of claim_probe.py, which differ in it
     static: float  # mean B' of clips that hold one frame
     busy: float  # mean B' of clips whose every frame is of another video
     follows_events: float  # as follows_played, with the number of events; nan of videos without distractors
@@ -83,7 +82,8 @@ def found(runs: Path) -> Iterator[Row]:
             continue
         data, method, seed = path.parent.parts[-3:]
         results = json.loads(path.read_text())
-        played, timed = (json.loads(asked.read_text()) if asked.exists() else {} for asked in (path.with_name(PROBED), path.with_name(TIMED)))
+        probe = path.with_name(PROBED)
+        probed = json.loads(probe.read_text()) if probe.exists() else {}
         for result in results if isinstance(results, list) else [results]:
             bins, gflops = result["bins"], result["gflops"]
             yield Row(
@@ -91,8 +91,8 @@ def found(runs: Path) -> Iterator[Row]:
                 result["top1"], result["mean_class_accuracy"], gflops["mean"] / gflops["dense"],
                 bins["mean"], bins["min"], bins["max"], bins["frames"], " ".join(f"{kept}:{clips}" for kept, clips in bins["histogram"].items()),
                 follows_change(path.with_name("predictions.csv")) if "budget" not in result else NAN,
-                *(played.get(key, NAN) for key in ("spearman", "static", "busy", "events_spearman", "distractors_spearman")),
-                timed.get("time_of_dense", NAN), result["protocol"]["commit"] or "",
+                *(probed.get(key, NAN) for key in ("spearman", "static", "busy", "events_spearman", "distractors_spearman", "time_of_dense")),
+                result["protocol"]["commit"] or "",
             )  # fmt: skip
 
 

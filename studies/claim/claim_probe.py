@@ -1,35 +1,49 @@
-"""How B' follows the amount of change in clips of which that is known: the probe of the study (studies/claim/claim.py).
+"""What the study (studies/claim/claim.py) asks of a trained network that samples: the time it saves, and what B' follows.
 
-    python studies/claim/claim_change.py RUN_FOLDER         # of a network trained on the built-in videos; writes change.json
+    python studies/claim/claim_probe.py RUN_FOLDER         # writes probe.json
 
-All of the built-in clips go through the same number of events, so this plays other ones: a random share of a test
-video stretched over a whole clip (none of it, in every fifth clip: one frame held), with sensor noise anew for each
-frame, as a camera that films something still would give. And the busiest clips that there can be: every frame of
-another video. Where the videos have distractors, it also says how B' follows the number of events in a clip, and how the amount
-of change that means nothing.
+*Time*: the test clips go through the network and, batch for batch, through the same network without the layer. Taken in turns, both
+have the same share of a machine on which other runs go on, so that their ratio is one of the study's figures; clips a second
+are not, and are here for orientation.
+
+*Change*, where B' has to do with what a clip shows, and of generated videos alone: all of these go through the same number of events, so
+this plays other ones: a random share of a test video stretched over a whole clip (none of it, in every fifth clip: one frame held),
+with sensor noise anew for each frame, as a camera that films something still would give. And the busiest clips that there can be: every
+frame of another video. Where the videos have distractors, it also says how B' follows the number of events in a clip, and how the
+amount of change that means nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
-from claim_trained import trained
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from atfr.cli import builders
+from atfr.cli.from_checkpoint import trained_model
+from atfr.data.clips import TestClips
 from atfr.data.datasets.synthetic_scene import NOISE, WINDOW, render, step_changes
+from atfr.data.loader import test_loader
 from atfr.data.transforms import Normalizer, test_crops
+from atfr.engine.distributed.comm import DistInfo
+from atfr.engine.run import checkpoint
+from atfr.models.graph.tracing import DenseNetwork
+from atfr.models.video_net import VideoNet
 from atfr.utils.atomic_io import write_text
+from atfr.utils.malloc import keep_freed_memory
 
-CLIPS, STATIC_EVERY, BATCH = 300, 5, 50
-RESULT = "change.json"
+RESULT = "probe.json"
+CPU = DistInfo(0, 1, torch.device("cpu"))
+LEAST = 40  # batches that are timed; a short list of test clips is gone through again
+CLIPS, STATIC_EVERY, BATCH = 300, 5, 50  # that are played
 
 
 @dataclass(frozen=True)
@@ -46,7 +60,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    model, config = trained(folder)
+    keep_freed_memory()  # as training and testing do
+    path = folder / "checkpoints" / "last.pt"
+    state = checkpoint.load(path)
+    config = OmegaConf.create(state["config"])
+    model = trained_model(config, state, path, CPU).eval()
+    result = time_saved(model, config)
+    if "dwell" in config.dataset and not all(layer.is_baseline for layer in model.sgs.values()):
+        result |= what_bins_follow(model, config)
+    write_text(folder / RESULT, json.dumps(result) + "\n")
+    print({key: value for key, value in result.items() if isinstance(value, float)})
+
+
+def time_saved(model: VideoNet, config: DictConfig) -> dict[str, float]:
+    clip = builders.clip_settings(config)
+    views = TestClips(builders.load_source(config, CPU).test, clip, views=clip.views, crops=clip.crops)
+    loader = test_loader(views, batch_size=config.trainer.batch_size)
+    normalise = Normalizer(clip.mean, clip.std)
+    batches = [normalise(batch.clips).contiguous(memory_format=torch.channels_last_3d) for batch in loader if batch.clips is not None]
+    repeats = -(-LEAST // len(batches))
+    sampled, dense = in_turns((model, DenseNetwork(model.dense_network)), batches * repeats)
+    clips = repeats * sum(len(batch) for batch in batches) - len(batches[0])  # the first batch does not count
+    return {"time_of_dense": sampled / dense, "clips_per_second": clips / sampled, "dense_clips_per_second": clips / dense, "batch_size": config.trainer.batch_size}
+
+
+def in_turns(ways: tuple[Callable[[Tensor], object], ...], batches: Iterable[Tensor]) -> list[float]:
+    """Seconds that each way takes for all batches, after one that does not count."""
+    spent = [0.0] * len(ways)
+    with torch.inference_mode():
+        for number, batch in enumerate(batches):
+            for way, run in enumerate(ways):
+                began = time.perf_counter()
+                run(batch)
+                spent[way] += (time.perf_counter() - began) * (number > 0)
+    return spent
+
+
+def what_bins_follow(model: VideoNet, config: DictConfig) -> dict[str, object]:
     clip = builders.clip_settings(config)
     normalise = Normalizer(clip.mean, clip.std)
 
@@ -75,11 +125,10 @@ def main() -> None:
         for name in ("events", "distractors"):
             values = np.array([getattr(play, name) for play in played])
             result |= {name: values.tolist(), f"{name}_spearman": spearman(np.array(kept)[moving], values[moving])}
-    write_text(folder / RESULT, json.dumps(result) + "\n")
-    print({key: value for key, value in result.items() if isinstance(value, float)})
+    return result
 
 
-def plays(dataset: OmegaConf, *, frames: int, side: int) -> Iterator[Play]:
+def plays(dataset: DictConfig, *, frames: int, side: int) -> Iterator[Play]:
     """Play the test videos."""
     for index in range(CLIPS):
         video, _, truth = render(index, seed=dataset.seed, split="test", dwell=dataset.dwell, distractors=dataset.get("distractors", False))
