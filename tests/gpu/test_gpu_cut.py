@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from devices import on_gpu
-from test_partition_kernel import CHECKS, seeded
+from partition_checks import CHECKS, seeded
 
 from atfr.models.packed.kernels.support import triton_runs
 from atfr.models.sgs.partition import MOST_FRAMES, best_cuts

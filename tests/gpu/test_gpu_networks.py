@@ -9,16 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from backbone_cases import CASES, NETWORKS, lively, stages_of
 from depthwise_checks import CASES as CONVOLUTIONS
 from depthwise_checks import F32, Case, check_against_float64
 from devices import on_gpu
 from outcomes import run
-from test_backbones import CASES, lively, stages_of
-from test_dataset import settings
-from test_determinism import ATFR, NETWORKS
-from test_packed_backbones import NETS, backbone, built, calibrated, check_alone_and_in_batches, clips_for
-from test_train import SETTINGS, Batch, trainer_of
+from placed_backbones import NETS, backbone, built, calibrated, check_alone_and_in_batches, clips_for
+from small_clips import settings
 from torch import nn
+from training import SETTINGS, Batch, trainer_of
 
 from atfr.data.clips import TestClips
 from atfr.data.loader import test_loader
@@ -34,6 +33,7 @@ from atfr.models.video_net import VideoNet
 
 pytestmark = pytest.mark.gpu
 GPU = "cuda:0"
+ATFR = SGSConfig.from_preset("atfr", after="res2", keep_ratio=0.5)
 INVARIANT = ["x3d tiny", "slow R50", "c2d R50", "i3d R50", "r2plus1d 18", "csn R101", "r3d 18", "s3d base", "resnet3d 18", "slowfast 8x8-R50"]
 
 

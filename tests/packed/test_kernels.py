@@ -1,0 +1,51 @@
+"""The Triton kernels of packed execution against torch, clip by clip, under Triton's interpreter."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from run_tools import ROOT
+
+from atfr.models.packed.kernels import support
+
+CHECKS = Path(__file__).with_name("kernels_interpreted.py")
+
+
+def names() -> list[str]:
+    """The checks, read without an import of triton."""
+    listed = next(n.value for n in ast.parse(CHECKS.read_text()).body if isinstance(n, ast.Assign) and n.targets[0].id == "CHECKS")
+    return [name.id for name in listed.elts]
+
+
+@pytest.fixture(scope="module")
+def output() -> str:
+    """What the checks print: in a process of its own, since Triton decides at its import whether it interprets."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, str(CHECKS)], env=env, capture_output=True, text=True, timeout=500)
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", names())
+def test_kernels(output, name):
+    assert f"{name} passed" in output, output
+
+
+def test_no_kernel_runs_on_cpus_and_the_reason_why_not_on_a_gpu_is_logged_once(monkeypatch, caplog):
+    assert not support.triton_runs(torch.device("cpu"))
+    monkeypatch.setattr(support, "_RUNS", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old one")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0) if device.index == 0 else (7, 5))
+    for _ in range(2):
+        assert not support.triton_runs(torch.device("cuda:0"))
+    assert len(caplog.records) == 1 and "an old one has compute capability 7.0" in caplog.records[0].message
+    assert support.triton_runs(torch.device("cuda:1"))

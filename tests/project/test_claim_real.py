@@ -1,0 +1,146 @@
+"""The studies on real videos: their statistics against loops, and the runs that they ask for."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from run_tools import ROOT
+
+from atfr.cli.config import build, with_resolved_sgs
+from atfr.models.factory import create_model
+from atfr.models.sgs.config import SGSConfig
+
+sys.path.insert(0, str(ROOT / "studies" / "claim"))
+import avletters  # noqa: E402
+import claim_paired  # noqa: E402
+import claim_picture  # noqa: E402
+import claim_rows  # noqa: E402
+import jhmdb  # noqa: E402
+import jhmdb_tuned  # noqa: E402
+
+
+def row(method: str, right: str, seed: int = 0) -> claim_paired.Row:
+    return claim_paired.Row("" if method == "dense" else "stem", method, 0 if method == "dense" else 4, seed, 4.0, 0.5, right)
+
+
+def test_a_difference_and_its_error_are_those_of_a_loop_over_groups():
+    rng = np.random.default_rng(0)
+    one, other, groups = rng.integers(0, 2, 60).astype(float), rng.integers(0, 2, 60).astype(float), rng.integers(0, 7, 60)
+    mean = sum(a - b for a, b in zip(one, other)) / 60
+    sums = [sum(a - b - mean for a, b, g in zip(one, other, groups) if g == group) for group in range(7)]
+    error = math.sqrt(7 / 6 * sum(value**2 for value in sums)) / 60
+    assert claim_paired.paired(one, other, groups) == pytest.approx((100 * mean, 100 * error))
+
+
+def test_the_table_averages_seeds_and_compares_those_that_both_methods_have():
+    groups = np.array([0, 0, 1, 1])
+    rows = [row("dense", "1111"), row("uniform", "1010"), row("atfr", "1110"), row("atfr", "0000", seed=1)]
+    lines = claim_paired.table(rows, groups).splitlines()[2:]
+    cells = {cell[2]: cell for line in lines if (cell := [part.strip() for part in line.split("|")[1:-1]])}
+    assert cells["dense"][6:] == ["100.0", "", "", ""]
+    assert cells["atfr"][3] == "2" and cells["atfr"][6] == "37.5"
+    assert cells["atfr"][7].startswith("-25.0 ±") and cells["atfr"][8].startswith("+25.0 ±") and cells["atfr"][9] == ""
+
+
+def test_rows_are_read_as_they_were_saved(tmp_path):
+    rows = {one.key: one for one in (row("dense", "0110"), row("atfr", "1111", seed=2))}
+    claim_paired.save(tmp_path / "rows.csv", rows)
+    assert claim_paired.saved(tmp_path / "rows.csv") == rows
+    assert claim_paired.saved(tmp_path / "none.csv") == {}
+
+
+def test_the_regression_predicts_classes_that_a_line_separates_in_folds_it_has_not_seen():
+    labels = torch.arange(3).repeat(20)
+    x = torch.eye(3)[labels] + 0.05 * torch.randn(60, 3)
+    folds = torch.arange(60) // 20
+    with torch.inference_mode():
+        assert jhmdb.predictions(x.clone(), labels, folds).equal(labels)
+        unknown = torch.where(folds == 0, 2, labels % 2)  # class 2 is in fold 0 alone
+        assert not (jhmdb.predictions(x, unknown, folds)[folds == 0] == 2).any()
+
+
+@pytest.mark.parametrize("method", avletters.METHODS)
+def test_every_method_on_avletters_is_a_training_that_the_configs_know(method):
+    command = avletters.Job("speakers", method, 0 if method == "dense" else 4, 1, 2).command(Path("videos"))
+    overrides = [word for word in command[2:] if not word.startswith("trainer.output_dir")]
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = compose("train", overrides)
+    assert config.dataset.test.endswith("speakers_2_test.csv") and config.trainer.seed == 1
+    model = with_resolved_sgs(config.model)
+    if method == "dense":
+        assert model.get("sgs") is None
+        return
+    options = build(model.sgs, "model.sgs")
+    assert isinstance(options, SGSConfig)
+    assert options.keep_ratio == 0.25 or options.num_bins == 4
+    assert options.time_embedding == ("time" in method) and (options.kernel == "middle") == ("middle" in method or "glance" in method)
+
+
+@pytest.mark.parametrize("location", jhmdb.KEPT)
+@pytest.mark.parametrize("method", jhmdb.METHODS)
+def test_every_method_on_jhmdb_is_a_layer(location, method):
+    kept = jhmdb.KEPT[location][0]
+    options = jhmdb.options_of(location, method, kept, at=location)
+    assert options.locations == (location,) and options.gflops is None
+    assert kept in (options.num_bins, round((options.keep_ratio or 0) * (32 if location == "input" else 16))) or method == "reference"
+
+
+def test_the_trained_blocks_go_on_where_the_frozen_layers_end():
+    model = create_model("i3d_inception", 5, sgs=jhmdb.options_of("input", "atfr", 16, at="input")).eval()
+    still = torch.randint(0, 255, (3, 3, 1, 64, 64), dtype=torch.uint8).expand(-1, -1, 32, -1, -1).clone()
+    still[1:, :, 16:] += torch.randint(0, 20, (2, 3, 16, 64, 64), dtype=torch.uint8)
+    data = jhmdb.Clips(still, torch.zeros(3), torch.zeros(3), np.arange(3))
+    features = jhmdb_tuned.frozen_features(model, data, name="test")
+    with torch.inference_mode():
+        logits, sampling = model(jhmdb.normalised(data.clips), return_sampling=True)
+        blocks = torch.nn.Sequential(*(model.get_submodule(name) for name in jhmdb_tuned.TRAINED))
+        found = jhmdb_tuned.logits(blocks, model.head, features.of_clips, torch.arange(3))
+    assert len({one.shape[1] for one in features.of_clips}) > 1 and features.bins == pytest.approx(np.mean(sampling.bins))
+    torch.testing.assert_close(found, logits, rtol=0, atol=0.01 * float(logits.std()))
+
+
+def test_each_fold_is_predicted_by_blocks_that_were_trained_on_the_others(monkeypatch):
+    features = [torch.randn(4, 1 + clip % 2, 2, 2) for clip in range(9)]
+    folds, trained = torch.arange(9) % 3, []
+    monkeypatch.setattr(jhmdb_tuned, "TRAINED", ("block",))
+    monkeypatch.setattr(jhmdb_tuned, "train", lambda blocks, classifier, features, labels, clips: trained.append(clips))
+    network = torch.nn.ModuleDict({"block": torch.nn.Identity(), "head": torch.nn.Linear(4, 400)})
+    found = jhmdb_tuned.predictions(network, features, jhmdb.Clips(torch.empty(0), torch.arange(9) % 2, folds, np.arange(9)), seed=0)
+    assert [sorted(folds[clips].unique().tolist()) for clips in trained] == [[1, 2], [0, 2], [0, 1]]
+    torch.manual_seed(0)
+    classifier = torch.nn.Linear(4, 2)
+    assert found.tolist() == [int(classifier(one.mean(dim=(1, 2, 3))).argmax()) for one in features]
+
+
+def test_the_lists_leave_each_speaker_or_repetition_out_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    videos = [avletters.Video(f"A/A{number}_{speaker}.mp4", "A", speaker, fold) for number in (1, 2, 3) for fold, speaker in enumerate(("Kate", "Yi", "Bill"))]
+    for protocol, part in (("speakers", "_Yi"), ("repetitions", "A2")):
+        avletters.write_lists(videos, protocol)
+        test, train = ((tmp_path / avletters.LISTS / f"{protocol}_1_{split}.csv").read_text().splitlines()[1:] for split in ("test", "train"))
+        assert len(test) == 3 and all(part in line for line in test)
+        assert len(train) == 6 and not set(test) & set(train)
+
+
+def test_the_picture_knows_every_method_that_it_has_a_row_of_and_the_error_over_groups(tmp_path):
+    for rows in (claim_paired.saved(claim_picture.ROOT / f"studies/claim/{name}.csv").values() for name in ("avletters", "jhmdb_tuned")):
+        assert rows and all(claim_picture.style_of(row.method) for row in rows)
+    assert claim_picture.style_of("atfr-middle-time-equal") == "atfr-middle" and claim_picture.style_of("atfr-0.4") == "atfr"
+    assert claim_picture.style_of("glance-mean-0.36") == "glance" and not claim_picture.style_of("warm") and not claim_picture.style_of("strides-4")
+    (point,) = claim_picture.real([row("stride", "1100"), row("stride", "1000", seed=1)], np.array([0, 0, 1, 1]))
+    assert point[:4] == ("stride", "stem", 0.5, 37.5) and point.error == pytest.approx(37.5)  # the groups have 75 and 0 % right
+    generated = claim_picture.generated([r for r in claim_rows.saved() if r.data.startswith("distractors")])
+    assert {point.method for point in generated} >= {"dense", "glance-0.36", "uniform-6"}
+    claim_picture.draw([generated, [point], [point]], tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_the_points_of_a_method_are_one_curve_from_the_cheapest_on_and_locations_are_apart():
+    points = [claim_picture.Point(*values, 50.0, 1.0) for values in (("stride-6", "", 0.5), ("stride-4", "", 0.3), ("atfr", "stem", 0.5), ("atfr", "input", 0.5))]
+    assert [[p.gflops for p in curve] for curve in claim_picture.curves(points)] == [[0.3, 0.5], [0.5], [0.5]]
