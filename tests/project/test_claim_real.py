@@ -22,6 +22,7 @@ import claim_paired  # noqa: E402
 import claim_picture  # noqa: E402
 import claim_rows  # noqa: E402
 import jhmdb  # noqa: E402
+import jhmdb_choice  # noqa: E402
 import jhmdb_tuned  # noqa: E402
 
 
@@ -144,3 +145,51 @@ def test_the_picture_knows_every_method_that_it_has_a_row_of_and_the_error_over_
 def test_the_points_of_a_method_are_one_curve_from_the_cheapest_on_and_locations_are_apart():
     points = [claim_picture.Point(*values, 50.0, 1.0) for values in (("stride-6", "", 0.5), ("stride-4", "", 0.3), ("atfr", "stem", 0.5), ("atfr", "input", 0.5))]
     assert [[p.gflops for p in curve] for curve in claim_picture.curves(points)] == [[0.3, 0.5], [0.5], [0.5]]
+
+
+def test_each_way_to_choose_half_of_the_frames_is_a_cut_into_parts_and_its_middles():
+    cuts = jhmdb_choice.random_cuts(3)
+    frames = jhmdb_choice.middles(cuts)
+    assert frames[:, 0].eq(torch.arange(0, 32, 2)).all()
+    assert not cuts[0, 1].equal(cuts[0, 2]) and not cuts[0, 1].equal(cuts[1, 1])
+    for cut, middle in zip(cuts.flatten(0, 1).tolist(), frames.flatten(0, 1).tolist()):
+        parts = [list(range(begin, end)) for begin, end in zip(cut, cut[1:])]
+        assert sum(parts, []) == list(range(32)) and len(parts) == 16
+        assert middle == [part[(len(part) - 1) // 2] for part in parts]
+
+
+def test_the_variance_within_parts_is_that_of_a_loop_over_them():
+    z, cuts = torch.randn(2, 32, 5), jhmdb_choice.random_cuts(2)
+    for clip, costs in enumerate(jhmdb_choice.within_bins(z, cuts)):
+        for cut, cost in zip(cuts[clip].tolist(), costs):
+            parts = [z[clip, begin:end] for begin, end in zip(cut, cut[1:])]
+            assert cost == pytest.approx(sum(float((part - part.mean(dim=0)).square().sum()) for part in parts), abs=1e-3)
+
+
+def test_features_of_chosen_frames_are_those_of_each_clip_and_go_on_where_they_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(jhmdb_choice, "FEATURES", tmp_path)
+    model = torch.nn.Module()
+    model.head = torch.nn.Identity()
+    ran = []
+    model.forward = lambda x: ran.append(len(x)) or model.head(x.mean(dim=(3, 4)).flatten(1))
+    data = jhmdb.Clips(torch.randint(0, 255, (4, 3, 32, 2, 2), dtype=torch.uint8), torch.zeros(4), torch.zeros(4), np.arange(4))
+    frames = jhmdb_choice.middles(jhmdb_choice.random_cuts(4))
+    jhmdb_choice.features(model, data, frames[:2], "ways")
+    found = jhmdb_choice.features(model, data, frames, "ways")
+    assert ran == [12] * 4
+    for clip in range(4):
+        for way in range(12):
+            alone = jhmdb.normalised(data.clips[clip])[:, frames[clip, way]].mean(dim=(2, 3)).flatten()
+            torch.testing.assert_close(found[clip, way], alone, rtol=0, atol=1e-3)  # kept in half precision
+
+
+def test_the_oracle_of_numbers_spends_half_where_it_brings_features_nearer():
+    torch.manual_seed(0)
+    needs = torch.arange(40) % 2 == 0  # these lose much with few frames, the others nothing
+    dense = torch.randn(40, 1, 6)
+    even = {number: dense + needs[:, None, None] * (32 - number) / 32 * torch.randn(40, 1, 6) for number in jhmdb_choice.NUMBERS}
+    data = jhmdb.Clips(torch.empty(0), torch.arange(40) % 4 // 2, torch.arange(40) // 20, np.arange(40))
+    *equal, oracle = jhmdb_choice.of_how_many(even, data)
+    assert [choice.frames for choice in equal] == [4, 8, 16, 32]
+    half = equal[2]
+    assert oracle.frames <= 16 and oracle.distance < half.distance / 2
