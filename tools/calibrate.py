@@ -69,7 +69,9 @@ def calibrate_and_test(config: DictConfig, settings: TrainerSettings, dist_info:
         say(recipe.before[:1])  # only the recipe's clip and views are used here
     clip, source = builders.clip_settings(config), builders.load_source(config, dist_info, make=False)
     builders.require_videos(source, "train", "test")
-    model = builders.build_model(config, num_classes=len(source.class_names), dist_info=dist_info, seed=settings.seed, pretrained=True, trained=True)
+    num_classes = len(source.class_names)
+    model = builders.build_model(config, num_classes=num_classes, dist_info=dist_info, seed=settings.seed)
+    builders.load_given_weights(model, config, num_classes=num_classes, dist_info=dist_info, whole=True)
     if not model.sgs:
         raise ValueError(f"model={choices().get('model')} has no SGS layer to calibrate: choose model=NAME_sgs")
     for layer in model.sgs.values():

@@ -71,7 +71,10 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, dist_info: com
     builders.require_videos(source, "train", "val", *(["test"] if settings.test else []))
     # A run that resumes has its own weights.
     starts, given = not (folder / "checkpoints" / "last.pt").exists(), builders.weights_given(config)
-    model = builders.build_model(config, num_classes=len(source.class_names), dist_info=dist_info, seed=settings.seed, pretrained=starts)
+    num_classes = len(source.class_names)
+    model = builders.build_model(config, num_classes=num_classes, dist_info=dist_info, seed=settings.seed)
+    if starts:
+        builders.load_given_weights(model, config, num_classes=num_classes, dist_info=dist_info, whole=False)
     builders.check_batch_norm(model, clip, settings, dist_info)
     plain = OmegaConf.to_container(config, resolve=True)
     if dist_info.is_main:

@@ -116,16 +116,11 @@ def clip_settings(config: DictConfig) -> ClipSettings:
     return build(node, "dataset.clip")
 
 
-def build_model(config: DictConfig, *, num_classes: int, dist_info: DistInfo, seed: int = 0, pretrained: bool = False, trained: bool = False) -> VideoNet:
+def build_model(config: DictConfig, *, num_classes: int, dist_info: DistInfo, seed: int = 0) -> VideoNet:
     """Build the network of `model` on this rank's device, with weights drawn from the seed.
 
-    Args:
-        pretrained: load the weights of `model.weights` or `init_from`, if one is set; rank 0 prints a report. Not needed
-            where a checkpoint is loaded next.
-        trained: the network is used as it is: the weights must be those of all its tensors but the layer's own.
-
     Raises:
-        ValueError: options do not fit, weights are missing, or the network cannot run on clips of `dataset.clip`.
+        ValueError: options do not fit, or the network cannot run on clips of `dataset.clip`.
     """
     if dist_info.is_main:
         warn_of_ignored(config)
@@ -138,21 +133,33 @@ def build_model(config: DictConfig, *, num_classes: int, dist_info: DistInfo, se
         model.check_clip(config.dataset.clip.frames, config.dataset.clip.crop_size, config.dataset.clip.crop_size)
     except ValueError as error:
         raise ValueError(f"dataset.clip.frames={config.dataset.clip.frames}, dataset.clip.crop_size={config.dataset.clip.crop_size}: {error}") from error
-    given = weights_given(config)
-    if pretrained and given is not None:
-        if given.published is not None:
-            with comm.main_first(dist_info):
-                given.published.download(key=given.option, progress=dist_info.is_main)
-        report = load_pretrained(model, given.file, key=given.option)
-        if dist_info.is_main:
-            print(report.as_table(), flush=True)
-            warn_of_normalisation(given, config)
-        if trained and (untrained := [entry.name for entry in report.new if not entry.name.startswith("sgs.")]):
-            raise ValueError(
-                f"{given.option}={given.file} leaves {', '.join(untrained[:3])} untrained, and nothing is trained here: choose the network and the dataset"
-                f" ({num_classes} classes now) that it was trained for"
-            )
     return model.to(dist_info.device)
+
+
+def load_given_weights(model: VideoNet, config: DictConfig, *, num_classes: int, dist_info: DistInfo, whole: bool) -> None:
+    """Load the weights of `model.weights` or `init_from`, if one is set; rank 0 prints a report.
+
+    Args:
+        whole: nothing is trained next, so that the weights must be those of all tensors but the sampling layers' own.
+
+    Raises:
+        ValueError: weights are missing or do not fit.
+    """
+    given = weights_given(config)
+    if given is None:
+        return
+    if given.published is not None:
+        with comm.main_first(dist_info):
+            given.published.download(key=given.option, progress=dist_info.is_main)
+    report = load_pretrained(model, given.file, key=given.option)
+    if dist_info.is_main:
+        print(report.as_table(), flush=True)
+        warn_of_normalisation(given, config)
+    if whole and (untrained := [entry.name for entry in report.new if not entry.name.startswith("sgs.")]):
+        raise ValueError(
+            f"{given.option}={given.file} leaves {', '.join(untrained[:3])} untrained, and nothing is trained here: choose the network and the dataset"
+            f" ({num_classes} classes now) that it was trained for"
+        )
 
 
 def check_batch_norm(model: VideoNet, clip: ClipSettings, settings: TrainerSettings, dist_info: DistInfo) -> None:
