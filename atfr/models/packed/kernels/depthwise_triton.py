@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atfr.models.packed.kernels.depthwise import Geometry
+from atfr.models.packed.kernels.geometry import Geometry
 
 BLOCKS = ((16, 64, 4), (32, 64, 4), (64, 32, 4), (16, 128, 4))  # (positions, channels, warps) that are tried
 VARYING = ["frames", "M", "tiles_each"]  # arguments for whose values no kernel of their own is compiled: they change with each batch
