@@ -1,7 +1,7 @@
 """Checks of the Triton kernels of packed execution under Triton's interpreter, each a test in `test_kernels.py`.
 
 Triton reads TRITON_INTERPRET at its import, so that this runs in a process of its own:
-`TRITON_INTERPRET=1 python tests/packed/kernels_interpreted.py`. It prints the name of each check that passes.
+`TRITON_INTERPRET=1 PYTHONPATH=.:tests/helpers/networks python tests/packed/kernels_interpreted.py`. It prints the name of each check that passes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 import traceback
 from unittest.mock import patch
 
+import interpreted_triton
 import torch
 from fvcore.nn.squeeze_excitation import SqueezeExcitation
 from pytorchvideo.models.slowfast import FuseFastToSlow
@@ -290,6 +291,7 @@ CHECKS = [
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    interpreted_triton.mend()
     with patch.object(support, "triton_runs", lambda device: True):
         for check in CHECKS:
             torch.manual_seed(0)

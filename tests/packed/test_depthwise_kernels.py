@@ -136,14 +136,15 @@ def test_a_step_of_x3d_calls_a_kernel_for_each_depthwise_convolution_and_moves_n
 
 
 def test_without_triton_one_line_says_so_and_torch_convolves(monkeypatch, caplog):
-    monkeypatch.setattr(support, "_RUNS", {})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setitem(sys.modules, "triton", None)  # importing it fails
     monkeypatch.setattr(segments, "_on", lambda values, device, dtype=torch.int64: torch.empty(len(values), dtype=dtype, device=device))
     lengths = (2, 1, 3)
     with FakeTensorMode(), torch.device(GPU):
         conv, x = depthwise_conv(), torch.empty(1, 4, 6, 3, 3)
+        conv(x)  # the first stand-in on a GPU sets torch up for them, which it cannot while a GPU seems to be there
+        monkeypatch.setattr(support, "_RUNS", {})
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        monkeypatch.setitem(sys.modules, "triton", None)  # importing it fails
         packed = segments.Segments(lengths, 3, torch.zeros(6))
         for _ in range(2):
             assert not depthwise.takes(conv, GPU, F32)

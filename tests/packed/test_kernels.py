@@ -29,7 +29,7 @@ def output() -> str:
     """What the checks print: in a process of its own, since Triton decides at its import whether it interprets."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     done = subprocess.run([sys.executable, str(CHECKS)], env=env, capture_output=True, text=True, timeout=500)
     return done.stdout + done.stderr
 
