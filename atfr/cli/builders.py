@@ -140,7 +140,7 @@ def load_given_weights(model: VideoNet, config: DictConfig, *, num_classes: int,
     """Load the weights of `model.weights` or `init_from`, if one is set; rank 0 prints a report.
 
     Args:
-        whole: nothing is trained next, so that the weights must be those of all tensors but the sampling layers' own.
+        whole: require weights for every tensor except the sampling layers', because nothing is trained next.
 
     Raises:
         ValueError: weights are missing or do not fit.

@@ -135,7 +135,7 @@ def main() -> None:
 
 
 def published() -> list[Job]:
-    """The runs that claim.csv has a row of, in its order."""
+    """The runs that rows.csv has a row of, in its order."""
     jobs = {}
     for row in saved():
         data, _, network = row.data.rpartition("-")

@@ -6,8 +6,8 @@
 have the same share of a machine on which other runs go on, so that their ratio is one of the study's figures; clips a second
 are not, and are here for orientation.
 
-*Change*, where B' has to do with what a clip shows, and of generated videos alone: all of these go through the same number of events, so
-this plays other ones: a random share of a test video stretched over a whole clip (none of it, in every fifth clip: one frame held),
+*Change* (generated videos and adaptive layers only): all test videos have equally many events, so
+this plays clips of which the amount of change is known: a random share of a test video stretched over a whole clip (none of it, in every fifth clip: one frame held),
 with sensor noise anew for each frame, as a camera that films something still would give. And the busiest clips that there can be: every
 frame of another video. Where the videos have distractors, it also says how B' follows the number of events in a clip, and how the
 amount of change that means nothing.
@@ -73,6 +73,7 @@ def main() -> None:
 
 
 def time_saved(model: VideoNet, config: DictConfig) -> dict[str, float]:
+    """Time the network with its layer and without, on the test clips."""
     clip = builders.clip_settings(config)
     views = TestClips(builders.load_source(config, CPU).test, clip, views=clip.views, crops=clip.crops)
     loader = test_loader(views, batch_size=config.trainer.batch_size)
@@ -81,7 +82,8 @@ def time_saved(model: VideoNet, config: DictConfig) -> dict[str, float]:
     repeats = -(-LEAST // len(batches))
     sampled, dense = in_turns((model, DenseNetwork(model.dense_network)), batches * repeats)
     clips = repeats * sum(len(batch) for batch in batches) - len(batches[0])  # the first batch does not count
-    return {"time_of_dense": sampled / dense, "clips_per_second": clips / sampled, "dense_clips_per_second": clips / dense, "batch_size": config.trainer.batch_size}
+    speeds = {"clips_per_second": clips / sampled, "dense_clips_per_second": clips / dense}
+    return {"time_of_dense": sampled / dense, **speeds, "batch_size": config.trainer.batch_size}
 
 
 def in_turns(ways: tuple[Callable[[Tensor], object], ...], batches: Iterable[Tensor]) -> list[float]:
@@ -97,6 +99,7 @@ def in_turns(ways: tuple[Callable[[Tensor], object], ...], batches: Iterable[Ten
 
 
 def what_bins_follow(model: VideoNet, config: DictConfig) -> dict[str, object]:
+    """Correlate B' with what is known of the clips that are played."""
     clip = builders.clip_settings(config)
     normalise = Normalizer(clip.mean, clip.std)
 

@@ -55,7 +55,7 @@ class Row:
 
 
 def updated(runs: Path) -> list[Row]:
-    """The rows of claim.csv, in its order, after those of all runs under `runs` took their places in it or were added."""
+    """The rows of rows.csv, in its order, after those of all runs under `runs` took their places in it or were added."""
     rows = {row.key: row for row in saved()}
     rows.update({row.key: row for row in found(runs)})
     text = io.StringIO(newline="")
@@ -67,7 +67,7 @@ def updated(runs: Path) -> list[Row]:
 
 
 def saved() -> list[Row]:
-    """The rows of claim.csv; none where there is no such file."""
+    """The rows of rows.csv; none where there is no such file."""
     if not ROWS.exists():
         return []
     kinds = {"str": str, "int": int, "float": float}

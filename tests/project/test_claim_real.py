@@ -192,3 +192,29 @@ def test_the_oracle_of_numbers_spends_half_where_it_brings_features_nearer():
     *equal, oracle = jhmdb_choice.of_how_many(even, data)
     assert [choice.frames for choice in equal] == [4, 8, 32]
     assert oracle.frames <= 16 and oracle.distance < (even[16] - dense).square().mean() / 2
+
+
+def test_merge_costs_of_a_fold_are_learned_without_it(monkeypatch):
+    monkeypatch.setattr(jhmdb_choice, "EPOCHS", 1)
+    folds = torch.arange(6) % 3
+    data = jhmdb.Clips(torch.randint(0, 255, (6, 3, 32, 16, 16), dtype=torch.uint8), torch.zeros(6), folds, np.arange(6))
+    distance, cuts = torch.rand(6, 12) + 0.1, jhmdb_choice.random_cuts(6)
+    found, fitted = jhmdb_choice.learned_costs(distance, cuts, data)
+    distance[folds == 1] = torch.nan  # of fold 1, on which the embedding for fold 1 must not depend
+    again, spoilt = jhmdb_choice.learned_costs(distance, cuts, data)
+    assert again[folds == 1].equal(found[folds == 1]) and found.isfinite().all() and fitted.isfinite().all()
+    assert again[folds != 1].isnan().all() and spoilt.isnan().any()
+
+
+def test_choices_are_averaged_compared_and_taken_where_their_cost_is_least(monkeypatch):
+    monkeypatch.setattr(jhmdb_choice, "predictions", lambda x, labels, folds: x.argmax(dim=1))
+    monkeypatch.setattr(jhmdb_choice, "WAYS", 3)
+    data = jhmdb.Clips(torch.empty(0), torch.tensor([0, 1]), torch.arange(2), np.arange(2))
+    ways = torch.eye(2)[torch.tensor([[0, 0, 1], [0, 1, 1]])]  # [N, ways, D]: what each way is taken for
+    distance = torch.tensor([[0.5, 0.9, 0.1], [0.5, 0.9, 0.4]])
+    second, random, by_cost, oracle = jhmdb_choice.of_which(ways, distance, {"cost": torch.tensor([[3.0, 1.0, 2.0]] * 2)}, data)
+    assert (second.hits.tolist(), random.hits.tolist()) == ([1, 0], [0.5, 1])
+    assert (by_cost.hits.tolist(), oracle.hits.tolist()) == ([1, 1], [0, 1])
+    assert (random.distance, by_cost.distance, oracle.distance) == pytest.approx((0.575, 0.9, 0.25))
+    lines = jhmdb_choice.table([second, by_cost], data).splitlines()
+    assert lines[2].endswith("| 0.50 | 50.0 |  |") and lines[3].endswith("| 0.90 | 100.0 | +50.0 ± 50.0 |")

@@ -14,7 +14,7 @@ COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, n
 def mend() -> None:
     """Let the interpreter of Triton 3.9 run what compiles for GPUs; of older ones this changes nothing that our kernels give.
 
-    It takes the comparison of two numbers for int32 when it is spread over a block, and refuses masks of int32. And it compares bfloat16 by
+    It takes a comparison of two numbers, spread over a block, for int32, and refuses masks of int32. And it compares bfloat16 by
     its bits, as uint16.
     """
     binary_op = interpreter.InterpreterBuilder.binary_op

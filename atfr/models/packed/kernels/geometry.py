@@ -1,4 +1,4 @@
-"""What a depthwise convolution does in space and time: the plain functions and the Triton kernels need it."""
+"""Kernel size, stride and padding of a depthwise convolution, for the plain functions and the Triton kernels."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ class Geometry(NamedTuple):
 
     @staticmethod
     def of(kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Geometry:
+        """Take a kernel (time, height, width), and stride and padding in space."""
         (time, height, width), (down, right), (above, left) = kernel, stride, padding
         return Geometry((time, height, width), (down, right), (above, left))
 
