@@ -99,6 +99,15 @@ def curves(points: Iterable[Point]) -> list[list[Point]]:
     return list(by_location.values())
 
 
+def apart(points: list[Point]) -> tuple[list[Point], list[Point]]:
+    """Divide the points of a panel into those that are drawn, and those so far below that they would squeeze the others: more than twice their range."""
+    drawn = sorted(points, key=lambda point: point.top1)
+    below: list[Point] = []
+    while len(drawn) > 2 and drawn[1].top1 - drawn[0].top1 > 2 * (drawn[-1].top1 - drawn[1].top1):
+        below.append(drawn.pop(0))
+    return drawn, below
+
+
 def draw(panels: list[list[Point]], file: Path) -> None:
     """Draw one panel a benchmark, and one legend for all."""
     import matplotlib
@@ -107,7 +116,11 @@ def draw(panels: list[list[Point]], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.3))
-    for axis, title, points in zip(axes, TITLES, panels):
+    for axis, title, panel in zip(axes, TITLES, panels):
+        points, below = apart(panel)
+        if below:
+            said = ", ".join(f"{STYLES[style_of(point.method)][0]}: {point.top1:.0f} %" for point in below)
+            axis.text(0.97, 0.03, f"below: {said}", transform=axis.transAxes, ha="right", fontsize=8)
         for key, (label, colour, marker) in STYLES.items():
             for curve in curves(point for point in points if style_of(point.method) == key):
                 x, y, error = ([getattr(point, field) for point in curve] for field in ("gflops", "top1", "error"))

@@ -142,6 +142,13 @@ def test_the_picture_knows_every_method_that_it_has_a_row_of_and_the_error_over_
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
+def test_a_point_far_below_the_others_does_not_squeeze_them():
+    points = [claim_picture.Point("m", "", 0.5, top1, 1.0) for top1 in (100.0, 16.0, 90.0, 85.0)]
+    drawn, below = claim_picture.apart(points)
+    assert [point.top1 for point in drawn] == [85, 90, 100] and [point.top1 for point in below] == [16]
+    assert claim_picture.apart(points[2:]) == (points[:1:-1], [])
+
+
 def test_the_points_of_a_method_are_one_curve_from_the_cheapest_on_and_locations_are_apart():
     points = [claim_picture.Point(*values, 50.0, 1.0) for values in (("stride-6", "", 0.5), ("stride-4", "", 0.3), ("atfr", "stem", 0.5), ("atfr", "input", 0.5))]
     assert [[p.gflops for p in curve] for curve in claim_picture.curves(points)] == [[0.3, 0.5], [0.5], [0.5]]
