@@ -34,7 +34,7 @@ FEATURES = Path("runs/claim/jhmdb_choice")
 HALF, WAYS = FRAMES // 2, 12
 NUMBERS = (4, 8, HALF, FRAMES)  # of evenly spaced frames
 SAVE_EVERY = 50  # clips
-EPOCHS, BATCH_SIZE, RATE, DIM, GRID = 30, 16, 2e-3, 16, 16  # of the embedding of merge costs; set beforehand, and not searched
+EPOCHS, BATCH_SIZE, RATE, DIM, GRID = 30, 16, 2e-3, 16, 16  # of the embedding of merge costs; not searched
 
 
 @dataclass(frozen=True)
