@@ -25,6 +25,7 @@ from claim_report import fill
 from jhmdb import DENSE, FRAMES, ROOT, Clips, kinetics_weights, network, normalised, options_of, predictions, read_clips
 from torch import Tensor, nn
 
+from atfr.models.packed.ops import framewise_pool
 from atfr.models.sgs.embedding import PooledEmbedding
 from atfr.models.sgs.glance import GlanceEmbedding
 from atfr.utils.atomic_io import atomic_write
@@ -183,7 +184,7 @@ def learned_costs(distance: Tensor, cuts: Tensor, data: Clips) -> tuple[Tensor, 
 
     The variance within parts shall be the distance of features, but for a factor of each clip, so that the cuts of a clip are told apart.
     """
-    pooled = torch.cat([nn.functional.adaptive_avg_pool3d(normalised(clip)[None], (FRAMES, GRID, GRID)) for clip in data.clips]).transpose(1, 2).flatten(2)
+    pooled = torch.cat([framewise_pool(normalised(clip)[None], GRID) for clip in data.clips])  # [N, T, C GRID GRID]
     found, fitted = torch.empty_like(distance, dtype=torch.float64), torch.empty_like(distance, dtype=torch.float64)
     for fold in data.folds.unique():
         torch.manual_seed(0)
