@@ -7,6 +7,7 @@ from typing import Callable
 
 import pytest
 import torch
+from batch_norms import spread
 from torch import Tensor, nn
 from torchvision.models import ResNet, resnet50
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -18,17 +19,6 @@ from atfr.models.pretrained.load import load_pretrained
 from atfr.models.video_net import VideoNet
 
 IMAGE_STAGES = {"stem": "maxpool", "res2": "layer1", "res3": "layer2", "res4": "layer3", "res5": "layer4"}
-
-
-def spread(network: nn.Module) -> nn.Module:
-    """Give every batch norm statistics and weights of its own."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.1)
-    return network.eval()
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from batch_norms import spread
 from pytorchvideo.models import hub
 from run_tools import Outcome, run_tool, small_job
 from tiers import slow_but
@@ -19,15 +20,6 @@ from torch import nn
 import atfr
 from atfr.models.factory import model_names
 from atfr.models.pretrained.published import FITS, find_published
-
-
-def spread(network: nn.Module) -> nn.Module:
-    """Give every batch norm statistics of its own, so that a mix-up changes the logits."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm3d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 2)
-    return network.eval()
 
 
 def library_network(name: str) -> nn.Module:

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from batch_norms import spread
 from omegaconf import OmegaConf
 from pytorchvideo.models import hub
 from pytorchvideo.models.csn import create_csn
@@ -34,17 +35,6 @@ CLIP = (2, 3, 4, 32, 32)
 
 
 # ---------------------------------------------------------------- the source libraries' networks
-
-
-def spread(network):
-    """Give every batch norm statistics and weights of its own, so that a mix-up changes the logits."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm3d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.1)
-    return network.eval()
 
 
 def source_x3d(classes=5):

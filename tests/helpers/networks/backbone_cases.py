@@ -6,6 +6,7 @@ import sys
 from typing import Callable, NamedTuple
 
 import torch
+from batch_norms import spread
 from pytorchvideo.models import hub
 from pytorchvideo.models.slowfast import create_slowfast
 from pytorchvideo.models.x3d import create_x3d
@@ -74,16 +75,11 @@ NETWORKS = ["x3d tiny", "slow R50", "c2d R50", "i3d R50", "r2plus1d 18", "csn R1
 
 def lively(network: nn.Module, *inputs: object) -> nn.Module:
     """Batch norms away from the identity and logits of spread one, in evaluation mode."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm3d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 1.5)
+    spread(network)
     last = [module for module in network.modules() if isinstance(module, (nn.Linear, nn.Conv3d)) and module.bias is not None][-1]
     nn.init.normal_(last.weight)
     with torch.no_grad():
-        last.weight /= network.eval()(*inputs).std()
+        last.weight /= network(*inputs).std()
     return network
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import torch
+from batch_norms import spread
 from torch import nn
 
 TOLERANCE = 1e-4  # of logits of spread one
@@ -12,16 +13,11 @@ TOLERANCE = 1e-4  # of logits of spread one
 
 def lively(model: nn.Module, frames: int = 16, size: int = 32) -> nn.Module:
     """Batch norms away from the identity, so that padding would leak, and logits of spread one."""
-    for module in model.modules():
-        if isinstance(module, (nn.BatchNorm3d, nn.BatchNorm1d)):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 1.5)
+    spread(model)
     last = [module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == 6][0]
     nn.init.normal_(last.weight)
     with torch.no_grad():
-        logits = model.eval()(uneven_clips(4, frames, size))
+        logits = model(uneven_clips(4, frames, size))
         last.weight /= logits.std()
     return model
 
