@@ -115,12 +115,12 @@ def _cut_kernel(
     sound = tl.sum(unsound) == 0
     rounding = 1e-6 * tl.sum(uncentred) / dim
     total = tl.cumsum(squares, axis=0)
-    before, end = time[:, None], time[None, :]
-    norm = tl.sum(tl.where(before == end, products, 0.0), axis=0)  # |P_t|^2
+    before, until = time[:, None], time[None, :]
+    norm = tl.sum(tl.where(before == until, products, 0.0), axis=0)  # |P_t|^2
     apart = norm[None, :] + norm[:, None] - 2 * products
-    costs = (total[None, :] - total[:, None] - apart / tl.maximum(end - before, 1)) / dim - rounding
+    costs = (total[None, :] - total[:, None] - apart / tl.maximum(until - before, 1)) / dim - rounding
     costs = tl.where(sound, tl.maximum(costs, 0.0), 0.0)
-    costs = tl.where(before < end, costs, float("inf"))  # of one bin from the frame after `before` to `end`
+    costs = tl.where(before < until, costs, float("inf"))  # of one bin from the frame after `before` to `until`
     row = (total - norm / (time + 1)) / dim - rounding
     row = tl.where(sound, tl.maximum(row, 0.0), 0.0)  # E_k of the frames up to each one, at first k = 1
 
