@@ -24,7 +24,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from atfr.models.packed import ops
-from atfr.models.packed.kernels import clips, depthwise, nearest, rows
+from atfr.models.packed.kernels import clips, nearest, rows
 from atfr.models.packed.segments import Segments
 from atfr.models.sgs.partition_kernel import cut
 

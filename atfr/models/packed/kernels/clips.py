@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atfr.models.packed.kernels.rows import block_of, sums_in
-from atfr.models.packed.kernels.support import empty_frames, frames_of, new_frames, power_of_two
+from atfr.models.packed.kernels.support import ceil_division, empty_frames, frames_of, new_frames, power_of_two
 
 BLOCK = 2048  # elements that one program loads at once
 
@@ -82,7 +82,7 @@ def _run_sums(x: Tensor, y: Tensor | None, starts: Tensor, dtype: torch.dtype) -
     out = torch.empty((len(starts) - 1, channels), dtype=dtype, device=x.device)
     block_c = power_of_two(channels, 64)
     block_p = power_of_two(positions, BLOCK // block_c)
-    blocks = triton.cdiv(channels, block_c)
+    blocks = ceil_division(channels, block_c)
     options = {"SUMS": sums_in(x.dtype), "BLOCK_C": block_c}
     with torch.cuda.device_of(x):
         _frame_sums[(len(sums) * blocks,)](
@@ -97,7 +97,7 @@ def _run_spread(x: Tensor | None, values: Tensor, owner: Tensor, starts: Tensor,
     block_c = power_of_two(channels, 64)
     block_p = power_of_two(positions, BLOCK // block_c)
     with torch.cuda.device_of(out):
-        _spread[(out.shape[2] * triton.cdiv(positions, block_p) * triton.cdiv(channels, block_c),)](
+        _spread[(out.shape[2] * ceil_division(positions, block_p) * ceil_division(channels, block_c),)](
             out if x is None else frames_of(x), values.contiguous(), owner, starts, out, positions, channels,
             PRODUCT=x is not None, SUMS=sums_in(out.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
         )  # fmt: skip

@@ -8,7 +8,7 @@ Offsets within a frame have 32 bits unless a frame is larger.
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import torch
 import triton
@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atfr.models.packed.kernels.geometry import Geometry
+from atfr.models.packed.kernels.support import ceil_division
 
 BLOCKS = ((16, 64, 4), (32, 64, 4), (64, 32, 4), (16, 128, 4))  # (positions, channels, warps) that are tried
 VARYING = ["frames", "M", "tiles_each"]  # arguments for whose values no kernel of their own is compiled: they change with each batch
@@ -213,16 +214,26 @@ GRADIENT_PROGRAMS = 2048 if COMPILED else 12  # of the weight gradient: a few fo
 
 
 def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
-    """Return the configs that do not waste half of a block of channels."""
-    channels, least = constants["C"], min(config.kwargs["BLOCK_C"] for config in configs)
-    return [config for config in configs if config.kwargs["BLOCK_C"] < max(2 * channels, least + 1)]
+    """Return the configs that do not waste half of a block of channels or of positions: each one that is tried is compiled."""
+    for block, size in (("BLOCK_C", constants["C"]), ("BLOCK_P", arguments["OH"] * arguments["OW"])):
+        most = max(2 * size - 1, min(config.kwargs[block] for config in configs))
+        configs = [config for config in configs if config.kwargs[block] <= most]
+    return configs
+
+
+def _milliseconds(call: Callable[[], None], quantiles: Sequence[float]) -> list[float]:
+    """Time a kernel in 25 ms, a fifth of what Triton takes, since a network has some fifty to time in its first step."""
+    return triton.testing.do_bench(call, warmup=5, rep=20, quantiles=quantiles)
 
 
 def _tuned(kernel: Callable) -> Any:
-    """Choose the blocks of a kernel in its first call for a size of frames. The number of frames differs from batch to batch."""
+    """Choose the blocks of a kernel in its first call for a size of frames. The number of frames differs from batch to batch.
+
+    The choice is kept in Triton's cache, for the next process.
+    """
     configs = [triton.Config({"BLOCK_P": positions, "BLOCK_C": channels}, num_warps=warps) for positions, channels, warps in BLOCKS]
     key = ["C", "H", "W", "KT", "KH", "KW", "SH", "SW"]
-    return triton.autotune(configs, key=key, prune_configs_by={"early_config_prune": _fitting})(kernel)
+    return triton.autotune(configs, key=key, prune_configs_by={"early_config_prune": _fitting}, do_bench=_milliseconds, cache_results=True)(kernel)
 
 
 def _interpreted(channels: int) -> dict[str, int]:
@@ -240,7 +251,7 @@ def output(x: Tensor, taps: Tensor, bias: Tensor | None, bounds: Tensor | None, 
     frames, places = x.shape[0] * x.shape[1], out.shape[2] * out.shape[3]
 
     def grid(blocks: dict[str, int]) -> tuple[int, int]:
-        return frames * triton.cdiv(places, blocks["BLOCK_P"]), triton.cdiv(x.shape[4], blocks["BLOCK_C"])
+        return frames * ceil_division(places, blocks["BLOCK_P"]), ceil_division(x.shape[4], blocks["BLOCK_C"])
 
     with torch.cuda.device_of(x):
         _OUTPUT[grid](x, taps, bias, bounds, out, *sizes, BIAS=bias is not None, **constants, **_interpreted(x.shape[4]))
@@ -251,10 +262,10 @@ def input_gradient(gradient: Tensor, taps: Tensor, bounds: Tensor | None, out: T
     sizes, constants = _arguments(out, gradient, bounds, geometry)
     frames = out.shape[0] * out.shape[1]
     (sh, sw), (height, width) = geometry.stride, out.shape[2:4]
-    places = triton.cdiv(height, sh) * triton.cdiv(width, sw)
+    places = ceil_division(height, sh) * ceil_division(width, sw)
 
     def grid(blocks: dict[str, int]) -> tuple[int, int]:
-        return frames * sh * sw * triton.cdiv(places, blocks["BLOCK_P"]), triton.cdiv(out.shape[4], blocks["BLOCK_C"])
+        return frames * sh * sw * ceil_division(places, blocks["BLOCK_P"]), ceil_division(out.shape[4], blocks["BLOCK_C"])
 
     with torch.cuda.device_of(out):
         _INPUT_GRADIENT[grid](gradient, taps, bounds, out, *sizes, **constants, **_interpreted(out.shape[4]))
@@ -272,11 +283,11 @@ def weight_gradient(gradient: Tensor, x: Tensor, bounds: Tensor | None, geometry
     block_c = 64 if channels > 32 else 32
     block_p = (1024 if rows_each * columns_each > 3 else 2048) // block_c  # 8 or 16 sums of each tap in a thread
     size = {"BLOCK_P": block_p, "BLOCK_C": block_c} | _interpreted(channels)
-    blocks = triton.cdiv(channels, size["BLOCK_C"])
-    groups = time * triton.cdiv(rows, rows_each) * triton.cdiv(columns, columns_each)
-    tiles = frames * triton.cdiv(out_height * out_width, size["BLOCK_P"])
-    tiles_each = triton.cdiv(tiles, max(GRADIENT_PROGRAMS // (blocks * groups), 1))
-    partial = x.new_empty((triton.cdiv(tiles, tiles_each), channels, geometry.taps), dtype=torch.float32)
+    blocks = ceil_division(channels, size["BLOCK_C"])
+    groups = time * ceil_division(rows, rows_each) * ceil_division(columns, columns_each)
+    tiles = frames * ceil_division(out_height * out_width, size["BLOCK_P"])
+    tiles_each = ceil_division(tiles, max(GRADIENT_PROGRAMS // (blocks * groups), 1))
+    partial = x.new_empty((ceil_division(tiles, tiles_each), channels, geometry.taps), dtype=torch.float32)
     with torch.cuda.device_of(x):
         _weight_gradient[len(partial), blocks, groups](
             gradient, x, bounds, partial, *sizes, frames, tiles_each, height, width, out_height, out_width,

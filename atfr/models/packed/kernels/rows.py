@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atfr.models.packed.kernels.support import frames_of, new_frames, power_of_two
+from atfr.models.packed.kernels.support import ceil_division, frames_of, new_frames, power_of_two
 
 BLOCK = 2048  # elements that one program moves
 
@@ -45,7 +45,7 @@ def _run_gather(x: Tensor, index: Tensor, fill: float, *, relu: bool = False, fo
     width = frames[0].numel()
     block = power_of_two(width, BLOCK)
     with torch.cuda.device_of(x):
-        _gather[(len(index) * triton.cdiv(width, block),)](
+        _gather[(len(index) * ceil_division(width, block),)](
             frames, index, frames if forward is None else frames_of(forward), out, width, fill, RELU=relu, MASKED=forward is not None, BLOCK=block
         )
     return out
@@ -162,7 +162,7 @@ def normalise_frames(
     block_c = power_of_two(channels, 128)
     block_p = power_of_two(positions, BLOCK // block_c)
     with torch.cuda.device_of(x):
-        _finish[(count * triton.cdiv(positions, block_p) * triton.cdiv(channels, block_c),)](
+        _finish[(count * ceil_division(positions, block_p) * ceil_division(channels, block_c),)](
             frames, frames if index is None else index, mean, variance, mean if weight is None else weight, mean if bias is None else bias,
             frames if residual is None else frames_of(residual), out, positions, channels, epsilon,
             SELECT=index is not None, AFFINE=weight is not None, ADD=residual is not None, RELU=relu,
@@ -189,7 +189,7 @@ def add_relu(x: Tensor, y: Tensor) -> Tensor:
     """Compute relu(x + y) of packed features [1, C, M, H, W] of one type, in channels-last memory."""
     frames, out = frames_of(x), new_frames(x, x.shape[2])
     with torch.cuda.device_of(x):
-        _add_relu[(triton.cdiv(frames.numel(), BLOCK),)](frames, frames_of(y), out, frames.numel(), SUMS=sums_in(x.dtype), BLOCK=BLOCK)
+        _add_relu[(ceil_division(frames.numel(), BLOCK),)](frames, frames_of(y), out, frames.numel(), SUMS=sums_in(x.dtype), BLOCK=BLOCK)
     return out
 
 

@@ -38,7 +38,20 @@ def _obstacle(device: torch.device) -> str | None:
         import triton  # noqa: F401
     except Exception as error:  # of whatever type its libraries raise
         return f"Triton cannot be imported ({error})"
+    try:
+        _run_first_kernel(device)
+    except Exception as error:  # no C compiler, no headers of Python, a GPU that is too new, a cache that cannot be written
+        what = (str(error).strip().splitlines() or [""])[0][:200]
+        return f"Triton's first kernel failed ({type(error).__name__}: {what}); it needs a C compiler and the headers of Python"
     return None
+
+
+def _run_first_kernel(device: torch.device) -> None:
+    from atfr.models.packed.kernels.rows import add_relu  # which needs Triton
+
+    one = torch.ones(1, 1, 1, 1, 1, device=device)
+    if (found := add_relu(one, one).item()) != 2:
+        raise ArithmeticError(f"it found {found} for 1 + 1")
 
 
 def frames_of(x: Tensor) -> Tensor:
@@ -60,3 +73,8 @@ def empty_frames(like: Tensor, shape: Sequence[int]) -> Tensor:
 def power_of_two(size: int, most: int) -> int:
     """Return the least power of two that is not below `size`, and at most `most`."""
     return min(1 << max(size - 1, 0).bit_length(), most)
+
+
+def ceil_division(size: int, block: int) -> int:
+    """Return how many blocks hold `size` elements. Triton's own function takes 5 us on the host, half a launch."""
+    return -(-size // block)
