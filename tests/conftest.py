@@ -16,8 +16,9 @@ from run_tools import signal_handlers_kept
 from video_files import write_video
 
 LONGEST = (
-    *("test_slurm", "test_tools", "test_kill", "test_packed_backbones", "test_one_step", "test_configs", "test_command_line"),
-    *("test_weights", "test_backbones", "test_readme", "test_accounting", "test_api", "test_predict", "test_monitoring"),
+    *("test_slurm", "test_kill", "test_packed_backbones", "test_tested_checkpoints", "test_several_processes", "test_one_step", "test_configs"),
+    *("test_command_line", "test_run_outputs", "test_user_mistakes", "test_backbones", "test_readme", "test_accounting", "test_api", "test_predict"),
+    "test_examples",
 )
 
 hide_gpus()

@@ -105,7 +105,7 @@ def small_job(videos: Path, folder: Path, *more: str) -> list[str]:
         "trainer.workers=0",
         "trainer.statistics_clips=4",
         "trainer.log_every=1",
-        "trainer.tensorboard_pictures=0",  # tests/programs/test_monitoring.py looks at the pictures
+        "trainer.tensorboard_pictures=0",  # the tests of tests/programs/monitoring look at the pictures
         "trainer.examples=0",
         f"trainer.output_dir={folder}",
         *(["model.sgs.keep_ratio=0.5"] if is_usual else []),  # a budget in GFLOPs needs their table, which takes seconds

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from atfr.data.clips import ClipSettings
 
 SETTINGS = {
@@ -15,5 +17,5 @@ SETTINGS = {
 }
 
 
-def settings(**changes):
+def settings(**changes: Any) -> ClipSettings:
     return ClipSettings(**{**SETTINGS, **changes})

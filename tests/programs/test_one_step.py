@@ -33,7 +33,7 @@ SMALL = [
     "trainer.log_every=1",
     "trainer.workers=0",
     "trainer.statistics_clips=0",
-    "trainer.tensorboard_pictures=0",  # they take longer than the step; test_monitoring.py looks at them
+    "trainer.tensorboard_pictures=0",  # they take longer than the step; the tests of monitoring/ look at them
     "trainer.accelerator=cpu",
     "trainer.test=false",
 ]

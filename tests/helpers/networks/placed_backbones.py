@@ -18,6 +18,7 @@ from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
 
 ATFR = SGSConfig.from_preset("atfr", keep_ratio=0.5)
+REFERENCE = SGSConfig.from_preset("reference")
 EVERYWHERE = ("stem", "res2", "res3", "res4", ("res2", "res4"))
 SOME = ("res2", "res3", ("stem", "res4"))
 PATHWAYS = ("stem", "res2", ("res2", "res4"), "fast.res2", ("slow.res2", "fast.res3"), ("fast.res2", "slow.res3"))
@@ -54,6 +55,20 @@ NETS = {
     "slowfast 4x16-R50": Net(32, "blocks.2.multipathway_blocks.1.res_blocks.0", ("slow.res2",), side=16),
     "slowfast 8x8-R50": Net(16, "blocks.2.multipathway_blocks.1.res_blocks.0", PATHWAYS, side=16),
 }  # fmt: skip
+
+
+def in_words(value: object) -> str:
+    """Name a test's parameters in its id."""
+    return value if isinstance(value, str) else " ".join(map(in_words, value))
+
+
+def paths_of(name: str, location: str | tuple[str, ...]) -> dict[str, str]:
+    """Return {layer: path of the module that it samples}, as `model.sgs.after` has it."""
+    stages, paths = stages_of(CASES[name]), {}
+    for part in (location,) if isinstance(location, str) else location:
+        target = stages.get(part, part)
+        paths |= {part: target} if isinstance(target, str) else {t: stages[t] for t in target}
+    return paths
 
 
 def clips_for(name: str, count: int, least: int = 1) -> Tensor:

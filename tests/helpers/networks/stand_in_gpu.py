@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Callable
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -25,7 +26,7 @@ class StandInEvent:
         pass
 
 
-def fake_gpu(monkeypatch, waited: Callable[[], None]) -> None:
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, waited: Callable[[], None]) -> None:
     """Let the sampling and its plans run on stand-ins: `waited` is called where the host waits for B', which is then 3, 4, 3, ..."""
 
     class Copy(HostCopy):

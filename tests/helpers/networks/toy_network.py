@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Toy(nn.Module):
@@ -12,10 +12,10 @@ class Toy(nn.Module):
         super().__init__()
         self.first, self.second, self.pool = nn.Conv3d(3, 8, 1), second, nn.AdaptiveAvgPool3d(1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.pool(self.second(self.first(x))).flatten(1)
 
 
 class Flip(nn.Module):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x.flip(2)
