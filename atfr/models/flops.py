@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 CONVENTION = "fvcore: one multiply-add = one FLOP, batch norm excluded, sampling layer included, one clip (view)"
 
+LINEAR = 0.02  # how far an estimate may be from an analysis, as a share
+
 
 class GflopsTable:
     """What a clip of `clip_shape` (3, T, H, W) costs `model`, dense and for each B' it may keep.
@@ -66,15 +68,16 @@ class GflopsTable:
     def estimate(self, bins: Sequence[tuple[int, ...]]) -> np.ndarray:
         """Return GFLOPs for each B' like `at`, from a few analyses for all of them together.
 
-        The cost is linear in the lengths that features have along the trunk, which B' determines. So this is exact but for
-        rounding and for operations whose cost is not in proportion to the length (non-local blocks, a layer behind another).
+        The cost is linear in the lengths that features have along the trunk, which B' determines. Where one more analysis shows
+        that it is not (a module with a `packed_forward` that changes lengths, many non-local blocks), each B' is analysed.
         """
         if not self._model.times:  # bucketed, with one layer: the lengths are not known
             steps = np.linspace(self.least[0], self.frames[0], 5).round().astype(int)
             return np.interp([kept for (kept,) in bins], steps, [self.at((kept,)) for kept in steps.tolist()])
         names = [layer.name for layer in self._model.sgs.values()]
-        profiles = {(names.index(time.source), time.lengths(range(1, self.frames[names.index(time.source)] + 1))) for time in self._model.times.values()}
-        terms = sorted(profiles)  # (layer, lengths by B' - 1)
+        times = {part for time in self._model.times.values() for part in time.by_layer()}
+        layers = [(names.index(time.source), time) for time in times]
+        terms = sorted({(layer, time.lengths(range(1, self.frames[layer] + 1))) for layer, time in layers})  # (layer, lengths by B' - 1)
 
         def row(kept: tuple[int, ...]) -> list[float]:
             return [1.0, *(lengths[kept[layer] - 1] for layer, lengths in terms)]
@@ -88,6 +91,9 @@ class GflopsTable:
                 if np.linalg.matrix_rank(rows) > (np.linalg.matrix_rank(rows[:-1]) if known else 0):
                     known.append(example)
         factors, *_ = np.linalg.lstsq(np.array([row(kept) for kept in known]), np.array([self.at(kept) for kept in known]), rcond=None)
+        halves = tuple(max(least, round(frames / 2 ** (depth + 1))) for least, frames, depth in zip(self.least, self.frames, self.depths))
+        if abs(np.array(row(halves)) @ factors / self.at(halves) - 1) > LINEAR:
+            return np.array([self.at(kept) for kept in bins])
         return np.array([row(kept) for kept in bins]) @ factors
 
 

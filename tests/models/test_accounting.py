@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from fvcore.nn import FlopCountAnalysis
 from outcomes import run
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from toy_network import Toy
 
 from atfr.models.backbones.r2plus1d import r2plus1d
 from atfr.models.backbones.slowfast import slowfast
 from atfr.models.backbones.x3d import x3d
 from atfr.models.flops import GflopsTable
+from atfr.models.packed import ops
+from atfr.models.packed.segments import Segments
 from atfr.models.sgs.config import SGSConfig
+from atfr.models.video_net import VideoNet
 
 ATFR = SGSConfig.from_preset("atfr", width=0.3)
 REFERENCE = SGSConfig.from_preset("reference")
@@ -79,22 +85,55 @@ def test_a_clip_costs_more_the_more_features_it_keeps_and_the_dense_network_when
     assert 0 <= overhead < 0.025  # the sampling layer itself
 
 
+class Smoothed(nn.Module):
+    """A module with a packed form of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(8, 8, (3, 1, 1), padding=(1, 0, 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+    def packed_forward(self, pair: tuple[Tensor, Segments]) -> tuple[Tensor, Segments]:
+        return ops.conv3d(self.conv, *pair), pair[1]
+
+
+def with_a_module_of_its_own(sgs: SGSConfig) -> VideoNet:
+    network = Toy(nn.Sequential(Smoothed(), nn.Conv3d(8, 8, 3, padding=1)))
+    return VideoNet(network, stages={"first": "first"}, sgs=replace(sgs, after="first"), probe=(8, 8, 8))
+
+
+def tiny(build: Callable[..., VideoNet]) -> Callable[[SGSConfig], VideoNet]:
+    return lambda sgs: build(size="tiny", num_classes=6, sgs=sgs)
+
+
+def slowfast_fused(rule: str) -> Callable[[SGSConfig], VideoNet]:
+    return lambda sgs: slowfast(size="4x16-R50", num_classes=6, sgs=sgs, fusion=rule)
+
+
+PAIRS = [(1, 1), (1, 32), (4, 1), (4, 32), (2, 9), (3, 17), (4, 5)]
+
+
 @pytest.mark.parametrize(
-    "build, sgs",
+    "build, sgs, shape, bins, tolerance, most",
     [
-        pytest.param(x3d, ATFR, id="constant", marks=pytest.mark.slow),
-        pytest.param(r2plus1d, ATFR, id="staircase", marks=pytest.mark.slow),
-        pytest.param(r2plus1d, replace(ATFR, execution="bucketed"), id="bucketed", marks=pytest.mark.slow),
+        pytest.param(with_a_module_of_its_own, ATFR, (3, 8, 8, 8), range(1, 9), 1e-6, 3, id="a module of its own"),
+        pytest.param(tiny(x3d), ATFR, SHAPE, range(1, 17), 1e-6, 4, id="constant", marks=pytest.mark.slow),
+        pytest.param(tiny(r2plus1d), ATFR, SHAPE, range(1, 17), 1e-6, 8, id="staircase", marks=pytest.mark.slow),
+        pytest.param(tiny(r2plus1d), replace(ATFR, execution="bucketed"), SHAPE, range(1, 17), 0.1, 8, id="bucketed", marks=pytest.mark.slow),
+        pytest.param(tiny(r2plus1d), replace(ATFR, after=("input", "res4")), (3, 9, 32, 32), [(k, max(1, k // 4)) for k in (1, 3, 5, 7, 9)], 1e-2, 8, id="two layers", marks=pytest.mark.slow),
+        pytest.param(slowfast_fused("aligned"), replace(ATFR, after="res2"), (3, 32, 32, 32), PAIRS, 1e-6, 4, id="two pathways", marks=pytest.mark.slow),
+        pytest.param(slowfast_fused("released"), replace(ATFR, after="res2"), (3, 32, 32, 32), PAIRS, 1e-6, 10, id="lengths that a module changes", marks=pytest.mark.slow),
     ],
-)
-def test_an_estimate_from_a_few_analyses_is_the_table(build, sgs):
+)  # fmt: skip
+def test_an_estimate_from_a_few_analyses_is_the_table(build, sgs, shape, bins, tolerance, most):
     """The r2plus1d strides over time, so that its cost is a staircase in B'."""
-    model = build(size="tiny", num_classes=6, sgs=sgs)
-    table, estimated = GflopsTable(model, SHAPE), GflopsTable(model, SHAPE)
-    bins = [(kept,) for kept in range(1, 17)]
-    exact = [table.at(kept) for kept in bins]
-    assert estimated.estimate(bins).tolist() == pytest.approx(exact, rel=1e-3 if sgs is ATFR else 0.1)
-    assert len(estimated._by_bins) < 8
+    model = build(sgs)
+    table, estimated = GflopsTable(model, shape), GflopsTable(model, shape)
+    bins = [kept if isinstance(kept, tuple) else (kept,) for kept in bins]
+    assert estimated.estimate(bins).tolist() == pytest.approx([table.at(kept) for kept in bins], rel=tolerance)
+    assert len(estimated._by_bins) <= most
 
 
 @pytest.mark.slow

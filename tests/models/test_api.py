@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import atfr
 from atfr.models.factory import BACKBONES, model_names
-from atfr.models.flops import GflopsTable
 from atfr.models.sgs.config import PRESETS
 
 
@@ -281,17 +280,3 @@ def test_the_wheel_works_in_an_environment_without_the_repository(tmp_path):
     )
     found = subprocess.run([python, str(script)], capture_output=True, text=True, cwd=tmp_path)
     assert found.stdout.split("\n")[0] == "(4, 4) 0.6 4", found.stdout + found.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "after"),
-    [("x3d_tiny", "stem"), ("r2plus1d_tiny", "stem"), ("r2plus1d_tiny", ["input", "res4"])],
-)
-def test_estimated_costs_are_those_of_an_analysis_of_each_number_of_features(name, after):
-    model = atfr.create_model(name, 4, sgs=atfr.SGSConfig(after=after, width=1.0))
-    clip, table = (3, 9, 32, 32), model.gflops_table((3, 9, 32, 32))
-    bins = [(kept,) if isinstance(after, str) else (kept, max(1, kept // 4)) for kept in range(1, 10)]
-    analysed = GflopsTable(model, clip)
-    estimated, counted = table.estimate(bins), [analysed.at(kept) for kept in bins[::2]]
-    assert estimated[::2].tolist() == pytest.approx(counted, rel=1e-6 if isinstance(after, str) else 1e-2)

@@ -7,7 +7,7 @@ everything that does not depend on a sampled feature, see `tracing`.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Callable, Mapping, NamedTuple, Sequence
 
@@ -22,10 +22,20 @@ from atfr.models.sgs.sampling import Forced, sample
 
 @dataclass(frozen=True)
 class Time:
-    """What the lengths of packed features depend on: the layer that sampled them, and the windows of the operations since."""
+    """What the lengths of packed features depend on: the layer that sampled them, and the windows of the operations since.
+
+    Behind a module with a `packed_forward` the source is that module, of which no more is known than its `inputs`.
+    """
 
     source: str
     windows: tuple[Window, ...] = ()
+    inputs: tuple[Time, ...] = ()
+
+    def by_layer(self) -> list[Time]:
+        """Return one Time for each layer that these lengths depend on, as if modules gave out the lengths that they are given."""
+        if not self.inputs:
+            return [self]
+        return [Time(time.source, time.windows + self.windows) for given in self.inputs for time in given.by_layer()]
 
     def lengths(self, lengths: Sequence[int]) -> tuple[int, ...]:
         """Return the lengths here of clips that kept these at the source; 0 where a clip is too short."""
@@ -178,7 +188,7 @@ class PackedTrunk:
         if form.window.stride == 1 and form.window.out(1) == 1:
             return Value(result, value.time, value.segments)
         segments = self.graph.call_function(Segments.after, (value.segments, form.window))
-        return Value(result, Time(time.source, (*time.windows, form.window)), segments)
+        return Value(result, replace(time, windows=(*time.windows, form.window)), segments)
 
     def _write_own(self, node: fx.Node) -> Value:
         """Write a module that has a `packed_forward`, whose output may have other lengths than its inputs."""
@@ -194,7 +204,8 @@ class PackedTrunk:
         module = self.graph.get_attr(node.target)
         result = self.graph.call_function(_packed_forward, (module, *pairs))
         out, segments = (self.graph.call_function(operator.getitem, (result, i)) for i in range(2))
-        return Value(out, Time(node.name), segments)
+        times = tuple(time for i in node.args if (time := self.values[i].time) is not None)
+        return Value(out, Time(node.name, inputs=times), segments)
 
     def _check_joined(self, node: fx.Node, times: list[Time]) -> None:
         for i in node.all_input_nodes:
@@ -232,7 +243,7 @@ def _item(values: tuple, first: int, second: int) -> object:
 
 
 def _whole(x: Tensor) -> Segments:
-    return Segments.whole(x.shape[0], x.shape[2], x.device)
+    return Segments.whole(int(x.shape[0]), int(x.shape[2]), x.device)  # tensors, while fvcore traces
 
 
 def _packed_forward(module: nn.Module, *pairs: tuple[Tensor, Segments]) -> tuple[Tensor, Segments]:
