@@ -30,7 +30,6 @@ from claim_methods import BUDGETS, METHODS, NETWORKS, WARM
 from claim_probe import RESULT as PROBED
 from claim_report import report
 from claim_rows import saved
-from claim_videos import shrink
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -149,7 +148,18 @@ def make_data(data: str, clips: Path, processes: int) -> None:
     if is_generated(data):
         build(dataset, "dataset")
     else:
-        shrink(clips / Path(dataset.root).name, Path(dataset.root), lists=[Path(dataset.train).name, Path(dataset.test).name], processes=processes)
+        copy_videos(clips / Path(dataset.root).name, dataset, processes)
+
+
+def copy_videos(source: Path, dataset: DictConfig, processes: int) -> None:
+    """Make small copies of real videos, and copy their lists last: decoding takes longer than the tiny networks take to learn from a clip."""
+    lists = {split: Path(dataset[split]) for split in ("train", "test")}
+    if all(file.exists() for file in lists.values()):
+        return
+    command = [sys.executable, "scripts/prepare.py", "dataset=videolist", *(f"dataset.{split}={file.name}" for split, file in lists.items())]
+    copies = [f"root={source}", f"output={dataset.root}", "encode=true", "short_side=64", f"processes={processes}"]
+    if subprocess.run([*command, *copies], cwd=ROOT).returncode:
+        sys.exit(f"error: {source} could not be copied (above): --clips names the folder of the sets of real clips")
 
 
 def run_all(wanted: list[Job], *, parallel: int, through: list[str]) -> list[str]:

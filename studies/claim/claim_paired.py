@@ -7,16 +7,14 @@ are taken within a video, and their standard error is over the groups.
 from __future__ import annotations
 
 import csv
-import io
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
-from atfr.utils.atomic_io import write_text
+from claim_rows import read_rows, write_rows
 
 
 @dataclass(frozen=True)
@@ -88,18 +86,9 @@ def against(own: Sequence[Row], others: Sequence[Row], groups: np.ndarray) -> st
 
 def saved(path: Path) -> dict[tuple[str, str, int, int], Row]:
     """Read the rows of a file; none where there is no such file."""
-    if not path.exists():
-        return {}
-    kinds = {"str": str, "int": int, "float": float}
-    with open(path, newline="") as file:
-        rows = [Row(**{field.name: kinds[str(field.type)](line[field.name]) for field in fields(Row)}) for line in csv.DictReader(file)]
-    return {row.key: row for row in rows}
+    return {row.key: row for row in read_rows(path, Row)}
 
 
 def save(path: Path, rows: dict[tuple[str, str, int, int], Row]) -> None:
     """Write the rows, in their order."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([field.name for field in fields(Row)])
-    writer.writerows([f"{value:.4g}" if isinstance(value, float) else value for value in asdict(row).values()] for row in rows.values())
-    write_text(path, text.getvalue())
+    write_rows(path, list(rows.values()))

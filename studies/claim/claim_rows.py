@@ -12,7 +12,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Sequence, TypeVar
 
 import numpy as np
 from claim_probe import RESULT as PROBED
@@ -22,6 +22,7 @@ from atfr.utils.atomic_io import write_text
 
 ROWS = Path("studies/claim/rows.csv")
 NAN = float("nan")
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -58,21 +59,31 @@ def updated(runs: Path) -> list[Row]:
     """The rows of rows.csv, in its order, after those of all runs under `runs` took their places in it or were added."""
     rows = {row.key: row for row in saved()}
     rows.update({row.key: row for row in found(runs)})
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([field.name for field in fields(Row)])
-    writer.writerows([f"{value:.4g}" if isinstance(value, float) else value for value in asdict(rows[key]).values()] for key in sorted(rows))
-    write_text(ROWS, text.getvalue())
+    write_rows(ROWS, [rows[key] for key in sorted(rows)])
     return saved()  # as the next reader has them, who has not these runs
 
 
 def saved() -> list[Row]:
     """The rows of rows.csv; none where there is no such file."""
-    if not ROWS.exists():
+    return read_rows(ROWS, Row)
+
+
+def read_rows(path: Path, kind: type[Kind]) -> list[Kind]:
+    """Read a file of dataclass records, with one column a field; none where there is no such file."""
+    if not path.exists():
         return []
     kinds = {"str": str, "int": int, "float": float}
-    with open(ROWS, newline="") as file:
-        return [Row(**{field.name: kinds[field.type](line.get(field.name, "nan")) for field in fields(Row)}) for line in csv.DictReader(file)]
+    with open(path, newline="") as file:
+        return [kind(**{field.name: kinds[field.type](line.get(field.name, "nan")) for field in fields(kind)}) for line in csv.DictReader(file)]
+
+
+def write_rows(path: Path, rows: Sequence[object]) -> None:
+    """Write dataclass records for `read_rows`, with four digits of each float."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([field.name for field in fields(rows[0])])
+    writer.writerows([f"{value:.4g}" if isinstance(value, float) else value for value in asdict(row).values()] for row in rows)
+    write_text(path, text.getvalue())
 
 
 def found(runs: Path) -> Iterator[Row]:
