@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from atfr.cli.command.arguments import quote_where_needed, refuse_flags
 from atfr.cli.command.errors import JobLog, explain, is_of_the_command, one_line_errors, quiet_at_closed_pipe, unknown_option
 from atfr.cli.command.home import expand_home
-from atfr.cli.command.suggestions import GROUPS, did_you_mean, similar
+from atfr.cli.command.suggestions import GROUPS, did_you_mean, full_name, similar
 from atfr.models.sgs.config import PRESETS, SGSConfig
 
 log = logging.getLogger(__name__)
@@ -232,7 +232,7 @@ def program(
             if ours:
                 os.environ[FULL_ERROR] = "1"  # until main begins, because hydra prints up to 30 lines if it cannot compose a config
             try:
-                refuse_flags(sys.argv[1:])
+                refuse_flags(sys.argv[1:], lambda name: full_name(name, config_name, sys.argv[1:]))
                 with quiet_at_closed_pipe():
                     try:
                         run()

@@ -65,8 +65,9 @@ def test_the_paths_of_a_list_are_quoted_one_by_one():
     "arguments, message",
     [
         (["--checkpoint", "runs/mine"], "--checkpoint is not an option: options are KEY=VALUE, such as checkpoint=runs/mine"),
-        (["trainer.seed=1", "--lr=0.1"], "--lr=0.1 is not an option: options are KEY=VALUE, such as lr=0.1"),
-        (["--epochs", "model=x3d"], "--epochs is not an option: options are KEY=VALUE, such as epochs=VALUE"),
+        (["trainer.seed=1", "--lr=0.1"], "--lr=0.1 is not an option: options are KEY=VALUE, such as optimizer.lr=0.1"),
+        (["--epochs", "model=x3d"], "--epochs is not an option: options are KEY=VALUE, such as trainer.epochs=VALUE"),
+        (["--batch-size", "4"], "--batch-size is not an option: options are KEY=VALUE, such as trainer.batch_size=4"),
     ],
 )
 def test_an_option_written_as_a_flag_is_told_how_it_is_written(arguments, message):

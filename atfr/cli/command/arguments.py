@@ -67,13 +67,17 @@ def _quoted_argument(argument: str, sweep: bool) -> str:
     return argument if parse(mended) is None else mended
 
 
-def refuse_flags(arguments: list[str]) -> None:
-    """Raise HydraException at the first argument that is written like a flag and is none of hydra's."""
+def refuse_flags(arguments: list[str], full_name: Callable[[str], str] = str) -> None:
+    """Raise HydraException at the first argument that is written like a flag and is none of hydra's.
+
+    Args:
+        full_name: maps the name of the flag to the option that may be meant.
+    """
     for place, argument in enumerate(arguments):
         name, _, value = argument[2:].partition("=")
         if argument.startswith("--") and not any(flag.startswith(name) for flag in HYDRA_FLAGS):
             following = arguments[place + 1] if place + 1 < len(arguments) and not is_override(arguments[place + 1]) else "VALUE"
-            raise HydraException(f"{argument} is not an option: options are KEY=VALUE, such as {name}={value or following}")
+            raise HydraException(f"{argument} is not an option: options are KEY=VALUE, such as {full_name(name)}={value or following}")
 
 
 def _mended(value: str, parses: Callable[[str], bool], *, split: bool) -> str:

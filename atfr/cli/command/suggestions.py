@@ -47,6 +47,12 @@ def similar_options(name: str, config: DictConfig) -> list[str]:
     return list(dict.fromkeys(exact or same or near or anywhere))[:3]
 
 
+def full_name(name: str, config_name: str, arguments: list[str]) -> str:
+    """Return the one option of a program that `name` may mean; the name itself if there is none, or more than one."""
+    meant = similar_options(name, composed(config_name, arguments))
+    return meant[0] if len(meant) == 1 else name
+
+
 def option_names(config: DictConfig, prefix: str = "") -> list[str]:
     """Return the full names of a config's options."""
     found: list[str] = []
