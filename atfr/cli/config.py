@@ -91,12 +91,15 @@ def check_size(config: DictConfig) -> None:
 
 
 def check_root(config: DictConfig) -> None:
-    """Raise ValueError for a key at the top of the config that nothing reads, and resolve `model.sgs`."""
+    """Raise ValueError for a key at the top of the config that nothing reads or that has no value, and resolve `model.sgs`."""
     if take_dry_run(config):
         raise ValueError("dry_run=true is an option of tools/train.py alone")
     unknown = [str(key) for key in config if key not in ROOT_KEYS]
     if unknown:
         raise ValueError(unknown_option(unknown[0], OmegaConf.masked_copy(config, [key for key in config if key in ROOT_KEYS])))
+    unset = [str(key) for key in config if OmegaConf.is_missing(config, key)]
+    if unset:
+        raise ValueError(f"{unset[0]} is not set; add {unset[0]}=... to the command")
     if "model" in config:
         config.model = with_resolved_sgs(config.model)
 

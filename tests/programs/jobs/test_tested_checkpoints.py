@@ -45,6 +45,12 @@ def test_a_checkpoint_of_another_model_or_dataset_is_refused(trained, tmp_path):
     assert outcome.code == 1 and "checkpoint nowhere.pt does not exist" in outcome.err
 
 
+@pytest.mark.parametrize("tool", ["test", "export", "predict"])
+def test_a_command_without_a_checkpoint_is_told_to_add_one(tool):
+    outcome = run_tool(tool)
+    assert outcome.code == 1 and outcome.err == "error: checkpoint is not set; add checkpoint=... to the command\n", outcome.err
+
+
 @pytest.mark.slow
 def test_a_checkpoint_is_found_in_a_folder_with_any_name(trained, tmp_path):
     folder = tmp_path / "model=x3d_sgs,trainer.seed=1"
