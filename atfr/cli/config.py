@@ -171,7 +171,9 @@ def _target(path: str, key: str) -> Callable[..., Any]:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{key}._target_={path!r} cannot be imported: {error}") from error
+        unknown = isinstance(error, ModuleNotFoundError) and error.name == path.partition(".")[0]
+        way_out = "; if it is yours, put PYTHONPATH=FOLDER in front of the command" if unknown else ""
+        raise ValueError(f"{key}._target_={path!r} cannot be imported: {error}{way_out}") from error
 
 
 def _fits(value: Any, hint: Any) -> bool:

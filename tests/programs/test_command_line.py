@@ -148,10 +148,12 @@ def test_a_tilde_means_the_home_directory_in_every_option_of_a_training_a_test_a
         ("model.size=tny", "model.size=tny does not exist; did you mean model.size=tiny? there are tiny, XS, S, M, L, XL"),
         ("experiment=x3d/kinetic400", "experiment=x3d/kinetic400 does not exist; did you mean x3d/kinetics400"),
         ("model.wings=3", "model.wings is not an option; there are model.size"),
+        ("model.backbone.width=3", "; an argument of model.backbone is added with +model.backbone.width=3"),
     ],
 )
 def test_an_option_that_does_not_exist_is_answered_with_the_one_that_is_meant(argument, message):
-    outcome = run_tool("train" if argument.startswith("+") else "flops", argument)
+    own = ["model=custom_sgs"] if argument.startswith("model.backbone") else []
+    outcome = run_tool("train" if argument.startswith("+") else "flops", *own, argument)
     assert outcome.code == 1 and outcome.err.startswith("error: ") and outcome.err.count("\n") == 1 and message in outcome.err, outcome.err
     assert "use +" not in outcome.err
 

@@ -161,6 +161,7 @@ def test_a_network_of_somebody_elses_can_be_trained_with_sgs_behind_any_of_its_m
     "overrides,message",
     [
         ([], "model.backbone._target_ is not set"),
+        (["model.backbone._target_=mynet.net"], "cannot be imported: No module named 'mynet'; if it is yours, put PYTHONPATH=FOLDER in front of the command"),
         (["model.backbone._target_=torchvision.models.video.mc3_18", "model.classes_argument=classes"], "model.backbone cannot be made or run .* 'classes'"),
         (["model.backbone._target_=torchvision.models.video.mc3_18", "model.sgs.after=res2"], "after='res2' is not a stage .* choose input, the path of a module or a list of them; there are stem, layer1, layer2, layer3, layer4, avgpool, fc and what is in them"),
         (["model.backbone._target_=torchvision.models.video.mc3_18", "model.sgs.after=layer2.0.conv3"], "after='layer2.0.conv3' is not .*such as layer2.0.conv"),

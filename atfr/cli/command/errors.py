@@ -157,7 +157,11 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
         return "model/sgs picks the layer of a network that samples, and this model has none: take its twin, model=NAME_sgs"
     unknown = re.match(r"Could not override '(.+?)'\. (To append to your config|No match in the defaults list)", text)
     if unknown:
-        return unknown_option(unknown[1], suggestions.composed(config_name, arguments))
+        config = suggestions.composed(config_name, arguments)
+        if suggestions.is_argument(unknown[1], config):
+            given = next((argument for argument in arguments if argument.partition("=")[0] == unknown[1]), f"{unknown[1]}=...")
+            return f"{unknown[1]} is not in the config; an argument of {unknown[1].rpartition('.')[0]} is added with +{given}"
+        return unknown_option(unknown[1], config)
     return text
 
 

@@ -53,6 +53,12 @@ def full_name(name: str, config_name: str, arguments: list[str]) -> str:
     return meant[0] if len(meant) == 1 else name
 
 
+def is_argument(name: str, config: DictConfig) -> bool:
+    """Return whether an option that does not exist would be an argument of a function that the user chooses, as in `model.backbone`."""
+    parent = OmegaConf.select(config, name.rpartition(".")[0]) if "." in name else None
+    return isinstance(parent, DictConfig) and "_partial_" in parent
+
+
 def option_names(config: DictConfig, prefix: str = "") -> list[str]:
     """Return the full names of a config's options."""
     found: list[str] = []
