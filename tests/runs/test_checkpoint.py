@@ -86,6 +86,14 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path):
         checkpoint.load(path)
 
 
+@pytest.mark.parametrize("write", [lambda path: path.write_text('{"top1": 50.0}'), lambda path: torch.save({"x": Path()}, path)], ids=["json", "other types"])
+def test_a_file_that_is_no_checkpoint_is_refused_without_the_advice_to_run_its_code(tmp_path, write):
+    write(tmp_path / "x")
+    with pytest.raises(ValueError, match="damaged or not a checkpoint of this project; give a run folder or a file of its checkpoints/") as error:
+        checkpoint.load(tmp_path / "x")
+    assert "weights_only" not in str(error.value)
+
+
 def test_weights_of_another_model_are_refused_naming_what_does_not_fit(tmp_path):
     model = torch.nn.Linear(3, 2)
     with pytest.raises(ValueError, match=r"1 missing \(first: bias\), 1 unexpected \(first: gamma\), 1 of another shape \(first: weight\)"):

@@ -113,13 +113,16 @@ def load(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist; a run folder has its checkpoints in checkpoints/last.pt and checkpoints/best.pt")
+    way_out = "give a run folder or a file of its checkpoints/"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+    except pickle.UnpicklingError as error:  # its text advises to load the file with weights_only=False, which runs code from it
+        raise ValueError(f"checkpoint {path} cannot be read: it is damaged or not a checkpoint of this project; {way_out}") from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
         reason = (str(error).splitlines() or ["it is empty"])[0]  # the EOFError of an empty file has no text
         raise ValueError(f"checkpoint {path} cannot be read: it is damaged or not a checkpoint ({reason})") from error
     if not isinstance(state, dict) or not set(REQUIRED) <= state.keys():
-        raise ValueError(f"{path} is not a checkpoint of this project: it lacks one of the keys {', '.join(REQUIRED)}")
+        raise ValueError(f"{path} is not a checkpoint of this project: it lacks one of the keys {', '.join(REQUIRED)}; {way_out}")
     return state
 
 
