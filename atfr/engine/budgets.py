@@ -22,6 +22,8 @@ def keep_ratio_for(table: GflopsTable, budget: float, *, whole: bool = False) ->
         return table.at(bins_at(table, step / steps)) / table.dense
 
     low, high = 1, steps  # cost(low) <= budget
+    if cost(low) > budget and steps == 1:
+        raise ValueError(f"a budget of {budget:g} x dense cannot be met: SGS gets one feature a clip, which leaves nothing to sample; set dataset.clip.frames higher, or leave SGS out with model/sgs=off")
     if cost(low) > budget:
         raise ValueError(f"a budget of {budget:g} x dense cannot be met: one feature a clip costs {cost(low):.3f} x dense; sample at an earlier stage (sgs.after), or set a higher sgs.gflops")
     if cost(high) <= budget:

@@ -66,6 +66,11 @@ def test_a_budget_below_the_cost_of_one_feature_is_refused_with_that_cost():
         keep_ratio_for(Table(0.2), 0.2)
 
 
+def test_a_budget_for_clips_of_one_feature_is_refused_as_nothing_is_left_to_sample():
+    with pytest.raises(ValueError, match=r"budget of 0.5 x dense.*nothing to sample; set dataset.clip.frames higher"):
+        keep_ratio_for(Table(0.2, frames=(1,)), 0.5)
+
+
 def test_a_keep_ratio_is_refined_to_what_the_clips_themselves_cost():
     assert refined(0.4, 0.25, lambda ratio: ratio**2) == pytest.approx(0.5, abs=0.4 / 2**8)
     assert refined(0.9, 0.25, lambda ratio: ratio**2) == pytest.approx(0.5, abs=0.6 / 2**8)
