@@ -256,6 +256,11 @@ def test_missing_files_are_named_together_with_the_way_out(root, monkeypatch):
     )
 
 
+def test_a_folder_in_place_of_a_list_is_told_what_a_list_is(root):
+    with pytest.raises(IsADirectoryError, match=r"the train list run is a folder \(.*/run\), and a file is wanted; write a list with a line path,label for each video"):
+        videolist(root=str(root), train="run", test=None)
+
+
 def test_the_root_stands_for_the_folder_of_whoever_wrote_the_list(tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x/a.mp4").touch()

@@ -15,6 +15,8 @@ from atfr.utils.paths import expanded
 
 OFFICIAL_SPLITS = (1, 2, 3)  # of UCF101 and HMDB51
 
+FORMAT = "write a list with a line path,label for each video, such as run/a.mp4,run (docs/extending.md has a dataset that reads folders of classes instead)"
+
 
 @dataclass(frozen=True)
 class Annotation:
@@ -48,10 +50,12 @@ def find_file(file: str, *, root: str, what: str, name: str, hint: str) -> str:
     """Return the absolute path of a file that is given relative to the working directory or to `root`.
 
     Raises:
-        FileNotFoundError: there is no such file; the message calls it `what`.
+        OSError: there is no such file, or it is a folder; the message calls it `what`.
     """
     paths = list(dict.fromkeys(os.path.abspath(os.path.join(start, expanded(file, what))) for start in ("", root)))
     found = next(filter(os.path.isfile, paths), None)
+    if found is None and (folder := next(filter(os.path.isdir, paths), None)) is not None:
+        raise IsADirectoryError(f"dataset {name}: the {what} {file} is a folder ({folder}), and a file is wanted; {hint or FORMAT}")
     if found is None:
         raise FileNotFoundError(f"dataset {name}: the {what} {file} does not exist (looked for {' and '.join(paths)}){hint_suffix(hint)}")
     return found
