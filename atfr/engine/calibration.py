@@ -108,10 +108,10 @@ def calibrate(
     Raises:
         ValueError: there are no clips; the budget is below the cost of one feature a clip; or a layer follows no budget.
     """
-    if not model.sgs:
+    if not isinstance(model, VideoNet) or not model.sgs:
         raise ValueError("the model has no SGS layer to calibrate: build it with sgs=..., or use add_sgs")
-    if gflops is not None and not 0 < gflops <= 1:
-        raise ValueError(f"gflops is a share of the dense network's GFLOPs, above 0 and at most 1, not {gflops}")
+    if gflops is not None and not (isinstance(gflops, (int, float)) and 0 < gflops <= 1):
+        raise ValueError(f"gflops is a share of the dense network's GFLOPs, above 0 and at most 1, not {gflops!r}")
     batches = _first_clips(clips, num_clips)
     calibrate_layers(model, lambda: batches, gflops=gflops)
     with evaluating(model):

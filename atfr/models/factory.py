@@ -113,6 +113,8 @@ def add_sgs(
         ValueError: see `VideoNet`.
     """
     config = sgs_config(sgs)
+    if isinstance(network, VideoNet):
+        raise ValueError("this is a VideoNet already: add_sgs takes a plain network, such as its dense_network")
     if config is None:
         raise ValueError("add_sgs needs a preset or an SGSConfig, not None or 'off': use the network as it is")
     if after is not None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+from contextlib import redirect_stderr
 from functools import partial
+from io import StringIO
 from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
 
 import torch
@@ -102,8 +104,7 @@ class VideoNet(nn.Module):
         traced = Traced(self.dense_network, locations, before_activation=sgs.before_activation, embeds_clip=sgs.embeds_clip)
         of_clip = {traced.cuts[cut] for cut in traced.levels[0]} if sgs.embeds_clip else set()
         clip = torch.zeros(1, 3, *probe, device=self._like.device)
-        with evaluating(self):  # so that the probe does not update the running statistics
-            features = traced.stem(list(traced.cuts))(clip)
+        features = probing.features_of(self, traced.stem(list(traced.cuts)), clip)
         channels: dict[str, tuple[int, int]] = {}  # of what each layer embeds, and of what it samples
         for name, x in zip(locations, features):
             if not isinstance(x, Tensor) or x.dim() != 5 or x.shape[2] < 2:
@@ -138,11 +139,7 @@ class VideoNet(nn.Module):
                 SGS; or an SGS layer is not calibrated.
             NonFiniteFeatures: what a layer embeds or, on the CPU, samples holds a NaN or an infinity.
         """
-        device = self._like.device
-        if clips.dim() != 5 or clips.device != device:
-            raise ValueError(f"clips must be [N, 3, T, H, W] on {device}, like the network, not {list(clips.shape)} on {clips.device}")
-        if clips.shape[0] < 1 or clips.shape[1] != 3 or not clips.is_floating_point():
-            raise ValueError(f"clips must be floating point [N, 3, T, H, W] with at least one clip, not {clips.dtype} {list(clips.shape)}")
+        probing.check_batch(clips, self._like.device)
         clips = clips.contiguous(memory_format=torch.channels_last_3d)
         sampled: tuple[Sampled, ...] = ()
         try:
@@ -242,6 +239,7 @@ class VideoNet(nn.Module):
 
     def propose(self, clips: Tensor) -> list[Proposal]:
         """Return what each layer of the first level proposes for clips [N, 3, T, H, W]; the layers behind are not run."""
+        probing.check_batch(clips, self._like.device)
         layers = self.levels[0]
         features = self.run_stem(clips.contiguous(memory_format=torch.channels_last_3d))
         clip = features[len(layers)] if len(features) > len(layers) else None  # the stem returns it where it is embedded
@@ -327,8 +325,9 @@ class VideoNet(nn.Module):
     def _bucketed(self, trunk: nn.Module, x: Tensor, *rest: Any) -> tuple[Tensor, tuple[Sampled, ...]]:
         """Clips that keep equally many features run together."""
         *passing, forced, decision = rest
-        if any(m.training for m in self.dense_network.modules() if isinstance(m, BatchNorm)):
-            raise ValueError("bucketed execution would give batch norm the statistics of one bucket after the other: freeze it, or make the network packable")
+        norm = next((name for name, m in self._programs[1].named_modules() if isinstance(m, BatchNorm) and m.training), None)
+        if norm is not None:
+            raise ValueError(f"bucketed execution would give batch norm {norm!r} the statistics of one bucket after the other: freeze it, or make the network packable (docs/packed-execution.md)")
         packed, sampled = sample(list(self.sgs.values()), [x], [None], forced, (*passing, x)[0], decision)  # the clip is the first to pass
         lengths = torch.tensor(sampled[0].segments.lengths)
         starts = lengths.cumsum(0) - lengths
@@ -353,7 +352,11 @@ class VideoNet(nn.Module):
         with evaluating(self):
             features = stem(clips.contiguous(memory_format=torch.channels_last_3d))
             forced = self._uneven(traced, packed, features)
-            together = torch.func.functional_call(trunk, norms, (*features, forced))[0]
+            try:
+                with redirect_stderr(StringIO()):  # where torch.fx prints the code of a program that fails
+                    together = torch.func.functional_call(trunk, norms, (*features, forced))[0]
+            except Exception as failure:  # of any type, from any operation
+                raise NoPackedForm(f"what follows does not run on clips that keep different numbers of features: {probing.first_line(failure)}") from failure
             for i, row in enumerate(together):
                 one = [[lengths[i : i + 1] for lengths in forced]]
                 alone = torch.func.functional_call(trunk, norms, (*(f[i : i + 1] for f in features), *one))[0][0]

@@ -84,6 +84,8 @@ AVERAGES = {
     "all positions": lambda x: x.flatten(2).mean(2),
     "all positions, by names": lambda x: torch.flatten(x, start_dim=2, end_dim=-1).mean(dim=(-1,)),
     "at once": lambda x: x.mean((2, 3, 4)),
+    "the largest": lambda x: x.amax((2, 3, 4)),
+    "the largest, by names": lambda x: torch.amax(x, dim=(-3, -2, -1), keepdim=True).flatten(1),
 }  # fmt: skip
 
 
@@ -98,6 +100,76 @@ def test_a_head_may_average_the_clip_in_any_of_the_usual_ways(name):
             handle = network.stem.register_forward_hook(lambda module, inputs, output: average_of_bins(output, kept))
             torch.testing.assert_close(logits, network(clip[None])[0], atol=1e-5, rtol=0)
             handle.remove()
+
+
+class Sized(Headed):
+    """Reads the number of clips before SGS, and uses it behind."""
+
+    def __init__(self, size: Callable[[Tensor], object], norm: nn.Module) -> None:
+        super().__init__(nn.AdaptiveMaxPool3d(1))
+        self.size, self.norm = size, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        clips = self.size(x)
+        return self.head(self.average(torch.relu(self.temporal(self.norm(self.stem(x))))).view(clips, -1))
+
+
+def unpacked(x: Tensor) -> object:
+    n, c, t, h, w = x.shape
+    return n
+
+
+SIZES = {"shape": lambda x: x.shape[0], "size": lambda x: x.size(0), "size, by name": lambda x: x.size(dim=0), "all sizes": lambda x: x.size()[0], "unpacked": unpacked}
+
+
+@pytest.mark.parametrize("execution", ["packed", "bucketed"])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_number_of_clips_may_be_read_before_sgs(size, execution):
+    network = Sized(SIZES[size], nn.GroupNorm(2, 8))
+    net = VideoNet(network, sgs=replace(ATFR, after="stem", width=0.3, execution=execution), probe=(8, 16, 16)).eval()
+    assert net.execution == execution
+    clips, bins = uneven_clips(3, 8, 16), (1, 8, 4)
+    with torch.no_grad():
+        for clip, kept, logits in zip(clips, bins, net(clips, [bins])):
+            alone = net(clip[None], [(kept,)])[0]
+            torch.testing.assert_close(logits, alone, atol=1e-5, rtol=0)
+        handle = network.stem.register_forward_hook(lambda module, inputs, output: average_of_bins(output, bins[1]))
+        torch.testing.assert_close(net(clips, [bins])[1], network(clips[1:2])[0], atol=1e-5, rtol=0)
+        handle.remove()
+
+
+class Otherwise(Headed):
+    """Does with the averages whatever the test says."""
+
+    def __init__(self, end: Callable[[Tensor, Tensor, Tensor], object], channels: int = 3) -> None:
+        super().__init__(lambda x: x)
+        self.end, self.stem = end, nn.Conv3d(channels, 8, 3, padding=1)
+        self.position = nn.Parameter(torch.randn(1, 8, 8, 1, 1))
+
+    def forward(self, x: Tensor) -> object:
+        return self.end(x, self.temporal(self.stem(x)), self.position)
+
+
+REFUSED = {
+    "a tuple": (lambda x, y, p: (y.mean((2, 3, 4)), y), "returns its logits .* alone, not a tuple"),
+    "a dict": (lambda x, y, p: {"logits": y.mean((2, 3, 4))}, "returns its logits .* alone, not a dict"),
+    "a number of frames": (lambda x, y, p: y.mean((3, 4)).view(y.size(0), 8, x.shape[2]).mean(2), "a size that is read before SGS, is used behind it"),
+    "a position of each frame": (lambda x, y, p: (y + p).mean((2, 3, 4)), "what follows does not run behind SGS, at 'add'.*: The size of tensor"),
+}
+
+
+@pytest.mark.parametrize("end", REFUSED)
+def test_what_a_network_cannot_do_behind_sgs_is_said_in_one_line(end, capfd):
+    forward, said = REFUSED[end]
+    with pytest.raises(ValueError, match=said) as error:
+        VideoNet(Otherwise(forward), sgs=replace(ATFR, after="stem"))
+    assert "\n" not in str(error.value) and not capfd.readouterr().err
+
+
+def test_a_network_for_other_clips_than_of_three_channels_is_refused(capfd):
+    with pytest.raises(ValueError, match=r"cannot run on a clip \[1, 3, 16, 64, 64\]: .* to have 1 channels.*; SGS takes clips of 3 channels"):
+        VideoNet(Otherwise(lambda x, y, p: y.mean((2, 3, 4)), channels=1), sgs=replace(ATFR, after="stem"))
+    assert not capfd.readouterr().err
 
 
 @pytest.mark.parametrize("average", [lambda x: x.flatten(2)[:, :, 1:].mean(2), lambda x: x.flatten(2).amax(2), lambda x: x.mean((3, 4)).mean(2) + x.mean((3, 4)).amax(2)])
@@ -185,6 +257,18 @@ def test_bucketed_clips_never_keep_a_number_that_the_rest_cannot_run_on():
     assert toy(Unpacked((1, 3, 4, 6, 7, 8))).sgs["first"].min_bins == 6
     with pytest.raises(ValueError, match="runs on all 8 features and on no fewer, so sample at a later location. With one less, .*require.* in second says: 7 features will not do"):
         toy(Unpacked((2, 4, 6, 8)))
+
+
+class Difference(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, 1:] - x[:, :, :-1]
+
+
+def test_bucketed_clips_keep_so_many_features_that_no_nan_comes_out():
+    net = toy(Difference(), width=1e3)  # the mean of no difference is NaN
+    assert net.execution == "bucketed" and net.sgs["first"].min_bins == 2
+    with torch.no_grad():
+        assert net(torch.zeros(2, 3, 8, 8, 8)).isfinite().all()
 
 
 class Untraceable(Toy):

@@ -89,6 +89,11 @@ def test_a_module_under_a_name_that_videonet_uses_is_refused():
         atfr.add_sgs(network, after="sgs")
 
 
+def test_a_network_that_has_sgs_already_is_refused(small):
+    with pytest.raises(ValueError, match="this is a VideoNet already: add_sgs takes a plain network"):
+        atfr.add_sgs(small, after="stem")
+
+
 def test_without_sgs_the_network_gives_what_it_gave_and_identity_gives_the_same():
     torch.manual_seed(0)
     network, clips = Small().eval(), clips_of(3)
@@ -155,7 +160,11 @@ def test_clips_may_come_as_a_tensor_a_list_a_loader_or_a_generator():
         ({"clips": []}, "there are no clips to calibrate on"),
         ({"clips": torch.zeros(3, 16, 16, 16)}, r"must come as tensors \[N, 3, T, H, W\], not \[3, 16, 16, 16\]"),
         ({"gflops": 0.001}, "a budget of 0.001 x dense cannot be met: one feature a clip costs"),
+        ({"clips": torch.zeros(2, 3, 16, 16, 16, dtype=torch.uint8)}, r"clips must be floating point \[N, 3, T, H, W\] .*, not torch.uint8"),
+        ({"clips": torch.zeros(2, 16, 3, 16, 16)}, r"clips must be .*\[2, 16, 3, 16, 16\]"),
         ({"gflops": 1.5}, "gflops is a share of the dense network's GFLOPs"),
+        ({"gflops": "half"}, "gflops is a share of the dense network's GFLOPs, above 0 and at most 1, not 'half'"),
+        ({"model": nn.Conv3d(3, 4, 1)}, "has no SGS layer to calibrate"),
         ({"model": atfr.add_sgs(Small(), after="stem", sgs="reference", probe=(8, 16, 16))}, "follows no budget, since its similarity=distance_to_mean"),
         ({"model": atfr.create_model("x3d_tiny", 3)}, "has no SGS layer to calibrate"),
     ],

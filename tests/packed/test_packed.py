@@ -143,7 +143,7 @@ def test_a_clip_without_features_is_refused():
         (nn.MaxPool3d((2, 1, 1), ceil_mode=True), "a pool in time with ceil_mode"),
         (nn.AvgPool3d((3, 1, 1), 1, (1, 0, 0), count_include_pad=False), "an average in time that leaves its padding out"),
         (nn.Conv3d(8, 8, (3, 1, 1), padding=(1, 0, 0), padding_mode="circular"), "pads in time with circular"),
-        (nn.GroupNorm(2, 8), "second behind SGS has no packed form: GroupNorm"),
+        (nn.LocalResponseNorm(2), "second behind SGS has no packed form: LocalResponseNorm"),
         (Flip(), "'flip' .* has no packed form"),
     ],
 )

@@ -81,8 +81,8 @@ def test_a_network_with_an_unknown_module_runs_bucketed_and_says_why(caplog):
     check_forced(net)
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        net = toy(nn.GroupNorm(2, 8))
-    assert net.execution == "bucketed" and "second.0 behind SGS has no packed form: GroupNorm" in caplog.text
+        net = toy(nn.LocalResponseNorm(2))
+    assert net.execution == "bucketed" and "second.0 behind SGS has no packed form: LocalResponseNorm" in caplog.text
     check_forced(net)
     with torch.no_grad():  # and where clips choose
         clips = uneven_clips(6, 8, 8)
@@ -113,13 +113,24 @@ def test_bucketed_execution_refuses_batch_norm_that_is_trained():
     assert net.execution == "bucketed"
     check_forced(net)
     net.train()
-    with pytest.raises(ValueError, match="statistics of one bucket after the other: freeze it"):
+    with pytest.raises(ValueError, match=r"batch norm 'second\.2' the statistics of one bucket after the other: freeze it"):
         net(torch.randn(2, 3, 8, 8, 8), [(1, 4)])
     for module in net.modules():
         if isinstance(module, nn.BatchNorm3d):
             module.eval()
     net(torch.randn(2, 3, 8, 8, 8), [(1, 4)]).sum().backward()
     assert net.dense_network.first.weight.grad.isfinite().all()
+
+
+def test_bucketed_execution_trains_batch_norm_in_front_of_sgs():
+    network = Toy(nn.Conv3d(8, 8, 3, padding=1))
+    network.first = nn.Sequential(network.first, nn.BatchNorm3d(8))
+    net = VideoNet(network, stages={"first": "first"}, sgs=SGSConfig.from_preset("atfr", after="first", width=0.5, execution="bucketed"), probe=(8, 8, 8)).train()
+    clips = torch.randn(3, 3, 8, 8, 8)
+    net(clips, [(1, 8, 4)]).sum().backward()
+    with torch.no_grad():
+        mean = network.first[0](clips).mean((0, 2, 3, 4))
+    torch.testing.assert_close(network.first[1].running_mean, 0.1 * mean)  # of the whole batch, once
 
 
 @pytest.mark.parametrize("name, location, sgs", [pytest.param("r2plus1d 18", "res2", ATFR, marks=pytest.mark.slow), pytest.param("i3d R50", "stem", ATFR, marks=pytest.mark.slow), ("x3d tiny", "res3", REFERENCE)])
@@ -138,8 +149,8 @@ def test_bucketed_and_packed_execution_agree(name, location, sgs):
 
 
 def test_packed_execution_that_is_asked_for_is_refused_by_name():
-    with pytest.raises(ValueError, match="second.0 behind SGS has no packed form: GroupNorm may mix"):
-        toy(nn.GroupNorm(2, 8), execution="packed")
+    with pytest.raises(ValueError, match="second.0 behind SGS has no packed form: LocalResponseNorm may mix"):
+        toy(nn.LocalResponseNorm(2), execution="packed")
     with pytest.raises(ValueError, match=r"'cumsum' \(cumsum\) behind SGS has no packed form"):
         toy(Shuffle(), execution="packed")
 
@@ -168,7 +179,7 @@ def test_a_convolution_that_computes_its_weight_in_each_call_is_not_packed():
 
 def test_several_layers_on_a_network_that_cannot_be_packed_are_refused():
     with pytest.raises(ValueError, match="a network that cannot run packed takes one SGS layer, not 2"):
-        toy(nn.GroupNorm(2, 8), after=("first", "second"))
+        toy(nn.LocalResponseNorm(2), after=("first", "second"))
 
 
 def test_a_connection_that_passes_the_sampling_by_is_refused_in_any_execution():

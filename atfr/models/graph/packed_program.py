@@ -91,6 +91,8 @@ class PackedTrunk:
         later = sorted((n for n in traced.nodes if traced.level[n] > 0 or n.op == "get_attr"), key=traced.level.__getitem__)
         levels = {traced.level[cuts[0]]: cuts for cuts in traced.levels}
         self._sample(levels.pop(0))
+        segments = self.values[traced.levels[0][0]].segments
+        self.values.update({node: Value(self.graph.call_function(_num_clips, (segments,))) for node in traced.batch_sizes})
         for node in later:
             below = traced.level[node] - 1
             if below in levels:
@@ -163,10 +165,11 @@ class PackedTrunk:
             return self._write_module(node, registry.packed_op(module, node.target), sampled[0], times[0])
         if registry.begins_mean(node):
             return sampled[0]  # the mean that ends it reads the features themselves
-        keepdim = registry.mean_over_clip(node)
-        if keepdim is not None:
-            (value,) = sampled
-            return Value(self.graph.call_function(ops.mean, (value.node, value.segments), {"keepdim": keepdim}), per_clip=True)
+        for run, keepdim, gap in ((ops.mean, registry.mean_over_clip(node), 0), (ops.maximum, registry.maximum_over_clip(node), None)):
+            if keepdim is not None:
+                (value,) = sampled
+                self.gaps.append(gap)
+                return Value(self.graph.call_function(run, (value.node, value.segments), {"keepdim": keepdim}), per_clip=True)
         if not registry.is_framewise(node):
             raise NoPackedForm(f"{node.name!r} ({node.target}) behind SGS has no packed form: it may mix the features of different clips")
         self._check_joined(node, times)
@@ -231,7 +234,7 @@ def is_sampling(node: fx.Node) -> bool:
 def holds_no_tensor(node: fx.Node) -> bool:
     """Return whether a value of a packed trunk takes no memory: lengths, and the record of a sampling."""
     features = node.target is _item and node.args[1] == 0
-    return (is_sampling(node) and not features) or node.target in (Segments.after, _whole) or node.name in ("forced", "decision")
+    return (is_sampling(node) and not features) or node.target in (Segments.after, _whole, _num_clips) or node.name in ("forced", "decision")
 
 
 def _forced(forced: Forced | None, layers: tuple[int, ...]) -> list | None:
@@ -244,6 +247,10 @@ def _item(values: tuple, first: int, second: int) -> object:
 
 def _whole(x: Tensor) -> Segments:
     return Segments.whole(int(x.shape[0]), int(x.shape[2]), x.device)  # tensors, while fvcore traces
+
+
+def _num_clips(segments: Segments) -> int:
+    return len(segments.lengths)
 
 
 def _packed_forward(module: nn.Module, *pairs: tuple[Tensor, Segments]) -> tuple[Tensor, Segments]:

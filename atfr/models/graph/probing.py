@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import OrderedDict
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from typing import Any, Collection, Iterator, Mapping, Sequence
 
 import torch
@@ -45,6 +46,27 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
     finally:
         for module, after, before in hooks:
             module._forward_hooks, module._forward_pre_hooks = after, before
+
+
+def check_batch(clips: Tensor, device: torch.device) -> None:
+    """Raise ValueError unless these are clips [N, 3, T, H, W] for a network on this device."""
+    if clips.dim() != 5 or clips.device != device:
+        raise ValueError(f"clips must be [N, 3, T, H, W] on {device}, like the network, not {list(clips.shape)} on {clips.device}")
+    if clips.shape[0] < 1 or clips.shape[1] != 3 or not clips.is_floating_point():
+        raise ValueError(f"clips must be floating point [N, 3, T, H, W] with at least one clip, not {clips.dtype} {list(clips.shape)}")
+
+
+def features_of(network: nn.Module, stem: nn.Module, clip: Tensor) -> tuple[Any, ...]:
+    """Run the layers in front of SGS on a small clip, without an update of running statistics.
+
+    Raises:
+        ValueError: they fail, as those of a network for clips of another number of channels.
+    """
+    try:
+        with evaluating(network), redirect_stderr(StringIO()):  # where torch.fx prints the code of a program that fails
+            return stem(clip)
+    except Exception as error:  # of any type, from any operation
+        raise ValueError(f"the network cannot run on a clip {list(clip.shape)}: {first_line(error)}; SGS takes clips of 3 channels, and `probe` is their frames, height and width") from error
 
 
 def num_classes(network: nn.Module, clip: Tensor) -> int:
@@ -96,13 +118,16 @@ def least_features(trunk: fx.GraphModule, x: Tensor, passing: Sequence[Tensor], 
     Raises:
         ValueError: it needs all; names the module that fails on fewer.
     """
+    all_finite = False
     for length in range(x.shape[2], 0, -1):
         steps = _Steps(trunk)
         try:
-            rows = len(steps.run(x[:, :, :length].contiguous(memory_format=torch.channels_last_3d), *passing))
-            if rows == len(x):
+            out = steps.run(x[:, :, :length].contiguous(memory_format=torch.channels_last_3d), *passing)
+            finite = out.device.type == "meta" or bool(out.isfinite().all())
+            all_finite |= finite and length == x.shape[2]
+            if len(out) == len(x) and (finite or not all_finite):  # weights may be such that no output is finite
                 continue
-            reason = f"{rows} rows come out of {len(x)} clips"
+            reason = f"{len(out)} rows come out of {len(x)} clips" if len(out) != len(x) else "NaN or an infinity comes out"
         except Exception as error:  # of any type, from any operation
             reason = first_line(error)
         if length == x.shape[2]:

@@ -10,6 +10,7 @@ a *level* of its own.
 
 from __future__ import annotations
 
+import operator
 import traceback
 from functools import reduce
 from pathlib import Path
@@ -58,6 +59,8 @@ class Traced:
         self.level: dict[fx.Node, int] = {}
         for node in self.nodes:
             self.level[node] = max((self.level[i] + (i in self.cuts) for i in node.all_input_nodes), default=0)
+        if self.cuts:
+            self._check_joints()
 
     @property
     def levels(self) -> list[list[fx.Node]]:
@@ -72,7 +75,22 @@ class Traced:
         clip = [self.nodes[0]] if self.embeds_clip and self.nodes[0] not in first else []
         later = [n for n in self.nodes if self.level[n] > 0]
         bypassing = {i: None for n in later for i in n.all_input_nodes if self.level[i] == 0 and i.op != "get_attr" and i not in first}
-        return first + clip + [node for node in bypassing if node not in clip]
+        return first + clip + [node for node in bypassing if node not in clip and node not in self.batch_sizes]
+
+    @property
+    def batch_sizes(self) -> list[fx.Node]:
+        """The nodes that read how many clips there are from the clips' shape, as in `x.view(x.shape[0], -1)`."""
+        return [node for node in self.nodes if _is_batch_size(node, self.nodes[0])]
+
+    def _check_joints(self) -> None:
+        """Raise ValueError where the network gives more than a tensor, or uses a size of the clips behind SGS, where lengths differ."""
+        result = self.nodes[-1].args[0]
+        if not isinstance(result, fx.Node):
+            kind = next((kind.__name__ for kind in (tuple, list, dict) if isinstance(result, kind)), type(result).__name__)
+            raise ValueError(f"SGS needs a network that returns its logits [N, classes] alone, not a {kind}")
+        for node in self.frontier:
+            if _is_size(node):
+                raise ValueError(f"{node.name!r}, a size that is read before SGS, is used behind it: read it from the tensor that it is used on (the batch size, x.shape[0], may be read from the clips)")
 
     def stem(self, outputs: Sequence[fx.Node] | None = None) -> fx.GraphModule:
         """Write the program clips [N, 3, T, H, W] -> the frontier, or other outputs, as a tuple."""
@@ -101,6 +119,7 @@ class Traced:
         """Write the program the frontier, its features sampled and of one length -> the network's output."""
         graph = fx.Graph()
         copies = {node: graph.placeholder(node.name) for node in self.frontier}
+        copies.update({node: graph.call_method("size", (copies[self.frontier[0]], 0)) for node in self.batch_sizes})
         for node in self.nodes:
             if self.level[node] > 0 or node.op == "get_attr":
                 copies[node] = self.copy(graph, node, copies)
@@ -118,6 +137,25 @@ class Traced:
         """Return a graph as a module that has the network's own modules, parameters and buffers, and `layers` under their paths."""
         paths = {node.target for node in graph.nodes if node.op in ("call_module", "get_attr")}
         return fx.GraphModule({path: layers[path] if path in layers else reduce(getattr, path.split("."), self.network) for path in paths}, graph, name)
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Return whether this reads the shape of a tensor or one of its sizes."""
+    if node.target is operator.getitem:
+        return isinstance(node.args[0], fx.Node) and _is_shape(node.args[0])
+    return _is_shape(node) or node.target == "size"
+
+
+def _is_shape(node: fx.Node) -> bool:
+    return (node.target is getattr and node.args[1] == "shape") or (node.target == "size" and len(node.args) == 1 and not node.kwargs)
+
+
+def _is_batch_size(node: fx.Node, clips: fx.Node) -> bool:
+    if not _is_size(node) or _is_shape(node):
+        return False
+    if node.target == "size":
+        return node.args[0] is clips and registry.argument(node, 1, "dim", None) == 0
+    return node.args[1] == 0 and node.args[0].args[0] is clips
 
 
 def _function_of(module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | None:

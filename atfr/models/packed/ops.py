@@ -248,6 +248,25 @@ def mean(x: Tensor, segments: Segments, *, keepdim: bool) -> Tensor:
     return means if keepdim else means.flatten(1)
 
 
+def each_clip(module: nn.Module, x: Tensor, segments: Segments) -> Tensor:
+    """Run a module that keeps a clip's length on each clip by itself: [1, C, M, H, W] -> [1, C, M, H', W']."""
+    _check(x, segments)
+    return torch.cat([module(clip) for clip in x.split(segments.lengths, dim=2)], dim=2).contiguous(memory_format=torch.channels_last_3d)
+
+
+def global_max(module: nn.Module, x: Tensor, segments: Segments) -> Tensor:
+    """Run a head's global max pool: [1, C, M, H, W] -> [N, C, 1, 1, 1]."""
+    return maximum(x, segments, keepdim=True)
+
+
+def maximum(x: Tensor, segments: Segments, *, keepdim: bool) -> Tensor:
+    """Compute `x.amax(dim=(2, 3, 4))` of each clip: [N, C], or [N, C, 1, 1, 1] with keepdim."""
+    _check(x, segments)
+    frames = x.amax(dim=(3, 4))  # [1, C, M]
+    largest = torch.cat([clip.amax(dim=2) for clip in frames.split(segments.lengths, dim=2)])
+    return largest[:, :, None, None, None] if keepdim else largest
+
+
 def repeat_per_feature(values: Tensor, segments: Segments) -> Tensor:
     """Repeat one value of each clip for all of its features: [N, C, 1, 1, 1] -> [1, C, M, 1, 1]; undefined in gaps."""
     owner = segments.owner if segments.layout is None else segments.owner.index_select(0, segments.layout.source)

@@ -28,6 +28,7 @@ FRAMEWISE_FUNCTIONS = (
     torch.add, torch.sub, torch.mul, torch.div, torch.relu, torch.sigmoid,
     nn.functional.relu, nn.functional.silu, nn.functional.gelu, nn.functional.dropout,
 )  # fmt: skip
+MEAN, MAXIMUM = ("mean", torch.mean), ("amax", torch.amax)
 FRAMEWISE_METHODS = ("add", "add_", "sub", "mul", "mul_", "div", "relu", "relu_", "sigmoid", "contiguous", "clone")
 
 
@@ -83,6 +84,10 @@ def packed_op(module: nn.Module, path: str) -> PackedOp:
             return PackedOp(ops.global_pool, per_clip=True)
         if isinstance(module.output_size, tuple) and module.output_size[0] is None:
             return PackedOp()
+    if isinstance(module, nn.AdaptiveMaxPool3d) and module.output_size in (1, (1, 1, 1)) and not module.return_indices:
+        return PackedOp(ops.global_max, per_clip=True, gap=None)
+    if isinstance(module, nn.GroupNorm) or (isinstance(module, nn.InstanceNorm3d) and not module.track_running_stats):
+        return PackedOp(ops.each_clip, gap=None)
     if isinstance(module, NonLocal) and (module.pool is None or window_of(module.pool) == Window(1)):
         return PackedOp(ops.non_local, gap=None)
     raise NoPackedForm(f"{path} behind SGS has no packed form: {type(module).__name__} may mix the features of different clips")
@@ -115,9 +120,14 @@ def mean_over_clip(node: fx.Node) -> bool | None:
     if node.target is nn.functional.adaptive_avg_pool3d:
         return True if argument(node, 1, "output_size", None) in (1, (1, 1, 1), [1, 1, 1]) else None
     keepdim = bool(argument(node, 2, "keepdim", False))
-    if _mean_dims(node) == (2, 3, 4):
+    if _dims(node, MEAN) == (2, 3, 4):
         return keepdim
     return False if _ends_mean(node) and begins_mean(node.args[0]) and not keepdim else None
+
+
+def maximum_over_clip(node: fx.Node) -> bool | None:
+    """Return whether a maximum over time and space keeps the dimensions; None for any other operation."""
+    return bool(argument(node, 2, "keepdim", False)) if _dims(node, MAXIMUM) == (2, 3, 4) else None
 
 
 def begins_mean(node: Any) -> bool:
@@ -128,18 +138,18 @@ def begins_mean(node: Any) -> bool:
     if not isinstance(node, fx.Node):
         return False
     flat = node.target in ("flatten", torch.flatten) and argument(node, 1, "start_dim", 0) == 2 and argument(node, 2, "end_dim", -1) in (-1, 4)
-    pooled = _mean_dims(node) == (3, 4) and not argument(node, 2, "keepdim", False)
+    pooled = _dims(node, MEAN) == (3, 4) and not argument(node, 2, "keepdim", False)
     return (flat or pooled) and bool(node.users) and all(map(_ends_mean, node.users))
 
 
 def _ends_mean(node: fx.Node) -> bool:
     """Return whether this averages [N, C, L] over L."""
-    return node.target in ("mean", torch.mean) and argument(node, 1, "dim", None) in (2, -1, (2,), (-1,), [2], [-1])
+    return node.target in MEAN and argument(node, 1, "dim", None) in (2, -1, (2,), (-1,), [2], [-1])
 
 
-def _mean_dims(node: fx.Node) -> tuple[int, ...]:
-    """The dimensions of [N, C, T, H, W] that a mean is over; () for any other operation."""
-    dims = argument(node, 1, "dim", ()) if node.target in ("mean", torch.mean) else ()
+def _dims(node: fx.Node, targets: tuple) -> tuple[int, ...]:
+    """The dimensions of [N, C, T, H, W] that one of these operations is over; () for any other operation."""
+    dims = argument(node, 1, "dim", ()) if node.target in targets else ()
     return tuple(sorted(d % 5 for d in dims)) if isinstance(dims, (tuple, list)) else ()
 
 

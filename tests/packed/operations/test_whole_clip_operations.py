@@ -31,6 +31,24 @@ def test_a_non_local_block_is_that_of_each_clip(instantiation, pool, norm, memor
 
 @pytest.mark.parametrize("memory", FORMATS)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.InstanceNorm3d(4, affine=True)], ids=["groups", "instances"])
+def test_a_norm_over_a_clip_is_that_of_each_clip(norm, lengths, memory):
+    check(lambda x, segments: ops.each_clip(norm, x, segments), norm, lengths, memory)
+
+
+@pytest.mark.parametrize("memory", FORMATS)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_a_maximum_is_that_of_each_clip(lengths, memory):
+    x = clips_of(lengths, memory=memory).requires_grad_()
+    alone = torch.cat(each_alone(nn.AdaptiveMaxPool3d(1), x, lengths))
+    found = ops.global_max(nn.AdaptiveMaxPool3d(1), x, segments_of(lengths))
+    assert torch.equal(found, alone) and torch.equal(ops.maximum(x, segments_of(lengths), keepdim=False), alone.flatten(1))
+    upstream = torch.randn_like(alone)
+    assert torch.equal(*(torch.autograd.grad(out, x, upstream)[0] for out in (found, alone)))
+
+
+@pytest.mark.parametrize("memory", FORMATS)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_a_segment_mean_is_that_of_each_clip(lengths, memory):
     x = clips_of(lengths, memory=memory).requires_grad_()
     segments = segments_of(lengths)
