@@ -21,6 +21,7 @@ if __name__ == "__main__":
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -35,13 +36,15 @@ from atfr.cli.recipe import Announcement, require_weights, say, with_experiment,
 from atfr.cli.validation import Validator
 from atfr.data.mixup import mixing
 from atfr.data.transforms import Normalizer
+from atfr.data.types import VideoSource
 from atfr.engine.distributed import comm
 from atfr.engine.distributed.launch_env import read_launch_env
 from atfr.engine.run import checkpoint
-from atfr.engine.run.contents import contents
-from atfr.engine.run.run_dir import claim_folder
+from atfr.engine.run.contents import contents, resumed_step
+from atfr.engine.run.run_dir import check_folder, write_config
 from atfr.engine.settings import TrainerSettings
 from atfr.engine.trainer import Trainer
+from atfr.models.video_net import VideoNet
 
 
 @program("train", otherwise=with_experiment)
@@ -77,17 +80,10 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, dist_info: com
         builders.load_given_weights(model, config, num_classes=num_classes, dist_info=dist_info, whole=False)
     builders.check_batch_norm(model, clip, settings, dist_info)
     plain = OmegaConf.to_container(config, resolve=True)
+    identity = {"config": plain, "choices": choices(), "class_names": list(source.class_names), "contents": contents(source, given and given.file)}
     if dist_info.is_main:
-        claim_folder(folder, plain, "training", resume=settings.resume)
-        if not starts and given is not None:
-            print(f"{given.option} is ignored: this run resumes from {folder / 'checkpoints' / 'last.pt'}", flush=True)
-        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        same = " (the same)" if builders.validates_on_test(source) else ""
-        print(
-            f"{source.name}: {len(source.train)} training, {len(source.val)} validation, {len(source.test)} test videos{same},"
-            f" {len(source.class_names)} classes; {millions:.2f} M parameters, {model.execution}, on {dist_info.device}; run folder {folder}",
-            flush=True,
-        )
+        claim(folder, identity, settings, given)
+        print(summary(source, model, dist_info, folder), flush=True)
         say(recipe.after)
         builders.report_missing(source, folder)
         builders.say_what_chooses_the_epoch(source, config, settings)
@@ -106,7 +102,7 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, dist_info: com
         settings=settings,
         dist_info=dist_info,
         folder=folder,
-        identity={"config": plain, "choices": choices(), "class_names": list(source.class_names), "contents": contents(source, given and given.file)},
+        identity=identity,
         hyperparameters=hyperparameters(config, choices(), HydraConfig.get().overrides.task),
         mix=mix,
         stop=stop,
@@ -124,6 +120,27 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, dist_info: com
                 trainer.logger.write_test({**values, "gflops": results["gflops"]["mean"], "bins": results["bins"]["mean"]}, step=trainer.state.step)
             if dist_info.is_main and not in_sweep():
                 print(report_command(folder), flush=True)
+
+
+def claim(folder: Path, identity: dict[str, Any], settings: TrainerSettings, given: builders.Start | None) -> int | None:
+    """Write the config into the run folder, after checking that a run there may resume. Returns the step from which it does."""
+    check_folder(folder, identity["config"], "training", resume=settings.resume)
+    resumed = resumed_step(folder, identity)
+    write_config(folder, identity["config"])
+    last = folder / "checkpoints" / "last.pt"
+    if last.exists() and given is not None:
+        print(f"{given.option} is ignored: this run resumes from {last}", flush=True)
+    return resumed
+
+
+def summary(source: VideoSource, model: VideoNet, dist_info: comm.DistInfo, folder: Path) -> str:
+    """Return a line about the videos, the network and where the run goes."""
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    same = " (the same)" if builders.validates_on_test(source) else ""
+    return (
+        f"{source.name}: {len(source.train)} training, {len(source.val)} validation, {len(source.test)} test videos{same},"
+        f" {len(source.class_names)} classes; {millions:.2f} M parameters, {model.execution}, on {dist_info.device}; run folder {folder}"
+    )
 
 
 if __name__ == "__main__":

@@ -115,6 +115,21 @@ def test_other_files_with_the_same_names_are_refused_and_a_single_one_is_a_warni
         assert outcome.code == 0 and outcome.out.count("some training videos changed since") == 1, outcome.err
 
 
+def test_a_start_that_is_refused_for_its_data_writes_nothing_into_the_run_folder(small_videos, tmp_path):
+    run = tmp_path / "run"
+    first, second, renamed = (copy_of(small_videos, tmp_path / name) for name in ("first", "second", "renamed"))
+    assert train(first, "trainer.max_steps=1", f"trainer.output_dir={run}").code == 0
+    for video in second.glob("*.mp4"):
+        video.write_bytes(video.read_bytes() + b"\0")
+    for name in ("train.csv", "test.csv"):
+        (renamed / name).write_text((renamed / name).read_text().replace(",right", ",zebra"))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for root, message in ((second, "but other contents: see dataset.root"), (renamed, "(down, right then, down, zebra now)")):
+        outcome = train(root, f"trainer.output_dir={run}")
+        assert outcome.code == 1 and message in outcome.err, outcome.err
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 def test_jobs_of_a_sweep_over_paths_have_different_run_folders(small_videos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     copies = [copy_of(small_videos, tmp_path / name) for name in ("a", "b")]

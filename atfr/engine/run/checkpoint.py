@@ -104,8 +104,11 @@ def _first_os_error(error: BaseException | None) -> OSError | None:
     return found
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
+
+    Args:
+        mmap: read each tensor when it is used.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -115,7 +118,7 @@ def load(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"checkpoint {path} does not exist; a run folder has its checkpoints in checkpoints/last.pt and checkpoints/best.pt")
     way_out = "give a run folder or a file of its checkpoints/"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:  # its text advises to load the file with weights_only=False, which runs code from it
         raise ValueError(f"checkpoint {path} cannot be read: it is damaged or not a checkpoint of this project; {way_out}") from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from atfr.data.lists.text import some
 from atfr.data.types import Video, VideoSource
 from atfr.data.video.probe import quick_hash
-from atfr.engine.run import run_dir
+from atfr.engine.run import checkpoint, run_dir
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def checked_identity(state: Mapping[str, Any], identity: Mapping[str, Any], *, o
             that of the checkpoint.
 
     Raises:
-        ValueError: as `require_same_contents`.
+        ValueError: as `require_same_contents`, or the classes changed.
     """
     before, now = state.get("contents"), identity.get("contents")
     if before is None or now is None:
@@ -69,7 +70,28 @@ def checked_identity(state: Mapping[str, Any], identity: Mapping[str, Any], *, o
     if all(then.get(key) == here.get(key) for key in run_dir.START):
         now = {**now, START: before.get(START)}  # the same path: the file is not needed any more, and may be gone or have changed
     require_same_contents(before, now, of=of, way_out=way_out, warn=warn)
+    classes = [state["class_names"], list(identity["class_names"])]
+    if classes[0] != classes[1]:
+        raise ValueError(f"the training list or its classes changed since {of} was written ({some(classes[0])} then, {some(classes[1])} now); {way_out}")
     return {**identity, "contents": {**now, START: before.get(START)}}
+
+
+def resumed_step(folder: Path, identity: Mapping[str, Any]) -> int | None:
+    """Return the step from which a training resumes, and compare its files, before anything is written into its folder.
+
+    Returns:
+        None if there is no checkpoint, or a damaged one, for which the trainer looks for an earlier one.
+
+    Raises:
+        ValueError: as `checked_identity`.
+    """
+    last = folder / run_dir.OUTPUT["training"]
+    try:
+        state = checkpoint.load(last, mmap=True)
+    except (OSError, ValueError):
+        return None
+    checked_identity(state, identity, of=last, way_out=run_dir.way_out(folder), warn=False)
+    return int(state["step"])
 
 
 def _of_video(video: Video) -> str:

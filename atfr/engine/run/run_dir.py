@@ -30,7 +30,17 @@ START = frozenset(("model.weights", "init_from"))  # paths, too, if both runs ha
 
 
 def claim_folder(folder: Path, config: Mapping[str, Any], kind: str, *, resume: bool) -> None:
-    """Write `config.yaml` into the run folder. If there is a run, check first that it is of the same experiment.
+    """Check a run folder as `check_folder` does, and write `config.yaml` into it."""
+    check_folder(folder, config, kind, resume=resume)
+    write_config(folder, config)
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    write_text(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+
+
+def check_folder(folder: Path, config: Mapping[str, Any], kind: str, *, resume: bool) -> None:
+    """Check that a run folder has no run, or one of the same experiment.
 
     Args:
         kind: the kind of this job, a key of `OUTPUT`.
@@ -55,7 +65,6 @@ def claim_folder(folder: Path, config: Mapping[str, Any], kind: str, *, resume: 
             more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
             found = f"{key} is {before.get(key)!r} there and {now.get(key)!r} here{more}"
             raise ValueError(f"run folder {folder} holds another experiment: {found}; {way_out(folder, kind)}")
-    write_text(path, yaml.safe_dump(dict(config), sort_keys=False))
 
 
 def _read(path: Path) -> dict[str, Any]:
