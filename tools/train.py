@@ -81,6 +81,12 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, dist_info: com
     builders.check_batch_norm(model, clip, settings, dist_info)
     plain = OmegaConf.to_container(config, resolve=True)
     identity = {"config": plain, "choices": choices(), "class_names": list(source.class_names), "contents": contents(source, given and given.file)}
+    # What may be refused comes first: such a start writes nothing into the run folder, and `run_lock` removes a new one.
+    if starts:
+        builders.check_budgets(model, clip)
+    optimizer, learning_rate_factor = build(config.optimizer, "optimizer", model=model), build(config.schedule, "schedule")
+    steps_per_epoch, batches = builders.train_batches(source, clip, settings, dist_info)
+    mix = mixing(mixup=settings.mixup, cutmix=settings.cutmix, num_classes=num_classes, seed=settings.seed)
     if dist_info.is_main:
         claim(folder, identity, settings, given)
         print(summary(source, model, dist_info, folder), flush=True)
@@ -89,12 +95,10 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, dist_info: com
         builders.say_what_chooses_the_epoch(source, config, settings)
     comm.barrier()
 
-    steps_per_epoch, batches = builders.train_batches(source, clip, settings, dist_info)
-    mix = mixing(mixup=settings.mixup, cutmix=settings.cutmix, num_classes=len(source.class_names), seed=settings.seed)
     trainer = Trainer(
         model=model,
-        optimizer=build(config.optimizer, "optimizer", model=model),
-        learning_rate_factor=build(config.schedule, "schedule"),
+        optimizer=optimizer,
+        learning_rate_factor=learning_rate_factor,
         batches=batches,
         steps_per_epoch=steps_per_epoch,
         validate=Validator(model, source, clip, settings=settings, dist_info=dist_info, stop=stop),

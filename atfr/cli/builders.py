@@ -19,6 +19,7 @@ from atfr.data.loader import TrainSampler, test_loader, train_loader, with_time_
 from atfr.data.transforms import Normalizer
 from atfr.data.types import Video, VideoSource
 from atfr.engine import metrics
+from atfr.engine.budgets import keep_ratio_for
 from atfr.engine.distributed import comm
 from atfr.engine.distributed.comm import DistInfo
 from atfr.engine.distributed.preemption import StopFlag
@@ -233,6 +234,14 @@ def weights_file(value: str, option: str) -> Path:
 def gflops_table(model: VideoNet, clip: ClipSettings) -> GflopsTable:
     """Return the table of GFLOPs by B' for the clips of `dataset.clip`."""
     return model.gflops_table((3, clip.frames, clip.crop_size, clip.crop_size))
+
+
+def check_budgets(model: VideoNet, clip: ClipSettings) -> None:
+    """Raise ValueError if no clip is as cheap as a budget of the network's SGS layers."""
+    options = next((layer.options for layer in model.sgs.values() if layer.options.follows_budget), None)  # the same for all layers
+    for budget in () if options is None else (options.gflops, *(options.gflops_range or ())):
+        if budget is not None:
+            keep_ratio_for(gflops_table(model, clip), budget)
 
 
 def train_batches(source: VideoSource, clip: ClipSettings, settings: TrainerSettings, dist_info: DistInfo) -> tuple[int, Callable[[int, int], Iterable[Any]]]:

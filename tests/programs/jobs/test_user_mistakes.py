@@ -63,6 +63,22 @@ def test_what_a_user_can_mend_ends_in_one_line_and_exit_code_1(small_videos, tmp
     assert outcome.code == 1 and last.startswith("error: ") and message in last, outcome.err
 
 
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["optimizer.lr=-1"], "optimizer.lr must be"),
+        (["trainer.mixup=-1"], "trainer.mixup must be above 0"),
+        (["model.sgs.gflops=0.05"], "budget of 0.05 x dense cannot be met"),
+        (["dataset.clip.frames=1", "model.sgs.gflops=0.5"], "leaves nothing to sample"),
+        pytest.param(["model.sgs.gflops=0.5", "model.sgs.gflops_range=[0.05,1]"], "budget of 0.05 x dense cannot be met", marks=pytest.mark.slow),
+    ],
+)
+def test_a_start_that_fails_leaves_no_run_folder(small_videos, tmp_path, arguments, message):
+    outcome = run_tool("train", *small_job(small_videos, tmp_path / "run", *arguments))
+    assert outcome.code == 1 and message in outcome.err, outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_command_that_gives_no_config_is_told_so_in_one_line_by_every_program_unless_all_is_asked_for(monkeypatch):
     for script in ("tools/train.py", "tools/flops.py", "scripts/prepare.py"):
         outcome = run_script(script, "dataset=nope")
