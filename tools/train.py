@@ -87,8 +87,9 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, dist_info: com
     optimizer, learning_rate_factor = build(config.optimizer, "optimizer", model=model), build(config.schedule, "schedule")
     steps_per_epoch, batches = builders.train_batches(source, clip, settings, dist_info)
     mix = mixing(mixup=settings.mixup, cutmix=settings.cutmix, num_classes=num_classes, seed=settings.seed)
+    resumed = None
     if dist_info.is_main:
-        claim(folder, identity, settings, given)
+        resumed = claim(folder, identity, settings, given)
         print(summary(source, model, dist_info, folder), flush=True)
         say(recipe.after)
         builders.report_missing(source, folder)
@@ -111,6 +112,8 @@ def train_and_test(config: DictConfig, settings: TrainerSettings, dist_info: com
         mix=mix,
         stop=stop,
     )
+    if resumed == trainer.end_step:
+        print(f"training is complete at step {resumed} of {resumed}" + ("; the run is only tested again" if settings.test else ""), flush=True)
     with stop.only_sets_flag():
         trainer.run()
         if settings.test:

@@ -18,8 +18,10 @@ def test_a_finished_run_is_only_tested_again_and_more_steps_go_on_from_its_end(s
     short = small_job(small_videos, tmp_path, "trainer.max_steps=3", "trainer.save_every=1")
     assert run_tool("train", *short).code == 0
     assert checkpoint.load(tmp_path / "checkpoints/last.pt")["step"] == 3
-    assert run_tool("train", *short).code == 0
-    assert run_tool("train", *small_job(small_videos, tmp_path)).code == 0
+    again = run_tool("train", *short)
+    assert again.code == 0 and again.out.count("training is complete at step 3 of 3; the run is only tested again\n") == 1, again.out
+    more = run_tool("train", *small_job(small_videos, tmp_path))
+    assert more.code == 0 and "training is complete" not in more.out
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if line["split"] == "train"] == [1, 2, 3, 4]
     assert checkpoint.load(tmp_path / "checkpoints/last.pt")["step"] == 4
