@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from atfr.cli.classifier import Classifier, load
 from atfr.cli.config import build, program
 from atfr.cli.predict import PredictSettings, find_videos, lines_of
+from atfr.data.lists.text import counted
 from atfr.data.types import VideoError
 from atfr.utils.atomic_io import atomic_write
 
@@ -39,7 +40,7 @@ def main(config: DictConfig) -> None:
     else:
         with atomic_write(Path(settings.output).expanduser()) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
             file.writelines(lines)
-        print(f"{len(paths) - len(failed)} videos in {settings.output}")
+        print(f"{counted(len(paths) - len(failed), 'video', 'videos')} in {settings.output}")
     for error in failed:
         print(error, file=sys.stderr)
     if len(failed) == len(paths):
@@ -57,7 +58,7 @@ def prepared(settings: PredictSettings, paths: list[str]) -> Classifier:
             raise ValueError(f"checkpoint={settings.checkpoint} has no SGS layer whose budget gflops={settings.gflops} could set: add sgs=atfr")
         used = paths[:CALIBRATED]
         share = classifier.set_budget(settings.gflops, used)
-        print(f"gflops={settings.gflops}: {share:.0%} of the dense GFLOPs on the {len(used)} videos that it is calibrated on", file=sys.stderr)
+        print(f"gflops={settings.gflops}: {share:.0%} of the dense GFLOPs on the {counted(len(used), 'video', 'videos')} that it is calibrated on", file=sys.stderr)
     return classifier
 
 

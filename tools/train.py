@@ -34,6 +34,7 @@ from atfr.cli.hyperparameters import hyperparameters
 from atfr.cli.launch import on_every_process
 from atfr.cli.recipe import Announcement, require_weights, say, with_experiment, with_recipe
 from atfr.cli.validation import Validator
+from atfr.data.lists.text import counted
 from atfr.data.mixup import mixing
 from atfr.data.transforms import Normalizer
 from atfr.data.types import VideoSource
@@ -146,7 +147,7 @@ def summary(source: VideoSource, model: VideoNet, dist_info: comm.DistInfo, fold
     same = " (the same)" if builders.validates_on_test(source) else ""
     return (
         f"{source.name}: {len(source.train)} training, {len(source.val)} validation, {len(source.test)} test videos{same},"
-        f" {len(source.class_names)} classes; {millions:.2f} M parameters, {model.execution}, on {dist_info.device}; run folder {folder}"
+        f" {counted(len(source.class_names), 'class', 'classes')}; {millions:.2f} M parameters, {model.execution}, on {dist_info.device}; run folder {folder}"
     )
 
 

@@ -20,6 +20,7 @@ from atfr.cli.launch import processes_to_start
 from atfr.cli.recipe import is_given
 from atfr.data.clips import ClipSettings
 from atfr.data.datasets.synthetic import NotGenerated
+from atfr.data.lists.text import counted
 from atfr.data.loader import TrainSampler
 from atfr.data.types import VideoSource
 from atfr.engine import stage_costs
@@ -77,7 +78,7 @@ def network_table(config: DictConfig, num_classes: int, settings: TrainerSetting
     check_start(config, model, clip, settings)
     table = builders.gflops_table(model, clip)
     bins = stage_costs.expected_bins(model, table)
-    first = f"one clip of {clip.frames} frames, {clip.crop_size} x {clip.crop_size}, {num_classes} classes; runs {model.execution}"
+    first = f"one clip of {clip.frames} frames, {clip.crop_size} x {clip.crop_size}, {counted(num_classes, 'class', 'classes')}; runs {model.execution}"
     if bins:
         first += f"; with SGS: a clip that keeps B' = {'/'.join(map(str, bins))} of {'/'.join(map(str, table.frames))} features"
     shape = (3, clip.frames, clip.crop_size, clip.crop_size)
@@ -173,7 +174,7 @@ def launch_facts(settings: TrainerSettings) -> dict[str, str]:
 def data_facts(source: VideoSource) -> dict[str, str]:
     """Return the numbers of videos and classes."""
     facts = {
-        "dataset": f"{source.name}, {len(source.class_names)} classes; root {source.notes.get('root', '')}",
+        "dataset": f"{source.name}, {counted(len(source.class_names), 'class', 'classes')}; root {source.notes.get('root', '')}",
         "videos": ", ".join(f"{len(getattr(source, split))} {split}" for split in ("train", "val", "test")),
     }
     missing = {split: len(paths) for split, paths in source.missing.items() if paths}

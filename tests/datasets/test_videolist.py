@@ -207,7 +207,7 @@ WRONG = {
     "id negative": ("run/a.mp4,-1\nrun/a.mp4,1", {}, r"list\.csv:1: label -1 is outside the 2 classes \(0 to 1\)"),
     "too few names": ("run/a.mp4,run\n", {"num_classes": 4}, r"num_classes is 4, but the training list names 1"),
     "names twice": ("run/a.mp4,run\n", {"class_names": ["run", "run"]}, r"class_names: class 'run' appears more than once"),
-    "counts differ": ("run/a.mp4,run\n", {"class_names": ["run"], "num_classes": 2}, r"class_names: 1 classes, but num_classes is 2"),
+    "counts differ": ("run/a.mp4,run\n", {"class_names": ["run"], "num_classes": 2}, r"class_names: 1 class, but num_classes is 2"),
 }
 
 

@@ -84,7 +84,7 @@ def test_what_cannot_be_read_is_listed_and_the_rest_is_done(trained, small_video
     for name in ("a.mp4", "c.mp4"):
         (tmp_path / name).write_bytes(b"no video")
     outcome = predict(trained["x3d"], tmp_path, "format=csv", f"output={tmp_path / 'found.csv'}")
-    assert outcome.code == 0 and outcome.out == f"1 videos in {tmp_path / 'found.csv'}\n"
+    assert outcome.code == 0 and outcome.out == f"1 video in {tmp_path / 'found.csv'}\n"
     assert {row["video"] for row in csv.DictReader((tmp_path / "found.csv").open())} == {str(tmp_path / "b.mp4")}
     assert [line.partition(": ")[0] for line in outcome.err.splitlines() if line.startswith("cannot")] == [f"cannot read {tmp_path / name}" for name in ("a.mp4", "c.mp4")]
     rows = [json.loads(line) for line in predict(trained["x3d"], tmp_path, "format=jsonl").out.splitlines()]

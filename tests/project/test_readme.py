@@ -189,6 +189,11 @@ def test_the_dataset_of_the_example_is_read(examples):
     assert "my_dataset, 2 classes" in outcome.out and "4 train, 4 val, 4 test" in outcome.out
 
 
+def test_the_dataset_of_the_example_names_the_option_of_its_folder(examples):
+    outcome = run_tool("train", "--config-dir=.", "dataset=my_dataset", "dataset.root=", "trainer.accelerator=cpu")
+    assert outcome.code == 1 and "/train is not a folder; dataset.root is the folder that holds train and test\n" in outcome.err, outcome.err
+
+
 def test_the_similarity_of_the_example_agrees_with_its_loop(tmp_path):
     (diff,), (example,) = ([b for b in BLOCKS if b.language == "diff"], [b for b in BLOCKS if b.tag == "patched"])
     file = Path("atfr/models/sgs/functional.py")

@@ -9,7 +9,7 @@ from typing import Any
 
 from atfr.data.lists.checks import list_warnings
 from atfr.data.lists.existing import ExistingFiles, existing_path_hint
-from atfr.data.lists.text import read_text, some
+from atfr.data.lists.text import counted, read_text, some
 from atfr.data.types import Video, VideoSource
 from atfr.utils.paths import expanded
 
@@ -86,7 +86,7 @@ def check_classes(classes: Sequence[str], num_classes: int | None, *, where: str
     if twice is not None:
         raise ValueError(f"{where}: class {twice!r} appears more than once")
     if num_classes is not None and num_classes != len(classes):
-        raise ValueError(f"{where}: {len(classes)} classes, but num_classes is {num_classes}; set dataset.num_classes=null if this is intended")
+        raise ValueError(f"{where}: {counted(len(classes), 'class', 'classes')}, but num_classes is {num_classes}; set dataset.num_classes=null if this is intended")
 
 
 def none_of(classes: Sequence[str]) -> str:

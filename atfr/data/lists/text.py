@@ -1,4 +1,4 @@
-"""Read text files in several encodings, and compare names in several spellings."""
+"""Read text files in several encodings, compare names in several spellings, and list and count them in messages."""
 
 from __future__ import annotations
 
@@ -62,6 +62,11 @@ def _unmarked(data: bytes) -> str:
 def some(names: Sequence[str], shown: int = 3) -> str:
     """Join the first few names, and `...` if there are more."""
     return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
+
+
+def counted(number: int, one: str, many: str) -> str:
+    """Return a number with its noun: `1 class`, `2 classes`."""
+    return f"{number} {one if number == 1 else many}"
 
 
 def normalized_name(name: str) -> str:
