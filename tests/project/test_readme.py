@@ -180,6 +180,7 @@ def test_the_backbone_of_the_example_runs_with_sgs(examples):
     outcome = run_tool("train", "--config-dir=.", "model=my_backbone", "dry_run=true", "trainer.accelerator=cpu")
     assert outcome.code == 0, outcome.err
     assert "runs packed; with SGS: a clip that keeps B'" in outcome.out
+    assert "one clip of 16 frames, 48 x 48" in outcome.out  # of the built-in videos, as the page says
 
 
 def test_the_dataset_of_the_example_is_read(examples):
