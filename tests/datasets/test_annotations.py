@@ -101,7 +101,7 @@ def test_a_split_of_ucf101_is_its_two_lists(tmp_path):
         ({"trainlist02__txt": "\nArchery/v_Archery_g01_c01.avi 2\n"}, r"trainlist02\.txt:2: the number 2 is not that of class Archery"),
         ({"testlist02__txt": "Swimming/a.avi\n"}, r"testlist02\.txt: the class 'Swimming' of Swimming/a\.avi is none of the 2 classes"),
         ({"classInd__txt": "1 Archery\n3 Swimming\n"}, r"classInd\.txt:2: expected '2 CLASS', found '3 Swimming'"),
-        ({"classInd__txt": "1 Archery\n"}, r"classInd\.txt: 1 classes, but num_classes is 2"),
+        ({"classInd__txt": "1 Archery\n"}, r"classInd\.txt: 1 class, but num_classes is 2"),
     ],
 )
 def test_lists_of_ucf101_that_are_wrong_are_refused_in_one_line(tmp_path, files, message):
