@@ -26,7 +26,7 @@ from atfr.models.video_net import VideoNet
 from atfr.utils.paths import expanded
 
 BUDGETS = ("model.sgs.gflops", "model.sgs.keep_ratio", "model.sgs.gflops_range")
-OF_THE_COMMAND = ("checkpoint", "format")  # keys of the command, which are not part of the checkpoint's config
+OF_THE_COMMAND = ("checkpoint", "format", "budgets", "refresh_batch_norm")  # keys of the command, which are not part of the checkpoint's config
 
 read = functools.cache(checkpoint.load)  # read twice: to compose the config, and for the weights
 
@@ -39,8 +39,12 @@ def results_folder(path: Path, output_dir: str | None) -> Path:
     return folder / run_folder(None) if HydraConfig.get().mode == RunMode.MULTIRUN else folder
 
 
-def with_overrides(state: dict[str, Any], composed: DictConfig) -> DictConfig:
-    """Return the checkpoint's config with this command's overrides, whose values come from the composed config."""
+def with_overrides(state: dict[str, Any], composed: DictConfig, *, trains: bool = False) -> DictConfig:
+    """Return the checkpoint's config with this command's overrides, whose values come from the composed config.
+
+    Args:
+        trains: the program reads the training list, which a test does not need.
+    """
     config = OmegaConf.create(state["config"])
     config.trainer.devices, config.trainer.accelerator = None, "auto"
     now = HydraConfig.get().runtime.choices
@@ -54,7 +58,7 @@ def with_overrides(state: dict[str, Any], composed: DictConfig) -> DictConfig:
     if composed.model.get("sgs") is None:  # the loop above may have set single keys of it
         config.model.sgs = None
     # The checkpoint has the class names, so the test needs no training list.
-    if isinstance(config.dataset.get("train"), str):
+    if isinstance(config.dataset.get("train"), str) and not trains:
         config.dataset.train = None
     if "class_names" in config.dataset and config.dataset.class_names is None:
         config.dataset.class_names = state["class_names"]
@@ -73,9 +77,9 @@ def given_overrides(arguments: list[str]) -> list[str]:
         if override.is_delete() or override.key_or_group == "experiment":
             raise ValueError(f"{program} does not take {override.input_line}: change the checkpoint's config key by key")
         if override.key_or_group in ("model.weights", "init_from"):
-            raise ValueError(f"{program} does not take {override.input_line}: the weights tested are those of checkpoint=...")
+            raise ValueError(f"{program} does not take {override.input_line}: the weights are those of checkpoint=...")
         if override.key_or_group in BUDGETS:
-            raise ValueError(f"{program} does not take {override.input_line}: a budget is calibrated on training clips; use python tools/calibrate.py init_from=RUN budgets=[...]")
+            raise ValueError(f"{program} does not take {override.input_line}: a budget is calibrated on training clips; use python tools/calibrate.py checkpoint=RUN budgets=[...]")
         keys.append(override.key_or_group)
     return keys
 
@@ -107,12 +111,17 @@ def test_videos(config: DictConfig, state: dict[str, Any], path: Path, dist_info
     """
     source = builders.load_source(config, dist_info, make=False)
     builders.require_videos(source, "test")
+    require_classes(source, state, path)
+    return source
+
+
+def require_classes(source: VideoSource, state: dict[str, Any], path: Path) -> None:
+    """Raise ValueError if the dataset has other classes than the checkpoint."""
     if list(source.class_names) != state["class_names"]:
         raise ValueError(
             f"checkpoint {path} was trained for {len(state['class_names'])} classes ({', '.join(state['class_names'][:3])}, ...),"
             f" dataset {source.name} has {len(source.class_names)} ({', '.join(source.class_names[:3])}, ...)"
         )
-    return source
 
 
 def trained_model(config: DictConfig, state: dict[str, Any], path: Path, dist_info: DistInfo) -> VideoNet:

@@ -114,10 +114,18 @@ def calibrate(
         raise ValueError(f"gflops is a share of the dense network's GFLOPs, above 0 and at most 1, not {gflops!r}")
     batches = _first_clips(clips, num_clips)
     calibrate_layers(model, lambda: batches, gflops=gflops)
+    return mean_share(model, batches)
+
+
+def mean_share(model: VideoNet, batches: Iterable[Tensor]) -> float:
+    """Return what these clips cost now, as the mean over all of them, and over all processes, of the share of the dense GFLOPs."""
+    total, count = 0.0, 0
     with evaluating(model):
-        done = [model(batch.to(_device(model)), return_sampling=True)[1] for batch in batches]
-    table = model.gflops_table(tuple(batches[0].shape[1:]))
-    return table.estimate([bins for sampling in done for bins in sampling.bins]).mean() / table.dense
+        for batch in batches:
+            bins, table = model(batch.to(_device(model)), return_sampling=True)[1].bins, model.gflops_table(tuple(batch.shape[1:]))
+            total, count = total + table.estimate(bins).sum() / table.dense, count + len(bins)
+    total, count = comm.summed(torch.tensor([total, count], dtype=torch.float64, device=_device(model))).tolist()
+    return total / count
 
 
 def _first_clips(clips: Tensor | Iterable[Any], most: int) -> list[Tensor]:

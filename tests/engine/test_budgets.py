@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from run_tools import run_tool, small_job
 
 from atfr.cli import builders
@@ -143,6 +144,24 @@ def test_a_dense_network_is_calibrated_to_budgets_and_each_result_can_be_tested_
     assert {key: again[key] for key in ("top1", "gflops", "bins")} == {key: entries[0][key] for key in ("top1", "gflops", "bins")}
 
 
+def test_a_run_is_calibrated_with_the_network_the_dataset_and_the_clip_of_its_training(small_videos, tmp_path):
+    job = small_job(small_videos, tmp_path / "run", "model=x3d_sgs", "model/sgs=uniform", "dataset.clip.frames=4", "trainer.max_steps=1", "trainer.test=false")
+    assert run_tool("train", *job).code == 0
+    outcome = run_tool("calibrate", f"checkpoint={tmp_path}/run", "budgets=[0.8]", "dataset.clip.views=1")
+    assert outcome.code == 0, outcome.err
+    folder = tmp_path / "run" / "calibrated"
+    (entry,) = json.loads((folder / "calibration.json").read_text())
+    assert f"saved {folder}/calibration.json and {folder}/checkpoints/budget-B.pt" in outcome.out and "on the training clips)" in outcome.out
+    assert entry["bins"]["frames"] == 4 and entry["num_views"] == 4
+    # The fixed layer keeps as many features of all clips.
+    assert entry["training_clips_gflops"] == pytest.approx(entry["gflops"]["mean"] / entry["gflops"]["dense"])
+    trained, calibrated = (OmegaConf.load(file) for file in (tmp_path / "run" / "config.yaml", folder / "config.yaml"))
+    for key in ("model.size", "model.sgs.similarity", "dataset.root", "dataset.clip.crop_size", "trainer.batch_size", "trainer.epochs"):
+        assert OmegaConf.select(calibrated, key) == OmegaConf.select(trained, key)
+    outcome = run_tool("test", f"checkpoint={folder}/checkpoints/budget-0.8.pt", f"trainer.output_dir={tmp_path}/again")
+    assert outcome.code == 0 and json.loads((tmp_path / "again/results.json").read_text())["gflops"] == entry["gflops"]
+
+
 @pytest.mark.slow
 def test_the_same_command_leaves_what_is_measured_and_adds_other_budgets(small_videos, dense, tmp_path):
     first, _ = calibrated(small_videos, tmp_path, dense, "budgets=[0.8]")
@@ -192,7 +211,7 @@ def test_a_training_and_a_calibration_do_not_take_each_others_folder(small_video
     "arguments, message",
     [
         (["model=x3d", "model.weights=DENSE"], "model=x3d has no SGS layer to calibrate"),
-        (["model.weights=null"], "set model.weights or init_from"),
+        (["model.weights=null"], "set checkpoint to a run of tools/train.py, or model.weights or init_from"),
         (["model.weights=THREE"], "leaves blocks.5.proj.weight, blocks.5.proj.bias untrained, and nothing is trained here: choose the network and the dataset (2 classes now)"),
         (["model.weights=DENSE", "budgets=[1.5]"], "must be shares of the dense GFLOPs"),
         (["model.weights=DENSE", "model.sgs.width=0.3", "budgets=[0.9]"], "follows no budget, since its width"),

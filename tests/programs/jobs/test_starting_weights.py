@@ -32,7 +32,7 @@ def test_a_training_starts_from_the_weights_once_and_a_test_never_reads_them(sma
     outcome = run_tool("test", f"checkpoint={tmp_path}/run/checkpoints/best.pt")
     assert outcome.code == 0 and "weights from " not in outcome.out, outcome.err
     outcome = run_tool("test", f"checkpoint={tmp_path}/run/checkpoints/best.pt", key)
-    assert outcome.code == 1 and "tools/test.py does not take" in outcome.err and "the weights tested are those of checkpoint=" in outcome.err
+    assert outcome.code == 1 and "tools/test.py does not take" in outcome.err and "the weights are those of checkpoint=" in outcome.err
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ def test_a_checkpoint_is_found_in_a_folder_with_any_name(trained, tmp_path):
     assert outcome.code == 1 and "add trainer.output_dir=... for the results" in outcome.err
 
 
-OTHER_BUDGET = "use python tools/calibrate.py init_from=RUN budgets=[...]"
+OTHER_BUDGET = "use python tools/calibrate.py checkpoint=RUN budgets=[...]"
 
 
 @pytest.mark.parametrize(
