@@ -25,7 +25,9 @@ def keep_ratio_for(table: GflopsTable, budget: float, *, whole: bool = False) ->
     if cost(low) > budget and steps == 1:
         raise ValueError(f"a budget of {budget:g} x dense cannot be met: SGS gets one feature a clip, which leaves nothing to sample; set dataset.clip.frames higher, or leave SGS out with model/sgs=off")
     if cost(low) > budget:
-        raise ValueError(f"a budget of {budget:g} x dense cannot be met: one feature a clip costs {cost(low):.3f} x dense; sample at an earlier stage (sgs.after), or set a higher sgs.gflops")
+        fewest = bins_at(table, low / steps)
+        what = "one feature a clip costs" if set(fewest) == {1} else f"the fewest features that the network runs on, {'/'.join(map(str, fewest))} of {'/'.join(map(str, table.frames))}, cost"
+        raise ValueError(f"a budget of {budget:g} x dense cannot be met: {what} {cost(low):.3f} x dense; sample at an earlier stage (sgs.after), or set a higher sgs.gflops")
     if cost(high) <= budget:
         return 1.0
     while high - low > 1:

@@ -31,10 +31,11 @@ class Table:
     frames: tuple[int, ...] = (16,)
     depths: tuple[int, ...] = (0,)
     dense: float = 2.0
+    fewest: int = 1
 
     @property
     def least(self) -> tuple[int, ...]:
-        return (1,) * len(self.frames)
+        return (self.fewest,) * len(self.frames)
 
     @property
     def most(self) -> tuple[int, ...]:
@@ -65,6 +66,8 @@ def test_layers_side_by_side_keep_one_ratio_and_a_layer_behind_another_keeps_it_
 def test_a_budget_below_the_cost_of_one_feature_is_refused_with_that_cost():
     with pytest.raises(ValueError, match=r"budget of 0.2 x dense.*one feature a clip costs 0.250 x dense"):
         keep_ratio_for(Table(0.2), 0.2)
+    with pytest.raises(ValueError, match=r"budget of 0.5 x dense.*the fewest features that the network runs on, 8 of 16, cost 0.600 x dense"):
+        keep_ratio_for(Table(0.2, fewest=8), 0.5)
 
 
 def test_a_budget_for_clips_of_one_feature_is_refused_as_nothing_is_left_to_sample():

@@ -214,6 +214,7 @@ def test_the_name_of_a_sweeps_job_begins_with_what_tells_it_from_the_others(tmp_
     fixed = ["dataset=videolist", f"dataset.root=/{'x' * 90}", "dataset.train=a.csv", "dataset.test=b.csv", "trainer.workers=1"]
     names = sweep_folders(tmp_path, monkeypatch, *fixed, "trainer.seed=0,1", "model=x3d,slow", "+optimizer.x=5")
     assert {"_".join(name.split("_")[:2]) for name in names} == {f"model-{model}_trainer.seed-{seed}" for model in ("x3d", "slow") for seed in (0, 1)}
+    assert {name.split("_")[2] for name in names} == {"dataset-videolist"}  # then the choices of groups
     # In another order, with more values and other quotes, the jobs that were there keep their names.
     quotes = [override.replace("=", "='") + "'" for override in fixed[:4]]
     again = ["model=slow,c2d,x3d", "trainer.workers=8", "trainer.seed=1,0", "+optimizer.x=5", *quotes]

@@ -27,15 +27,16 @@ def in_sweep() -> bool:
 def run_folder(output_dir: str | None, *, under: str = "") -> Path:
     """Return `trainer.output_dir`, or a folder under runs/ (and there under `under`) named after the command's overrides.
 
-    The name has no date and does not depend on the order of the overrides, so that the same command resumes. It leaves out the
-    folders of the data; a list appears with its file name. In a sweep the overrides that differ between the jobs come first.
+    The name has no date and does not depend on the order of the overrides, so that the same command resumes. It begins with the
+    choices of groups (dataset, model, model/sgs) and leaves out the folders of the data; a list appears with its file name. In a
+    sweep the overrides that differ between the jobs come first.
     """
     if output_dir is not None:
         return Path(output_dir)
     overrides, free = list(HydraConfig.get().overrides.task), HydraConfig.get().job.config.override_dirname.exclude_keys
     swept = swept_part(overrides) if in_sweep() else []
     rest = [override for override in overrides if override not in swept and _key(override) not in free]
-    name = folder_name([*sorted(map(_plain, swept)), *sorted(map(_without_folder, map(_plain, rest)))])
+    name = folder_name([*sorted(map(_plain, swept)), *sorted(map(_without_folder, map(_plain, rest)), key=lambda override: ("." in _key(override), override))])
     return SWEEPS.parent / under / SWEEPS.name / name if in_sweep() else Path("runs", under, name)
 
 
