@@ -1,7 +1,7 @@
 """Checks of the Triton kernels of packed execution under Triton's interpreter, each a test in `test_kernels.py`.
 
 Triton reads TRITON_INTERPRET at its import, so that this runs in a process of its own:
-`TRITON_INTERPRET=1 PYTHONPATH=.:tests/helpers/networks python tests/packed/kernels_interpreted.py`. It prints the name of each check that passes.
+`TRITON_INTERPRET=1 PYTHONPATH=.:tests/helpers/networks python tests/packed/kernels/kernels_interpreted.py`. It prints the name of each check that passes.
 """
 
 from __future__ import annotations

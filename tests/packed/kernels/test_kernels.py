@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from run_tools import ROOT
+from checks_of_kernels import names_in, printed_by
 
 from atfr.models.packed.kernels import support
 
 CHECKS = Path(__file__).with_name("kernels_interpreted.py")
 
 
-def names() -> list[str]:
-    """The checks, read without an import of triton."""
-    listed = next(n.value for n in ast.parse(CHECKS.read_text()).body if isinstance(n, ast.Assign) and n.targets[0].id == "CHECKS")
-    return [name.id for name in listed.elts]
-
-
 @pytest.fixture(scope="module")
 def output() -> str:
-    """What the checks print: in a process of its own, since Triton decides at its import whether it interprets."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    done = subprocess.run([sys.executable, str(CHECKS)], env=env, capture_output=True, text=True, timeout=500)
-    return done.stdout + done.stderr
+    """What the checks print."""
+    return printed_by(CHECKS, TRITON_INTERPRET="1")
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", names_in(CHECKS))
 def test_kernels(output, name):
     assert f"{name} passed" in output, output
 
