@@ -214,11 +214,14 @@ GRADIENT_PROGRAMS = 2048 if COMPILED else 12  # of the weight gradient: a few fo
 
 
 def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
-    """Return the configs that do not waste half of a block of channels or of positions: each one that is tried is compiled."""
+    """Return the configs that do not waste half of a block of channels or of positions, and one for frames that fit into a block.
+
+    Each one that is tried has to be compiled.
+    """
     for block, size in (("BLOCK_C", constants["C"]), ("BLOCK_P", arguments["OH"] * arguments["OW"])):
         most = max(2 * size - 1, min(config.kwargs[block] for config in configs))
         configs = [config for config in configs if config.kwargs[block] <= most]
-    return configs
+    return configs[:1] if arguments["OH"] * arguments["OW"] <= configs[0].kwargs["BLOCK_P"] else configs
 
 
 def _milliseconds(call: Callable[[], None], quantiles: Sequence[float]) -> list[float]:
