@@ -108,13 +108,20 @@ def calibrate(
     Raises:
         ValueError: there are no clips; the budget is below the cost of one feature a clip; or a layer follows no budget.
     """
-    if not isinstance(model, VideoNet) or not model.sgs:
-        raise ValueError("the model has no SGS layer to calibrate: build it with sgs=..., or use add_sgs")
-    if gflops is not None and not (isinstance(gflops, (int, float)) and 0 < gflops <= 1):
+    model = _sampled(model)
+    if gflops is not None and (isinstance(gflops, str) or not 0 < gflops <= 1):
         raise ValueError(f"gflops is a share of the dense network's GFLOPs, above 0 and at most 1, not {gflops!r}")
     batches = _first_clips(clips, num_clips)
     calibrate_layers(model, lambda: batches, gflops=gflops)
     return mean_share(model, batches)
+
+
+def _sampled(model: nn.Module) -> VideoNet:
+    """Return the network that torch.compile or a wrapper for several GPUs holds; raise ValueError if it has no SGS."""
+    network = model if isinstance(model, VideoNet) else getattr(model, "_orig_mod", getattr(model, "module", model))
+    if not isinstance(network, VideoNet) or not network.sgs:
+        raise ValueError("the model has no SGS layer to calibrate: build it with sgs=..., or use add_sgs")
+    return network
 
 
 def mean_share(model: VideoNet, batches: Iterable[Tensor]) -> float:
@@ -143,6 +150,9 @@ def _first_clips(clips: Tensor | Iterable[Any], most: int) -> list[Tensor]:
             break
     if not batches:
         raise ValueError("there are no clips to calibrate on")
+    shapes = list(dict.fromkeys(tuple(batch.shape[1:]) for batch in batches))
+    if len(shapes) > 1:
+        raise ValueError(f"clips to calibrate on must have one shape, and there are {list(shapes[0])} and {list(shapes[1])}")
     return batches
 
 

@@ -91,4 +91,4 @@ def saved(path: Path) -> dict[tuple[str, str, int, int], Row]:
 
 def save(path: Path, rows: dict[tuple[str, str, int, int], Row]) -> None:
     """Write the rows, in their order."""
-    write_rows(path, list(rows.values()))
+    write_rows(path, Row, list(rows.values()))

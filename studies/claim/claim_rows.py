@@ -59,7 +59,7 @@ def updated(runs: Path) -> list[Row]:
     """The rows of rows.csv, in its order, after those of all runs under `runs` took their places in it or were added."""
     rows = {row.key: row for row in saved()}
     rows.update({row.key: row for row in found(runs)})
-    write_rows(ROWS, [rows[key] for key in sorted(rows)])
+    write_rows(ROWS, Row, [rows[key] for key in sorted(rows)])
     return saved()  # as the next reader has them, who has not these runs
 
 
@@ -77,11 +77,11 @@ def read_rows(path: Path, kind: type[Kind]) -> list[Kind]:
         return [kind(**{field.name: kinds[field.type](line.get(field.name, "nan")) for field in fields(kind)}) for line in csv.DictReader(file)]
 
 
-def write_rows(path: Path, rows: Sequence[object]) -> None:
+def write_rows(path: Path, kind: type[Kind], rows: Sequence[Kind]) -> None:
     """Write dataclass records for `read_rows`, with four digits of each float."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([field.name for field in fields(rows[0])])
+    writer.writerow([field.name for field in fields(kind)])
     writer.writerows([f"{value:.4g}" if isinstance(value, float) else value for value in asdict(row).values()] for row in rows)
     write_text(path, text.getvalue())
 

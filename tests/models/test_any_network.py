@@ -103,15 +103,16 @@ def test_a_head_may_average_the_clip_in_any_of_the_usual_ways(name):
 
 
 class Sized(Headed):
-    """Reads the number of clips before SGS, and uses it behind."""
+    """Reads the number of clips before SGS, or of the sampled features, and uses it behind."""
 
-    def __init__(self, size: Callable[[Tensor], object], norm: nn.Module) -> None:
+    def __init__(self, size: Callable[[Tensor], object], norm: nn.Module, *, before: bool) -> None:
         super().__init__(nn.AdaptiveMaxPool3d(1))
-        self.size, self.norm = size, norm
+        self.size, self.norm, self.before = size, norm, before
 
     def forward(self, x: Tensor) -> Tensor:
-        clips = self.size(x)
-        return self.head(self.average(torch.relu(self.temporal(self.norm(self.stem(x))))).view(clips, -1))
+        features = torch.relu(self.temporal(self.norm(self.stem(x))))
+        clips = self.size(x if self.before else features)
+        return self.head(self.average(features).view(clips, -1))
 
 
 def unpacked(x: Tensor) -> object:
@@ -119,13 +120,15 @@ def unpacked(x: Tensor) -> object:
     return n
 
 
-SIZES = {"shape": lambda x: x.shape[0], "size": lambda x: x.size(0), "size, by name": lambda x: x.size(dim=0), "all sizes": lambda x: x.size()[0], "unpacked": unpacked}
+SIZES = {"shape": lambda x: x.shape[0], "size": lambda x: x.size(0), "size, by name": lambda x: x.size(dim=0), "all sizes": lambda x: x.size()[0], "a slice": lambda x: x.shape[:2][0], "unpacked": unpacked}
 
 
-@pytest.mark.parametrize("execution", ["packed", "bucketed"])
+@pytest.mark.parametrize("execution, before", [("packed", True), ("packed", False), ("bucketed", True)])
 @pytest.mark.parametrize("size", SIZES)
-def test_the_number_of_clips_may_be_read_before_sgs(size, execution):
-    network = Sized(SIZES[size], nn.GroupNorm(2, 8))
+def test_the_number_of_clips_may_be_read_before_and_behind_sgs(size, execution, before):
+    if size == "unpacked" and not before:
+        pytest.skip("a number of frames is read, too, which differs from clip to clip")
+    network = Sized(SIZES[size], nn.GroupNorm(2, 8), before=before)
     net = VideoNet(network, sgs=replace(ATFR, after="stem", width=0.3, execution=execution), probe=(8, 16, 16)).eval()
     assert net.execution == execution
     clips, bins = uneven_clips(3, 8, 16), (1, 8, 4)
@@ -153,6 +156,7 @@ class Otherwise(Headed):
 REFUSED = {
     "a tuple": (lambda x, y, p: (y.mean((2, 3, 4)), y), "returns its logits .* alone, not a tuple"),
     "a dict": (lambda x, y, p: {"logits": y.mean((2, 3, 4))}, "returns its logits .* alone, not a dict"),
+    "a product of sizes": (lambda x, y, p: y.mean((2, 3, 4)).view(x.size(0) * 1, -1), "a size that is read before SGS, is used behind it"),
     "a number of frames": (lambda x, y, p: y.mean((3, 4)).view(y.size(0), 8, x.shape[2]).mean(2), "a size that is read before SGS, is used behind it"),
     "a position of each frame": (lambda x, y, p: (y + p).mean((2, 3, 4)), "what follows does not run behind SGS, at 'add'.*: The size of tensor"),
 }

@@ -162,6 +162,7 @@ def test_clips_may_come_as_a_tensor_a_list_a_loader_or_a_generator():
         ({"gflops": 0.001}, "a budget of 0.001 x dense cannot be met: one feature a clip costs"),
         ({"clips": torch.zeros(2, 3, 16, 16, 16, dtype=torch.uint8)}, r"clips must be floating point \[N, 3, T, H, W\] .*, not torch.uint8"),
         ({"clips": torch.zeros(2, 16, 3, 16, 16)}, r"clips must be .*\[2, 16, 3, 16, 16\]"),
+        ({"clips": [torch.zeros(2, 3, 16, 16, 16), torch.zeros(2, 3, 8, 16, 16)]}, r"must have one shape, and there are \[3, 16, 16, 16\] and \[3, 8, 16, 16\]"),
         ({"gflops": 1.5}, "gflops is a share of the dense network's GFLOPs"),
         ({"gflops": "half"}, "gflops is a share of the dense network's GFLOPs, above 0 and at most 1, not 'half'"),
         ({"model": nn.Conv3d(3, 4, 1)}, "has no SGS layer to calibrate"),

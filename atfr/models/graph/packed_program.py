@@ -13,7 +13,7 @@ from typing import Callable, Mapping, NamedTuple, Sequence
 
 from torch import Tensor, fx, nn
 
-from atfr.models.graph.tracing import Traced
+from atfr.models.graph.tracing import Traced, is_shape, read_by_batch_size
 from atfr.models.packed import ops, registry
 from atfr.models.packed.registry import NoPackedForm
 from atfr.models.packed.segments import Segments, Window
@@ -163,8 +163,10 @@ class PackedTrunk:
             if hasattr(module, "packed_forward"):
                 return self._write_own(node)
             return self._write_module(node, registry.packed_op(module, node.target), sampled[0], times[0])
-        if registry.begins_mean(node):
-            return sampled[0]  # the mean that ends it reads the features themselves
+        if read_by_batch_size(node) is not None:
+            return Value(self.graph.call_function(_num_clips, (sampled[0].segments,)))
+        if registry.begins_mean(node) or (is_shape(node) and all(is_shape(user) or read_by_batch_size(user) is not None for user in node.users)):
+            return sampled[0]  # what follows reads the features themselves
         for run, keepdim, gap in ((ops.mean, registry.mean_over_clip(node), 0), (ops.maximum, registry.maximum_over_clip(node), None)):
             if keepdim is not None:
                 (value,) = sampled
@@ -213,7 +215,7 @@ class PackedTrunk:
     def _check_joined(self, node: fx.Node, times: list[Time]) -> None:
         for i in node.all_input_nodes:
             value = self.values[i]
-            if value.time is None and not value.per_clip and i.op != "get_attr":
+            if value.time is None and not value.per_clip and i.op != "get_attr" and read_by_batch_size(i) is None:
                 raise ValueError(
                     f"SGS cannot be put behind {', '.join(self.traced.cuts.values())}: {node.name!r} also needs {i.name!r} from before it, which keeps all frames"
                 )

@@ -80,7 +80,7 @@ class Traced:
     @property
     def batch_sizes(self) -> list[fx.Node]:
         """The nodes that read how many clips there are from the clips' shape, as in `x.view(x.shape[0], -1)`."""
-        return [node for node in self.nodes if _is_batch_size(node, self.nodes[0])]
+        return [node for node in self.nodes if read_by_batch_size(node) is self.nodes[0]]
 
     def _check_joints(self) -> None:
         """Raise ValueError where the network gives more than a tensor, or uses a size of the clips behind SGS, where lengths differ."""
@@ -89,7 +89,7 @@ class Traced:
             kind = next((kind.__name__ for kind in (tuple, list, dict) if isinstance(result, kind)), type(result).__name__)
             raise ValueError(f"SGS needs a network that returns its logits [N, classes] alone, not a {kind}")
         for node in self.frontier:
-            if _is_size(node):
+            if _is_of_sizes(node):
                 raise ValueError(f"{node.name!r}, a size that is read before SGS, is used behind it: read it from the tensor that it is used on (the batch size, x.shape[0], may be read from the clips)")
 
     def stem(self, outputs: Sequence[fx.Node] | None = None) -> fx.GraphModule:
@@ -139,23 +139,30 @@ class Traced:
         return fx.GraphModule({path: layers[path] if path in layers else reduce(getattr, path.split("."), self.network) for path in paths}, graph, name)
 
 
-def _is_size(node: fx.Node) -> bool:
-    """Return whether this reads the shape of a tensor or one of its sizes."""
-    if node.target is operator.getitem:
-        return isinstance(node.args[0], fx.Node) and _is_shape(node.args[0])
-    return _is_shape(node) or node.target == "size"
-
-
-def _is_shape(node: fx.Node) -> bool:
+def is_shape(node: fx.Node) -> bool:
+    """Return whether this reads the shape of a tensor, or its first sizes."""
+    if node.target is operator.getitem and isinstance(node.args[1], slice):
+        return not node.args[1].start and isinstance(node.args[0], fx.Node) and is_shape(node.args[0])
     return (node.target is getattr and node.args[1] == "shape") or (node.target == "size" and len(node.args) == 1 and not node.kwargs)
 
 
-def _is_batch_size(node: fx.Node, clips: fx.Node) -> bool:
-    if not _is_size(node) or _is_shape(node):
-        return False
+def read_by_batch_size(node: fx.Node) -> fx.Node | None:
+    """Return the tensor whose first size this reads; None for any other operation."""
     if node.target == "size":
-        return node.args[0] is clips and registry.argument(node, 1, "dim", None) == 0
-    return node.args[1] == 0 and node.args[0].args[0] is clips
+        return node.args[0] if registry.argument(node, 1, "dim", None) == 0 else None
+    if node.target is not operator.getitem or node.args[1] != 0 or not isinstance(node.args[0], fx.Node) or not is_shape(node.args[0]):
+        return None
+    shape = node.args[0]
+    while shape.target is operator.getitem:  # a slice of it
+        shape = shape.args[0]
+    return shape.args[0]
+
+
+def _is_of_sizes(node: fx.Node) -> bool:
+    """Return whether this is computed from sizes of tensors alone."""
+    if is_shape(node) or node.target == "size":
+        return True
+    return node.op == "call_function" and bool(node.all_input_nodes) and all(map(_is_of_sizes, node.all_input_nodes))
 
 
 def _function_of(module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | None:

@@ -248,23 +248,32 @@ def mean(x: Tensor, segments: Segments, *, keepdim: bool) -> Tensor:
     return means if keepdim else means.flatten(1)
 
 
-def each_clip(module: nn.Module, x: Tensor, segments: Segments) -> Tensor:
-    """Run a module that keeps a clip's length on each clip by itself: [1, C, M, H, W] -> [1, C, M, H', W']."""
+def norm_of_clip(module: nn.GroupNorm | nn.InstanceNorm3d, x: Tensor, segments: Segments) -> Tensor:
+    """Normalise each clip by its own statistics: [1, C, M, H, W] -> [1, C, M, H, W].
+
+    Without the modules' own check, which refuses a clip of one feature with one position.
+    """
     _check(x, segments)
-    return torch.cat([module(clip) for clip in x.split(segments.lengths, dim=2)], dim=2).contiguous(memory_format=torch.channels_last_3d)
+    cudnn = torch.backends.cudnn.enabled
+
+    def run(clip: Tensor) -> Tensor:
+        if isinstance(module, nn.GroupNorm):
+            return torch.group_norm(clip, module.num_groups, module.weight, module.bias, module.eps, cudnn)
+        return torch.instance_norm(clip, module.weight, module.bias, None, None, True, module.momentum or 0.0, module.eps, cudnn)
+
+    return torch.cat([run(clip) for clip in x.split(segments.lengths, dim=2)], dim=2).contiguous(memory_format=torch.channels_last_3d)
 
 
 def global_max(module: nn.Module, x: Tensor, segments: Segments) -> Tensor:
-    """Run a head's global max pool: [1, C, M, H, W] -> [N, C, 1, 1, 1]."""
-    return maximum(x, segments, keepdim=True)
+    """Run a head's global max pool on each clip: [1, C, M, H, W] -> [N, C, 1, 1, 1]."""
+    _check(x, segments)
+    return torch.cat([module(clip) for clip in x.split(segments.lengths, dim=2)])
 
 
 def maximum(x: Tensor, segments: Segments, *, keepdim: bool) -> Tensor:
     """Compute `x.amax(dim=(2, 3, 4))` of each clip: [N, C], or [N, C, 1, 1, 1] with keepdim."""
     _check(x, segments)
-    frames = x.amax(dim=(3, 4))  # [1, C, M]
-    largest = torch.cat([clip.amax(dim=2) for clip in frames.split(segments.lengths, dim=2)])
-    return largest[:, :, None, None, None] if keepdim else largest
+    return torch.cat([clip.amax(dim=(2, 3, 4), keepdim=keepdim) for clip in x.split(segments.lengths, dim=2)])
 
 
 def repeat_per_feature(values: Tensor, segments: Segments) -> Tensor:

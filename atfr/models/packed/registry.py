@@ -84,10 +84,10 @@ def packed_op(module: nn.Module, path: str) -> PackedOp:
             return PackedOp(ops.global_pool, per_clip=True)
         if isinstance(module.output_size, tuple) and module.output_size[0] is None:
             return PackedOp()
-    if isinstance(module, nn.AdaptiveMaxPool3d) and module.output_size in (1, (1, 1, 1)) and not module.return_indices:
+    if isinstance(module, nn.AdaptiveMaxPool3d) and module.output_size in (1, (1, 1, 1), [1, 1, 1]) and not module.return_indices:
         return PackedOp(ops.global_max, per_clip=True, gap=None)
     if isinstance(module, nn.GroupNorm) or (isinstance(module, nn.InstanceNorm3d) and not module.track_running_stats):
-        return PackedOp(ops.each_clip, gap=None)
+        return PackedOp(ops.norm_of_clip, gap=None)
     if isinstance(module, NonLocal) and (module.pool is None or window_of(module.pool) == Window(1)):
         return PackedOp(ops.non_local, gap=None)
     raise NoPackedForm(f"{path} behind SGS has no packed form: {type(module).__name__} may mix the features of different clips")

@@ -33,18 +33,28 @@ def test_a_non_local_block_is_that_of_each_clip(instantiation, pool, norm, memor
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.InstanceNorm3d(4, affine=True)], ids=["groups", "instances"])
 def test_a_norm_over_a_clip_is_that_of_each_clip(norm, lengths, memory):
-    check(lambda x, segments: ops.each_clip(norm, x, segments), norm, lengths, memory)
+    check(lambda x, segments: ops.norm_of_clip(norm, x, segments), norm, lengths, memory)
 
 
 @pytest.mark.parametrize("memory", FORMATS)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_a_maximum_is_that_of_each_clip(lengths, memory):
-    x = clips_of(lengths, memory=memory).requires_grad_()
-    alone = torch.cat(each_alone(nn.AdaptiveMaxPool3d(1), x, lengths))
-    found = ops.global_max(nn.AdaptiveMaxPool3d(1), x, segments_of(lengths))
-    assert torch.equal(found, alone) and torch.equal(ops.maximum(x, segments_of(lengths), keepdim=False), alone.flatten(1))
-    upstream = torch.randn_like(alone)
-    assert torch.equal(*(torch.autograd.grad(out, x, upstream)[0] for out in (found, alone)))
+    x = clips_of(lengths, memory=memory).round().requires_grad_()  # with ties, among which the gradient is shared
+    pool, segments = nn.AdaptiveMaxPool3d(1), segments_of(lengths)
+    for found, expected in (
+        (ops.global_max(pool, x, segments), torch.cat(each_alone(pool, x, lengths))),
+        (ops.maximum(x, segments, keepdim=False), torch.cat([clip.amax((2, 3, 4)) for clip in x.split(lengths, dim=2)])),
+        (ops.maximum(x, segments, keepdim=True), torch.cat([clip.amax((2, 3, 4), keepdim=True) for clip in x.split(lengths, dim=2)])),
+    ):
+        assert torch.equal(found, expected)
+        upstream = torch.randn_like(expected)
+        assert torch.equal(*(torch.autograd.grad(out, x, upstream)[0] for out in (found, expected)))
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(4, 4), nn.InstanceNorm3d(4)], ids=["groups", "instances"])
+def test_a_norm_of_a_clip_of_one_value_is_its_shift(norm):
+    x = torch.randn(1, 4, 3, 1, 1).contiguous(memory_format=torch.channels_last_3d)
+    assert ops.norm_of_clip(norm, x, segments_of((1, 2)))[:, :, 0].abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("memory", FORMATS)

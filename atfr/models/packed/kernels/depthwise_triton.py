@@ -232,7 +232,7 @@ def _milliseconds(call: Callable[[], None], quantiles: Sequence[float]) -> list[
 def _tuned(kernel: Callable) -> Any:
     """Choose the blocks of a kernel in its first call for a size of frames. The number of frames differs from batch to batch.
 
-    The choice is kept in Triton's cache, for the next process.
+    The choice is kept in Triton's cache, for the next process; GPUs of one architecture share it there.
     """
     configs = [triton.Config({"BLOCK_P": positions, "BLOCK_C": channels}, num_warps=warps) for positions, channels, warps in BLOCKS]
     key = ["C", "H", "W", "KT", "KH", "KW", "SH", "SW"]

@@ -42,7 +42,7 @@ def _obstacle(device: torch.device) -> str | None:
         _run_first_kernel(device)
     except Exception as error:  # no C compiler, no headers of Python, a GPU that is too new, a cache that cannot be written
         what = (str(error).strip().splitlines() or [""])[0][:200]
-        return f"Triton's first kernel failed ({type(error).__name__}: {what}); it needs a C compiler and the headers of Python"
+        return f"Triton's first kernel failed ({type(error).__name__}: {what}); Triton needs a C compiler, the headers of Python and a GPU that it knows"
     return None
 
 
