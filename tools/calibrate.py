@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -55,15 +56,13 @@ def main(config: DictConfig) -> None:
     if config.checkpoint is None:
         config, recipe = with_recipe(config)
         require_weights(config)
-        if config.init_from is not None and Path(config.init_from).is_dir():
-            say([f"init_from takes the weights alone; checkpoint={config.init_from} takes the network, the dataset and the clip that they were trained with, too"])
     else:
         config, folder = of_checkpoint(config)
     check_root(config)
     settings: TrainerSettings = build(config.trainer, "trainer")
     if not isinstance(budgets, list) or not budgets or not all(isinstance(budget, (int, float)) and 0 < budget <= 1 for budget in budgets):
         raise ValueError(f"budgets={budgets} must be shares of the dense GFLOPs, above 0 and at most 1, in a list such as [0.4,0.6]")
-    budgets = [float(budget) for budget in budgets]
+    budgets = list(dict.fromkeys(map(float, budgets)))
     if builders.weights_given(config) is None:
         raise ValueError("set checkpoint to a run of tools/train.py, or model.weights or init_from to other weights, that SGS is put into")
     folder, stop = folder or run_folder(settings.output_dir, under="calibrated"), listen()
@@ -74,8 +73,11 @@ def main(config: DictConfig) -> None:
 def of_checkpoint(composed: DictConfig) -> tuple[DictConfig, Path]:
     """Return the config of the checkpoint, which starts from its weights, and the folder for the results."""
     path = from_checkpoint.checkpoint_file(composed.checkpoint)
+    state = from_checkpoint.read(path)
     folder = from_checkpoint.results_folder(path, composed.trainer.output_dir)
-    config = from_checkpoint.with_overrides(from_checkpoint.read(path), composed, trains=True)
+    config = from_checkpoint.with_overrides(state, composed, trains=True)
+    if choices()["model"] == f"{state['choices']['model']}_sgs":  # the same network, with SGS
+        config.model = from_checkpoint.model_with_sgs(state, composed)
     OmegaConf.update(config, "init_from", str(path), force_add=True)
     config.model.weights, config.trainer.output_dir = None, composed.trainer.output_dir
     for key in ("budgets", "refresh_batch_norm", "checkpoint"):
@@ -87,12 +89,15 @@ def calibrate_and_test(config: DictConfig, settings: TrainerSettings, dist_info:
     """Calibrate and test at each budget that is not in calibration.json, on this rank."""
     if dist_info.is_main:
         say(recipe.before[:1])  # only the recipe's clip and views are used here
+        if config.checkpoint is None and config.init_from is not None and Path(config.init_from).is_dir():
+            say([f"init_from takes the weights alone; checkpoint={config.init_from} takes the network, the dataset and the clip that they were trained with, too"])
     clip, source = builders.clip_settings(config), builders.load_source(config, dist_info, make=False)
     builders.require_videos(source, "train", "test")
     num_classes = len(source.class_names)
     model = builders.build_model(config, num_classes=num_classes, dist_info=dist_info, seed=settings.seed)
     builders.load_given_weights(model, config, num_classes=num_classes, dist_info=dist_info, whole=True)
-    require_budgets(model)
+    chosen = chosen_groups(config)
+    require_budgets(model, chosen["model"])
     path = folder / "calibration.json"
     done = {entry["budget"]: entry for entry in json.loads(path.read_text())} if path.exists() else {}
     start = builders.weights_given(config)
@@ -133,7 +138,7 @@ def calibrate_and_test(config: DictConfig, settings: TrainerSettings, dist_info:
             with comm.main_first(dist_info):  # counting GFLOPs may take long, and the other ranks wait
                 if dist_info.is_main:
                     done[budget] = {"budget": budget, "training_clips_gflops": share, "contents": files, **metrics.summarise(evaluation, table, protocol=protocol)}
-                    checkpoint.save(state_of(model, plain, budget, source), saved)
+                    checkpoint.save(state_of(model, plain, budget, source, chosen), saved)
                     write_text(path, json.dumps([done[key] for key in sorted(done)], indent=2) + "\n")
         if dist_info.is_main:
             print(as_line(done[budget]), flush=True)
@@ -141,21 +146,31 @@ def calibrate_and_test(config: DictConfig, settings: TrainerSettings, dist_info:
         print(f"saved {path} and {folder / 'checkpoints'}/budget-B.pt", flush=True)
 
 
-def require_budgets(model: VideoNet) -> None:
+def chosen_groups(config: DictConfig) -> dict[str, str]:
+    """Return the choices of config groups. In a sweep over checkpoints hydra knows those on the command line alone."""
+    if config.checkpoint is None:
+        return choices()
+    given = from_checkpoint.given_overrides(HydraConfig.get().overrides.task)
+    own = from_checkpoint.read(from_checkpoint.checkpoint_file(config.checkpoint))["choices"]
+    return {**own, **{group: choice for group, choice in choices().items() if group in given or group.partition("/")[0] in given}}
+
+
+def require_budgets(model: VideoNet, name: str) -> None:
     """Raise ValueError, before the work begins, unless all layers follow a budget."""
     if not model.sgs:
-        raise ValueError(f"model={choices().get('model')} has no SGS layer to calibrate: choose model=NAME_sgs")
+        way_out = "leave out model/sgs=off" if name.endswith("_sgs") else f"add model={name}_sgs"
+        raise ValueError(f"model={name} has no SGS layer to calibrate: {way_out}")
     for layer in model.sgs.values():
         layer.set_budget(1.0)  # raises for a layer that follows none
         if isinstance(layer.embedding, GlanceEmbedding) and not layer.embedding.steps:
             raise ValueError("model/sgs=glance has to be trained with the network (tools/train.py): these weights hold no embedding that learned; use model/sgs=atfr")
 
 
-def state_of(model: VideoNet, plain: dict[str, Any], budget: float, source: VideoSource) -> dict[str, Any]:
+def state_of(model: VideoNet, plain: dict[str, Any], budget: float, source: VideoSource, chosen: dict[str, str]) -> dict[str, Any]:
     """Return what tools/test.py needs to run the network as it is calibrated now."""
     sgs = {**plain["model"]["sgs"], "gflops": budget, "keep_ratio": None}
     config = {**plain, "init_from": None, "model": {**plain["model"], "weights": None, "sgs": sgs}}
-    return {"model": model.state_dict(), "config": config, "choices": choices(), "class_names": list(source.class_names)}
+    return {"model": model.state_dict(), "config": config, "choices": chosen, "class_names": list(source.class_names)}
 
 
 def as_line(entry: dict[str, Any]) -> str:

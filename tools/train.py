@@ -136,7 +136,7 @@ def claim(folder: Path, identity: dict[str, Any], settings: TrainerSettings, giv
     resumed = resumed_step(folder, identity)
     write_config(folder, identity["config"])
     last = folder / "checkpoints" / "last.pt"
-    if last.exists() and given is not None:
+    if resumed is not None and given is not None:
         print(f"{given.option} is ignored: this run resumes from {last}", flush=True)
     return resumed
 

@@ -65,6 +65,15 @@ def with_overrides(state: dict[str, Any], composed: DictConfig, *, trains: bool 
     return config
 
 
+def model_with_sgs(state: dict[str, Any], composed: DictConfig) -> DictConfig:
+    """Return the network of a dense checkpoint, with the SGS layer and the single options of this command."""
+    model = OmegaConf.create({**state["config"]["model"], "sgs": OmegaConf.to_container(composed.model.sgs)})
+    for key in given_overrides(HydraConfig.get().overrides.task):
+        if key.startswith("model."):
+            OmegaConf.update(model, key.removeprefix("model."), OmegaConf.select(composed, key), merge=False, force_add=True)
+    return model
+
+
 def given_overrides(arguments: list[str]) -> list[str]:
     """Return the keys that a command line overrides, including groups.
 

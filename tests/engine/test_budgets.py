@@ -17,6 +17,7 @@ from run_tools import run_tool, small_job
 from atfr.cli import builders
 from atfr.engine.budgets import keep_ratio_for, refined
 from atfr.engine.distributed.preemption import TRY_AGAIN
+from atfr.engine.run import checkpoint
 from atfr.models.backbones.slowfast import slowfast
 from atfr.models.backbones.x3d import x3d
 from atfr.models.sgs.config import SGSConfig
@@ -165,6 +166,15 @@ def test_a_run_is_calibrated_with_the_network_the_dataset_and_the_clip_of_its_tr
     assert outcome.code == 0 and json.loads((tmp_path / "again/results.json").read_text())["gflops"] == entry["gflops"]
 
 
+def test_a_dense_run_is_calibrated_as_the_same_network_with_sgs(small_videos, dense, tmp_path):
+    outcome = run_tool("calibrate", f"checkpoint={dense}", "budgets=[0.8,0.8]", "dataset.clip.views=1")
+    assert outcome.code == 1 and "model=x3d has no SGS layer to calibrate: add model=x3d_sgs" in outcome.err
+    outcome = run_tool("calibrate", f"checkpoint={dense}", "model=x3d_sgs", "model/sgs=uniform", "budgets=[0.8,0.8]", "dataset.clip.views=1", f"trainer.output_dir={tmp_path}")
+    assert outcome.code == 0 and outcome.out.count("budget 0.80") == 1, outcome.err
+    state = checkpoint.load(tmp_path / "checkpoints/budget-0.8.pt")
+    assert state["choices"]["model"] == "x3d_sgs" and state["choices"]["model/sgs"] == "uniform" and state["config"]["model"]["size"] == "tiny"
+
+
 @pytest.mark.slow
 def test_the_same_command_leaves_what_is_measured_and_adds_other_budgets(small_videos, dense, tmp_path):
     first, _ = calibrated(small_videos, tmp_path, dense, "budgets=[0.8]")
@@ -213,7 +223,7 @@ def test_a_training_and_a_calibration_do_not_take_each_others_folder(small_video
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["model=x3d", "model.weights=DENSE"], "model=x3d has no SGS layer to calibrate"),
+        (["model=x3d", "model.weights=DENSE"], "model=x3d has no SGS layer to calibrate: add model=x3d_sgs"),
         (["model.weights=null"], "set checkpoint to a run of tools/train.py, or model.weights or init_from"),
         (["model.weights=THREE"], "leaves blocks.5.proj.weight, blocks.5.proj.bias untrained, and nothing is trained here: choose the network and the dataset (2 classes now)"),
         (["model.weights=DENSE", "budgets=[1.5]"], "must be shares of the dense GFLOPs"),
