@@ -60,28 +60,51 @@ def paired(one: np.ndarray, other: np.ndarray, groups: np.ndarray) -> tuple[floa
 
 
 def table(rows: Sequence[Row], groups: np.ndarray) -> str:
-    """Format the rows, averaged over the seeds, against the dense network and against the fixed methods at the same budget."""
+    """Format the rows, averaged over the seeds, against the dense network and against the fixed methods at the same budget.
+
+    A dagger marks differences that hold by Holm's method at a level of 0.05 over all differences in the table.
+    """
     by_method: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
         by_method.setdefault((row.location, row.method, row.kept), []).append(row)
+    differences = {
+        (key, other): difference
+        for key, own in by_method.items()
+        for other in (("", "dense", 0), (key[0], "uniform", key[2]), (key[0], "stride", key[2]))
+        if (difference := against(own, by_method.get(other, []), groups)) is not None
+    }
+    held = dict(zip(differences, holm([math.erfc(abs(mean) / max(error, 1e-9) / math.sqrt(2)) for mean, error in differences.values()])))
+    cells = {key: "{:+.1f} ± {:.1f}".format(*difference) + (" †" if held[key] else "") for key, difference in differences.items()}
     lines = [
         "| location | features kept | method | seeds | mean B' | GFLOPs of dense | top-1, % | against dense | against uniform | against stride |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for (location, method, kept), own in by_method.items():
-        cells = [against(own, by_method.get(key, []), groups) for key in (("", "dense", 0), (location, "uniform", kept), (location, "stride", kept))]
+    for key, own in by_method.items():
+        location, method, kept = key
+        shown = [cells.get((key, other), "") for other in (("", "dense", 0), (location, "uniform", kept), (location, "stride", kept))]
         bins, gflops, top1 = (np.mean(values) for values in ([r.bins for r in own], [r.gflops for r in own], [100 * r.hits.mean() for r in own]))
-        lines.append(f"| {location} | {kept or 'all'} | {method} | {len(own)} | {bins:.1f} | {gflops:.2f} | {top1:.1f} | {' | '.join(cells)} |")
+        lines.append(f"| {location} | {kept or 'all'} | {method} | {len(own)} | {bins:.1f} | {gflops:.2f} | {top1:.1f} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
-def against(own: Sequence[Row], others: Sequence[Row], groups: np.ndarray) -> str:
-    """The difference to another method over the seeds that both have; empty where there is none."""
+def against(own: Sequence[Row], others: Sequence[Row], groups: np.ndarray) -> tuple[float, float] | None:
+    """The difference to another method over the seeds that both have, with its standard error; None where there is none."""
     seeds = {row.seed for row in own} & {row.seed for row in others}
     if not seeds or own == others:
-        return ""
+        return None
     mine, theirs = (np.mean([row.hits for row in rows if row.seed in seeds], axis=0) for rows in (own, others))
-    return "{:+.1f} ± {:.1f}".format(*paired(mine, theirs, groups))
+    return paired(mine, theirs, groups)
+
+
+def holm(chances: Sequence[float], level: float = 0.05) -> list[bool]:
+    """Return which hypotheses, of these probabilities, are rejected at a level for all of them together (Holm 1979)."""
+    order = sorted(range(len(chances)), key=chances.__getitem__)
+    rejected = [False] * len(chances)
+    for tried, index in enumerate(order):
+        if chances[index] > level / (len(chances) - tried):
+            break
+        rejected[index] = True
+    return rejected
 
 
 def saved(path: Path) -> dict[tuple[str, str, int, int], Row]:

@@ -26,6 +26,12 @@ import jhmdb_choice  # noqa: E402
 import jhmdb_tuned  # noqa: E402
 
 
+def test_holm_rejects_as_in_his_example_and_nothing_behind_the_first_that_holds():
+    # Four hypotheses at 0.05: bounds 0.0125, 0.0167, 0.025, 0.05 in the order of their probabilities.
+    assert claim_paired.holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]
+    assert claim_paired.holm([0.02, 0.001, 0.02]) == [True, True, True] and claim_paired.holm([]) == []
+
+
 def row(method: str, right: str, seed: int = 0) -> claim_paired.Row:
     return claim_paired.Row("" if method == "dense" else "stem", method, 0 if method == "dense" else 4, seed, 4.0, 0.5, right)
 
