@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from contextlib import redirect_stderr
 from functools import partial
-from io import StringIO
 from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
 
 import torch
@@ -353,7 +351,7 @@ class VideoNet(nn.Module):
             features = stem(clips.contiguous(memory_format=torch.channels_last_3d))
             forced = self._uneven(traced, packed, features)
             try:
-                with redirect_stderr(StringIO()):  # where torch.fx prints the code of a program that fails
+                with probing.silent():
                     together = torch.func.functional_call(trunk, norms, (*features, forced))[0]
             except Exception as failure:  # of any type, from any operation
                 raise NoPackedForm(f"what follows does not run on clips that keep different numbers of features: {probing.first_line(failure)}") from failure

@@ -70,7 +70,7 @@ def table(rows: Sequence[Row], groups: np.ndarray) -> str:
     differences = {
         (key, other): difference
         for key, own in by_method.items()
-        for other in (("", "dense", 0), (key[0], "uniform", key[2]), (key[0], "stride", key[2]))
+        for other in others_of(key)
         if (difference := against(own, by_method.get(other, []), groups)) is not None
     }
     held = dict(zip(differences, holm([math.erfc(abs(mean) / max(error, 1e-9) / math.sqrt(2)) for mean, error in differences.values()])))
@@ -81,10 +81,16 @@ def table(rows: Sequence[Row], groups: np.ndarray) -> str:
     ]
     for key, own in by_method.items():
         location, method, kept = key
-        shown = [cells.get((key, other), "") for other in (("", "dense", 0), (location, "uniform", kept), (location, "stride", kept))]
+        shown = [cells.get((key, other), "") for other in others_of(key)]
         bins, gflops, top1 = (np.mean(values) for values in ([r.bins for r in own], [r.gflops for r in own], [100 * r.hits.mean() for r in own]))
         lines.append(f"| {location} | {kept or 'all'} | {method} | {len(own)} | {bins:.1f} | {gflops:.2f} | {top1:.1f} | {' | '.join(shown)} |")
     return "\n".join(lines)
+
+
+def others_of(key: tuple[str, str, int]) -> tuple[tuple[str, str, int], ...]:
+    """Return what a method is compared with: the dense network, and the fixed methods at its location and budget."""
+    location, _, kept = key
+    return ("", "dense", 0), (location, "uniform", kept), (location, "stride", kept)
 
 
 def against(own: Sequence[Row], others: Sequence[Row], groups: np.ndarray) -> tuple[float, float] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 import torch
 from devices import on_gpu, seeing
 from forked import Job
+from predictions import rows
 from run_tools import run_tool, small_job, torchrun
 
 from atfr.engine.run import checkpoint
@@ -27,10 +27,6 @@ def run(name: str, *arguments: str, folder: Path, gpus: int = 1) -> str:
     codes = Job(name, *arguments, output=output, **seeing(gpus)).wait()
     assert codes == [0], output.read_text()
     return output.read_text()
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader((folder / "predictions.csv").open()))
 
 
 def logged(folder: Path, key: str = "loss") -> list[float]:

@@ -9,16 +9,14 @@ import pytest
 import torch
 from fvcore.nn import FlopCountAnalysis
 from outcomes import run
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from toy_network import Toy
+from toy_network import Smoothed, Toy
 
 from atfr.models.backbones.r2plus1d import r2plus1d
 from atfr.models.backbones.slowfast import slowfast
 from atfr.models.backbones.x3d import x3d
 from atfr.models.flops import GflopsTable
-from atfr.models.packed import ops
-from atfr.models.packed.segments import Segments
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
 
@@ -83,20 +81,6 @@ def test_a_clip_costs_more_the_more_features_it_keeps_and_the_dense_network_when
     assert costs == sorted(costs) and costs[0] < 0.5 * table.dense
     overhead = costs[-1] / table.dense - 1
     assert 0 <= overhead < 0.025  # the sampling layer itself
-
-
-class Smoothed(nn.Module):
-    """A module with a packed form of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv3d(8, 8, (3, 1, 1), padding=(1, 0, 0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
-
-    def packed_forward(self, pair: tuple[Tensor, Segments]) -> tuple[Tensor, Segments]:
-        return ops.conv3d(self.conv, *pair), pair[1]
 
 
 def with_a_module_of_its_own(sgs: SGSConfig) -> VideoNet:

@@ -12,10 +12,9 @@ from outcomes import Outcome, run
 from placed_backbones import ATFR, NETS, REFERENCE, backbone, clips_for, close
 from plain_execution import on_what_is_kept
 from torch import Tensor, nn
-from toy_network import Toy
+from toy_network import Smoothed, Toy
 from uneven_clips import uneven_clips
 
-from atfr.models.packed.ops import conv3d
 from atfr.models.packed.segments import Segments
 from atfr.models.sgs.config import SGSConfig
 from atfr.models.video_net import VideoNet
@@ -28,23 +27,11 @@ class Shuffle(nn.Module):
         return x.cumsum(2)
 
 
-class Leaky(nn.Module):
+class Leaky(Smoothed):
     """Claims a packed form, in which clips see each other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv3d(8, 8, (3, 1, 1), padding=(1, 0, 0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
 
     def packed_forward(self, pair: tuple[Tensor, Segments]) -> tuple[Tensor, Segments]:
         return self.conv(pair[0]), pair[1]
-
-
-class Tight(Leaky):
-    def packed_forward(self, pair: tuple[Tensor, Segments]) -> tuple[Tensor, Segments]:
-        return conv3d(self.conv, *pair), pair[1]
 
 
 class Overall(Leaky):
@@ -97,7 +84,7 @@ class ByName(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.own = Tight()
+        self.own = Smoothed()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.own(x=x)
@@ -204,6 +191,6 @@ def test_a_packed_form_that_mixes_clips_is_found_out(leak, caplog):
 
 
 def test_a_packed_form_of_ones_own_is_used():
-    net = toy(Tight(), execution="packed")
+    net = toy(Smoothed(), execution="packed")
     assert net.execution == "packed"
     check_forced(net)

@@ -48,6 +48,13 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
             module._forward_hooks, module._forward_pre_hooks = after, before
 
 
+@contextmanager
+def silent() -> Iterator[None]:
+    """Drop what is written to stderr: torch.fx prints the code of a program that fails."""
+    with redirect_stderr(StringIO()):
+        yield
+
+
 def check_batch(clips: Tensor, device: torch.device) -> None:
     """Raise ValueError unless these are clips [N, 3, T, H, W] for a network on this device."""
     if clips.dim() != 5 or clips.device != device:
@@ -63,7 +70,7 @@ def features_of(network: nn.Module, stem: nn.Module, clip: Tensor) -> tuple[Any,
         ValueError: they fail, as those of a network for clips of another number of channels.
     """
     try:
-        with evaluating(network), redirect_stderr(StringIO()):  # where torch.fx prints the code of a program that fails
+        with evaluating(network), silent():
             return stem(clip)
     except Exception as error:  # of any type, from any operation
         raise ValueError(f"the network cannot run on a clip {list(clip.shape)}: {first_line(error)}; SGS takes clips of 3 channels, and `probe` is their frames, height and width") from error

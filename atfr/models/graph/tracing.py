@@ -56,6 +56,8 @@ class Traced:
             if cut in self.cuts:
                 raise ValueError(f"sgs.after names the same location twice: {self.cuts[cut]} and {name}")
             self.cuts[cut] = name
+        # The nodes that read how many clips there are from the clips' shape, as in `x.view(x.shape[0], -1)`.
+        self.batch_sizes = [node for node in self.nodes if read_by_batch_size(node) is self.nodes[0]]
         self.level: dict[fx.Node, int] = {}
         for node in self.nodes:
             self.level[node] = max((self.level[i] + (i in self.cuts) for i in node.all_input_nodes), default=0)
@@ -76,11 +78,6 @@ class Traced:
         later = [n for n in self.nodes if self.level[n] > 0]
         bypassing = {i: None for n in later for i in n.all_input_nodes if self.level[i] == 0 and i.op != "get_attr" and i not in first}
         return first + clip + [node for node in bypassing if node not in clip and node not in self.batch_sizes]
-
-    @property
-    def batch_sizes(self) -> list[fx.Node]:
-        """The nodes that read how many clips there are from the clips' shape, as in `x.view(x.shape[0], -1)`."""
-        return [node for node in self.nodes if read_by_batch_size(node) is self.nodes[0]]
 
     def _check_joints(self) -> None:
         """Raise ValueError where the network gives more than a tensor, or uses a size of the clips behind SGS, where lengths differ."""
