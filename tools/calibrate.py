@@ -76,8 +76,6 @@ def of_checkpoint(composed: DictConfig) -> tuple[DictConfig, Path]:
     state = from_checkpoint.read(path)
     folder = from_checkpoint.results_folder(path, composed.trainer.output_dir)
     config = from_checkpoint.with_overrides(state, composed, trains=True)
-    if choices()["model"] == f"{state['choices']['model']}_sgs":  # the same network, with SGS
-        config.model = from_checkpoint.model_with_sgs(state, composed)
     OmegaConf.update(config, "init_from", str(path), force_add=True)
     config.model.weights, config.trainer.output_dir = None, composed.trainer.output_dir
     for key in ("budgets", "refresh_batch_norm", "checkpoint"):

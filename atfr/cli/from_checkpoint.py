@@ -51,7 +51,8 @@ def with_overrides(state: dict[str, Any], composed: DictConfig, *, trains: bool 
     given = given_overrides(HydraConfig.get().overrides.task)
     for override in sorted(given, key=lambda override: "." in override):  # whole groups before single keys
         if override not in OF_THE_COMMAND and (override not in now or now[override] != state["choices"].get(override)):
-            key = override.replace("/", ".")
+            with_sgs = override == "model" and now[override] == f"{state['choices'].get(override)}_sgs"  # the network stays as it was trained
+            key = "model.sgs" if with_sgs else override.replace("/", ".")
             OmegaConf.update(config, key, OmegaConf.select(composed, key), merge=False, force_add=True)
     if "make" in config.dataset and "dataset.make" not in given:
         config.dataset.make = None  # the training may have run on another machine
@@ -63,15 +64,6 @@ def with_overrides(state: dict[str, Any], composed: DictConfig, *, trains: bool 
     if "class_names" in config.dataset and config.dataset.class_names is None:
         config.dataset.class_names = state["class_names"]
     return config
-
-
-def model_with_sgs(state: dict[str, Any], composed: DictConfig) -> DictConfig:
-    """Return the network of a dense checkpoint, with the SGS layer and the single options of this command."""
-    model = OmegaConf.create({**state["config"]["model"], "sgs": OmegaConf.to_container(composed.model.sgs)})
-    for key in given_overrides(HydraConfig.get().overrides.task):
-        if key.startswith("model."):
-            OmegaConf.update(model, key.removeprefix("model."), OmegaConf.select(composed, key), merge=False, force_add=True)
-    return model
 
 
 def given_overrides(arguments: list[str]) -> list[str]:

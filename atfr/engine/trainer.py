@@ -364,11 +364,9 @@ class Trainer:
         if state is None or path is None:
             return
         self.identity = checked_identity(state, self.identity, of=path, way_out=way_out(self.folder), warn=self.dist_info.is_main)
-        if state["class_names"] != self.identity["class_names"] or state["steps_per_epoch"] != self.steps_per_epoch:
+        if state["steps_per_epoch"] != self.steps_per_epoch:
             raise ValueError(
-                f"the training list or its classes changed since {path} was written ({len(state['class_names'])} classes and"
-                f" {state['steps_per_epoch']} steps an epoch then, {len(self.identity['class_names'])} and {self.steps_per_epoch} now);"
-                f" {way_out(self.folder)}"
+                f"the training list changed since {path} was written ({state['steps_per_epoch']} steps an epoch then, {self.steps_per_epoch} now); {way_out(self.folder)}"
             )
         checkpoint.load_weights(self.model, state["model"], path)
         load_optimizer(self.optimizer, state["optimizer"])

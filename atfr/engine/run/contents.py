@@ -64,16 +64,17 @@ def checked_identity(state: Mapping[str, Any], identity: Mapping[str, Any], *, o
         ValueError: as `require_same_contents`, or the classes changed.
     """
     before, now = state.get("contents"), identity.get("contents")
-    if before is None or now is None:
-        return dict(identity)
-    then, here = run_dir.flat(state["config"]), run_dir.flat(identity["config"])
-    if all(then.get(key) == here.get(key) for key in run_dir.START):
-        now = {**now, START: before.get(START)}  # the same path: the file is not needed any more, and may be gone or have changed
-    require_same_contents(before, now, of=of, way_out=way_out, warn=warn)
+    checked = dict(identity)
+    if before is not None and now is not None:
+        then, here = run_dir.flat(state["config"]), run_dir.flat(identity["config"])
+        if all(then.get(key) == here.get(key) for key in run_dir.START):
+            now = {**now, START: before.get(START)}  # the same path: the file is not needed any more, and may be gone or have changed
+        require_same_contents(before, now, of=of, way_out=way_out, warn=warn)
+        checked["contents"] = {**now, START: before.get(START)}
     classes = [state["class_names"], list(identity["class_names"])]
     if classes[0] != classes[1]:
         raise ValueError(f"the training list or its classes changed since {of} was written ({some(classes[0])} then, {some(classes[1])} now); {way_out}")
-    return {**identity, "contents": {**now, START: before.get(START)}}
+    return checked
 
 
 def resumed_step(folder: Path, identity: Mapping[str, Any]) -> int | None:
