@@ -77,7 +77,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_it(small_video
     for path in last.parent.glob("last*.pt"):
         path.write_bytes(b"")
     outcome = run_tool("train", *small_job(small_videos, broken, *more))
-    assert outcome.code == 1 and f"checkpoint {last} cannot be read" in outcome.err
+    assert outcome.code == 1 and f"checkpoint {last} cannot be read" in outcome.err and f"delete {last} to start anew" in outcome.err
 
 
 @pytest.mark.slow

@@ -76,7 +76,7 @@ class Checkpointer:
                     continue
                 log.warning("%s; resuming from %s instead", error, older)
                 return state, older
-            raise
+            raise ValueError(f"{error}; {self.last.parent} has no earlier one that can be read: delete {self.last} to start anew, or set another trainer.output_dir") from error
 
     def continue_from(self, path: Path) -> None:
         """Rename the files for a run that resumes from `path`, which `load_last` returned."""
