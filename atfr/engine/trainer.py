@@ -379,5 +379,5 @@ class Trainer:
             self.checkpointer.continue_from(path)
         if self.state.step > self.end_step:
             log.info("%s is at step %d already, and trainer.max_steps=%d: nothing to train", path, self.state.step, self.end_step)
-        else:
+        elif self.state.step < self.end_step:  # at the end there is nothing to resume, and the program says that the training is complete
             log.info("resuming %s at step %d of %d", path, self.state.step, self.end_step)
