@@ -88,7 +88,7 @@ def real(rows: list[claim_paired.Row], groups: np.ndarray) -> list[Point]:
 
 def style_of(method: str) -> str:
     """The key of STYLES for a method; empty for one that the picture leaves out."""
-    return max((begin for begin in STYLES if f"{method}-".startswith(f"{begin}-")), key=len, default="")
+    return "" if method.endswith("as-many") else max((begin for begin in STYLES if f"{method}-".startswith(f"{begin}-")), key=len, default="")
 
 
 def curves(points: Iterable[Point]) -> list[list[Point]]:

@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from atfr.data.video.decode import read_clip
 from atfr.models.factory import create_model
 from atfr.models.sgs.config import PRESETS, SGSConfig
+from atfr.models.sgs.fixed import uniform_weights
 from atfr.models.sgs.layer import SGS, Proposal
+from atfr.models.sgs.sampling import Decision, decide
 from atfr.models.video_net import VideoNet
 from atfr.utils.progress import watched
 
@@ -50,6 +52,8 @@ METHODS = {
     "atfr-middle": replace(ATFR, kernel="middle"),
     "atfr-equal": ATFR,
     "atfr-middle-equal": replace(ATFR, kernel="middle"),
+    "uniform-as-many": ATFR,  # as many features of each clip as `atfr` keeps, from equal parts
+    "stride-as-many": replace(ATFR, kernel="middle"),
     "features": FEATURES,
     "features-middle": replace(FEATURES, kernel="middle"),
     "features-middle-equal": replace(FEATURES, kernel="middle"),
@@ -157,7 +161,9 @@ def run(model: VideoNet, before: list[Tensor], data: Clips, location: str, metho
     hook = model.dense_network.head.register_forward_pre_hook(lambda module, given: features.append(given[0]))
     bins: list[tuple[int, ...]] = []
     for number in watched(range(len(batches)), f"{location} {method} {kept}", unit="batch"):
-        bins += [(kept_of_clip,) for kept_of_clip in model.run_trunk(*inputs(number))[1][0].segments.lengths]
+        given = inputs(number)
+        _, (sampled,) = model.run_trunk(*given, decision=decided(layer, method, given[0], given[-1]))
+        bins += [(kept_of_clip,) for kept_of_clip in sampled.segments.lengths]
     hook.remove()
     gflops = mean_cost(model, data, bins) if location else 1.0
     hits = predictions(torch.cat(features), data.labels, data.folds) == data.labels
@@ -169,6 +175,19 @@ def calibrate(layer: SGS, proposals: Iterable[Proposal]) -> None:
     if layer.tracks_width:
         given = list(proposals)
         layer.calibrate(torch.cat([p.z for p in given]), torch.cat([p.valid for p in given]))
+
+
+def decided(layer: SGS, method: str, x: Tensor, clips: Tensor) -> Decision:
+    """Let the layer decide what to keep of features x [N, C, T, H, W]; where the method ends in "as-many", only how many, from equal parts of the clip."""
+    decision = decide([layer], [x], [None], None, clips)
+    if not method.endswith("as-many"):
+        return decision
+    (proposal,) = decision.proposals
+    weights = uniform_weights((x.shape[2],) * len(x), tuple(proposal.lengths.tolist()), x.device)  # [N, B, T]
+    if layer.options.kernel == "middle":
+        number = (weights > 0).cumsum(dim=2) * (weights > 0)  # of each frame in its part, from 1
+        weights = (number == (number.amax(dim=2, keepdim=True) + 1) // 2).where(number > 0, False).to(weights)
+    return Decision((proposal._replace(weights=weights),), decision.reports)
 
 
 def mean_cost(model: VideoNet, data: Clips, bins: list[tuple[int, ...]]) -> float:

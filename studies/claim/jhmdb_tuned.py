@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from claim_paired import Row, read_folds, save, saved, table
 from claim_report import fill
-from jhmdb import BATCH, DENSE, KEPT, METHODS, ROOT, Clips, calibrate, in_digits, kinetics_weights, mean_cost, network, normalised, options_of, read_clips
+from jhmdb import BATCH, DENSE, KEPT, METHODS, ROOT, Clips, calibrate, decided, in_digits, kinetics_weights, mean_cost, network, normalised, options_of, read_clips
 from torch import Tensor, nn
 
 from atfr.models.sgs.sampling import sample
@@ -56,7 +56,7 @@ def main() -> None:
         if not missing:
             continue
         model = network(weights, options_of(*job, at="input"))
-        features = frozen_features(model, data, name=" ".join(map(str, job)))
+        features = frozen_features(model, data, method=job[1], name=" ".join(map(str, job)))
         for seed in missing:
             hits = predictions(model.dense_network, features.of_clips, data, seed) == data.labels
             row = Row(*job, seed, features.bins, 1.0 if job == DENSE else features.gflops, in_digits(hits))
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def frozen_features(model: VideoNet, data: Clips, *, name: str) -> Features:
+def frozen_features(model: VideoNet, data: Clips, *, method: str, name: str) -> Features:
     """Calibrate the layer, and run each clip alone: its sampled frames through the layers in front of Mixed_5b."""
     (layer,) = model.sgs.values()
     calibrate(layer, (layer(normalised(clips)) for clips in data.clips.split(BATCH)[::7]))
@@ -76,7 +76,8 @@ def frozen_features(model: VideoNet, data: Clips, *, name: str) -> Features:
     front = nn.Sequential(*list(model.dense_network.children())[: names.index(TRAINED[0])])
     features, bins = [], []
     for clip in watched(data.clips.split(1), name, unit="clip"):
-        (frames,), (done,) = sample([layer], [normalised(clip).contiguous(memory_format=torch.channels_last_3d)], [None])
+        x = normalised(clip).contiguous(memory_format=torch.channels_last_3d)
+        (frames,), (done,) = sample([layer], [x], [None], decision=decided(layer, method, x, x))
         features.append(front(frames)[0].half())
         bins.append(done.segments.lengths)
     return Features(features, float(np.mean(bins)), mean_cost(model, data, bins))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from run_tools import ROOT
 from atfr.cli.config import build, with_resolved_sgs
 from atfr.models.factory import create_model
 from atfr.models.sgs.config import SGSConfig
+from atfr.models.sgs.functional import sampling_weights
+from atfr.models.sgs.layer import SGS
 
 sys.path.insert(0, str(ROOT / "studies" / "claim"))
 import avletters  # noqa: E402
@@ -98,12 +101,26 @@ def test_every_method_on_jhmdb_is_a_layer(location, method):
     assert kept in (options.num_bins, round((options.keep_ratio or 0) * (32 if location == "input" else 16))) or method == "reference"
 
 
+@pytest.mark.parametrize("fixed", ["uniform", "stride"])
+def test_as_many_features_are_those_that_the_fixed_method_keeps_at_each_number(fixed):
+    method = f"{fixed}-as-many"
+    layer = SGS(3, replace(jhmdb.METHODS[method], embed_from="features", width=0.5), name="stem")
+    x = torch.randn(8, 3, 1, 4, 4) + torch.randn(8, 3, 16, 4, 4).cumsum(dim=2) * torch.linspace(0, 1, 8)[:, None, None, None, None]
+    (proposal,) = jhmdb.decided(layer, method, x, x).proposals
+    (content,) = jhmdb.decided(layer, "atfr", x, x).proposals
+    assert proposal.lengths.equal(content.lengths) and len(set(proposal.lengths.tolist())) > 2 and not proposal.weights.equal(content.weights)
+    for weights, kept in zip(proposal.weights, proposal.lengths.tolist()):
+        expected, _ = sampling_weights(torch.zeros(1, 16, 1), num_bins=kept, similarity=fixed, kernel="mean")
+        torch.testing.assert_close(weights[:kept], expected[0])
+        assert not weights[kept:].any()
+
+
 def test_the_trained_blocks_go_on_where_the_frozen_layers_end():
     model = create_model("i3d_inception", 5, sgs=jhmdb.options_of("input", "atfr", 16, at="input")).eval()
     still = torch.randint(0, 255, (3, 3, 1, 64, 64), dtype=torch.uint8).expand(-1, -1, 32, -1, -1).clone()
     still[1:, :, 16:] += torch.randint(0, 20, (2, 3, 16, 64, 64), dtype=torch.uint8)
     data = jhmdb.Clips(still, torch.zeros(3), torch.zeros(3), np.arange(3))
-    features = jhmdb_tuned.frozen_features(model, data, name="test")
+    features = jhmdb_tuned.frozen_features(model, data, method="atfr", name="test")
     with torch.inference_mode():
         logits, sampling = model(jhmdb.normalised(data.clips), return_sampling=True)
         blocks = torch.nn.Sequential(*(model.get_submodule(name) for name in jhmdb_tuned.TRAINED))
@@ -139,7 +156,7 @@ def test_the_picture_knows_every_method_that_it_has_a_row_of_and_the_error_over_
     for rows in (claim_paired.saved(claim_picture.ROOT / f"studies/claim/{name}.csv").values() for name in ("avletters", "jhmdb_tuned")):
         assert rows and all(claim_picture.style_of(row.method) for row in rows)
     assert claim_picture.style_of("atfr-middle-time-equal") == "atfr-middle" and claim_picture.style_of("atfr-0.4") == "atfr"
-    assert claim_picture.style_of("glance-mean-0.36") == "glance" and not claim_picture.style_of("warm") and not claim_picture.style_of("strides-4")
+    assert claim_picture.style_of("glance-mean-0.36") == "glance" and not any(map(claim_picture.style_of, ("warm", "strides-4", "stride-as-many")))
     (point,) = claim_picture.real([row("stride", "1100"), row("stride", "1000", seed=1)], np.array([0, 0, 1, 1]))
     assert point[:4] == ("stride", "stem", 0.5, 37.5) and point.error == pytest.approx(37.5)  # the groups have 75 and 0 % right
     generated = claim_picture.generated([r for r in claim_rows.saved() if r.data.startswith("distractors")])
