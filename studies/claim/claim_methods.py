@@ -55,6 +55,10 @@ def keep_ratio(value: float) -> str:
     return f"model.sgs.keep_ratio={value}"
 
 
+def equally(kept: int) -> tuple[str, str]:
+    return f"model.sgs.num_bins={kept}", "model.sgs.width=1e-6"  # at a price near 0 a clip keeps all it may
+
+
 AT_HALF = keep_ratio(0.4)  # of the features: with stem and sampling about half of the GFLOPs of r2plus1d
 ANCHOR = ("model.sgs.similarity=anchor",)
 PATH = ("model.sgs.similarity=path", "model.sgs.noise_floor=true")
@@ -76,6 +80,9 @@ METHODS: dict[str, Method] = {
     **{f"middle-{ratio}": sampled("atfr", "model.sgs.kernel=middle", keep_ratio(ratio)) for ratio in (0.36, 0.4)},
     **{f"glance-{ratio}": sampled("glance", keep_ratio(ratio)) for ratio in (0.32, 0.36, 0.4)},
     "glance-mean-0.36": sampled("glance", MEAN, keep_ratio(0.36)),
+    # Cut by content into equally many parts of every clip: where to cut, without how many.
+    **{f"equal-{k}": sampled("atfr", *equally(k)) for k in (6, 7)},
+    **{f"glance-equal-{k}": sampled("glance", *equally(k)) for k in (6, 7)},
     # Its family, which looks at the features that it samples.
     **{f"features-{ratio}": sampled("atfr", FEATURES, keep_ratio(ratio)) for ratio in (0.32, 0.4)},
     "anchor-0.4": sampled("atfr", FEATURES, *ANCHOR, AT_HALF),
