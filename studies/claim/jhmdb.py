@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from claim_paired import Row, groups_of, read_folds, save, saved, table
+from claim_paired import Row, groups_of, paired, read_folds, save, saved, table
 from claim_report import fill
 from torch import Tensor, nn
 
@@ -41,6 +41,7 @@ ROWS = Path("studies/claim/jhmdb.csv")
 FRAMES, SIDE, BATCH = 32, 112, 8
 PENALTY = 100.0  # of the squared weights of the regression, for 620 clips; 10 to 1000 differ by less than 1.5 points for the dense network
 KEPT = {"input": (16, 11), "stem": (5, 2), "res3": (8,)}  # features that the fixed methods keep; about .5 and .38 of the GFLOPs, but for res3
+NUMBERS = range(2, 10)  # of features behind the stem; nearly all clips keep so many where the mean is 5
 DENSE = ("", "dense", 0)  # the location, method and budget of the network that keeps every feature
 ATFR = PRESETS["atfr"]
 FEATURES = replace(ATFR, embed_from="features", grid=1)
@@ -75,13 +76,14 @@ def main() -> None:
     parser.add_argument("--clips", type=Path, default=Path("../shared/data/videos/jhmdb"), help="folder with the videos and folds.csv (default: %(default)s)")
     parser.add_argument("--locations", nargs="+", default=list(KEPT), choices=KEPT)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--kept", nargs="+", type=int, help="features that the fixed methods keep (default: about .5 and .38 of the GFLOPs)")
     parser.add_argument("--again", action="store_true", help="also run what is in jhmdb.csv")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     videos = read_folds(arguments.clips, way_out="--clips names the folder of JHMDB's videos with that list")
     weights, data, rows = kinetics_weights(), read_clips(arguments.clips, videos), saved(ROWS)
     for location in arguments.locations:
-        jobs = [(location, method, kept) for kept in KEPT[location] for method in arguments.methods]
+        jobs = [(location, method, kept) for kept in arguments.kept or KEPT[location] for method in arguments.methods]
         missing = [job for job in (DENSE, *jobs) if arguments.again or (*job, 0) not in rows]
         before = features_before(network(weights, options_of(*DENSE, at=location)), data) if missing else []
         for where, method, kept in missing:
@@ -90,6 +92,11 @@ def main() -> None:
     text = table(list(rows.values()), data.groups)
     fill(Path("studies/claim/README.md"), "jhmdb", text, script="jhmdb.py")
     print(text)
+    hits = {kept: row.hits for (where, method, kept, _), row in rows.items() if (where, method) == ("stem", "stride")}
+    if hits.keys() >= {*NUMBERS}:
+        text = table_of_numbers(hits, numbers_kept(network(weights, options_of("stem", "atfr", KEPT["stem"][0], at="stem")), data), data.groups)
+        fill(Path("studies/claim/README.md"), "jhmdb_numbers", text, script="jhmdb.py")
+        print(text)
 
 
 def kinetics_weights() -> dict[str, Tensor]:
@@ -175,6 +182,28 @@ def calibrate(layer: SGS, proposals: Iterable[Proposal]) -> None:
     if layer.tracks_width:
         given = list(proposals)
         layer.calibrate(torch.cat([p.z for p in given]), torch.cat([p.valid for p in given]))
+
+
+@torch.inference_mode()
+def numbers_kept(model: VideoNet, data: Clips) -> np.ndarray:
+    """Return how many features behind the stem the layer keeps of each clip [N], within NUMBERS."""
+    (layer,), batches = model.sgs.values(), [normalised(clips) for clips in data.clips.split(BATCH)]
+    calibrate(layer, (layer(FRAMES // 2, None, clips) for clips in batches[::7]))
+    return torch.cat([layer(FRAMES // 2, None, clips).lengths for clips in batches]).clamp(min(NUMBERS), max(NUMBERS)).numpy()
+
+
+def table_of_numbers(hits: dict[int, np.ndarray], numbers: np.ndarray, groups: np.ndarray) -> str:
+    """Format what is right [N] with each number of features, and with as many as were kept of each clip [N].
+
+    Each number has a classifier of its own. The control gives the same numbers to the clips at random: the mean over all ways to do so.
+    """
+    lines = ["| features of a clip | mean number | top-1, % | against the same numbers at random |", "|---|---|---|---|"]
+    lines += [f"| {number} evenly spaced | {number} | {100 * hits[number].mean():.1f} | |" for number in NUMBERS]
+    by_content = np.array([hits[number][clip] for clip, number in enumerate(numbers)])
+    at_random = np.mean([hits[number] for number in numbers], axis=0)
+    difference = "{:+.1f} ± {:.1f}".format(*paired(by_content, at_random, groups))
+    lines.append(f"| as many as `atfr` keeps of it, evenly spaced | {numbers.mean():.1f} | {100 * by_content.mean():.1f} | {difference} |")
+    return "\n".join([*lines, f"| the same numbers at random | {numbers.mean():.1f} | {100 * at_random.mean():.1f} | |"])
 
 
 def decided(layer: SGS, method: str, x: Tensor, clips: Tensor) -> Decision:

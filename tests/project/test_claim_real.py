@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,17 @@ def test_as_many_features_are_those_that_the_fixed_method_keeps_at_each_number(f
         expected, _ = sampling_weights(torch.zeros(1, 16, 1), num_bins=kept, similarity=fixed, kernel="mean")
         torch.testing.assert_close(weights[:kept], expected[0])
         assert not weights[kept:].any()
+
+
+def test_numbers_by_content_are_held_against_the_same_numbers_in_every_order():
+    rng = np.random.default_rng(0)
+    hits, numbers, groups = {number: rng.integers(0, 2, 6).astype(float) for number in jhmdb.NUMBERS}, np.array([2, 2, 5, 3, 9, 5]), np.array([0, 0, 1, 1, 2, 2])
+    shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in jhmdb.table_of_numbers(hits, numbers, groups).splitlines()[2:]]
+    right = [hits[number][clip] for clip, number in enumerate(numbers)]
+    orders = [[hits[number][clip] for clip, number in enumerate(order)] for order in permutations(numbers.tolist())]
+    assert [float(cells[2]) for cells in shown] == pytest.approx([*(100 * hits[k].mean() for k in jhmdb.NUMBERS), 100 * np.mean(right), 100 * np.mean(orders)], abs=0.051)
+    mean, error = claim_paired.paired(np.array(right), np.mean(orders, axis=0), groups)
+    assert shown[-2][3] == f"{mean:+.1f} ± {error:.1f}"
 
 
 def test_the_trained_blocks_go_on_where_the_frozen_layers_end():
