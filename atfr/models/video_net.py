@@ -16,7 +16,7 @@ from atfr.models.graph.fusing import fusing
 from atfr.models.graph.packed_program import PackedTrunk, Time
 from atfr.models.graph.probing import evaluating
 from atfr.models.graph.recompute import recomputing
-from atfr.models.graph.tracing import DenseNetwork, Traced
+from atfr.models.graph.tracing import DenseNetwork, Traced, read_again
 from atfr.models.locations import Stages, resolve
 from atfr.models.packed.registry import NoPackedForm
 from atfr.models.packed.segments import take
@@ -171,6 +171,12 @@ class VideoNet(nn.Module):
         """Set the training mode of all modules, and of the network that they come from."""
         super().train(mode)
         self.dense_network.train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VideoNet:
+        """Move or convert the network, and what its programs read of it."""
+        super()._apply(fn, recurse)
+        read_again((*self._programs, *self._on_gpu, *(self._training_programs or ()), *(self._evaluation_programs or ())), self.dense_network)
         return self
 
     def gflops_table(self, clip_shape: tuple[int, ...]) -> GflopsTable:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import atfr
 from atfr.models.factory import BACKBONES, model_names
 from atfr.models.sgs.config import PRESETS
+from atfr.models.video_net import VideoNet
 
 
 class Small(nn.Module):
@@ -26,7 +27,7 @@ class Small(nn.Module):
     def __init__(self, num_classes: int = 5) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(3, 1, 1, 1))
-        self.register_buffer("shift", torch.zeros(()))
+        self.register_buffer("shift", torch.zeros(3, 1, 1, 1))
         self.stem = nn.Sequential(nn.Conv3d(3, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU())
         self.trunk = nn.Sequential(nn.Conv3d(8, 16, 3, padding=1, stride=2), nn.BatchNorm3d(16), nn.ReLU(), nn.Conv3d(16, 24, 3, padding=1), nn.ReLU())
         self.pool = nn.AdaptiveAvgPool3d(1)
@@ -195,6 +196,23 @@ def test_copies_pickles_and_state_dicts_give_the_same_logits(small):
     small_copy = copy.deepcopy(small)
     small_copy.stem[0].weight.data.zero_()
     assert torch.equal(small(clips), expected) and not torch.equal(small_copy(clips), expected)
+
+
+@pytest.mark.parametrize("sgs", [None, "identity"])
+@pytest.mark.parametrize("ways", [{}, {"compute_again": True}])
+def test_a_moved_network_computes_with_the_tensors_that_it_reads_itself(sgs, ways):
+    plain = Small()
+    model = atfr.add_sgs(Small(), after="stem", sgs=sgs) if sgs else VideoNet(Small())
+    model.prepare(**ways)
+    plain.double(), model.double()
+    plain.shift.normal_()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    clips = clips_of(2).double()
+    for mode in (plain.train(), plain.eval()):
+        model.train(mode.training)
+        torch.testing.assert_close(model(clips), plain(clips))
+    model.float()
+    assert model(clips.float()).dtype == torch.float32
 
 
 def test_a_plain_training_loop_learns(small):

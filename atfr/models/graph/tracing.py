@@ -14,7 +14,7 @@ import operator
 import traceback
 from functools import reduce
 from pathlib import Path
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -134,6 +134,17 @@ class Traced:
         """Return a graph as a module that has the network's own modules, parameters and buffers, and `layers` under their paths."""
         paths = {node.target for node in graph.nodes if node.op in ("call_module", "get_attr")}
         return fx.GraphModule({path: layers[path] if path in layers else reduce(getattr, path.split("."), self.network) for path in paths}, graph, name)
+
+
+def read_again(programs: Iterable[nn.Module], network: nn.Module) -> None:
+    """Give programs the tensors of the network that its `forward` reads itself, after `network.to`, which puts others in their place."""
+    for program in (piece for whole in programs for piece in whole.modules() if isinstance(piece, fx.GraphModule)):
+        for path in (str(node.target) for node in program.graph.nodes if node.op == "get_attr"):
+            *parents, name = path.split(".")
+            owner = reduce(getattr, parents, program)
+            for held in (owner._buffers, owner._parameters):
+                if name in held:
+                    held[name] = reduce(getattr, [*parents, name], network)
 
 
 def is_shape(node: fx.Node) -> bool:
