@@ -29,6 +29,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -56,6 +57,7 @@ DEPTHWISE = {"X3D-S": (13, ((54, 80, 2), (54, 40, 1), (108, 40, 2), (108, 20, 1)
              "CSN-R101": (32, ((64, 56, 1), (128, 28, 1), (256, 14, 1)))}  # fmt: skip
 REPEATS = 7  # of which the median counts, after WARM_UP more
 WARM_UP = 3
+TESTS_AT_ONCE = 4
 
 
 def main() -> None:
@@ -315,12 +317,18 @@ def kernel_rows(report: Report, ours: Callable[..., Tensor], label: str, frames:
 
 def tests(report: Report, arguments: argparse.Namespace, folder: Path) -> None:
     """`pytest -m gpu`."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--timeout", str(int(max(report.left, 60)))]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=max(report.left, 60))
-    for line in done.stdout.splitlines():
-        if line.startswith(("FAILED", "ERROR")):
+    limit = max(report.left, 60)
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-vv", "tests/gpu", "-p", "no:cacheprovider", "--timeout", str(int(limit))]
+    command += ["-n", str(TESTS_AT_ONCE)] if find_spec("xdist") else []
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, timeout=limit)
+        said, returncode = done.stdout, done.returncode
+    except subprocess.TimeoutExpired as error:
+        said, returncode = (error.stdout or b"").decode(errors="replace") + f"\nnot finished after {limit:.0f} s", None
+    for line in said.splitlines():
+        if line.startswith(("FAILED", "ERROR")) or (returncode is None and " FAILED" in line):  # the second while they run
             report.line(line[:300])
-    report.row(f"$ pytest -m gpu: {done.stdout.strip().splitlines()[-1]}", section="tests", returncode=done.returncode)
+    report.row(f"$ pytest -m gpu: {said.strip().splitlines()[-1]}", section="tests", returncode=returncode)
 
 
 SECTIONS = {"quickstart": quickstart, "kernels": kernels, "networks": networks, "tests": tests}

@@ -21,6 +21,7 @@ from atfr.cli.config import build, program
 from atfr.cli.predict import PredictSettings, find_videos, lines_of
 from atfr.data.lists.text import counted
 from atfr.data.types import VideoError
+from atfr.engine.determinism import choose_algorithms
 from atfr.utils.atomic_io import atomic_write
 
 CALIBRATED = 64  # videos at most, to set a budget
@@ -30,6 +31,7 @@ CALIBRATED = 64  # videos at most, to set a budget
 def main(config: DictConfig) -> None:
     values = OmegaConf.create({"_target_": f"{PredictSettings.__module__}.PredictSettings", **OmegaConf.to_container(config)})
     settings: PredictSettings = build(values, "")
+    choose_algorithms(deterministic=False, tf32=False)  # as trainer.tf32 is in a test
     paths = find_videos(settings.video)
     classifier = prepared(settings, paths)
     failed: list[VideoError] = []

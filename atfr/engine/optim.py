@@ -19,7 +19,20 @@ def sgd(
     _require("optimizer.momentum", momentum, 0 <= momentum < 1, "at least 0 and below 1")
     _require("optimizer.momentum", momentum, momentum > 0 or not nesterov, "above 0 with optimizer.nesterov=true")
     parameters = groups(model, lr=lr, weight_decay=weight_decay, head_lr=head_lr)
-    return torch.optim.SGD(parameters, momentum=momentum, nesterov=nesterov, fused=_on_gpu(model))
+    optimizer = torch.optim.SGD(parameters, momentum=momentum, nesterov=nesterov, fused=_on_gpu(model))
+    if momentum and _on_gpu(model):
+        start_from_zero(optimizer)
+    return optimizer
+
+
+def start_from_zero(optimizer: torch.optim.SGD) -> None:
+    """Set the momentum of each parameter to zero, which makes the first step what it is without.
+
+    A fused first step allocates it and, where the gradients of float16 overflow, writes nothing into it.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def adamw(

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 MOST_SHAPES = 256  # of clips, whose T at the layers is remembered
-TOLERANCE = 1e-3  # of the self-check, in standard deviations of the logits; a leak between clips is 0.05 and more
+TOLERANCE = 0.01  # of the self-check, in standard deviations of the logits: TF32 may give 0.001, a leak between clips gives 0.05 and more
 
 
 class VideoNet(nn.Module):

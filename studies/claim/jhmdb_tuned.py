@@ -20,7 +20,23 @@ import numpy as np
 import torch
 from claim_paired import Row, read_folds, save, saved, table
 from claim_report import fill
-from jhmdb import BATCH, DENSE, KEPT, METHODS, ROOT, Clips, calibrate, decided, in_digits, kinetics_weights, mean_cost, network, normalised, options_of, read_clips
+from jhmdb import (
+    BATCH,
+    DENSE,
+    KEPT,
+    METHODS,
+    ROOT,
+    Clips,
+    calibrate,
+    decided,
+    in_digits,
+    kinetics_weights,
+    mean_cost,
+    network,
+    normalised,
+    options_of,
+    read_clips,
+)
 from torch import Tensor, nn
 
 from atfr.models.sgs.sampling import sample

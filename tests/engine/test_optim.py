@@ -13,7 +13,7 @@ from torch import nn
 
 from atfr.cli.builders import clip_settings
 from atfr.cli.config import build, with_resolved_sgs
-from atfr.engine.optim import adamw, cosine, load_optimizer, multistep, sgd, step
+from atfr.engine.optim import adamw, cosine, load_optimizer, multistep, sgd, start_from_zero, step
 
 BETAS = (0.9, 0.99)
 NAN, INF = math.nan, math.inf
@@ -163,6 +163,22 @@ def test_a_network_trains_with_another_rate_for_its_head(small_videos, tmp_path)
     more = ("optimizer=adamw", "optimizer.head_lr=10", "trainer.test=false", "trainer.max_steps=1")
     outcome = run_tool("train", *small_job(small_videos, tmp_path, *more))
     assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_that_starts_from_zero_makes_the_same_steps(nesterov):
+    steps = []
+    for start in (lambda optimizer: None, start_from_zero):
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=nesterov)
+        start(optimizer)
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+        steps.append([parameter.detach() for parameter in model.parameters()])
+    torch.testing.assert_close(*steps)
 
 
 @pytest.mark.parametrize("saved,own", [(True, None), (None, True)], ids=["GPU to CPU", "CPU to GPU"])

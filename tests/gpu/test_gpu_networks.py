@@ -19,6 +19,7 @@ from small_clips import settings
 from torch import nn
 from training import SETTINGS, Batch, trainer_of
 
+import atfr
 from atfr.data.clips import TestClips
 from atfr.data.loader import test_loader
 from atfr.data.types import Video
@@ -114,6 +115,38 @@ def check_against_cpu() -> None:
         gradients[device] = torch.cat([p.grad.flatten().cpu() for p in model.parameters()])
     difference = (gradients["cpu"] - gradients[GPU]).norm() / gradients["cpu"].norm()
     assert difference < 1e-3, difference
+
+
+def test_a_network_that_reads_a_buffer_is_calibrated_on_a_gpu_and_gives_what_it_gives_on_the_cpu(tmp_path):
+    on_gpu(check_calibration, output=tmp_path / "said.txt")
+
+
+class Centred(nn.Module):
+    """A network whose forward reads a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.randn(3, 1, 1, 1))
+        self.stem, self.trunk = nn.Conv3d(3, 8, 3, padding=1), nn.Conv3d(8, 16, 3, padding=1)
+        self.pool, self.head = nn.AdaptiveAvgPool3d(1), nn.Linear(16, 3)
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        return self.head(self.pool(self.trunk(self.stem(clips - self.mean).relu()).relu()).flatten(1))
+
+
+def check_calibration() -> None:
+    """Also with a noise floor, which is on the GPU where the clips to calibrate on are gathered on the host."""
+    seeded()
+    choose_algorithms(deterministic=False, tf32=False)
+    clips = torch.randn(6, 3, 16, 32, 32).cumsum(dim=2) / 4
+    for options in ({}, {"similarity": "path", "noise_floor": True}):
+        found = []
+        for device in ("cpu", GPU):
+            torch.manual_seed(0)
+            model = atfr.add_sgs(Centred(), after="stem", sgs=SGSConfig.from_preset("atfr", **options)).to(device).eval()
+            atfr.calibrate(model, clips.to(device), gflops=0.6)
+            found.append(model(clips.to(device)).detach().cpu())
+        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3 * float(found[0].std()))
 
 
 def test_tf32_is_used_if_asked_for_and_not_otherwise(tmp_path):

@@ -44,7 +44,7 @@ class GlanceEmbedding(nn.Module):
         layers: list[nn.Module] = []
         for before, after in zip((channels, *WIDTHS), WIDTHS):
             layers += [nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1), nn.GroupNorm(4, after), nn.ReLU()]
-        self.look = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(CELLS), nn.Flatten(), nn.Linear(WIDTHS[-1] * CELLS**2, dim))
+        self.look = nn.Sequential(*layers, Cells(), nn.Flatten(), nn.Linear(WIDTHS[-1] * CELLS**2, dim))
         self.classify = GlanceClassifier(dim, num_classes)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # forward passes of training so far
 
@@ -65,6 +65,13 @@ class GlanceEmbedding(nn.Module):
     @property
     def learns(self) -> bool:
         return self.classify.out.weight.requires_grad
+
+
+class Cells(nn.Module):
+    """Averages maps [N, C, H, W] over CELLS x CELLS cells. A grid of 16 gives such maps, and torch's pool has no deterministic backward pass on GPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.shape[2:] == (CELLS, CELLS) else nn.functional.adaptive_avg_pool2d(x, CELLS)
 
 
 class GlanceClassifier(nn.Module):

@@ -241,7 +241,7 @@ class SGS(nn.Module):
             width=width,
             valid=valid,
             min_bins=least,
-            noise_floor=self.floor if o.noise_floor else 0.0,
+            noise_floor=self.floor.to(z.device) if o.noise_floor else 0.0,  # z that is gathered for a calibration is on the host
             cost_exponent=o.cost_exponent,
         )
 
