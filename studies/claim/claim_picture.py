@@ -36,7 +36,7 @@ STYLES = {  # by the beginning of a method's name, of which the longest counts: 
     "reference": ("published layer", "tab:red", "X"),
     "atfr": ("atfr: adaptive, by pixels", "tab:cyan", "v"),
     "atfr-middle": ("the same, middle frames", "tab:blue", "^"),
-    "atfr-time-equal": ("cut by pixels, equally many parts", "tab:purple", "<"),
+    "equal": ("cut by content, equally many parts", "tab:purple", "<"),
     "glance": ("glance: adaptive, learned", "tab:green", "D"),
 }  # fmt: skip
 
@@ -88,7 +88,9 @@ def real(rows: list[claim_paired.Row], groups: np.ndarray) -> list[Point]:
 
 def style_of(method: str) -> str:
     """The key of STYLES for a method; empty for one that the picture leaves out."""
-    return "" if method.endswith("as-many") else max((begin for begin in STYLES if f"{method}-".startswith(f"{begin}-")), key=len, default="")
+    if method.endswith("as-many"):
+        return ""
+    return "equal" if "equal" in method.split("-") else max((begin for begin in STYLES if f"{method}-".startswith(f"{begin}-")), key=len, default="")
 
 
 def curves(points: Iterable[Point]) -> list[list[Point]]:
@@ -127,7 +129,7 @@ def draw(panels: list[list[Point]], file: Path) -> None:
                 axis.errorbar(x, y, yerr=error, label=label, color=colour, marker=marker, markersize=7, capsize=2, linewidth=1)
         axis.axvline(0.5, color="lightgray", linestyle=":", zorder=0)
         axis.set_title(title, fontsize=10)
-        axis.set(xlabel="mean GFLOPs of a clip / dense", xlim=(0.25, 1.05))
+        axis.set(xlabel="mean GFLOPs of a clip / dense", xlim=(0.2, 1.05))
         axis.grid(alpha=0.2)
     axes[0].set_ylabel("top-1, %")
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
