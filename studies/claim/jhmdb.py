@@ -187,9 +187,9 @@ def calibrate(layer: SGS, proposals: Iterable[Proposal]) -> None:
 @torch.inference_mode()
 def numbers_kept(model: VideoNet, data: Clips) -> np.ndarray:
     """Return how many features behind the stem the layer keeps of each clip [N], within NUMBERS."""
-    (layer,), batches = model.sgs.values(), [normalised(clips) for clips in data.clips.split(BATCH)]
-    calibrate(layer, (layer(FRAMES // 2, None, clips) for clips in batches[::7]))
-    return torch.cat([layer(FRAMES // 2, None, clips).lengths for clips in batches]).clamp(min(NUMBERS), max(NUMBERS)).numpy()
+    (layer,), batches = model.sgs.values(), data.clips.split(BATCH)
+    calibrate(layer, (layer(FRAMES // 2, None, normalised(clips)) for clips in batches[::7]))
+    return torch.cat([layer(FRAMES // 2, None, normalised(clips)).lengths for clips in batches]).clamp(min(NUMBERS), max(NUMBERS)).numpy()
 
 
 def table_of_numbers(hits: dict[int, np.ndarray], numbers: np.ndarray, groups: np.ndarray) -> str:
