@@ -208,8 +208,8 @@ def test_a_moved_network_computes_with_the_tensors_that_it_reads_itself(sgs, way
     plain.shift.normal_()
     model.load_state_dict(plain.state_dict(), strict=False)
     clips = clips_of(2).double()
-    for mode in (plain.train(), plain.eval()):
-        model.train(mode.training)
+    for training in (True, False):
+        plain.train(training), model.train(training)
         torch.testing.assert_close(model(clips), plain(clips))
     model.float()
     assert model(clips.float()).dtype == torch.float32
