@@ -320,15 +320,18 @@ def tests(report: Report, arguments: argparse.Namespace, folder: Path) -> None:
     limit = max(report.left, 60)
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-vv", "tests/gpu", "-p", "no:cacheprovider", "--timeout", str(int(limit))]
     command += ["-n", str(TESTS_AT_ONCE)] if find_spec("xdist") else []
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, timeout=limit)
-        said, returncode = done.stdout, done.returncode
-    except subprocess.TimeoutExpired as error:
-        said, returncode = (error.stdout or b"").decode(errors="replace") + f"\nnot finished after {limit:.0f} s", None
-    for line in said.splitlines():
+    output = folder / "tests.txt"  # a file, which is there when time runs out, too
+    with open(output, "w") as file:
+        try:
+            returncode = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, timeout=limit).returncode
+        except subprocess.TimeoutExpired:
+            returncode = None
+            file.write(f"\nnot finished after {limit:.0f} s\n")
+    lines = output.read_text(errors="replace").strip().splitlines()
+    for line in lines:
         if line.startswith(("FAILED", "ERROR")) or (returncode is None and " FAILED" in line):  # the second while they run
             report.line(line[:300])
-    report.row(f"$ pytest -m gpu: {said.strip().splitlines()[-1]}", section="tests", returncode=returncode)
+    report.row(f"$ pytest -m gpu: {lines[-1]}", section="tests", returncode=returncode)
 
 
 SECTIONS = {"quickstart": quickstart, "kernels": kernels, "networks": networks, "tests": tests}

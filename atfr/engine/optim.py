@@ -19,8 +19,9 @@ def sgd(
     _require("optimizer.momentum", momentum, 0 <= momentum < 1, "at least 0 and below 1")
     _require("optimizer.momentum", momentum, momentum > 0 or not nesterov, "above 0 with optimizer.nesterov=true")
     parameters = groups(model, lr=lr, weight_decay=weight_decay, head_lr=head_lr)
-    optimizer = torch.optim.SGD(parameters, momentum=momentum, nesterov=nesterov, fused=_on_gpu(model))
-    if momentum and _on_gpu(model):
+    fused = _on_gpu(model)
+    optimizer = torch.optim.SGD(parameters, momentum=momentum, nesterov=nesterov, fused=fused)
+    if momentum and fused:
         start_from_zero(optimizer)
     return optimizer
 

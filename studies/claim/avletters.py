@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from claim_methods import equally
 from claim_paired import Row, groups_of, read_folds, save, saved, table
 from claim_report import fill
 
@@ -86,8 +87,8 @@ class Job:
         """The options that keep `kept` features: on average, or of every clip."""
         if not self.kept:
             return []
-        if self.method.endswith("equal"):  # with a width near 0 every clip keeps num_bins features
-            return [f"model.sgs.num_bins={self.kept}", "model.sgs.width=1e-6"]
+        if self.method.endswith("equal"):
+            return [*equally(self.kept)]
         return [f"model.sgs.keep_ratio={self.kept / FRAMES}" if self.method.startswith(("atfr", "glance")) else f"model.sgs.num_bins={self.kept}"]
 
 

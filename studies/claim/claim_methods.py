@@ -56,7 +56,8 @@ def keep_ratio(value: float) -> str:
 
 
 def equally(kept: int) -> tuple[str, str]:
-    return f"model.sgs.num_bins={kept}", "model.sgs.width=1e-6"  # at a price near 0 a clip keeps all it may
+    """The options that keep `kept` features of every clip: at a price near 0 a clip keeps all that it may."""
+    return f"model.sgs.num_bins={kept}", "model.sgs.width=1e-6"
 
 
 AT_HALF = keep_ratio(0.4)  # of the features: with stem and sampling about half of the GFLOPs of r2plus1d

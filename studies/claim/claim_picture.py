@@ -87,7 +87,7 @@ def real(rows: list[claim_paired.Row], groups: np.ndarray) -> list[Point]:
 
 
 def style_of(method: str) -> str:
-    """The key of STYLES for a method; empty for one that the picture leaves out."""
+    """The key of STYLES for a method, `equal` wherever it stands in the name; empty for one that the picture leaves out."""
     if method.endswith("as-many"):
         return ""
     return "equal" if "equal" in method.split("-") else max((begin for begin in STYLES if f"{method}-".startswith(f"{begin}-")), key=len, default="")

@@ -28,6 +28,7 @@ from atfr.data.video.decode import read_clip
 from atfr.models.factory import create_model
 from atfr.models.sgs.config import PRESETS, SGSConfig
 from atfr.models.sgs.fixed import uniform_weights
+from atfr.models.sgs.functional import is_middle
 from atfr.models.sgs.layer import SGS, Proposal
 from atfr.models.sgs.sampling import Decision, decide
 from atfr.models.video_net import VideoNet
@@ -214,8 +215,8 @@ def decided(layer: SGS, method: str, x: Tensor, clips: Tensor) -> Decision:
     (proposal,) = decision.proposals
     weights = uniform_weights((x.shape[2],) * len(x), tuple(proposal.lengths.tolist()), x.device)  # [N, B, T]
     if layer.options.kernel == "middle":
-        number = (weights > 0).cumsum(dim=2) * (weights > 0)  # of each frame in its part, from 1
-        weights = (number == (number.amax(dim=2, keepdim=True) + 1) // 2).where(number > 0, False).to(weights)
+        member = weights > 0
+        weights = (member & is_middle(member, weights.argmax(dim=1))[:, None]).to(weights)
     return Decision((proposal._replace(weights=weights),), decision.reports)
 
 

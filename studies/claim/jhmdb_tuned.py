@@ -72,7 +72,7 @@ def main() -> None:
         if not missing:
             continue
         model = network(weights, options_of(*job, at="input"))
-        features = frozen_features(model, data, method=job[1], name=" ".join(map(str, job)))
+        features = frozen_features(model, data, *job)
         for seed in missing:
             hits = predictions(model.dense_network, features.of_clips, data, seed) == data.labels
             row = Row(*job, seed, features.bins, 1.0 if job == DENSE else features.gflops, in_digits(hits))
@@ -84,14 +84,14 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def frozen_features(model: VideoNet, data: Clips, *, method: str, name: str) -> Features:
+def frozen_features(model: VideoNet, data: Clips, location: str, method: str, kept: int) -> Features:
     """Calibrate the layer, and run each clip alone: its sampled frames through the layers in front of Mixed_5b."""
     (layer,) = model.sgs.values()
     calibrate(layer, (layer(normalised(clips)) for clips in data.clips.split(BATCH)[::7]))
     names = [name for name, _ in model.dense_network.named_children()]
     front = nn.Sequential(*list(model.dense_network.children())[: names.index(TRAINED[0])])
     features, bins = [], []
-    for clip in watched(data.clips.split(1), name, unit="clip"):
+    for clip in watched(data.clips.split(1), f"{location} {method} {kept}", unit="clip"):
         x = normalised(clip).contiguous(memory_format=torch.channels_last_3d)
         (frames,), (done,) = sample([layer], [x], [None], decision=decided(layer, method, x, x))
         features.append(front(frames)[0].half())

@@ -132,7 +132,7 @@ def test_the_trained_blocks_go_on_where_the_frozen_layers_end():
     still = torch.randint(0, 255, (3, 3, 1, 64, 64), dtype=torch.uint8).expand(-1, -1, 32, -1, -1).clone()
     still[1:, :, 16:] += torch.randint(0, 20, (2, 3, 16, 64, 64), dtype=torch.uint8)
     data = jhmdb.Clips(still, torch.zeros(3), torch.zeros(3), np.arange(3))
-    features = jhmdb_tuned.frozen_features(model, data, method="atfr", name="test")
+    features = jhmdb_tuned.frozen_features(model, data, "input", "atfr", 16)
     with torch.inference_mode():
         logits, sampling = model(jhmdb.normalised(data.clips), return_sampling=True)
         blocks = torch.nn.Sequential(*(model.get_submodule(name) for name in jhmdb_tuned.TRAINED))

@@ -140,11 +140,11 @@ def read_again(programs: Iterable[nn.Module], network: nn.Module) -> None:
     """Give programs the tensors of the network that its `forward` reads itself, after `network.to`, which puts others in their place."""
     for program in (piece for whole in programs for piece in whole.modules() if isinstance(piece, fx.GraphModule)):
         for path in (str(node.target) for node in program.graph.nodes if node.op == "get_attr"):
-            *parents, name = path.split(".")
-            owner = reduce(getattr, parents, program)
-            for held in (owner._buffers, owner._parameters):
-                if name in held:
-                    held[name] = reduce(getattr, [*parents, name], network)
+            parent, _, name = path.rpartition(".")
+            holder = program.get_submodule(parent)
+            for tensors in (holder._buffers, holder._parameters):
+                if name in tensors:
+                    tensors[name] = getattr(network.get_submodule(parent), name)
 
 
 def is_shape(node: fx.Node) -> bool:
