@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from claim_methods import equally
-from claim_paired import Row, groups_of, read_folds, save, saved, table
-from claim_report import fill
+from claim import equally
+from claim_report import fill, paired_table
+from claim_rows import Predictions, groups_of, read_folds, saved_predictions, write_rows
 
 from atfr.utils.atomic_io import write_text
 from atfr.utils.progress import watched
@@ -109,14 +109,14 @@ def main() -> None:
     jobs = [Job(arguments.protocol, *one, fold) for one in dict.fromkeys(wanted) for fold in FOLDS]
     failed = run_all([job for job in jobs if not (job.folder / "results.json").exists()], arguments.clips, arguments.parallel)
     path = Path(f"studies/claim/avletters{'' if arguments.protocol == 'speakers' else '_repetitions'}.csv")
-    rows = saved(path)
+    rows = saved_predictions(path)
     for method, kept, seed in dict.fromkeys(wanted):
         folds = [Job(arguments.protocol, method, kept, seed, fold).folder for fold in FOLDS]
         if all((folder / "results.json").exists() for folder in folds):
             row = row_of(folds, videos, method=method, kept=kept, seed=seed)
             rows[row.key] = row
-    save(path, rows)
-    text = table(list(rows.values()), groups_of(lines))
+    write_rows(path, Predictions, list(rows.values()))
+    text = paired_table(list(rows.values()), groups_of(lines))
     fill(Path("studies/claim/README.md"), arguments.protocol, text, script="avletters.py")
     print(text)
     if failed:
@@ -151,7 +151,7 @@ def run(job: Job, clips: Path) -> int:
         return subprocess.run(job.command(clips), stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
 
 
-def row_of(folds: list[Path], videos: list[Video], *, method: str, kept: int, seed: int) -> Row:
+def row_of(folds: list[Path], videos: list[Video], *, method: str, kept: int, seed: int) -> Predictions:
     """Collect the predictions of all folds."""
     right: dict[str, bool] = {}
     for folder in folds:
@@ -160,7 +160,7 @@ def row_of(folds: list[Path], videos: list[Video], *, method: str, kept: int, se
     results = [json.loads((folder / "results.json").read_text()) for folder in folds]
     share = np.average([r["gflops"]["mean"] / r["gflops"]["dense"] for r in results], weights=[r["num_videos"] for r in results])
     bins = np.average([r["bins"]["mean"] for r in results], weights=[r["num_videos"] for r in results])
-    return Row("stem" if kept else "", method, kept, seed, float(bins), float(share), "".join("01"[right[video.path]] for video in videos))
+    return Predictions("stem" if kept else "", method, kept, seed, float(bins), float(share), "".join("01"[right[video.path]] for video in videos))
 
 
 if __name__ == "__main__":

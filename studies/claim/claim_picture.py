@@ -16,10 +16,9 @@ from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
-import claim_paired
-import claim_rows
 import numpy as np
-from claim_report import standard_error
+from claim_report import paired, standard_error
+from claim_rows import Predictions, Row, groups_of, read_folds, saved, saved_predictions
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = Path("docs/verdict.png")
@@ -56,33 +55,33 @@ def main() -> None:
     parser.add_argument("--videos", type=Path, default=Path("../shared/data/videos"), help="folder of avletters/folds.csv and jhmdb/folds.csv (default: %(default)s)")
     arguments = parser.parse_args()
     os.chdir(ROOT)
-    panels = [generated(claim_rows.saved())]
+    panels = [generated(saved())]
     for name, folder in (("avletters", "avletters"), ("jhmdb_tuned", "jhmdb")):
-        videos = claim_paired.read_folds(arguments.videos / folder, way_out="--videos names the folder of the real videos with their lists")
-        panels.append(real(list(claim_paired.saved(Path(f"studies/claim/{name}.csv")).values()), claim_paired.groups_of(videos)))
+        videos = read_folds(arguments.videos / folder, way_out="--videos names the folder of the real videos with their lists")
+        panels.append(real(list(saved_predictions(Path(f"studies/claim/{name}.csv")).values()), groups_of(videos)))
     draw(panels, PICTURE)
     print(f"wrote {PICTURE}")
 
 
-def generated(rows: list[claim_rows.Row]) -> list[Point]:
+def generated(rows: list[Row]) -> list[Point]:
     """The methods that were trained on the generated videos, over seeds."""
-    by_method: dict[str, list[claim_rows.Row]] = defaultdict(list)
+    by_method: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         if row.data == GENERATED and not row.budget and style_of(row.method):
             by_method[row.method].append(row)
     return [Point(method, "", mean(r.gflops for r in own), mean(r.top1 for r in own), standard_error([r.top1 for r in own])) for method, own in by_method.items()]
 
 
-def real(rows: list[claim_paired.Row], groups: np.ndarray) -> list[Point]:
+def real(rows: list[Predictions], groups: np.ndarray) -> list[Point]:
     """The methods that were run on real videos."""
-    by_method: dict[tuple[str, str, int], list[claim_paired.Row]] = defaultdict(list)
+    by_method: dict[tuple[str, str, int], list[Predictions]] = defaultdict(list)
     for row in rows:
         if style_of(row.method):
             by_method[row.location, row.method, row.kept].append(row)
     points = []
     for (location, method, _), own in by_method.items():
         hits = np.mean([row.hits for row in own], axis=0)
-        points.append(Point(method, location, mean(row.gflops for row in own), *claim_paired.paired(hits, np.zeros_like(hits), groups)))
+        points.append(Point(method, location, mean(row.gflops for row in own), *paired(hits, np.zeros_like(hits), groups)))
     return points
 
 

@@ -1,18 +1,24 @@
-"""The report of studies/claim/claim.py, made from the rows of claim_rows.py: verdicts in words, a table over seeds, and a plot."""
+"""The reports of the study, made from the rows of claim_rows.py.
+
+Of claim.py: verdicts in words and a table over seeds. Of avletters.py and jhmdb*.py, where each video is predicted once by a network that was
+not trained on its group: differences within a video, with standard errors over the groups.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
 import numpy as np
-from claim_rows import ROWS, Row, updated
+from claim_rows import ROWS, Predictions, Row, updated
 
 from atfr.utils.atomic_io import write_text
 
-RESULTS, DETAILS, PLOT = Path("docs/results.md"), Path("studies/claim/README.md"), Path("docs/claim.png")
+RESULTS, DETAILS = Path("docs/results.md"), Path("studies/claim/README.md")
 OURS = ("atfr", "glance", "features", "input")  # the preset's layer, the one that learns, the preset's by what the sampled features show, and on the clips themselves
 FIXED = ("uniform", "stride", "random", "input-uniform", "input-stride")  # what keeps equally many features of all clips
 ONE = "one seed against"  # what `relation` says of it
@@ -20,7 +26,7 @@ Groups = dict[tuple[str, str, str], list[Row]]  # by data, method and budget
 
 
 def report(runs: Path) -> None:
-    """Put the results under `runs` among the rows; write the verdict, the table and the plot from all of these."""
+    """Put the results under `runs` among the rows; write the verdict and the table from all of these."""
     rows = updated(runs)
     if not rows:
         print("no run has ended yet, so there is nothing to report")
@@ -29,8 +35,7 @@ def report(runs: Path) -> None:
     text, verdict_text = body(groups), headline(groups)
     fill(RESULTS, "verdict", verdict_text)
     fill(DETAILS, "report", text)
-    plot(groups)
-    print(f"{text}\n{verdict_text}\n{len(rows)} rows in {ROWS}; verdict in {RESULTS}, tables in {DETAILS}, plot in {PLOT}")
+    print(f"{text}\n{verdict_text}\n{len(rows)} rows in {ROWS}; verdict in {RESULTS}, tables in {DETAILS}")
 
 
 def fill(document: Path, name: str, text: str, *, script: str = "claim.py") -> None:
@@ -254,32 +259,62 @@ def standard_error(values: list[float]) -> float:
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
 
 
-def plot(groups: Groups) -> None:
-    """Top-1 over GFLOPs, one panel for each dataset."""
-    import matplotlib
+def paired(one: np.ndarray, other: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
+    """Return the mean difference of two arrays of hits, in points, and its standard error with the videos of a group as one draw."""
+    difference = one - other
+    sums = np.bincount(groups, difference - difference.mean())
+    return 100 * difference.mean(), 100 * math.sqrt(len(sums) / (len(sums) - 1) * np.square(sums).sum()) / len(difference)
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
 
-    names = sorted({key[0] for key in groups})
-    lines = -(-len(names) // 3)
-    figure, axes = plt.subplots(lines, 3, figsize=(22, 5 * lines), squeeze=False)
-    for axis in axes.flat[len(names) :]:
-        axis.remove()
-    for axis, data in zip(axes.flat, names):
-        axis.set_prop_cycle(color=plt.cm.tab20.colors)
-        curves: dict[str, list[list[Row]]] = defaultdict(list)
-        for (at, method, _), rows in groups.items():
-            if at == data:
-                family = next((name for name in (*OURS, *FIXED) if size_of(method, name)), method)
-                curves[family].append(rows)
-        for name, points in sorted(curves.items()):
-            points.sort(key=lambda rows: mean(r.gflops for r in rows))
-            x, y = ([mean(getattr(r, key) for r in rows) for rows in points] for key in ("gflops", "top1"))
-            error = [standard_error([r.top1 for r in rows]) for rows in points]
-            axis.errorbar(x, y, yerr=error, marker="o", markersize=3, capsize=2, linestyle=":" if name.startswith(("untrained", "budgets")) else "-", label=name)
-        axis.set(title=data, xlabel="mean GFLOPs of a clip / dense", ylabel="top-1, %")
-        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the points, of which it would hide some
-    figure.tight_layout()
-    figure.savefig(PLOT, dpi=56, pil_kwargs={"optimize": True})
-    plt.close(figure)
+def paired_table(rows: Sequence[Predictions], groups: np.ndarray) -> str:
+    """Format the rows, averaged over the seeds, against the dense network and against the fixed methods at the same budget.
+
+    A dagger marks differences that hold by Holm's method at a level of 0.05 over all differences in the table.
+    """
+    by_method: dict[tuple[str, str, int], list[Predictions]] = {}
+    for row in rows:
+        by_method.setdefault((row.location, row.method, row.kept), []).append(row)
+    differences = {
+        (key, other): difference
+        for key, own in by_method.items()
+        for other in others_of(key)
+        if (difference := against(own, by_method.get(other, []), groups)) is not None
+    }
+    held = dict(zip(differences, holm([math.erfc(abs(mean) / max(error, 1e-9) / math.sqrt(2)) for mean, error in differences.values()])))
+    cells = {key: "{:+.1f} ± {:.1f}".format(*difference) + (" †" if held[key] else "") for key, difference in differences.items()}
+    lines = [
+        "| location | features kept | method | seeds | mean B' | GFLOPs of dense | top-1, % | against dense | against uniform | against stride |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for key, own in by_method.items():
+        location, method, kept = key
+        shown = [cells.get((key, other), "") for other in others_of(key)]
+        bins, gflops, top1 = (np.mean(values) for values in ([r.bins for r in own], [r.gflops for r in own], [100 * r.hits.mean() for r in own]))
+        lines.append(f"| {location} | {kept or 'all'} | {method} | {len(own)} | {bins:.1f} | {gflops:.2f} | {top1:.1f} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def others_of(key: tuple[str, str, int]) -> tuple[tuple[str, str, int], ...]:
+    """Return what a method is compared with: the dense network, and the fixed methods at its location and budget."""
+    location, _, kept = key
+    return ("", "dense", 0), (location, "uniform", kept), (location, "stride", kept)
+
+
+def against(own: Sequence[Predictions], others: Sequence[Predictions], groups: np.ndarray) -> tuple[float, float] | None:
+    """The difference to another method over the seeds that both have, with its standard error; None where there is none."""
+    seeds = {row.seed for row in own} & {row.seed for row in others}
+    if not seeds or own == others:
+        return None
+    mine, theirs = (np.mean([row.hits for row in rows if row.seed in seeds], axis=0) for rows in (own, others))
+    return paired(mine, theirs, groups)
+
+
+def holm(chances: Sequence[float], level: float = 0.05) -> list[bool]:
+    """Return which hypotheses, of these probabilities, are rejected at a level for all of them together (Holm 1979)."""
+    order = sorted(range(len(chances)), key=chances.__getitem__)
+    rejected = [False] * len(chances)
+    for tried, index in enumerate(order):
+        if chances[index] > level / (len(chances) - tried):
+            break
+        rejected[index] = True
+    return rejected

@@ -1,6 +1,6 @@
-"""The rows of the study (studies/claim/claim.py): what every run found, in studies/claim/rows.csv.
+"""The rows of the study: what every run of claim.py found, and the predictions of avletters.py and jhmdb*.py for all real videos.
 
-The file is what the report is made from. Runs lie under runs/, which git does not keep, so a report first takes the
+The reports are made from these files. Runs lie under runs/, which git does not keep, so a report first takes the
 rows that are there and puts those of the runs on this machine in their places.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -53,6 +54,27 @@ class Row:
     @property
     def key(self) -> tuple[str, str, str, int]:
         return self.data, self.method, self.budget, self.seed
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The predictions of one method with one seed for all videos."""
+
+    location: str
+    method: str
+    kept: int  # features that the fixed methods keep at this budget; 0: all
+    seed: int
+    bins: float  # mean B'
+    gflops: float  # mean, of dense
+    right: str  # for each video, in the order of folds.csv: 1 if the prediction is right, else 0
+
+    @property
+    def key(self) -> tuple[str, str, int, int]:
+        return self.location, self.method, self.kept, self.seed
+
+    @property
+    def hits(self) -> np.ndarray:
+        return np.array([letter == "1" for letter in self.right], dtype=float)
 
 
 def updated(runs: Path) -> list[Row]:
@@ -126,3 +148,22 @@ def changes(truth: Path) -> dict[str, float]:
     """How much each generated video changes from frame to frame; the same file serves all runs on its data."""
     with open(truth, newline="") as file:
         return {row["path"]: float(row["change"]) for row in csv.DictReader(file)}
+
+
+def read_folds(folder: Path, *, way_out: str) -> list[dict[str, str]]:
+    """Read a set's list: relative_path, label, group and fold of each video. Ends the program, with the way out, where it is missing."""
+    folds = folder / "folds.csv"
+    if not folds.exists():
+        sys.exit(f"error: {folds} is missing: {way_out}")
+    with open(folds, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def groups_of(videos: Sequence[dict[str, str]]) -> np.ndarray:
+    """The number of the group of each video [N]."""
+    return np.unique([video["group"] for video in videos], return_inverse=True)[1]
+
+
+def saved_predictions(path: Path) -> dict[tuple[str, str, int, int], Predictions]:
+    """Read the predictions in a file; none where there is no such file."""
+    return {row.key: row for row in read_rows(path, Predictions)}

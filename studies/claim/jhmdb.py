@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from claim_paired import Row, groups_of, paired, read_folds, save, saved, table
-from claim_report import fill
+from claim_report import fill, paired, paired_table
+from claim_rows import Predictions, groups_of, read_folds, saved_predictions, write_rows
 from torch import Tensor, nn
 
 from atfr.data.video.decode import read_clip
@@ -82,15 +82,15 @@ def main() -> None:
     arguments = parser.parse_args()
     os.chdir(ROOT)
     videos = read_folds(arguments.clips, way_out="--clips names the folder of JHMDB's videos with that list")
-    weights, data, rows = kinetics_weights(), read_clips(arguments.clips, videos), saved(ROWS)
+    weights, data, rows = kinetics_weights(), read_clips(arguments.clips, videos), saved_predictions(ROWS)
     for location in arguments.locations:
         jobs = [(location, method, kept) for kept in arguments.kept or KEPT[location] for method in arguments.methods]
         missing = [job for job in (DENSE, *jobs) if arguments.again or (*job, 0) not in rows]
         before = features_before(network(weights, options_of(*DENSE, at=location)), data) if missing else []
         for where, method, kept in missing:
             rows[where, method, kept, 0] = run(network(weights, options_of(where, method, kept, at=location)), before, data, where, method, kept)
-            save(ROWS, rows)
-    text = table(list(rows.values()), data.groups)
+            write_rows(ROWS, Predictions, list(rows.values()))
+    text = paired_table(list(rows.values()), data.groups)
     fill(Path("studies/claim/README.md"), "jhmdb", text, script="jhmdb.py")
     print(text)
     hits = {kept: row.hits for (where, method, kept, _), row in rows.items() if (where, method) == ("stem", "stride")}
@@ -153,7 +153,7 @@ def features_before(model: VideoNet, data: Clips) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def run(model: VideoNet, before: list[Tensor], data: Clips, location: str, method: str, kept: int) -> Row:
+def run(model: VideoNet, before: list[Tensor], data: Clips, location: str, method: str, kept: int) -> Predictions:
     """Calibrate, compute the features that the head is given, and classify them."""
     batches, (layer,) = data.clips.split(BATCH), model.sgs.values()
 
@@ -175,7 +175,7 @@ def run(model: VideoNet, before: list[Tensor], data: Clips, location: str, metho
     hook.remove()
     gflops = mean_cost(model, data, bins) if location else 1.0
     hits = predictions(torch.cat(features), data.labels, data.folds) == data.labels
-    return Row(location, method, kept, 0, float(np.mean(bins)), gflops, in_digits(hits))
+    return Predictions(location, method, kept, 0, float(np.mean(bins)), gflops, in_digits(hits))
 
 
 def calibrate(layer: SGS, proposals: Iterable[Proposal]) -> None:
@@ -227,7 +227,7 @@ def mean_cost(model: VideoNet, data: Clips, bins: list[tuple[int, ...]]) -> floa
 
 
 def in_digits(hits: Tensor) -> str:
-    """What `Row.right` says of right and wrong predictions [N]."""
+    """What `Predictions.right` says of right and wrong predictions [N]."""
     return "".join("01"[hit] for hit in hits.tolist())
 
 

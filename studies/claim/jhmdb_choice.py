@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from claim_paired import paired, read_folds
 from claim_probe import spearman
-from claim_report import fill
+from claim_report import fill, paired
+from claim_rows import read_folds
 from jhmdb import DENSE, FRAMES, ROOT, Clips, kinetics_weights, network, normalised, options_of, predictions, read_clips
 from torch import Tensor, nn
 

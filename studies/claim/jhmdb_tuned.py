@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from claim_paired import Row, read_folds, save, saved, table
-from claim_report import fill
+from claim_report import fill, paired_table
+from claim_rows import Predictions, read_folds, saved_predictions, write_rows
 from jhmdb import (
     BATCH,
     DENSE,
@@ -66,7 +66,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.chdir(ROOT)
     videos = read_folds(arguments.clips, way_out="--clips names the folder of JHMDB's videos with that list")
-    weights, data, rows = kinetics_weights(), read_clips(arguments.clips, videos), saved(ROWS)
+    weights, data, rows = kinetics_weights(), read_clips(arguments.clips, videos), saved_predictions(ROWS)
     for job in (DENSE, *(("input", method, kept) for kept in arguments.kept for method in arguments.methods)):
         missing = [seed for seed in arguments.seeds if (*job, seed) not in rows]
         if not missing:
@@ -75,10 +75,10 @@ def main() -> None:
         features = frozen_features(model, data, *job)
         for seed in missing:
             hits = predictions(model.dense_network, features.of_clips, data, seed) == data.labels
-            row = Row(*job, seed, features.bins, 1.0 if job == DENSE else features.gflops, in_digits(hits))
+            row = Predictions(*job, seed, features.bins, 1.0 if job == DENSE else features.gflops, in_digits(hits))
             rows[row.key] = row
-            save(ROWS, rows)
-    text = table(list(rows.values()), data.groups)
+            write_rows(ROWS, Predictions, list(rows.values()))
+    text = paired_table(list(rows.values()), data.groups)
     fill(Path("studies/claim/README.md"), "jhmdb_tuned", text, script="jhmdb_tuned.py")
     print(text)
 

@@ -68,11 +68,11 @@ def stubbed(tmp_path, monkeypatch):
 
 
 def test_runs_come_after_those_that_they_start_from_and_only_once(stubbed):
-    wanted = [claim.Job("x3d", "uneven", method, 0) for method in ("budgets-features-0.4", "dense", "features-0.4")]
+    wanted = [claim.Job("x3d", "uneven", method, 0) for method in ("budgets-features-drawn-0.4", "dense", "features-drawn-0.4")]
     assert claim.run_all(wanted, parallel=2, through=[]) == []
     names = [method for method, _ in stubbed]
-    assert sorted(names) == ["budgets-features-0.4", "dense", "features-0.4", "warm"]
-    assert names[0] == "warm" and names.index("features-0.4") < names.index("budgets-features-0.4")
+    assert sorted(names) == ["budgets-features-drawn-0.4", "dense", "features-drawn-0.4", "warm"]
+    assert names[0] == "warm" and names.index("features-drawn-0.4") < names.index("budgets-features-drawn-0.4")
     assert claim.run_all(wanted, parallel=2, through=[]) == [] and len(stubbed) == 4
 
 
@@ -287,7 +287,6 @@ def test_a_folder_without_the_lists_is_named(tmp_path):
 @pytest.fixture
 def report_in(tmp_path, monkeypatch):
     """Makes the report of runs with these top-1, in a folder where nothing was reported yet: (method, seed) -> top-1."""
-    pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     for folder in ("docs", "studies/claim", "data/claim/uneven"):
         Path(folder).mkdir(parents=True)
@@ -319,7 +318,7 @@ def test_a_report_holds_every_run_and_means_over_seeds(report_in):
     text = report_in({("atfr-0.4", 0): 90.0, ("atfr-0.4", 1): 94.0})
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| atfr-0.4 |  | 2 | 92.0 ± 2.0 | 92.0 | 0.500 | 0.60 | 4.0 (2-6) of 16 | 1.00, 0.90 | 1.0, 12.0 |" in text
-    assert len(claim_rows.ROWS.read_text().splitlines()) == 3 and claim_report.PLOT.stat().st_size > 1000
+    assert len(claim_rows.ROWS.read_text().splitlines()) == 3
     assert claim_rows.saved()[0].histogram == "2:1 6:1"
     assert "old" not in claim_report.RESULTS.read_text()
 

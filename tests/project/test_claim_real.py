@@ -22,8 +22,8 @@ from atfr.models.sgs.layer import SGS
 
 sys.path.insert(0, str(ROOT / "studies" / "claim"))
 import avletters  # noqa: E402
-import claim_paired  # noqa: E402
 import claim_picture  # noqa: E402
+import claim_report  # noqa: E402
 import claim_rows  # noqa: E402
 import jhmdb  # noqa: E402
 import jhmdb_choice  # noqa: E402
@@ -32,12 +32,12 @@ import jhmdb_tuned  # noqa: E402
 
 def test_holm_rejects_as_in_his_example_and_nothing_behind_the_first_that_holds():
     # Four hypotheses at 0.05: bounds 0.0125, 0.0167, 0.025, 0.05 in the order of their probabilities.
-    assert claim_paired.holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]
-    assert claim_paired.holm([0.02, 0.001, 0.02]) == [True, True, True] and claim_paired.holm([]) == []
+    assert claim_report.holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]
+    assert claim_report.holm([0.02, 0.001, 0.02]) == [True, True, True] and claim_report.holm([]) == []
 
 
-def row(method: str, right: str, seed: int = 0) -> claim_paired.Row:
-    return claim_paired.Row("" if method == "dense" else "stem", method, 0 if method == "dense" else 4, seed, 4.0, 0.5, right)
+def row(method: str, right: str, seed: int = 0) -> claim_rows.Predictions:
+    return claim_rows.Predictions("" if method == "dense" else "stem", method, 0 if method == "dense" else 4, seed, 4.0, 0.5, right)
 
 
 def test_a_difference_and_its_error_are_those_of_a_loop_over_groups():
@@ -46,13 +46,13 @@ def test_a_difference_and_its_error_are_those_of_a_loop_over_groups():
     mean = sum(a - b for a, b in zip(one, other)) / 60
     sums = [sum(a - b - mean for a, b, g in zip(one, other, groups) if g == group) for group in range(7)]
     error = math.sqrt(7 / 6 * sum(value**2 for value in sums)) / 60
-    assert claim_paired.paired(one, other, groups) == pytest.approx((100 * mean, 100 * error))
+    assert claim_report.paired(one, other, groups) == pytest.approx((100 * mean, 100 * error))
 
 
 def test_the_table_averages_seeds_and_compares_those_that_both_methods_have():
     groups = np.array([0, 0, 1, 1])
     rows = [row("dense", "1111"), row("uniform", "1010"), row("atfr", "1110"), row("atfr", "0000", seed=1)]
-    lines = claim_paired.table(rows, groups).splitlines()[2:]
+    lines = claim_report.paired_table(rows, groups).splitlines()[2:]
     cells = {cell[2]: cell for line in lines if (cell := [part.strip() for part in line.split("|")[1:-1]])}
     assert cells["dense"][6:] == ["100.0", "", "", ""]
     assert cells["atfr"][3] == "2" and cells["atfr"][6] == "37.5"
@@ -61,9 +61,9 @@ def test_the_table_averages_seeds_and_compares_those_that_both_methods_have():
 
 def test_rows_are_read_as_they_were_saved(tmp_path):
     rows = {one.key: one for one in (row("dense", "0110"), row("atfr", "1111", seed=2))}
-    claim_paired.save(tmp_path / "rows.csv", rows)
-    assert claim_paired.saved(tmp_path / "rows.csv") == rows
-    assert claim_paired.saved(tmp_path / "none.csv") == {}
+    claim_rows.write_rows(tmp_path / "rows.csv", claim_rows.Predictions, list(rows.values()))
+    assert claim_rows.saved_predictions(tmp_path / "rows.csv") == rows
+    assert claim_rows.saved_predictions(tmp_path / "none.csv") == {}
 
 
 def test_the_regression_predicts_classes_that_a_line_separates_in_folds_it_has_not_seen():
@@ -123,7 +123,7 @@ def test_numbers_by_content_are_held_against_the_same_numbers_in_every_order():
     right = [hits[number][clip] for clip, number in enumerate(numbers)]
     orders = [[hits[number][clip] for clip, number in enumerate(order)] for order in permutations(numbers.tolist())]
     assert [float(cells[2]) for cells in shown] == pytest.approx([*(100 * hits[k].mean() for k in jhmdb.NUMBERS), 100 * np.mean(right), 100 * np.mean(orders)], abs=0.051)
-    mean, error = claim_paired.paired(np.array(right), np.mean(orders, axis=0), groups)
+    mean, error = claim_report.paired(np.array(right), np.mean(orders, axis=0), groups)
     assert shown[-2][3] == f"{mean:+.1f} ± {error:.1f}"
 
 
@@ -165,7 +165,7 @@ def test_the_lists_leave_each_speaker_or_repetition_out_once(tmp_path, monkeypat
 
 
 def test_the_picture_knows_every_method_that_it_has_a_row_of_and_the_error_over_groups(tmp_path):
-    for rows in (claim_paired.saved(claim_picture.ROOT / f"studies/claim/{name}.csv").values() for name in ("avletters", "jhmdb_tuned")):
+    for rows in (claim_rows.saved_predictions(claim_picture.ROOT / f"studies/claim/{name}.csv").values() for name in ("avletters", "jhmdb_tuned")):
         assert rows and all(claim_picture.style_of(row.method) or row.method == "stride-as-many" for row in rows)
     assert claim_picture.style_of("atfr-middle-time") == "atfr-middle" and claim_picture.style_of("atfr-0.4") == "atfr"
     assert {claim_picture.style_of(name) for name in ("equal-6", "glance-equal-7", "atfr-middle-time-equal")} == {"equal"}
