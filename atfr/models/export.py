@@ -59,7 +59,7 @@ class ExportableNet(nn.Module):
 def _one_clip(model: VideoNet) -> fx.GraphModule:
     """Write the program of a network with SGS for one clip."""
     for layer in model.sgs.values():
-        if layer.lacks_budget or (layer.options.scale == "absolute" and layer.width.isnan()):
+        if layer.lacks_budget or (layer.has_width and layer.width.isnan()):
             raise ValueError(f"SGS after {layer.name!r} is not calibrated: train the network or call atfr.calibrate first")
         if layer.options.similarity == "random":
             raise ValueError("sgs.similarity=random cannot be exported: the exported file would draw other frames")

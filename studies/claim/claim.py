@@ -92,8 +92,8 @@ def keep_ratio(value: float) -> str:
 
 
 def equally(kept: int) -> tuple[str, str]:
-    """The options that keep `kept` features of every clip: at a price near 0 a clip keeps all that it may."""
-    return f"model.sgs.num_bins={kept}", "model.sgs.width=1e-6"
+    """The options that keep `kept` features of every clip, at the best cut."""
+    return f"model.sgs.num_bins={kept}", "model.sgs.adaptive=false"
 
 
 AT_HALF = keep_ratio(0.4)  # of the features: with stem and sampling about half of the GFLOPs of r2plus1d

@@ -114,8 +114,8 @@ def options_of(location: str, method: str, kept: int, *, at: str) -> SGSConfig:
         return replace(options, after=location, num_bins=kept, gflops=None)
     if method == "reference":  # which fills about 5 of 8 bins
         return replace(options, after=location, num_bins=min(frames, round(1.6 * kept)))
-    if method.endswith("equal"):  # with a width near 0 every clip keeps num_bins features
-        return replace(options, after=location, num_bins=kept, width=1e-6, gflops=None)
+    if method.endswith("equal"):
+        return replace(options, after=location, num_bins=kept, adaptive=False)
     return replace(options, after=location, keep_ratio=kept / frames, gflops=None)
 
 

@@ -58,6 +58,15 @@ def test_a_sampling_layer_that_fits_in_part_stays_new(tmp_path):
     assert reasons["sgs.res2.embedding.hidden.weight"] == "not loaded without the tensors beside it, which do not fit"
 
 
+def test_a_layer_that_keeps_equally_many_features_takes_the_weights_of_one_that_adapts_and_back(tmp_path):
+    adaptive, equal = (x3d(size="tiny", num_classes=5, sgs=SGSConfig(adaptive=value)) for value in (True, False))
+    for source, other in ((adaptive, equal), (equal, adaptive)):
+        save_own(source, tmp_path / "other.pt")
+        report = load_pretrained(other, tmp_path / "other.pt")
+        assert_same_state(other.dense_network, source.dense_network)
+        assert {entry.name for entry in (*report.skipped, *report.new)} == {"sgs.stem.width"}
+
+
 def test_a_width_is_taken_over_unless_it_is_set(tmp_path):
     model, tracking, fixed = with_width(), with_width(), with_width(width=0.75)
     model.sgs["res2"].width.fill_(0.25)

@@ -73,6 +73,11 @@ def test_a_baseline_embeds_no_clip(preset):
         ("reference", {"gflops": 0.4}, "sgs gflops=0.4 has no effect with similarity=distance_to_mean, scale=relative; remove it"),
         ("uniform", {"num_bins": 4, "keep_ratio": 0.3}, "sgs keep_ratio=0.3 has no effect with similarity=uniform; remove it"),
         ("uniform", {"metric": "cosine"}, "sgs metric='cosine' has no effect with similarity=uniform; remove it"),
+        ("atfr", {"adaptive": False, "width": 0.5}, "sgs width=0.5 has no effect with similarity=partition, scale=absolute, adaptive=False; remove it"),
+        ("atfr", {"adaptive": False, "gflops_range": [0.3, 1.0]}, "gflops_range=.* has no effect with similarity=partition, scale=absolute, adaptive=False"),
+        ("atfr", {"adaptive": False, "num_bins": 4, "gflops": 0.5}, "sgs gflops=0.5 has no effect with"),
+        ("atfr", {"adaptive": False, "similarity": "anchor"}, "sgs adaptive=False has no effect with similarity=anchor"),
+        ("reference", {"adaptive": False}, "sgs adaptive=False has no effect with similarity=distance_to_mean, scale=relative"),
         ("atfr", {"embedding_dim": 16}, "sgs embedding_dim=16 has no effect with similarity=partition, scale=absolute; remove it"),
     ],
 )

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from cuts_by_trial import bins_by_trial
 
 from atfr.models.packed.segments import Segments
 from atfr.models.sgs.config import SGSConfig
@@ -15,9 +16,11 @@ from atfr.models.sgs.sampling import NonFiniteFeatures, sample
 
 ATFR = SGSConfig.from_preset("atfr", keep_ratio=0.5)
 REFERENCE = SGSConfig.from_preset("reference")
+EQUAL = replace(ATFR, adaptive=False)
 RANGED = replace(ATFR, gflops_range=(0.2, 1.0), keep_ratio=0.3)
 EVERY_KIND = [
     SGSConfig.from_preset("atfr", width=0.6),
+    EQUAL,
     SGSConfig.from_preset("atfr", similarity="anchor", width=0.9),
     REFERENCE,
     SGSConfig.from_preset("reference", similarity="magnitude", kernel="linear_normalized", edges="inclusive", order="time"),
@@ -87,11 +90,32 @@ def test_a_clip_too_short_for_the_trunk_or_a_cap_too_low_is_refused_with_the_way
         layer_of(replace(REFERENCE, num_bins=2), min_bins=4)(features(1, 8))
 
 
-def test_a_baseline_keeps_its_keep_ratio_and_a_new_one_from_the_next_batch_on():
-    layer = layer_of(SGSConfig.from_preset("uniform", keep_ratio=0.25))
+@pytest.mark.parametrize("options", [SGSConfig.from_preset("uniform", keep_ratio=0.25), replace(EQUAL, keep_ratio=0.25)], ids=lambda o: o.similarity)
+def test_what_keeps_equally_many_features_keeps_its_keep_ratio_and_a_new_one_from_the_next_batch_on(options):
+    layer = layer_of(options)
     assert layer(features(2, 12)).lengths.tolist() == [3, 3]
     layer.set_budget(0.75)
     assert layer(features(2, 12)).lengths.tolist() == [9, 9]
+
+
+@pytest.mark.parametrize("kept", [1, 3, 8])
+def test_equally_many_features_are_those_of_the_best_of_all_cuts_into_so_many(kept):
+    layer = layer_of(SGSConfig(num_bins=kept, adaptive=False, embed_from="features"))
+    x = features(5, 8)
+    x[3] *= 0.01
+    proposal = layer(x)
+    assert proposal.lengths.tolist() == proposal.report.tolist() == [kept] * 5
+    for z, weights in zip(proposal.z.double(), proposal.weights):
+        bins = torch.tensor(bins_by_trial(z, width=1.0, cost_exponent=0.0, least=kept, most=kept))
+        members = (bins == torch.arange(kept)[:, None]).float()  # [B, T]
+        torch.testing.assert_close(weights, members / members.sum(dim=1, keepdim=True))
+
+
+def test_equally_many_features_are_kept_of_static_clips_and_all_of_shorter_ones():
+    layer = layer_of(SGSConfig(num_bins=5, adaptive=False))
+    x = features(3, 8)
+    x[0] = x[0, :, :1]
+    assert layer(x).lengths.tolist() == [5, 5, 5] and layer(x[:, :, :4]).lengths.tolist() == [4, 4, 4]
 
 
 @pytest.mark.parametrize("before", [None, "packed"])
@@ -112,9 +136,9 @@ def test_a_nan_in_one_clip_is_refused_naming_the_layer_and_the_clip(before):
         sample([layer], [features()], [None])
 
 
-@pytest.mark.parametrize("preset", ["atfr", "uniform", "stride", "random"])
-def test_a_layer_that_was_never_calibrated_is_refused_with_the_way_out_unless_it_is_forced(preset):
-    layer = layer_of(SGSConfig.from_preset(preset, gflops=0.4))
+@pytest.mark.parametrize("options", [*(SGSConfig.from_preset(name) for name in ("atfr", "uniform", "stride", "random")), SGSConfig(adaptive=False)], ids=lambda o: o.similarity)
+def test_a_layer_that_was_never_calibrated_is_refused_with_the_way_out_unless_it_is_forced(options):
+    layer = layer_of(options)
     with pytest.raises(ValueError, match=r"SGS after 'res3' is not calibrated: call atfr.calibrate\(model, clips\)"):
         sample([layer], [features(2)], [None])
     (_,), (done,) = sample([layer], [features(2)], [None], [(2, 5)])
@@ -127,6 +151,7 @@ def test_a_layer_that_was_never_calibrated_is_refused_with_the_way_out_unless_it
         (SGSConfig.from_preset("atfr", width=0.3), "its width decides B'"),
         (REFERENCE, "its similarity=distance_to_mean, scale=relative decides B'"),
         (SGSConfig.from_preset("uniform", num_bins=4), "its num_bins decides B'"),
+        (SGSConfig.from_preset("atfr", num_bins=4, adaptive=False), "its num_bins decides B'"),
         (SGSConfig.from_preset("identity"), "its similarity=none, scale=relative decides B'"),
     ],
 )

@@ -33,6 +33,7 @@ UNUSED = {
     "embed_from": "features",
     "noise_floor": False,
     "cost_exponent": 0.0,
+    "adaptive": True,
 }
 
 
@@ -51,7 +52,8 @@ class SGSConfig:
     gflops: float | None = DEFAULT_GFLOPS  # budget: mean GFLOPs of a clip as a share of the dense network's
     keep_ratio: float | None = None  # budget given as mean B' / T instead of `gflops`
     gflops_range: Sequence[float] | None = None  # draw each training batch's budget from this range: one network for all of them
-    num_bins: int | None = None  # B, the most features a clip keeps; None: T. A baseline keeps exactly so many
+    num_bins: int | None = None  # B, the most features a clip keeps; None: T. A baseline, or adaptive=False, keeps exactly so many
+    adaptive: bool = True  # partition: B' depends on the content | False: all clips keep equally many, and the content decides only which
     width: float | None = None  # absolute scale: a fixed bin width instead of a budget
     similarity: str = "partition"  # see atfr.models.sgs.functional
     metric: str = "l2"  # l2 | l1 | cosine | mahalanobis
@@ -95,7 +97,7 @@ class SGSConfig:
         config = replace(PRESETS[preset], **{**_budget_of(options), **options})
         for name, value in options.items():
             if name in config.unused_options() and value != UNUSED[name]:
-                used = f"similarity={config.similarity}" + ("" if config.is_baseline else f", scale={config.scale}")
+                used = f"similarity={config.similarity}" + ("" if config.is_baseline else f", scale={config.scale}") + ("" if config.adaptive else ", adaptive=False")
                 raise ValueError(f"sgs {name}={value!r} has no effect with {used}; remove it")
         return config
 
@@ -110,7 +112,10 @@ class SGSConfig:
         unused |= {*budget, "gflops_range"} if self.width is not None else _second_budget(self)
         unused |= {"pooled": {"embedding_dim"}, "glance": set()}.get(self.embedding, {"grid"})
         unused |= set() if self.similarity == "path" else {"noise_floor"}
-        return unused | (set() if self.similarity == "partition" else {"cost_exponent"})
+        unused |= set() if self.similarity == "partition" else {"cost_exponent", "adaptive"}
+        if self.same_number:
+            unused |= {"gflops_range", "width", "cost_exponent"} | (budget if self.num_bins is not None else set())
+        return unused
 
     def used_options(self) -> dict[str, Any]:
         """Return the options that have an effect, by name."""
@@ -119,8 +124,13 @@ class SGSConfig:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether B' does not depend on what a clip shows."""
+        """Whether what is kept does not depend on what a clip shows."""
         return self.similarity in BASELINES
+
+    @property
+    def same_number(self) -> bool:
+        """Whether B' does not depend on what a clip shows."""
+        return self.is_baseline or (self.similarity == "partition" and not self.adaptive)
 
     @property
     def follows_budget(self) -> bool:

@@ -20,6 +20,7 @@ from atfr.models.sgs.partition import MOST_FRAMES, width_keeping
 from atfr.models.sgs.time_embedding import TimeEmbedding
 
 NOT_FINITE, NO_WIDTH, BAD_EMBEDDING = 0, -1, -2  # why a clip cannot be sampled, in `Proposal.report`
+FREE = 1e-6  # a bin width at which bins cost next to nothing
 
 
 class Proposal(NamedTuple):
@@ -68,7 +69,7 @@ class SGS(nn.Module):
             self.embedding = MLPEmbedding(channels, options.embedding_dim)
             self.embedding.requires_grad_(options.embedding == "mlp")
         self.time = TimeEmbedding(sampled_channels or channels) if options.time_embedding else None
-        if options.scale == "absolute":
+        if self.has_width:
             self.register_buffer("width", torch.tensor(math.nan if options.width is None else options.width))
         if options.noise_floor:
             self.register_buffer("floor", torch.tensor(math.nan))
@@ -95,7 +96,7 @@ class SGS(nn.Module):
         """
         o = self.options
         if not o.follows_budget:
-            fixed = "num_bins" if self.is_baseline and o.num_bins is not None else "width" if o.width is not None else f"similarity={o.similarity}, scale={o.scale}"
+            fixed = "num_bins" if o.same_number and o.num_bins is not None else "width" if o.width is not None else f"similarity={o.similarity}, scale={o.scale}"
             raise ValueError(
                 f"SGS after {self.name!r} follows no budget, since its {fixed} decides B': scale=absolute without a width does, and so do uniform, stride and random without num_bins"
             )
@@ -112,24 +113,29 @@ class SGS(nn.Module):
 
     @property
     def is_baseline(self) -> bool:
-        """Whether B' does not depend on what a clip shows."""
+        """Whether what is kept does not depend on what a clip shows."""
         return self.options.is_baseline
+
+    @property
+    def has_width(self) -> bool:
+        """Whether one bin width for all clips decides B'."""
+        return self.options.scale == "absolute" and not self.options.same_number
 
     @property
     def tracks_width(self) -> bool:
         """Whether the bin width is calibrated and held to a budget while training."""
-        return self.options.follows_budget and not self.is_baseline
+        return self.options.follows_budget and self.has_width
 
     @property
     def lacks_budget(self) -> bool:
-        """Whether this is a baseline that has to be calibrated before it can run."""
-        return self.is_baseline and self.options.follows_budget and self.keep_ratio is None
+        """Whether all clips keep equally many features, of a number that no calibration has set yet."""
+        return self.options.same_number and self.options.follows_budget and self.keep_ratio is None
 
     def most_bins(self, frames: int, min_bins: int = 1) -> int:
         """Return B for clips of `frames` features, at least `min_bins` where a keep ratio decides it."""
         if self.options.num_bins is not None:
             return self.options.num_bins
-        if not self.is_baseline or self.keep_ratio is None:
+        if not self.options.same_number or self.keep_ratio is None:
             return frames
         return max(self.min_bins, min_bins, round(self.keep_ratio * frames))
 
@@ -179,9 +185,11 @@ class SGS(nn.Module):
         lengths = (frames,) * len(z) if segments is None else segments.lengths
         valid = None if segments is None else torch.tensor(lengths)  # on the host, where it is checked
         glance = self._glance(z, segments)
-        width = self.width if self.options.scale == "absolute" else None
+        width = self.width if self.has_width else None
         if self.keep_range is not None and self.training and torch.is_grad_enabled():  # not where statistics are taken
             width = self._drawn_width(z, valid, self.keep_range)
+        if self.options.same_number and not self.is_baseline:  # the best cut into num_bins; a clip that is shorter keeps all
+            width, least = z.new_full((), FREE), min(num_bins, *lengths)
         if self._runs_kernel(z):
             return self._cut_on_gpu(z, segments, torch.tensor(lengths), width=width, num_bins=num_bins, least=least)._replace(glance=glance)
         # Batch norm spreads a NaN to the z of every clip, so the clip at fault shows in what was pooled.
@@ -189,7 +197,7 @@ class SGS(nn.Module):
         finite = (finite if segments is None else finite[0][segments.padded]).all(dim=1)
         weights, kept = self._sampling(z, valid, width=width, num_bins=num_bins, least=least)
         report = kept.where(z.isfinite().all(), BAD_EMBEDDING).where(finite, NOT_FINITE)
-        if self.options.scale == "absolute":
+        if self.has_width:
             report = report.masked_fill(self.width.isnan(), NO_WIDTH)
         return Proposal(z, torch.tensor(lengths), weights.to(x.dtype), kept, report, glance=glance)
 
