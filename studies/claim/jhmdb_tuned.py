@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, default=Path("../shared/data/videos/jhmdb"), help="folder with the videos and folds.csv (default: %(default)s)")
     parser.add_argument("--kept", nargs="+", type=int, default=list(KEPT["input"]), choices=KEPT["input"], help="frames that the fixed methods keep of 32")
-    parser.add_argument("--methods", nargs="+", default=["uniform", "stride", "reference", "atfr", "atfr-middle"], choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=["uniform", "stride", "reference", "atfr", "atfr-middle"], choices=[name for name in METHODS if "glance" not in name])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     arguments = parser.parse_args()
     os.chdir(ROOT)

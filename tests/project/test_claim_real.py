@@ -127,6 +127,43 @@ def test_numbers_by_content_are_held_against_the_same_numbers_in_every_order():
     assert shown[-2][3] == f"{mean:+.1f} ± {error:.1f}"
 
 
+def test_an_embedding_that_learns_is_trained_anew_for_each_fold_on_the_others(monkeypatch):
+    folds, labels, trained = torch.arange(9) % 3, torch.arange(9) % 2, []
+    model = create_model("i3d_inception", 5, sgs=jhmdb.options_of("stem", "glance-equal", 5, at="stem"))
+    (layer,) = model.sgs.values()
+    first = layer.embedding.look[0].weight
+
+    def train(embedding, data, clips):
+        trained.append((clips.tolist(), first.sum().item()))
+        torch.nn.init.constant_(first, len(trained))
+
+    def features(*_):
+        return torch.nn.functional.one_hot(folds * 2 + labels, 6) * first[0, 0, 0, 0].item(), [(clip,) for clip in range(9)]
+
+    monkeypatch.setattr(jhmdb, "train_embedding", train)
+    monkeypatch.setattr(jhmdb, "features_behind", features)
+    monkeypatch.setattr(jhmdb, "mean_cost", lambda model, data, bins: float(sum(kept for (kept,) in bins)))
+    row = jhmdb.run(model, [], jhmdb.Clips(torch.empty(0), labels, folds, np.arange(9)), "stem", "glance-equal", 5)
+    assert [clips for clips, _ in trained] == [[1, 2, 4, 5, 7, 8], [0, 2, 3, 5, 6, 8], [0, 1, 3, 4, 6, 7]]
+    assert len({start for _, start in trained}) == 1 and row.gflops == 36 and row.bins == 4 and len(row.right) == 9
+
+
+def test_the_embedding_on_jhmdb_learns_to_tell_the_classes_of_its_clips():
+    torch.manual_seed(0)
+    labels = torch.arange(32) % 2
+    clips = torch.full((32, 3, 8, 16, 16), 100, dtype=torch.uint8)
+    clips[labels == 1, 0, 4:] = 200  # half of the clips turn red
+    embedding = SGS(3, jhmdb.options_of("input", "glance", 4, at="input"), name="input", num_classes=2).embedding
+    data = jhmdb.Clips(clips, labels, labels, np.arange(32))
+    jhmdb.train_embedding(embedding, data, torch.arange(24))
+    with torch.inference_mode():
+        z = embedding(embedding.pool(jhmdb.normalised(clips)))
+        step = (z[:, 4] - z[:, 3]).norm(dim=1)
+        logits, _ = embedding.glance(z[24:], torch.ones(8, 8, dtype=torch.bool))
+    assert logits.argmax(dim=1).equal(labels[24:])
+    assert step[labels == 1].min() > 5 * step[labels == 0].max()
+
+
 def test_the_trained_blocks_go_on_where_the_frozen_layers_end():
     model = create_model("i3d_inception", 5, sgs=jhmdb.options_of("input", "atfr", 16, at="input")).eval()
     still = torch.randint(0, 255, (3, 3, 1, 64, 64), dtype=torch.uint8).expand(-1, -1, 32, -1, -1).clone()
