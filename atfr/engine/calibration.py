@@ -200,7 +200,7 @@ def _set_budget(model: VideoNet, level: int, shape: tuple[int, ...], gflops: flo
         ratio = options.keep_ratio
     else:
         table = model.gflops_table(shape)
-        ratio = keep_ratio_for(table, budget, whole=options.same_number)
+        ratio = keep_ratio_for(table, budget, whole=options.has_fixed_cost)
         if len(model.levels) == 1 and len(known) == len(layers):
 
             def cost(keep_ratio: float) -> float:

@@ -40,8 +40,8 @@ def expected_bins(model: VideoNet, table: GflopsTable) -> tuple[int, ...]:
     options = next(iter(model.sgs.values())).options  # the same for all layers
     ratio = options.keep_ratio or 0.5
     if options.gflops is not None:
-        ratio = keep_ratio_for(table, options.gflops, whole=options.same_number)
-    if options.same_number and not options.follows_budget:
+        ratio = keep_ratio_for(table, options.gflops, whole=options.has_fixed_cost)
+    if options.has_fixed_cost and not options.follows_budget:
         return table.most
     return bins_at(table, ratio)
 

@@ -321,9 +321,9 @@ class VideoNet(nn.Module):
         self.execution, self._programs = "bucketed", (stem, trunk)
 
     def _add_layers(self, sgs: SGSConfig, channels: Mapping[str, tuple[int, int]], least: Mapping[str, int], **options: Any) -> None:
-        layers = {
-            _key(name): SGS(embedded, sgs, name=name, num_classes=self._num_classes, sampled_channels=sampled, min_bins=least[name], **options) for name, (embedded, sampled) in channels.items()
-        }
+        depths = {key: depth for depth, keys in enumerate(self._levels) for key in keys}
+        more = {name: {"num_classes": self._num_classes, "min_bins": least[name], "depth": depths[_key(name)], **options} for name in channels}
+        layers = {_key(name): SGS(embedded, sgs, name=name, sampled_channels=sampled, **more[name]) for name, (embedded, sampled) in channels.items()}
         self.sgs = nn.ModuleDict(layers).to(self._like.device)
 
     def _bucketed(self, trunk: nn.Module, x: Tensor, *rest: Any) -> tuple[Tensor, tuple[Sampled, ...]]:

@@ -13,6 +13,7 @@ from atfr.report.runs import Results, Run
 from atfr.utils.printable import one_line
 
 FIXED = ("uniform", "stride", "random")  # similarities whose B' is the same for all clips
+EQUAL = "-equal"  # behind the name of a method of which this was asked
 SEED = "trainer.seed"
 # Options of the machine, and those that follow from others.
 _NOT_OF_THE_RUN = NO_EFFECT | {"dataset.root", "dataset.strip_prefix", "dataset.clip.cache", "dataset.make"}
@@ -89,16 +90,16 @@ class Entry:
 
 
 def method(config: Mapping[str, Any]) -> str:
-    """Name the sampling of a run: `dense`, `atfr`, `glance`, the name of a baseline, or that of another similarity."""
-    if config.get("model.sgs.embedding") == "glance":
-        return "glance"
+    """Name the sampling of a run: `dense`, `atfr`, `glance`, either with `-equal` behind it, the name of a baseline, or that of another similarity."""
     similarity = config.get("model.sgs.similarity")
-    return {None: "dense", "none": "identity", "partition": "atfr"}.get(similarity, str(similarity))
+    name = {None: "dense", "none": "identity", "partition": "atfr"}.get(similarity, str(similarity))
+    name = "glance" if config.get("model.sgs.embedding") == "glance" else name
+    return f"{name}{EQUAL}" if config.get("model.sgs.same_number") else name
 
 
 def kind(name: str) -> str:
     """Return whether a method is `dense`, `fixed` or `adaptive`."""
-    return "dense" if name in ("dense", "identity") else "fixed" if name in FIXED else "adaptive"
+    return "dense" if name in ("dense", "identity") else "fixed" if name in FIXED or name.endswith(EQUAL) else "adaptive"
 
 
 def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -23,7 +23,7 @@ from atfr.viz.colors import COLORS, DARK, GREY
 
 ADAPTIVE = tuple(color for number, color in enumerate(COLORS) if number != 1)
 FIXED_COLOR = COLORS[1]
-FIXED_MARKERS = {"uniform": "^", "stride": "v", "random": "D"}
+FIXED_MARKERS = {"uniform": "^", "stride": "v", "random": "D", "atfr-equal": "P", "glance-equal": "X"}
 PAGE = "#ffffff"  # stands for the background of the page
 ON_BAR = "#fefefe"  # letters on a bar, light on every page
 MOST_POINTS = 200  # of a curve

@@ -93,7 +93,7 @@ def keep_ratio(value: float) -> str:
 
 def equally(kept: int) -> tuple[str, str]:
     """The options that keep `kept` features of every clip, at the best cut."""
-    return f"model.sgs.num_bins={kept}", "model.sgs.adaptive=false"
+    return f"model.sgs.num_bins={kept}", "model.sgs.same_number=true"
 
 
 AT_HALF = keep_ratio(0.4)  # of the features: with stem and sampling about half of the GFLOPs of r2plus1d

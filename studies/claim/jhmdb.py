@@ -121,7 +121,7 @@ def options_of(location: str, method: str, kept: int, *, at: str) -> SGSConfig:
     if method == "reference":  # which fills about 5 of 8 bins
         return replace(options, after=location, num_bins=min(frames, round(1.6 * kept)))
     if method.endswith("equal"):
-        return replace(options, after=location, num_bins=kept, adaptive=False)
+        return replace(options, after=location, num_bins=kept, same_number=True)
     return replace(options, after=location, keep_ratio=kept / frames, gflops=None)
 
 

@@ -123,7 +123,7 @@ def test_a_clip_keeps_as_many_features_as_it_has_scenes_and_costs_accordingly(sm
     [
         *("atfr", "uniform"),
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("stride", "random")),
-        pytest.param(atfr.SGSConfig(adaptive=False), id="equally many"),
+        pytest.param(atfr.SGSConfig(same_number=True), id="equally many"),
         pytest.param(atfr.SGSConfig(similarity="anchor"), id="anchor", marks=pytest.mark.slow),
         pytest.param(atfr.SGSConfig(embed_from="features"), id="features", marks=pytest.mark.slow),
     ],
@@ -135,7 +135,16 @@ def test_a_budget_is_met_on_the_clips_of_the_calibration(sgs):
         found = atfr.calibrate(model, clips, gflops=budget)
         costs = model.eval()(clips, return_sampling=True)[1].gflops
         assert found == pytest.approx((costs.mean() / model.gflops_table((3, 16, 16, 16)).dense).item())
-        assert budget - (0.06 if model.sgs["input"].options.same_number else 0.02) < found <= budget + 0.01  # 1/16 where all keep equally many
+        assert budget - (0.06 if model.sgs["input"].options.has_fixed_cost else 0.02) < found <= budget + 0.01  # 1/16 where all keep equally many
+
+
+@pytest.mark.parametrize("sgs", [atfr.SGSConfig(same_number=True, after=["input", "stem"]), pytest.param(atfr.SGSConfig(similarity="uniform", after=["input", "stem"]), marks=pytest.mark.slow)], ids=lambda o: o.similarity)
+def test_layers_of_equal_numbers_behind_each_other_keep_what_the_budget_allows(sgs):
+    model, clips = atfr.add_sgs(Small(), sgs=sgs, probe=(8, 16, 16)), drifting(4)
+    found, table = atfr.calibrate(model, clips, gflops=0.5), model.gflops_table((3, 16, 16, 16))
+    (kept,) = set(model.eval()(clips, return_sampling=True)[1].bins)
+    assert found == pytest.approx(table.at(kept) / table.dense, rel=0.03) and 16 > kept[0] > kept[1] == round(kept[0] ** 2 / 16)
+    assert table.at(kept) / table.dense <= 0.5 < table.at((kept[0] + 1, round((kept[0] + 1) ** 2 / 16))) / table.dense
 
 
 @pytest.mark.slow

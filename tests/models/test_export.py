@@ -121,7 +121,7 @@ LAYERS = (
     {"similarity": "path", "embedding": "pooled", "scale": "absolute", "width": 0.7, "kernel": "mean", "noise_floor": True},
     {"similarity": "path", "edges": "inclusive", "metric": "cosine"},
     {"similarity": "partition", "embedding": "pooled", "scale": "absolute", "width": 0.3, "kernel": "middle", "order": "time", "time_embedding": True},
-    {"similarity": "partition", "embedding": "pooled", "scale": "absolute", "kernel": "mean", "order": "time", "num_bins": 5, "adaptive": False},
+    {"similarity": "partition", "embedding": "pooled", "scale": "absolute", "kernel": "mean", "order": "time", "num_bins": 5, "same_number": True},
     {"metric": "mahalanobis"},
     {"metric": "l1", "kernel": "delta_normalized", "order": "time", "embedding": "frozen"},
     {"similarity": "uniform", "kernel": "mean", "num_bins": 4},
@@ -137,7 +137,7 @@ def test_every_choice_of_the_layer(options, tmp_path):
         model.sgs["0"].floor.fill_(0.1)
     if options.get("time_embedding"):
         nn.init.normal_(model.sgs["0"].time.linear.weight)
-    check(model, clips(12, 16), tmp_path, "torch_export", different=not model.sgs["0"].options.same_number)
+    check(model, clips(12, 16), tmp_path, "torch_export", different=not model.sgs["0"].options.has_fixed_cost)
 
 
 def test_a_clip_that_holds_a_nan_gives_nan(tmp_path):

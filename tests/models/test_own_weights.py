@@ -59,7 +59,7 @@ def test_a_sampling_layer_that_fits_in_part_stays_new(tmp_path):
 
 
 def test_a_layer_that_keeps_equally_many_features_takes_the_weights_of_one_that_adapts_and_back(tmp_path):
-    adaptive, equal = (x3d(size="tiny", num_classes=5, sgs=SGSConfig(adaptive=value)) for value in (True, False))
+    adaptive, equal = (x3d(size="tiny", num_classes=5, sgs=SGSConfig(same_number=value)) for value in (False, True))
     for source, other in ((adaptive, equal), (equal, adaptive)):
         save_own(source, tmp_path / "other.pt")
         report = load_pretrained(other, tmp_path / "other.pt")

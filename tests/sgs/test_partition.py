@@ -13,10 +13,10 @@ from atfr.models.sgs.partition import best_cuts, partition_bins, width_keeping
 CHOICE = dict(similarity="partition", kernel="mean", scale="absolute", order="time")
 
 
-CUTS = [(least, most, exponent) for least, most in ((1, 8), (1, 3), (3, 8), (1, 20)) for exponent in (0.0, 0.5, 1.0)]
+CUTS = [(least, most, exponent) for least, most in ((1, 8), (1, 3), (3, 8), (1, 20), (4, 4)) for exponent in (0.0, 0.5, 1.0)]
 
 
-@pytest.mark.parametrize("least, most, cost_exponent", slow_but(CUTS, ((1, 8, 0.5), (1, 3, 1.0), (3, 8, 0.0), (1, 20, 0.5)).__contains__))
+@pytest.mark.parametrize("least, most, cost_exponent", slow_but(CUTS, ((1, 8, 0.5), (1, 3, 1.0), (3, 8, 0.0), (1, 20, 0.5), (4, 4, 0.5)).__contains__))
 def test_bins_are_those_of_the_cheapest_of_all_cuts(least, most, cost_exponent):
     z = torch.randn(12, 8, 3, dtype=torch.float64).cumsum(dim=1)
     lengths = torch.tensor([8, 8, 8, 5, 7, 3] * 2)
@@ -25,9 +25,9 @@ def test_bins_are_those_of_the_cheapest_of_all_cuts(least, most, cost_exponent):
     for width in (0.1, 0.3, 0.6, 1.2):
         bins = partition_bins(z, lengths, width=width, num_bins=most, min_bins=least, cost_exponent=cost_exponent)
         for clip, length, own in zip(z, lengths.tolist(), bins.tolist()):
-            assert own[:length] == bins_by_trial(clip[:length], width=width, cost_exponent=cost_exponent, least=least, most=most)
+            assert own[:length] == bins_by_trial(clip[:length], width=width, cost_exponent=cost_exponent, least=min(least, length), most=most)
             found.append(own[length - 1] + 1)
-    assert len(set(found)) > 2 or most == 3
+    assert len(set(found)) > 2 or most < 5
 
 
 def test_the_least_variance_of_each_number_of_bins_is_that_of_the_best_of_all_cuts():

@@ -62,9 +62,9 @@ def launched(monkeypatch, build: Callable, sgs: SGSConfig, dtype: torch.dtype) -
     return launches.names
 
 
-@pytest.mark.parametrize("adaptive", [True, False])
+@pytest.mark.parametrize("same_number", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_default_sampling_launches_at_most_15_operations(monkeypatch, dtype, adaptive):
-    names = launched(monkeypatch, lambda sgs: x3d(size="tiny", num_classes=3, sgs=sgs), replace(ATFR, adaptive=adaptive), dtype)
+def test_the_default_sampling_launches_at_most_15_operations(monkeypatch, dtype, same_number):
+    names = launched(monkeypatch, lambda sgs: x3d(size="tiny", num_classes=3, sgs=sgs), replace(ATFR, same_number=same_number), dtype)
     assert names.count("cut") == 1 and names.count("bmm") == 1
     assert len(names) <= MOST, names

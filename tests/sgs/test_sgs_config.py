@@ -71,13 +71,13 @@ def test_a_baseline_embeds_no_clip(preset):
         ("atfr", {"gflops": 0.5, "keep_ratio": 0.4}, "sgs gflops and keep_ratio are both given: set one of them"),
         ("atfr", {"keep_ratio": 0.5, "width": 0.4}, "sgs keep_ratio and width are both given"),
         ("reference", {"gflops": 0.4}, "sgs gflops=0.4 has no effect with similarity=distance_to_mean, scale=relative; remove it"),
-        ("uniform", {"num_bins": 4, "keep_ratio": 0.3}, "sgs keep_ratio=0.3 has no effect with similarity=uniform; remove it"),
+        ("uniform", {"num_bins": 4, "keep_ratio": 0.3}, "sgs keep_ratio=0.3 has no effect with similarity=uniform, num_bins=4; remove it"),
         ("uniform", {"metric": "cosine"}, "sgs metric='cosine' has no effect with similarity=uniform; remove it"),
-        ("atfr", {"adaptive": False, "width": 0.5}, "sgs width=0.5 has no effect with similarity=partition, scale=absolute, adaptive=False; remove it"),
-        ("atfr", {"adaptive": False, "gflops_range": [0.3, 1.0]}, "gflops_range=.* has no effect with similarity=partition, scale=absolute, adaptive=False"),
-        ("atfr", {"adaptive": False, "num_bins": 4, "gflops": 0.5}, "sgs gflops=0.5 has no effect with"),
-        ("atfr", {"adaptive": False, "similarity": "anchor"}, "sgs adaptive=False has no effect with similarity=anchor"),
-        ("reference", {"adaptive": False}, "sgs adaptive=False has no effect with similarity=distance_to_mean, scale=relative"),
+        ("atfr", {"same_number": True, "width": 0.5}, "sgs width=0.5 has no effect with similarity=partition, scale=absolute, same_number=True; remove it"),
+        ("atfr", {"same_number": True, "gflops_range": [0.3, 1.0]}, "gflops_range=.* has no effect with similarity=partition, scale=absolute, same_number=True"),
+        ("atfr", {"same_number": True, "num_bins": 4, "gflops": 0.5}, "sgs gflops=0.5 has no effect with similarity=partition, scale=absolute, num_bins=4, same_number=True; remove it"),
+        ("atfr", {"same_number": True, "similarity": "anchor"}, "sgs same_number=True has no effect with similarity=anchor, scale=absolute; remove it"),
+        ("reference", {"same_number": True}, "sgs same_number=True has no effect with similarity=distance_to_mean, scale=relative"),
         ("atfr", {"embedding_dim": 16}, "sgs embedding_dim=16 has no effect with similarity=partition, scale=absolute; remove it"),
     ],
 )
@@ -93,6 +93,7 @@ def test_what_a_preset_does_not_take_is_refused_by_name(preset, options, message
         ({"embed_from": "frames"}, "embed_from='frames' does not exist; choose one of features, clip"),
         ({"execution": "fast"}, "execution='fast' does not exist"),
         ({"kernel": "mean"}, "kernel=mean passes no gradient to embedding=mlp"),
+        ({"same_number": "False"}, "same_number must be True or False, not 'False'"),
         ({"num_bins": 0}, "num_bins must be a whole number of at least 1, not 0"),
         ({"num_bins": "4"}, "num_bins must be a whole number of at least 1, not '4'"),
         ({"num_bins": 2.5}, "num_bins must be a whole number of at least 1, not 2.5"),
@@ -114,3 +115,8 @@ def test_what_a_preset_does_not_take_is_refused_by_name(preset, options, message
 def test_options_that_make_no_sense_are_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
         SGSConfig.from_preset("reference", **change)
+
+
+def test_a_width_beside_equal_numbers_leaves_the_budget_that_is_given():
+    config = SGSConfig(same_number=True, width=0.5, keep_ratio=0.3)
+    assert (config.keep_ratio, config.gflops, config.width) == (0.3, None, None)

@@ -16,7 +16,7 @@ from atfr.models.sgs.sampling import NonFiniteFeatures, sample
 
 ATFR = SGSConfig.from_preset("atfr", keep_ratio=0.5)
 REFERENCE = SGSConfig.from_preset("reference")
-EQUAL = replace(ATFR, adaptive=False)
+EQUAL = replace(ATFR, same_number=True)
 RANGED = replace(ATFR, gflops_range=(0.2, 1.0), keep_ratio=0.3)
 EVERY_KIND = [
     SGSConfig.from_preset("atfr", width=0.6),
@@ -100,7 +100,7 @@ def test_what_keeps_equally_many_features_keeps_its_keep_ratio_and_a_new_one_fro
 
 @pytest.mark.parametrize("kept", [1, 3, 8])
 def test_equally_many_features_are_those_of_the_best_of_all_cuts_into_so_many(kept):
-    layer = layer_of(SGSConfig(num_bins=kept, adaptive=False, embed_from="features"))
+    layer = layer_of(SGSConfig(num_bins=kept, same_number=True, embed_from="features"))
     x = features(5, 8)
     x[3] *= 0.01
     proposal = layer(x)
@@ -112,10 +112,22 @@ def test_equally_many_features_are_those_of_the_best_of_all_cuts_into_so_many(ke
 
 
 def test_equally_many_features_are_kept_of_static_clips_and_all_of_shorter_ones():
-    layer = layer_of(SGSConfig(num_bins=5, adaptive=False))
+    layer = layer_of(SGSConfig(num_bins=5, same_number=True))
     x = features(3, 8)
     x[0] = x[0, :, :1]
     assert layer(x).lengths.tolist() == [5, 5, 5] and layer(x[:, :, :4]).lengths.tolist() == [4, 4, 4]
+    pieces, segments, _ = packed_features((8, 3, 6), 8)
+    assert layer(torch.ones_like(pieces), segments).lengths.tolist() == layer(pieces, segments).lengths.tolist() == [5, 3, 5]
+
+
+@pytest.mark.parametrize("options", [SGSConfig.from_preset("uniform", keep_ratio=0.5), EQUAL], ids=lambda o: o.similarity)
+def test_a_layer_of_equal_numbers_behind_others_keeps_its_keep_ratio_of_what_they_kept(options):
+    x, segments, _ = packed_features((4, 4), 16)
+    assert layer_of(options, depth=2)(x, segments).lengths.tolist() == [2, 2]  # 16 / 2 / 2 / 2
+
+
+def test_a_layer_says_that_it_keeps_equal_numbers():
+    assert "same_number=True" in repr(layer_of(EQUAL)) and "same_number" not in repr(layer_of())
 
 
 @pytest.mark.parametrize("before", [None, "packed"])
@@ -136,7 +148,7 @@ def test_a_nan_in_one_clip_is_refused_naming_the_layer_and_the_clip(before):
         sample([layer], [features()], [None])
 
 
-@pytest.mark.parametrize("options", [*(SGSConfig.from_preset(name) for name in ("atfr", "uniform", "stride", "random")), SGSConfig(adaptive=False)], ids=lambda o: o.similarity)
+@pytest.mark.parametrize("options", [*(SGSConfig.from_preset(name) for name in ("atfr", "uniform", "stride", "random")), SGSConfig(same_number=True)], ids=lambda o: o.similarity)
 def test_a_layer_that_was_never_calibrated_is_refused_with_the_way_out_unless_it_is_forced(options):
     layer = layer_of(options)
     with pytest.raises(ValueError, match=r"SGS after 'res3' is not calibrated: call atfr.calibrate\(model, clips\)"):
@@ -151,7 +163,7 @@ def test_a_layer_that_was_never_calibrated_is_refused_with_the_way_out_unless_it
         (SGSConfig.from_preset("atfr", width=0.3), "its width decides B'"),
         (REFERENCE, "its similarity=distance_to_mean, scale=relative decides B'"),
         (SGSConfig.from_preset("uniform", num_bins=4), "its num_bins decides B'"),
-        (SGSConfig.from_preset("atfr", num_bins=4, adaptive=False), "its num_bins decides B'"),
+        (SGSConfig.from_preset("atfr", num_bins=4, same_number=True), "its num_bins decides B'"),
         (SGSConfig.from_preset("identity"), "its similarity=none, scale=relative decides B'"),
     ],
 )

@@ -33,7 +33,7 @@ UNUSED = {
     "embed_from": "features",
     "noise_floor": False,
     "cost_exponent": 0.0,
-    "adaptive": True,
+    "same_number": False,
 }
 
 
@@ -52,8 +52,8 @@ class SGSConfig:
     gflops: float | None = DEFAULT_GFLOPS  # budget: mean GFLOPs of a clip as a share of the dense network's
     keep_ratio: float | None = None  # budget given as mean B' / T instead of `gflops`
     gflops_range: Sequence[float] | None = None  # draw each training batch's budget from this range: one network for all of them
-    num_bins: int | None = None  # B, the most features a clip keeps; None: T. A baseline, or adaptive=False, keeps exactly so many
-    adaptive: bool = True  # partition: B' depends on the content | False: all clips keep equally many, and the content decides only which
+    num_bins: int | None = None  # B, the most features a clip keeps; None: T. A baseline, or same_number, keeps exactly so many
+    same_number: bool = False  # partition: all clips keep equally many features, and the content decides only which
     width: float | None = None  # absolute scale: a fixed bin width instead of a budget
     similarity: str = "partition"  # see atfr.models.sgs.functional
     metric: str = "l2"  # l2 | l1 | cosine | mahalanobis
@@ -97,8 +97,10 @@ class SGSConfig:
         config = replace(PRESETS[preset], **{**_budget_of(options), **options})
         for name, value in options.items():
             if name in config.unused_options() and value != UNUSED[name]:
-                used = f"similarity={config.similarity}" + ("" if config.is_baseline else f", scale={config.scale}") + ("" if config.adaptive else ", adaptive=False")
-                raise ValueError(f"sgs {name}={value!r} has no effect with {used}; remove it")
+                used = ["similarity"] if config.is_baseline else ["similarity", "scale"]
+                if config.has_fixed_cost:
+                    used += [option for option in ("num_bins", "same_number") if getattr(config, option)]
+                raise ValueError(f"sgs {name}={value!r} has no effect with {', '.join(f'{option}={getattr(config, option)}' for option in used)}; remove it")
         return config
 
     def unused_options(self) -> set[str]:
@@ -109,11 +111,11 @@ class SGSConfig:
             return {*UNUSED} - {*budget, "num_bins"} | keeps_all | (budget if self.num_bins is not None else _second_budget(self))
         unused = {"metric", "order", *(["kernel"] if self.kernel == "mean" else [])} if self.similarity in SEGMENTING else {"metric"} if self.similarity == "magnitude" else set()
         unused |= {"edges"} if self.scale == "absolute" else {*budget, "gflops_range", "width"}
-        unused |= {*budget, "gflops_range"} if self.width is not None else _second_budget(self)
+        unused |= {*budget, "gflops_range"} if self.width is not None and not self.same_number else _second_budget(self)
         unused |= {"pooled": {"embedding_dim"}, "glance": set()}.get(self.embedding, {"grid"})
         unused |= set() if self.similarity == "path" else {"noise_floor"}
-        unused |= set() if self.similarity == "partition" else {"cost_exponent", "adaptive"}
-        if self.same_number:
+        unused |= set() if self.similarity == "partition" else {"cost_exponent", "same_number"}
+        if self.has_fixed_cost:
             unused |= {"gflops_range", "width", "cost_exponent"} | (budget if self.num_bins is not None else set())
         return unused
 
@@ -128,9 +130,9 @@ class SGSConfig:
         return self.similarity in BASELINES
 
     @property
-    def same_number(self) -> bool:
+    def has_fixed_cost(self) -> bool:
         """Whether B' does not depend on what a clip shows."""
-        return self.is_baseline or (self.similarity == "partition" and not self.adaptive)
+        return self.is_baseline or (self.similarity == "partition" and self.same_number)
 
     @property
     def follows_budget(self) -> bool:
@@ -174,6 +176,9 @@ def _check(config: SGSConfig) -> None:
         raise ValueError("sgs after is empty: name a stage, or use the network without SGS")
     if config.kernel in ("mean", "middle") and config.embedding == "mlp" and not config.is_baseline:
         raise ValueError(f"sgs kernel={config.kernel} passes no gradient to embedding=mlp, which would stay random: set embedding=glance, pooled or frozen")
+    for name in ("before_activation", "same_number", "noise_floor", "time_embedding"):
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"sgs {name} must be True or False, not {getattr(config, name)!r}")
     if config.num_bins is not None and (not isinstance(config.num_bins, int) or config.num_bins < 1):
         raise ValueError(f"sgs num_bins must be a whole number of at least 1, not {config.num_bins!r}")
     if config.embedding_dim < 1 or config.grid < 1:

@@ -72,7 +72,7 @@ def sampling_weights(
         valid: [N] int64, how many of the T frames of each clip exist; the rest is padding and has
             no influence. On the host it costs no synchronisation with the device.
         min_bins: a clip that would keep fewer is cut into this many contiguous bins: of equal size, or
-            with `partition` those with the least variance.
+            with `partition` those with the least variance, of a clip with fewer frames one each.
         noise_floor: path only, taken off the length of each step (see `median_step`).
         cost_exponent: partition only, how far a bin's price grows with the clip's own change (0 to 1).
 
@@ -87,7 +87,8 @@ def sampling_weights(
     """
     check_choices(similarity, metric, kernel, scale, edges, order)
     _check_values(z, num_bins, similarity, scale, width, min_bins, noise_floor, cost_exponent)
-    z, mask, frames, spoilt = _existing_frames(z, valid, min_bins)
+    added = 1 if similarity == "partition" else min_bins  # a partition has as many from the start
+    z, mask, frames, spoilt = _existing_frames(z, valid, added)
     rows = max(num_bins, z.shape[1]) if similarity == "none" else num_bins
     if similarity in BASELINES:
         bins, weights = baseline(similarity, frames, num_frames=z.shape[1], num_bins=num_bins)
@@ -103,7 +104,7 @@ def sampling_weights(
         position = positions(distance, num_bins=num_bins, edges=edges, width=width)
         bins, spoilt = bins_of(position, num_bins), spoilt | ~(distance + position).isfinite().all(dim=1)
         weights = kernel_weights(position, bins, kernel)
-    bins, weights, member = _complete(bins, weights.to(z.dtype), mask, frames, rows=rows, kernel=kernel, min_bins=min_bins)
+    bins, weights, member = _complete(bins, weights.to(z.dtype), mask, frames, rows=rows, kernel=kernel, min_bins=added)
     matrix, lengths = compact(member, weights, order=order)
     return matrix.masked_fill(spoilt[:, None, None], torch.nan), lengths
 

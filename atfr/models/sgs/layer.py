@@ -20,7 +20,6 @@ from atfr.models.sgs.partition import MOST_FRAMES, width_keeping
 from atfr.models.sgs.time_embedding import TimeEmbedding
 
 NOT_FINITE, NO_WIDTH, BAD_EMBEDDING = 0, -1, -2  # why a clip cannot be sampled, in `Proposal.report`
-FREE = 1e-6  # a bin width at which bins cost next to nothing
 
 
 class Proposal(NamedTuple):
@@ -46,15 +45,16 @@ class SGS(nn.Module):
         num_classes: of the clips; embedding=glance needs it.
         sampled_channels: of the features that it samples; None: the same.
         min_bins: the fewest features that the layers behind it can run on.
+        depth: how many SGS layers lie in front of it.
         gap: filler frames between packed clips in evaluation; 0: each operation pads for itself.
         norms: the network's batch norms, which must see no filler frames while they train.
     """
 
     def __init__(
-        self, channels: int, options: SGSConfig, *, name: str, num_classes: int = 0, sampled_channels: int | None = None, min_bins: int = 1, gap: int = 0, norms: Sequence[nn.Module] = ()
+        self, channels: int, options: SGSConfig, *, name: str, num_classes: int = 0, sampled_channels: int | None = None, min_bins: int = 1, depth: int = 0, gap: int = 0, norms: Sequence[nn.Module] = ()
     ) -> None:
         super().__init__()
-        self.options, self.name, self.min_bins, self.gap = options, name, min_bins, gap
+        self.options, self.name, self.min_bins, self.depth, self.gap = options, name, min_bins, depth, gap
         self.norms = tuple(norms)  # a tuple: they are registered in the network, and not a second time here
         self.keep_ratio = options.keep_ratio  # mean B' / T that the layer is held to; None before `set_budget`
         self.keep_range: tuple[float, float] | None = None  # of training batches, from `gflops_range`
@@ -85,7 +85,7 @@ class SGS(nn.Module):
         self.keep_range = (low, high) if low else None
 
     def set_budget(self, keep_ratio: float, keep_range: tuple[float, float] | None = None) -> None:
-        """Keep this share of the features on average from the next calibration on; a baseline from the next batch on.
+        """Keep this share of the features on average from the next calibration on; where all clips keep equally many, from the next batch on.
 
         Args:
             keep_ratio: mean B' / T, above 0 and at most 1.
@@ -96,9 +96,9 @@ class SGS(nn.Module):
         """
         o = self.options
         if not o.follows_budget:
-            fixed = "num_bins" if o.same_number and o.num_bins is not None else "width" if o.width is not None else f"similarity={o.similarity}, scale={o.scale}"
+            fixed = "num_bins" if o.has_fixed_cost and o.num_bins is not None else "width" if o.width is not None else f"similarity={o.similarity}, scale={o.scale}"
             raise ValueError(
-                f"SGS after {self.name!r} follows no budget, since its {fixed} decides B': scale=absolute without a width does, and so do uniform, stride and random without num_bins"
+                f"SGS after {self.name!r} follows no budget, since its {fixed} decides B': scale=absolute without a width does, and what keeps equally many features of all clips (uniform, stride, random, same_number) without num_bins"
             )
         self.keep_ratio, self.keep_range = keep_ratio, keep_range
 
@@ -119,7 +119,7 @@ class SGS(nn.Module):
     @property
     def has_width(self) -> bool:
         """Whether one bin width for all clips decides B'."""
-        return self.options.scale == "absolute" and not self.options.same_number
+        return self.options.scale == "absolute" and not self.options.has_fixed_cost
 
     @property
     def tracks_width(self) -> bool:
@@ -129,15 +129,15 @@ class SGS(nn.Module):
     @property
     def lacks_budget(self) -> bool:
         """Whether all clips keep equally many features, of a number that no calibration has set yet."""
-        return self.options.same_number and self.options.follows_budget and self.keep_ratio is None
+        return self.options.has_fixed_cost and self.options.follows_budget and self.keep_ratio is None
 
     def most_bins(self, frames: int, min_bins: int = 1) -> int:
-        """Return B for clips of `frames` features, at least `min_bins` where a keep ratio decides it."""
+        """Return B for clips of `frames` features before all layers, at least `min_bins` where a keep ratio decides it."""
         if self.options.num_bins is not None:
             return self.options.num_bins
-        if not self.options.same_number or self.keep_ratio is None:
+        if not self.options.has_fixed_cost or self.keep_ratio is None:
             return frames
-        return max(self.min_bins, min_bins, round(self.keep_ratio * frames))
+        return max(self.min_bins, min_bins, round(self.keep_ratio ** (self.depth + 1) * frames))
 
     def embeds(self, clips: Tensor | None, x: Tensor | int) -> bool:
         """Return whether the layer embeds `clips`, not the features x; at the input they are the same."""
@@ -186,10 +186,10 @@ class SGS(nn.Module):
         valid = None if segments is None else torch.tensor(lengths)  # on the host, where it is checked
         glance = self._glance(z, segments)
         width = self.width if self.has_width else None
-        if self.keep_range is not None and self.training and torch.is_grad_enabled():  # not where statistics are taken
+        if self.options.same_number:  # at any price
+            width, least = z.new_ones(()), num_bins
+        elif self.keep_range is not None and self.training and torch.is_grad_enabled():  # not where statistics are taken
             width = self._drawn_width(z, valid, self.keep_range)
-        if self.options.same_number and not self.is_baseline:  # the best cut into num_bins; a clip that is shorter keeps all
-            width, least = z.new_full((), FREE), min(num_bins, *lengths)
         if self._runs_kernel(z):
             return self._cut_on_gpu(z, segments, torch.tensor(lengths), width=width, num_bins=num_bins, least=least)._replace(glance=glance)
         # Batch norm spreads a NaN to the z of every clip, so the clip at fault shows in what was pooled.
@@ -311,7 +311,7 @@ class SGS(nn.Module):
 
     def extra_repr(self) -> str:
         o = self.options
-        return f"after={self.name}, similarity={o.similarity}, kernel={o.kernel}, scale={o.scale}, order={o.order}, num_bins={o.num_bins or 'T'}"
+        return f"after={self.name}, similarity={o.similarity}, kernel={o.kernel}, scale={o.scale}, order={o.order}, num_bins={o.num_bins or 'T'}" + (", same_number=True" if o.same_number else "")
 
 
 def finite_frames(x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ def partition_bins(
         width, cost_exponent: the price of a bin is width^2 x (E_1)^cost_exponent, with distances as root mean squares
             over D. At 0 all clips have the same price, and B' depends on the amount of change; at 1 B' depends on how the
             change is distributed over time, not on its amount.
-        num_bins, min_bins: bounds of B'; a clip never has more bins than frames.
+        num_bins, min_bins: bounds of B'; a clip never has more bins than frames, though these be fewer than `min_bins`.
     """
     least, cuts = best_cuts(z.detach(), frames, num_bins=num_bins)
     return bins_of_cuts(cuts, bin_counts(least, width=width, min_bins=min_bins, cost_exponent=cost_exponent), frames)
@@ -70,7 +70,8 @@ def bin_counts(least: Tensor, *, width: float | Tensor, min_bins: int = 1, cost_
     """Return the number of bins, at least `min_bins`, with the least E_k + price x k: E_k [N, B] -> [N] int64."""
     price = width**2 * (least[:, :1] if cost_exponent == 1 else least[:, :1] ** cost_exponent if cost_exponent else 1.0)
     number = torch.arange(1, least.shape[1] + 1, device=least.device, dtype=least.dtype)
-    return (least + price * number)[:, min_bins - 1 :].argmin(dim=1) + min_bins
+    best = (least + price * number)[:, min_bins - 1 :].argmin(dim=1) + min_bins
+    return best.minimum(least.isfinite().sum(dim=1))  # the frames of a clip that has fewer than `min_bins`
 
 
 def width_keeping(z: Tensor, frames: Tensor, *, num_bins: int, mean_bins: float, cost_exponent: float = 0.0) -> Tensor:

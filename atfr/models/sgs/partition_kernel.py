@@ -132,7 +132,7 @@ def _cut_kernel(
         price *= tl.sqrt(whole)
     elif EXPONENT != 0.0:
         price *= tl.exp(EXPONENT * tl.log(whole))
-    kept = tl.zeros([], tl.int32) + min_bins
+    kept = tl.minimum(tl.zeros([], tl.int32) + min_bins, count)
     lowest = tl.where(kept == 1, whole + price, float("inf"))
     kept_time = time < steps
     tl.store(least + clip * num_bins, whole)

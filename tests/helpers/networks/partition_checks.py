@@ -28,12 +28,12 @@ def check_trial(device: str) -> None:
 
     frames = torch.tensor([7, 4, 6, 3])
     found = set()
-    for least, most, exponent in ((1, 7, 0.0), (1, 7, 1.0), (1, 3, 0.25), (3, 9, 0.5)):
+    for least, most, exponent in ((1, 7, 0.0), (1, 7, 1.0), (1, 3, 0.25), (3, 9, 0.5), (5, 5, 0.0)):
         z, times, width = torch.randn(4, 7, 3).cumsum(dim=1), torch.rand(4, 7).cumsum(dim=1), torch.tensor(0.6)
         done = cut(z.to(device), width=width.to(device), frames=frames.to(device), times=times.to(device), num_bins=most, min_bins=least, cost_exponent=exponent)
         for n, length in enumerate(frames.tolist()):
             clip = z[n, :length].double()
-            bins = bins_by_trial(clip, width=width.item(), cost_exponent=exponent, least=least, most=most)
+            bins = bins_by_trial(clip, width=width.item(), cost_exponent=exponent, least=min(least, length), most=most)
             kept = bins[-1] + 1
             assert done.bins[n].tolist() == bins + [kept - 1] * (7 - length)
             assert done.lengths[n] == done.report[n] == kept

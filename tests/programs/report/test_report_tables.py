@@ -13,7 +13,7 @@ import pytest
 from report_pages import report, results_of, write_run
 
 from atfr.models.sgs.config import SGSConfig
-from atfr.report.compare import differing, method, short_names
+from atfr.report.compare import differing, kind, method, short_names
 
 
 def test_the_numbers_of_the_page_are_those_of_the_files(sweep, shown):
@@ -82,6 +82,8 @@ def test_only_what_distinguishes_runs_is_named():
     assert differing([one, config("glance")]) == [] and [method(c) for c in (one, config("glance"), uniform, dense)] == ["atfr", "glance", "uniform", "dense"]
     assert differing([one, config("atfr", keep_ratio=0.5)]) == ["model.sgs.gflops", "model.sgs.keep_ratio"]
     assert differing([one, config("atfr", grid=8)]) == ["model.sgs.grid"]
+    equal = config("atfr", same_number=True), config("glance", same_number=True)
+    assert differing([one, *equal]) == [] and [(method(c), kind(method(c))) for c in equal] == [("atfr-equal", "fixed"), ("glance-equal", "fixed")]
     assert differing([{**one, "optimizer.lr": 0.1}, {**two, "optimizer.lr": 0.2}]) == ["model.sgs.gflops", "optimizer.lr"]
     assert differing([one, {**one, "model._target_": "x.slowfast"}]) == ["model._target_"]
     assert short_names(["trainer.seed", "dataset.seed", "model._target_", "a.lr"]) == {
