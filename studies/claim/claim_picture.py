@@ -35,7 +35,8 @@ STYLES = {  # by the beginning of a method's name, of which the longest counts: 
     "reference": ("published layer", "tab:red", "X"),
     "atfr": ("atfr: adaptive, by pixels", "tab:cyan", "v"),
     "atfr-middle": ("the same, middle frames", "tab:blue", "^"),
-    "equal": ("cut by content, equally many parts", "tab:purple", "<"),
+    "equal": ("equally many features, by pixels", "tab:purple", "<"),
+    "glance-equal": ("equally many features, learned", "tab:pink", ">"),
     "glance": ("glance: adaptive, learned", "tab:green", "D"),
 }  # fmt: skip
 
@@ -86,10 +87,12 @@ def real(rows: list[Predictions], groups: np.ndarray) -> list[Point]:
 
 
 def style_of(method: str) -> str:
-    """The key of STYLES for a method, `equal` wherever it stands in the name; empty for one that the picture leaves out."""
+    """The key of STYLES for a method, in which `equal` counts wherever it stands in the name; empty for one that the picture leaves out."""
     if method.endswith("as-many"):
         return ""
-    return "equal" if "equal" in method.split("-") else max((begin for begin in STYLES if f"{method}-".startswith(f"{begin}-")), key=len, default="")
+    if "equal" in method.split("-"):
+        return "glance-equal" if method.startswith("glance") else "equal"
+    return max((begin for begin in STYLES if f"{method}-".startswith(f"{begin}-")), key=len, default="")
 
 
 def curves(points: Iterable[Point]) -> list[list[Point]]:
