@@ -120,3 +120,7 @@ def test_options_that_make_no_sense_are_refused_by_name(change, message):
 def test_a_width_beside_equal_numbers_leaves_the_budget_that_is_given():
     config = SGSConfig(same_number=True, width=0.5, keep_ratio=0.3)
     assert (config.keep_ratio, config.gflops, config.width) == (0.3, None, None)
+
+
+def test_equal_numbers_that_a_similarity_does_not_have_change_nothing_else():
+    assert SGSConfig(similarity="anchor", width=0.5, same_number=True) == SGSConfig(similarity="anchor", width=0.5)

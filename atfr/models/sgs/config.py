@@ -106,18 +106,19 @@ class SGSConfig:
     def unused_options(self) -> set[str]:
         """Return the names of the options that have no effect next to the others."""
         budget = {"gflops", "keep_ratio"}
+        beside_number = _second_budget(self) if self.num_bins is None else budget  # where B' is the same for all clips
         if self.is_baseline:
             keeps_all = {*budget, "num_bins"} if self.similarity == "none" else set()
-            return {*UNUSED} - {*budget, "num_bins"} | keeps_all | (budget if self.num_bins is not None else _second_budget(self))
+            return {*UNUSED} - {*budget, "num_bins"} | keeps_all | beside_number
         unused = {"metric", "order", *(["kernel"] if self.kernel == "mean" else [])} if self.similarity in SEGMENTING else {"metric"} if self.similarity == "magnitude" else set()
         unused |= {"edges"} if self.scale == "absolute" else {*budget, "gflops_range", "width"}
-        unused |= {*budget, "gflops_range"} if self.width is not None and not self.same_number else _second_budget(self)
+        if self.has_fixed_cost:
+            unused |= {"gflops_range", "width", "cost_exponent"} | beside_number
+        else:
+            unused |= {*budget, "gflops_range"} if self.width is not None else _second_budget(self)
         unused |= {"pooled": {"embedding_dim"}, "glance": set()}.get(self.embedding, {"grid"})
         unused |= set() if self.similarity == "path" else {"noise_floor"}
-        unused |= set() if self.similarity == "partition" else {"cost_exponent", "same_number"}
-        if self.has_fixed_cost:
-            unused |= {"gflops_range", "width", "cost_exponent"} | (budget if self.num_bins is not None else set())
-        return unused
+        return unused | (set() if self.similarity == "partition" else {"cost_exponent", "same_number"})
 
     def used_options(self) -> dict[str, Any]:
         """Return the options that have an effect, by name."""
