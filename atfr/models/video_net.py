@@ -322,9 +322,10 @@ class VideoNet(nn.Module):
 
     def _add_layers(self, sgs: SGSConfig, channels: Mapping[str, tuple[int, int]], least: Mapping[str, int], **options: Any) -> None:
         depths = {key: depth for depth, keys in enumerate(self._levels) for key in keys}
-        more = {name: {"num_classes": self._num_classes, "min_bins": least[name], "depth": depths[_key(name)], **options} for name in channels}
-        layers = {_key(name): SGS(embedded, sgs, name=name, sampled_channels=sampled, **more[name]) for name, (embedded, sampled) in channels.items()}
-        self.sgs = nn.ModuleDict(layers).to(self._like.device)
+        layers = nn.ModuleDict()
+        for name, (embedded, sampled) in channels.items():
+            layers[_key(name)] = SGS(embedded, sgs, name=name, num_classes=self._num_classes, sampled_channels=sampled, min_bins=least[name], depth=depths[_key(name)], **options)
+        self.sgs = layers.to(self._like.device)
 
     def _bucketed(self, trunk: nn.Module, x: Tensor, *rest: Any) -> tuple[Tensor, tuple[Sampled, ...]]:
         """Clips that keep equally many features run together."""

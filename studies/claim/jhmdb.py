@@ -167,9 +167,10 @@ def run(model: VideoNet, before: list[Tensor], data: Clips, location: str, metho
     else:
         found, bins = torch.empty_like(data.labels), []
         start = copy.deepcopy(layer.embedding.state_dict())
+        pooled = torch.cat([layer.embedding.pool(normalised(clip)[None]) for clip in data.clips])  # [N, T, C g g]
         for fold in data.folds.unique():
             layer.embedding.load_state_dict(start)
-            train_embedding(layer.embedding, data, (data.folds != fold).nonzero()[:, 0])
+            train_embedding(layer.embedding, pooled, data.labels, (data.folds != fold).nonzero()[:, 0])
             features, kept_of_clips = features_behind(model, before, data, location, method, kept)
             tested = data.folds == fold
             found[tested] = predictions(features, data.labels, tested.long())[tested]
@@ -178,10 +179,9 @@ def run(model: VideoNet, before: list[Tensor], data: Clips, location: str, metho
     return Predictions(location, method, kept, 0, float(np.mean(bins)), gflops, in_digits(found == data.labels))
 
 
-def train_embedding(embedding: GlanceEmbedding, data: Clips, clips: Tensor) -> None:
-    """Train the embedding, by its own loss, on these clips."""
+def train_embedding(embedding: GlanceEmbedding, pooled: Tensor, labels: Tensor, clips: Tensor) -> None:
+    """Train the embedding, by its own loss, on these clips of pooled frames [N, T, C g g] and labels [N]."""
     torch.manual_seed(0)
-    pooled = torch.cat([embedding.pool(normalised(clip)[None]) for clip in data.clips])  # [N, T, C g g]
     optimizer = torch.optim.AdamW(embedding.parameters(), weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=EPOCHS * -(-len(clips) // BATCH_SIZE))
     for _ in watched(range(EPOCHS), "embedding", unit="epoch"):
@@ -189,7 +189,7 @@ def train_embedding(embedding: GlanceEmbedding, data: Clips, clips: Tensor) -> N
             z = embedding(pooled[batch])
             logits, length = embedding.glance(z, torch.ones(z.shape[:2], dtype=torch.bool))
             optimizer.zero_grad()
-            (nn.functional.cross_entropy(logits, data.labels[batch]) + SHORT * length).backward()
+            (nn.functional.cross_entropy(logits, labels[batch]) + SHORT * length).backward()
             optimizer.step()
             schedule.step()
 

@@ -133,7 +133,7 @@ def test_an_embedding_that_learns_is_trained_anew_for_each_fold_on_the_others(mo
     (layer,) = model.sgs.values()
     first = layer.embedding.look[0].weight
 
-    def train(embedding, data, clips):
+    def train(embedding, pooled, labels, clips):
         trained.append((clips.tolist(), first.sum().item()))
         torch.nn.init.constant_(first, len(trained))
 
@@ -143,7 +143,7 @@ def test_an_embedding_that_learns_is_trained_anew_for_each_fold_on_the_others(mo
     monkeypatch.setattr(jhmdb, "train_embedding", train)
     monkeypatch.setattr(jhmdb, "features_behind", features)
     monkeypatch.setattr(jhmdb, "mean_cost", lambda model, data, bins: float(sum(kept for (kept,) in bins)))
-    row = jhmdb.run(model, [], jhmdb.Clips(torch.empty(0), labels, folds, np.arange(9)), "stem", "glance-equal", 5)
+    row = jhmdb.run(model, [], jhmdb.Clips(torch.zeros(9, 3, 2, 16, 16, dtype=torch.uint8), labels, folds, np.arange(9)), "stem", "glance-equal", 5)
     assert [clips for clips, _ in trained] == [[1, 2, 4, 5, 7, 8], [0, 2, 3, 5, 6, 8], [0, 1, 3, 4, 6, 7]]
     assert len({start for _, start in trained}) == 1 and row.gflops == 36 and row.bins == 4 and len(row.right) == 9
 
@@ -154,10 +154,10 @@ def test_the_embedding_on_jhmdb_learns_to_tell_the_classes_of_its_clips():
     clips = torch.full((32, 3, 8, 16, 16), 100, dtype=torch.uint8)
     clips[labels == 1, 0, 4:] = 200  # half of the clips turn red
     embedding = SGS(3, jhmdb.options_of("input", "glance", 4, at="input"), name="input", num_classes=2).embedding
-    data = jhmdb.Clips(clips, labels, labels, np.arange(32))
-    jhmdb.train_embedding(embedding, data, torch.arange(24))
+    pooled = embedding.pool(jhmdb.normalised(clips))
+    jhmdb.train_embedding(embedding, pooled, labels, torch.arange(24))
     with torch.inference_mode():
-        z = embedding(embedding.pool(jhmdb.normalised(clips)))
+        z = embedding(pooled)
         step = (z[:, 4] - z[:, 3]).norm(dim=1)
         logits, _ = embedding.glance(z[24:], torch.ones(8, 8, dtype=torch.bool))
     assert logits.argmax(dim=1).equal(labels[24:])
